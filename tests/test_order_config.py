@@ -1,0 +1,238 @@
+"""Orders of tasks: the six published ones, reading and writing, and every fault that a hand-edited order can have."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import order_config
+from errors import InputError
+from order_config import BENCHMARK_FILES, TASK_FILES, TASKS, check_against_benchmark, read_order, write_order
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PUBLISHED = {
+    1: "dbpedia amazon yahoo agnews",
+    2: "dbpedia amazon agnews yahoo",
+    3: "yahoo amazon agnews dbpedia",
+    4: "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo",
+    5: "MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp amazon yahoo",
+    6: "yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC BoolQA WiC",
+}
+THREE = [("TC", "dbpedia"), ("SC", "amazon"), ("TC", "agnews")]
+
+
+def pairs(steps) -> list[tuple[str, str]]:
+    return [(step.task, step.dataset) for step in steps]
+
+
+def entry(name: str, **more: str) -> dict[str, str]:
+    return {"sampling strategy": "full", "dataset name": name, **more}
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def order(tmp_path) -> Path:
+    write_order(tmp_path / "three_configs", THREE)
+    return tmp_path / "three_configs"
+
+
+@pytest.mark.parametrize("number", PUBLISHED)
+def test_published_orders(number):
+    steps = read_order(ROOT / f"configs/order{number}_configs")
+    assert [step.dataset for step in steps] == PUBLISHED[number].split()
+    assert [step.folder.name for step in steps] == PUBLISHED[number].split()
+    for index, step in enumerate(steps):
+        train, dev, test = (json.loads((step.folder / name).read_text()) for name in TASK_FILES)
+        assert list(train) == list(dev) == list(test) == list(TASKS)
+        assert train[step.task] == [entry(step.dataset)] and sum(map(len, train.values())) == 1
+        assert not any(dev.values())
+        seen = pairs(steps[: index + 1])
+        assert test == {task: [entry(name) for owner, name in seen if owner == task] for task in TASKS}
+
+
+def test_published_orders_agree_with_the_labels_in_the_repository():
+    known = set(order_config.benchmark_datasets(ROOT / "CL_Benchmark"))
+    for number in PUBLISHED:
+        assert {f"{step.task}/{step.dataset}" for step in read_order(ROOT / f"configs/order{number}_configs")} <= known
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    steps = write_order(tmp_path / "mine_configs", THREE, sampling="random")
+    assert pairs(steps) == THREE
+    assert read_order(tmp_path / "mine_configs") == steps
+    test = order_config.read_task_config(steps[-1].folder / "test_tasks.json")
+    assert [one["dataset name"] for one in test["TC"]] == ["dbpedia", "agnews"]
+    assert {one["sampling strategy"] for task in TASKS for one in test[task]} == {"random"}
+
+
+def test_task_order_and_default_strategy_do_not_depend_on_the_file(tmp_path):
+    path = tmp_path / "train_tasks.json"
+    path.write_text(
+        '{"TC": [{"dataset name": "agnews"}], "SC": [{"dataset name": "yelp", "sampling strategy": "full"}]}'
+    )
+    config = order_config.read_task_config(path)
+    assert list(config) == list(TASKS)
+    assert config["TC"] == [{"sampling strategy": "random", "dataset name": "agnews"}]
+    assert config["SC"] == [entry("yelp")] and config["COPA"] == []
+
+
+def test_hidden_folders_are_no_steps(order):
+    (order / ".ipynb_checkpoints").mkdir()
+    assert pairs(read_order(order)) == THREE
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tasks: tasks.update(NER=[]), r"test_tasks\.json: unknown task 'NER'; allowed: SC, TC"),
+        (lambda tasks: tasks.update(SC={}), r"test_tasks\.json, SC: found dict; allowed: an array"),
+        (lambda tasks: tasks["SC"].append("yelp"), r"SC\[1\]: found 'yelp'; allowed: an object with a string under"),
+        (lambda tasks: tasks["SC"].append({"sampling strategy": "full"}), r"SC\[1\]: found .* 'dataset name'"),
+        (lambda tasks: tasks["SC"].append({"dataset name": 7}), r"SC\[1\]: found .* 'dataset name'"),
+        (
+            lambda tasks: tasks["SC"][0].update({"sampling strategy": "half"}),
+            r"SC\[0\]: 'sampling strategy' is 'half'; allowed: random, full",
+        ),
+        (lambda tasks: tasks["SC"][0].update({"sampling strategy": ["full"]}), r"is \['full'\]; allowed"),
+        (lambda tasks: tasks["TC"].append(entry("agnews")), r"dataset 'agnews' is listed 2 times; allowed: once"),
+        (lambda tasks: tasks["SC"].append(entry("agnews")), r"dataset 'agnews' is listed 2 times; allowed: once"),
+        *[
+            (
+                lambda tasks, name=name: tasks["SC"].append(entry(name)),
+                r"SC\[1\], 'dataset name': found .*; allowed: letters",
+            )
+            for name in (
+                "..",
+                ".",
+                "",
+                "../yelp",
+                "a/b",
+                "/etc",
+                "C:\\x",
+                "a\\b",
+                "two words",
+                "-rf",
+                "_x",
+                "line\nbreak",
+            )
+        ],
+        (lambda tasks: tasks["TC"].pop(), r"test_tasks\.json: lacks TC/agnews, which train_tasks\.json trains"),
+        (lambda tasks: tasks["SC"].pop(), r"both list 2 datasets, so which step comes first is not clear"),
+        (
+            lambda tasks: (tasks["SC"].pop(), tasks["SC"].append(entry("yelp"))),
+            r"test_tasks\.json: lacks SC/amazon of an earlier step",
+        ),
+        (
+            lambda tasks: tasks["SC"].append(entry("yelp")),
+            r"test_tasks\.json: lists SC/yelp, which no step up to this one trains; allowed: SC/amazon, TC/agnews",
+        ),
+    ],
+)
+def test_faults_of_a_test_list(order, change, message):
+    edit(order / "agnews/test_tasks.json", change)
+    with pytest.raises(InputError, match=message):
+        read_order(order)
+
+
+def test_a_step_trains_on_one_dataset(order):
+    edit(order / "amazon/train_tasks.json", lambda tasks: tasks["TC"].append(entry("dbpedia")))
+    with pytest.raises(InputError, match=r"amazon/train_tasks\.json: found 2 datasets; allowed: exactly one"):
+        read_order(order)
+    edit(order / "amazon/train_tasks.json", lambda tasks: tasks.update(TC=[], SC=[]))
+    with pytest.raises(InputError, match=r"amazon/train_tasks\.json: found 0 datasets; allowed: exactly one"):
+        read_order(order)
+
+
+def test_a_folder_has_the_name_of_its_dataset(order):
+    (order / "amazon").rename(order / "second")
+    with pytest.raises(InputError, match="second/train_tasks.json: trains 'amazon'; allowed: 'second', the name"):
+        read_order(order)
+
+
+def test_faulty_dev_list(order):
+    edit(order / "amazon/dev_tasks.json", lambda tasks: tasks.update(NER=[]))
+    with pytest.raises(InputError, match=r"amazon/dev_tasks\.json: unknown task 'NER'"):
+        read_order(order)
+
+
+@pytest.mark.parametrize("name", TASK_FILES)
+def test_missing_and_broken_files(order, name):
+    (order / "amazon" / name).write_text("[]")
+    with pytest.raises(InputError, match=f"amazon/{name}: found list; allowed: an object"):
+        read_order(order)
+    (order / "amazon" / name).write_text("{")
+    with pytest.raises(InputError, match=f"amazon/{name}, line 1, column 2: not JSON"):
+        read_order(order)
+    (order / "amazon" / name).unlink()
+    with pytest.raises(InputError, match=f"amazon/{name}: no such file; a step's folder holds train_tasks.json, dev"):
+        read_order(order)
+
+
+def test_missing_and_empty_orders(order):
+    with pytest.raises(InputError, match="four_configs: no such folder of an order; in .*: three_configs"):
+        read_order(order.parent / "four_configs")
+    (order.parent / "five_configs").mkdir()
+    with pytest.raises(InputError, match="five_configs: no steps; allowed: one folder a dataset"):
+        read_order(order.parent / "five_configs")
+
+
+@pytest.mark.parametrize(
+    "datasets, message",
+    [
+        ([], "an order without tasks"),
+        ([("NER", "x")], "NER/x: unknown task 'NER'; allowed: SC, TC"),
+        ([("SC", "..")], "dataset name: found '..'; allowed: letters"),
+        ([("SC", "a"), ("TC", "a")], "TC/a: dataset 'a' stands twice in the order; allowed: once"),
+    ],
+)
+def test_an_order_that_cannot_be_written_leaves_nothing(tmp_path, datasets, message):
+    with pytest.raises(InputError, match=message):
+        write_order(tmp_path / "bad_configs", datasets)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_order_is_kept_unless_told(order):
+    with pytest.raises(InputError, match="three_configs: exists already"):
+        write_order(order, THREE[:1])
+    assert pairs(read_order(order)) == THREE
+    assert pairs(write_order(order, THREE[:1], overwrite=True)) == THREE[:1]
+    assert [path.name for path in order.iterdir()] == ["dbpedia"]
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_order(order, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(order_config, "write_json", full_disk)
+    with pytest.raises(OSError):
+        write_order(order, THREE[:2], overwrite=True)
+    assert pairs(read_order(order)) == THREE
+    assert [path.name for path in order.parent.iterdir()] == [order.name]
+
+
+def test_datasets_that_the_benchmark_lacks(order, tmp_path):
+    benchmark = tmp_path / "benchmark"
+    for task, dataset in THREE:
+        (benchmark / task / dataset).mkdir(parents=True)
+        for name in BENCHMARK_FILES:
+            (benchmark / task / dataset / name).write_text("[]")
+    check_against_benchmark(read_order(order), benchmark)
+    (benchmark / "SC/amazon/test.json").unlink()
+    with pytest.raises(InputError, match="SC/amazon: .* lacks test.json; complete in .*: TC/agnews, TC/dbpedia"):
+        check_against_benchmark(read_order(order), benchmark)
+    with pytest.raises(InputError, match="TC/dbpedia: .*nowhere/TC/dbpedia lacks train.json, .*: none"):
+        check_against_benchmark(read_order(order), tmp_path / "nowhere")
+
+
+def test_command_line(order, capsys):
+    assert order_config.main([str(order)]) == 0
+    assert capsys.readouterr().out == "TC/dbpedia\nSC/amazon\nTC/agnews\n"
+    assert order_config.main([str(order / "nowhere")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
