@@ -1,0 +1,376 @@
+"""The benchmark as instruction examples: `<data_dir>/<TASK>/<DATASET>/{train,dev,test,labels}.json` -> `DatasetDict`.
+
+`load_uie_dataset` reads the datasets that one step's task files name, checks every row, and keeps the result in a
+cache whose key is made of the contents of the files used, so an edited file is never answered with old rows.
+`prompt_parts` writes an example out as text; the collator turns that text into token ids.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+from filelock import FileLock
+
+from errors import InputError
+from files import check_writable, read_json, whole_folder
+from order_config import SUBSETS, benchmark_datasets, read_task_config
+
+logger = logging.getLogger("gorp")
+
+SPLITS = dict(zip(SUBSETS, ("train", "validation", "test")))
+INSTRUCTION_STRATEGIES = ("single", "multiple")
+INSTRUCTION_TYPES = ("zero-shot", "few-shot")
+ANSWER_CUE = "\nAnswer:"
+UNLABELLED = "-"
+"""GLUE's mark for a row of dev or test that has no gold label."""
+
+_ROW = {"sentence": datasets.Value("string"), "label": datasets.Value("string")}
+FEATURES = datasets.Features(
+    {
+        "Task": datasets.Value("string"),
+        "Dataset": datasets.Value("string"),
+        "subset": datasets.Value("string"),
+        "Samples": datasets.List(_ROW),
+        "Instance": {
+            "id": datasets.Value("string"),
+            **_ROW,
+            "ground_truth": datasets.Value("string"),
+            "instruction": datasets.Value("string"),
+        },
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What a run asks for beyond the files; part of the cache key."""
+
+    instruction_strategy: str
+    max_num_instances_per_task: int | None
+    max_num_instances_per_eval_task: int | None
+    num_examples: int
+    over_sampling: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.instruction_strategy not in INSTRUCTION_STRATEGIES:
+            allowed = ", ".join(INSTRUCTION_STRATEGIES)
+            raise InputError(f"--instruction_strategy: {self.instruction_strategy!r}; allowed: {allowed}")
+        if self.num_examples < 0:
+            raise InputError(f"--num_examples: {self.num_examples}; allowed: 0 or more")
+
+    def limit(self, subset: str) -> int | None:
+        """Most rows of `subset` ("train", "dev", "test") to keep; None means all, as a negative number does."""
+        limits = {"train": self.max_num_instances_per_task, "dev": self.max_num_instances_per_eval_task, "test": None}
+        limit = limits[subset]
+        return None if limit is None or limit < 0 else limit
+
+    def generator(self, purpose: str, source: "_Source", row_id: str = "") -> random.Random:
+        """A generator of its own for each purpose, dataset and row, so that no draw depends on another's count."""
+        return random.Random(f"{self.seed}/{purpose}/{source.task}/{source.dataset}/{source.subset}/{row_id}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """One file of one dataset, as a task file names it."""
+
+    subset: str
+    task: str
+    dataset: str
+    strategy: str
+    data_dir: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.data_dir / self.task / self.dataset
+
+    def file(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+
+def load_uie_dataset(
+    data_dir: str | os.PathLike,
+    task_config_dir: str | os.PathLike,
+    instruction_file: str | os.PathLike,
+    *,
+    instruction_strategy: str = "single",
+    max_num_instances_per_task: int | None = 10000,
+    max_num_instances_per_eval_task: int | None = 200,
+    num_examples: int = 0,
+    over_sampling: bool = False,
+    seed: int = 42,
+    cache_dir: str | os.PathLike | None = None,
+    overwrite_cache: bool = False,
+) -> datasets.DatasetDict:
+    """The instruction examples of one step of an order, splits "train", "validation" and "test" with `FEATURES`.
+
+    Rows come in the order of the task file, then of the data file. `Instance.id` is the row's index in its file;
+    `Instance.instruction` is everything between the name prefixes and the sentence: the instruction and the line of
+    options, or nothing for COPA, unless the instruction file has an entry for it.
+
+    The sampling strategy of a dataset, from its task file:
+
+    * "full": every row, whatever the limits.
+    * "random" (also when the key is missing): at most N rows, N = `max_num_instances_per_task` for train,
+      `max_num_instances_per_eval_task` for dev, no limit for test. They are a seeded choice, kept in file order. The
+      published code takes the *first* N rows under this name, which in a file sorted by label means one label only.
+
+    Args:
+        instruction_strategy: "single" takes the first instruction of a task, "multiple" a seeded choice for each row.
+        max_num_instances_per_task, max_num_instances_per_eval_task: None or a negative number means no limit.
+        num_examples: above 0, each row shows this many labelled rows of its dataset's train.json (`Samples`, a seeded
+            choice that never holds the row itself), under the task's "few-shot" instructions.
+        over_sampling: fill each training set up to `max_num_instances_per_task` with seeded repetitions, under either
+            strategy.
+        cache_dir: where the Arrow files go; None is the `datasets` library's own cache. Ranks that share it wait for
+            the first of them.
+        overwrite_cache: build anew even if the cache has an answer; with several ranks, the first of a machine does.
+
+    Raises:
+        InputError: a file, row, label, name or option that is not allowed, found before anything is written.
+    """
+    options = _Options(
+        instruction_strategy,
+        max_num_instances_per_task,
+        max_num_instances_per_eval_task,
+        num_examples,
+        over_sampling,
+        seed,
+    )
+    sources = [source for subset in SUBSETS for source in _sources(Path(data_dir), Path(task_config_dir), subset)]
+    instructions = _choose_instructions(instruction_file, {source.task: None for source in sources}, options)
+    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "cl_benchmark"
+    check_writable(cache)
+    folder = cache / _cache_key(sources, instruction_file, options)
+    rebuild = overwrite_cache and os.environ.get("LOCAL_RANK", "0") == "0"
+    with FileLock(f"{folder}.lock"):  # one rank builds while the others wait, and none opens a folder being replaced
+        if rebuild or not folder.is_dir():
+            built = _build(sources, instructions, options)
+            with whole_folder(folder) as partial:
+                built.save_to_disk(partial, num_shards=dict.fromkeys(built, 1))  # an empty split gets none by itself
+        return datasets.load_from_disk(folder)
+
+
+def prompt_parts(example: dict, *, add_task_name: bool, add_dataset_name: bool) -> tuple[str, str, str]:
+    """An example as (head, sentence, tail); the prompt is their concatenation, and only the sentence may be cut.
+
+    head: `Task:` and `Dataset:` lines where asked for, instruction, options, few-shot samples. tail: the answer cue.
+    In a sample, as in training, one space separates the answer from the cue.
+    """
+    head = f"Task:{example['Task']}\n" if add_task_name else ""
+    head += f"Dataset:{example['Dataset']}\n" if add_dataset_name else ""
+    head += example["Instance"]["instruction"]
+    for sample in example["Samples"]:
+        head += f"{sample['sentence']}{ANSWER_CUE} {sample['label']}\n"
+    return head, example["Instance"]["sentence"], ANSWER_CUE
+
+
+def read_instructions(path: str | os.PathLike) -> dict[str, dict[str, list[str]]]:
+    """Task -> instruction type ("zero-shot", "few-shot") -> instructions in file order, each ending in a newline.
+
+    Raises:
+        InputError: unreadable, or not an object of task -> array of {"instruction_type", "instruction"}.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found {_kind(content)}; allowed: an object of task -> array of instructions")
+    return {task: _task_instructions(entries, f"{path}, {task}") for task, entries in content.items()}
+
+
+def _task_instructions(entries: Any, where: str) -> dict[str, list[str]]:
+    if not isinstance(entries, list):
+        raise InputError(f"{where}: found {_kind(entries)}; allowed: an array of instructions")
+    texts: dict[str, list[str]] = {kind: [] for kind in INSTRUCTION_TYPES}
+    for index, entry in enumerate(entries):
+        _check_object(entry, ("instruction_type", "instruction"), f"{where}, entry {index}")
+        kind, text = entry["instruction_type"], entry["instruction"]
+        if kind not in texts:
+            allowed = ", ".join(INSTRUCTION_TYPES)
+            raise InputError(f"{where}, entry {index}: instruction_type {kind!r}; allowed: {allowed}")
+        texts[kind].append(text if text.endswith("\n") else text + "\n")
+    return texts
+
+
+def read_labels(path: str | os.PathLike) -> list[str]:
+    """The answers of a dataset, in the order of the options line.
+
+    Raises:
+        InputError: unreadable, or not a non-empty array of distinct, non-empty strings.
+    """
+    labels = read_json(path)
+    if not isinstance(labels, list) or not labels:
+        raise InputError(f"{path}: found {_kind(labels)}; allowed: a non-empty array of strings")
+    for index, label in enumerate(labels):
+        if not isinstance(label, str) or not label.strip() or label in labels[:index]:
+            raise InputError(f"{path}, entry {index}: found {label!r}; allowed: distinct, non-blank strings")
+    return labels
+
+
+def read_rows(path: str | os.PathLike, labels: list[str]) -> list[dict[str, str]]:
+    """The labelled rows of a data file as {"id", "sentence", "label"}; id is the row's index in the file.
+
+    In dev.json and test.json, rows labelled "-" are left out and counted in the log, unless "-" is one of `labels`.
+
+    Raises:
+        InputError: unreadable, not an array, no labelled rows, or a row that is not {"sentence": non-blank string,
+            "label": one of `labels`}, named by its index.
+    """
+    content = read_json(path)
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{path}: found {_kind(content)}; allowed: a non-empty array of rows")
+    may_lack_label = Path(path).stem in ("dev", "test") and UNLABELLED not in labels
+    rows = []
+    for index, row in enumerate(content):
+        where = f"{path}, row {index}"
+        _check_object(row, ("sentence", "label"), where)
+        if may_lack_label and row["label"] == UNLABELLED:
+            continue
+        if row["label"] not in labels:
+            raise InputError(f"{where}: label {row['label']!r}; allowed: {', '.join(labels)}")
+        rows.append({"id": str(index), "sentence": row["sentence"], "label": row["label"]})
+    if not rows:
+        raise InputError(
+            f"{path}: {len(content)} rows, all labelled {UNLABELLED!r}; allowed: at least one with a label"
+        )
+    if len(rows) < len(content):
+        logger.info("%s: left out %d rows labelled %r", path, len(content) - len(rows), UNLABELLED)
+    return rows
+
+
+def _check_object(entry: Any, keys: tuple[str, str], where: str) -> None:
+    """Refuse anything but an object with exactly these two keys and strings that are not blank."""
+    allowed = f"allowed: an object of exactly {keys[0]!r} and {keys[1]!r}, both non-blank strings"
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: found {_kind(entry)}; {allowed}")
+    if set(entry) != set(keys):
+        raise InputError(f"{where}: keys {', '.join(map(repr, entry)) or 'none'}; {allowed}")
+    for key in keys:
+        if not isinstance(entry[key], str):
+            raise InputError(f"{where}: {key} is {_kind(entry[key])}; {allowed}")
+        if not entry[key].strip():
+            raise InputError(f"{where}: {key} is blank; {allowed}")
+
+
+def _kind(value: Any) -> str:
+    """What kind of JSON value this is, for a message."""
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    name = names.get(type(value), "null")
+    return f"empty {name}" if value in ([], {}, "") else name
+
+
+def _sources(data_dir: Path, task_config_dir: Path, subset: str) -> list[_Source]:
+    """The datasets that a task file names, in its order, each with its folder in the benchmark."""
+    config = task_config_dir / f"{subset}_tasks.json"
+    sources = [
+        _Source(subset, task, entry["dataset name"], entry["sampling strategy"], data_dir)
+        for task, listed in read_task_config(config).items()
+        for entry in listed
+    ]
+    for source in sources:
+        if not source.folder.is_dir():
+            known = ", ".join(benchmark_datasets(data_dir)) or "none"
+            raise InputError(f"{config}: {source.task}/{source.dataset} is not in {data_dir}; allowed: {known}")
+    return sources
+
+
+def _cache_key(sources: list[_Source], instruction_file: str | os.PathLike, options: _Options) -> str:
+    """A digest of all that decides the rows: what the task files name, the contents of the files, the options.
+
+    This module's own text counts as well, so that a change of the code cannot meet rows of its predecessor.
+    """
+    parts: list[Any] = [_digest(__file__), _digest(instruction_file), dataclasses.asdict(options)]
+    for source in sources:
+        names = [source.subset, "labels"] + ["train"] * (options.num_examples > 0)
+        parts.append([source.subset, source.task, source.dataset, source.strategy])
+        parts.append([_digest(source.file(name)) for name in names])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _digest(path: str | os.PathLike) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _build(sources: list[_Source], instructions: dict[str, list[str]], options: _Options) -> datasets.DatasetDict:
+    """Read, check and lay out every source; a split that no task file names a dataset for is empty."""
+    examples: dict[str, list[dict]] = {subset: [] for subset in SUBSETS}
+    for source in sources:
+        examples[source.subset] += _examples(source, instructions[source.task], options)
+    columns = {subset: {name: [row[name] for row in rows] for name in FEATURES} for subset, rows in examples.items()}
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict(columns[subset], features=FEATURES) for subset, split in SPLITS.items()}
+    )
+
+
+def _choose_instructions(path: str | os.PathLike, tasks: Iterable[str], options: _Options) -> dict[str, list[str]]:
+    """The instructions that a row of each task may get; none for COPA, unless the file has an entry for it."""
+    kind = "few-shot" if options.num_examples else "zero-shot"
+    available = {task: texts[kind] for task, texts in read_instructions(path).items()}
+    chosen = {}
+    for task in tasks:
+        texts = available.get(task, [])
+        if not texts and (task != "COPA" or task in available):
+            found = ", ".join(name for name in available if available[name]) or "none"
+            raise InputError(f"{path}: no {kind} instruction for task {task}; allowed: {found}")
+        chosen[task] = texts if options.instruction_strategy == "multiple" else texts[:1]
+    return chosen
+
+
+def _examples(source: _Source, instructions: list[str], options: _Options) -> list[dict]:
+    """The examples of one file, laid out as `FEATURES`."""
+    labels = read_labels(source.file("labels"))
+    rows = _choose(read_rows(source.file(source.subset), labels), source, options)
+    pool = read_rows(source.file("train"), labels) if options.num_examples else []
+    return [_example(row, source, labels, instructions, pool, options) for row in rows]
+
+
+def _example(
+    row: dict, source: _Source, labels: list[str], instructions: list[str], pool: list[dict], options: _Options
+) -> dict:
+    """One example; `pool` holds the rows of train.json that may be shown in it."""
+    instruction = ""
+    if instructions:
+        instruction = options.generator("instruction", source, row["id"]).choice(instructions)
+        instruction += f"Option: {', '.join(labels)} \n"
+    return {
+        "Task": source.task,
+        "Dataset": source.dataset,
+        "subset": source.subset,
+        "Samples": _samples(pool, row, source, options),
+        "Instance": {**row, "ground_truth": row["label"], "instruction": instruction},
+    }
+
+
+def _choose(rows: list[dict], source: _Source, options: _Options) -> list[dict]:
+    """The rows that the sampling strategy and the limits leave, or repeat."""
+    limit = options.limit(source.subset)
+    if limit is None:
+        return rows
+    draw = options.generator("rows", source)
+    if source.strategy == "random" and limit < len(rows):
+        return [rows[index] for index in sorted(draw.sample(range(len(rows)), limit))]
+    if options.over_sampling and source.subset == "train" and limit > len(rows):
+        return rows + draw.choices(rows, k=limit - len(rows))
+    return rows
+
+
+def _samples(pool: list[dict], row: dict, source: _Source, options: _Options) -> list[dict]:
+    """`num_examples` rows of `pool`, the dataset's train.json, but never `row` itself."""
+    own_id = row["id"] if source.subset == "train" else None
+    wanted = options.num_examples
+    drawn = options.generator("samples", source, row["id"]).sample(pool, min(wanted + 1, len(pool)))
+    samples = [{"sentence": other["sentence"], "label": other["label"]} for other in drawn if other["id"] != own_id]
+    if len(samples) < wanted:
+        raise InputError(
+            f"--num_examples: {wanted}; allowed: at most {len(samples)}, the other rows of {source.file('train')}"
+        )
+    return samples[:wanted]

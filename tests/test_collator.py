@@ -1,0 +1,446 @@
+"""The collator: what the model reads, what the loss sees, and that the answer survives every cut."""
+
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_dataset import GOLDEN, SMALL_BENCHMARK, STARS, Benchmark
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
+
+from errors import InputError
+from uie_collator import DataCollatorForUIE
+from uie_dataset_lora import prompt_parts
+
+IGNORED = -100
+CORPUS = [f"{prompt} {label}" for _, _, label, prompt in GOLDEN.values()] * 3
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+LLAMA_SPECIALS = ["<unk>", "<s>", "</s>"]
+
+
+# Tokenizers, one of each kind that a model may bring
+
+
+def _trained(model, trainer, pre_tokenizer=None):
+    tokenizer = Tokenizer(model)
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def _llama_model():
+    """Vocabulary and merges in the manner of sentencepiece BPE: words begin with ▁, unknown characters are bytes."""
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=LLAMA_SPECIALS + BYTES, show_progress=False)
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trained = _trained(models.BPE(byte_fallback=True, unk_token="<unk>"), trainer, metaspace)
+    model = json.loads(trained.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+def t5():
+    specials = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    words = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    vocabulary = json.loads(_trained(models.Unigram(), trainer, words).to_str())["model"]["vocab"]
+    return T5Tokenizer(vocab=[tuple(piece) for piece in vocabulary], extra_ids=0)
+
+
+def byt5():
+    """A slow tokenizer (plain Python, one id a byte), which keeps every character."""
+    return ByT5Tokenizer()
+
+
+def llama():
+    vocabulary, merges = _llama_model()
+    return LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
+
+
+def llama_of_the_hub():
+    """As LLaMA-2's tokenizer.json has it: the prefix space comes from a normaliser, also before a space."""
+    vocabulary, merges = _llama_model()
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def _byte_level(*, by_words, **specials):
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer = _trained(models.BPE(), trainer, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_words))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", **specials)
+
+
+def gpt2():
+    """Byte-level BPE whose BOS is its EOS and is never added."""
+    return _byte_level(by_words=True, bos_token="<|endoftext|>")
+
+
+def merging():
+    """Byte-level BPE without a word rule: the cue, the space and the answer may become one token."""
+    return _byte_level(by_words=False)
+
+
+ENCODER_DECODERS = [t5, byt5]
+DECODERS = [llama, llama_of_the_hub, gpt2, merging, byt5]
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    return {build: build() for build in {*ENCODER_DECODERS, *DECODERS}}
+
+
+# Examples and batches
+
+
+@pytest.fixture(scope="session")
+def golden_rows(tmp_path_factory):
+    """(task, dataset) -> its one row, for each split of the golden benchmark."""
+    benchmark = Benchmark(tmp_path_factory.mktemp("golden"))
+    for (task, dataset), (labels, sentence, label, _) in GOLDEN.items():
+        benchmark.add(task, dataset, labels, [{"label": label, "sentence": sentence}])
+    loaded = benchmark.load()
+    return {split: {(row["Task"], row["Dataset"]): row for row in rows} for split, rows in loaded.items()}
+
+
+def example(sentence, label="very negative", *, subset="train", head="Choose one.\nOption: a, b \n"):
+    instance = {"id": "7", "sentence": sentence, "label": label, "ground_truth": label, "instruction": head}
+    return {"Task": "SC", "Dataset": "mine", "subset": subset, "Samples": [], "Instance": instance}
+
+
+def collator(tokenizer, decoder_only, **changes):
+    options = {"max_source_length": 2048, "max_target_length": 200, "add_task_name": True, "add_dataset_name": True}
+    return DataCollatorForUIE(tokenizer, decoder_only=decoder_only, **{**options, **changes})
+
+
+def kept(values, mask):
+    return values[mask.bool()].tolist()
+
+
+def text(tokenizer, ids):
+    return tokenizer.decode([one for one in ids if one not in tokenizer.all_special_ids])
+
+
+def prompt_of(row):
+    return "".join(prompt_parts(row, add_task_name=True, add_dataset_name=True))
+
+
+# The golden cases
+
+
+@pytest.mark.parametrize("build", ENCODER_DECODERS)
+@pytest.mark.parametrize("key", GOLDEN, ids="/".join)
+def test_encoder_decoder_golden(tokenizers, golden_rows, build, key):
+    tokenizer = tokenizers[build]
+    _, _, label, prompt = GOLDEN[key]
+    other = example("short", "A")
+    batch = collator(tokenizer, False)([other, golden_rows["train"][key]])
+    source = kept(batch["input_ids"][1], batch["attention_mask"][1])
+    target = batch["labels"][1][batch["labels"][1] != IGNORED].tolist()
+    expected = " ".join(prompt.split()) if build is t5 else prompt  # T5 has no piece for a newline
+    assert text(tokenizer, source) == expected
+    assert text(tokenizer, target) == label
+    assert source.count(tokenizer.eos_token_id) == target.count(tokenizer.eos_token_id) == 1
+    assert source[-1] == target[-1] == tokenizer.eos_token_id
+    assert batch["labels"].shape == (2, len(target)) and batch["input_ids"].shape == (2, len(source))
+
+
+@pytest.mark.parametrize("build", DECODERS)
+@pytest.mark.parametrize("key", GOLDEN, ids="/".join)
+def test_decoder_training_golden(tokenizers, golden_rows, build, key):
+    tokenizer = tokenizers[build]
+    _, _, label, prompt = GOLDEN[key]
+    batch = collator(tokenizer, True)([example("short", "A"), golden_rows["train"][key]])
+    row = {name: values[1] for name, values in batch.items()}
+    masked = kept(row["input_ids"], row["attention_mask"].bool() & (row["labels"] == IGNORED))
+    learnt = kept(row["input_ids"], row["labels"] != IGNORED)
+    assert text(tokenizer, masked) == prompt
+    assert text(tokenizer, learnt).removeprefix(" ") == label
+    assert learnt[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in learnt[:-1]
+    assert row["labels"][row["labels"] != IGNORED].tolist() == learnt
+    assert row["input_ids"][-len(learnt) :].tolist() == learnt
+    assert batch["labels"].shape == batch["input_ids"].shape == (2, len(masked) + len(learnt))
+
+
+@pytest.mark.parametrize("build", DECODERS)
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_decoder_evaluation_golden(tokenizers, golden_rows, build, split):
+    tokenizer = tokenizers[build]
+    rows = [golden_rows[split][key] for key in GOLDEN]
+    batch = collator(tokenizer, True)(rows)
+    for index, (_, _, label, prompt) in enumerate(GOLDEN.values()):
+        source = kept(batch["input_ids"][index], batch["attention_mask"][index])
+        target = batch["labels"][index]
+        assert text(tokenizer, source) == prompt
+        assert batch["input_ids"][index][-len(source) :].tolist() == source
+        assert text(tokenizer, target[target != IGNORED].tolist()).removeprefix(" ") == label
+        assert (target != IGNORED).tolist() == sorted((target != IGNORED).tolist(), reverse=True)
+    assert batch["labels"].shape[1] == (batch["labels"] != IGNORED).sum(1).max() < batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("build", DECODERS)
+def test_decoder_generates_from_what_it_was_trained_on(tokenizers, golden_rows, build):
+    collate = collator(tokenizers[build], True)
+    for key in GOLDEN:
+        train, test = (collate([golden_rows[split][key]]) for split in ("train", "test"))
+        prompt, answer = test["input_ids"][0].tolist(), test["labels"][0].tolist()
+        assert train["input_ids"][0].tolist() == prompt + answer
+        assert train["labels"][0].tolist() == [IGNORED] * len(prompt) + answer
+
+
+@pytest.mark.parametrize("build, space", [(llama, "▁"), (llama_of_the_hub, "▁"), (gpt2, "Ġ")])
+def test_an_answer_begins_with_one_space(tokenizers, build, space):
+    tokenizer = tokenizers[build]
+    batch = collator(tokenizer, True)([example("text", "positive", subset="test")])
+    assert "".join(tokenizer.convert_ids_to_tokens(batch["labels"][0].tolist()[:-1])) == f"{space}positive"
+
+
+def test_the_merging_tokenizer_does_merge_across_the_cue(tokenizers):
+    tokenizer = tokenizers[merging]
+    cue, joined = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\nAnswer:", "\nAnswer: A"))
+    assert joined[: len(cue)] != cue
+
+
+@pytest.mark.parametrize("build, count", [(llama, 1), (llama_of_the_hub, 1), (gpt2, 0)])
+@pytest.mark.parametrize("subset", ["train", "test"])
+def test_bos_stands_once_if_the_tokenizer_adds_it(tokenizers, build, count, subset):
+    tokenizer = tokenizers[build]
+    spelt_out = f"a {tokenizer.bos_token} b {tokenizer.eos_token}"
+    batch = collator(tokenizer, True)([example(spelt_out, subset=subset), example("longer " * 9, subset=subset)])
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
+        source = kept(ids, mask)
+        if subset == "train":
+            assert source.pop() == tokenizer.eos_token_id
+        assert source.count(tokenizer.bos_token_id) == count
+        assert (source[0] == tokenizer.bos_token_id) == bool(count)
+        assert source.count(tokenizer.eos_token_id) == 0
+
+
+@pytest.mark.parametrize("subset", ["train", "test"])
+def test_no_result_depends_on_the_choice_of_padding(subset):
+    tokenizer = llama()
+    rows = [example("short", "A", subset=subset), example("longer " * 9, subset=subset)]
+    batches = []
+    for pad in (None, "<s>", "</s>", "<unk>"):
+        tokenizer.pad_token = pad
+        batches.append(collator(tokenizer, True)(rows))
+    for batch in batches[1:]:
+        for name in ("attention_mask", "labels"):
+            assert torch.equal(batch[name], batches[0][name])
+        real = batch["attention_mask"].bool()
+        assert torch.equal(batch["input_ids"][real], batches[0]["input_ids"][real])
+
+
+FAMILIES = [(t5, False, "train"), (t5, False, "test"), (llama, True, "train"), (llama, True, "test")]
+PAIR = [("short", "A"), ("longer " * 9, "very negative")]
+
+
+@pytest.mark.parametrize("build, decoder_only, subset", FAMILIES)
+def test_padding_side(tokenizers, build, decoder_only, subset):
+    batch = collator(tokenizers[build], decoder_only)([example(*pair, subset=subset) for pair in PAIR])
+    mask, learnt = batch["attention_mask"][0].tolist(), (batch["labels"][0] != IGNORED).tolist()
+    assert mask == sorted(mask, reverse=not decoder_only) and set(mask) == {0, 1}
+    answer_in_input = decoder_only and subset == "train"
+    assert learnt == sorted(learnt, reverse=not answer_in_input) and set(learnt) == {False, True}
+
+
+@pytest.mark.parametrize("build, decoder_only, subset", FAMILIES)
+@pytest.mark.parametrize("multiple", [8, 7, 64])
+def test_pad_to_multiple_of_moves_nothing(tokenizers, build, decoder_only, subset, multiple):
+    rows = [example(*pair, subset=subset) for pair in PAIR]
+    plain = collator(tokenizers[build], decoder_only)(rows)
+    padded = collator(tokenizers[build], decoder_only, pad_to_multiple_of=multiple)(rows)
+    for name, fill in (("input_ids", tokenizers[build].pad_token_id), ("attention_mask", 0), ("labels", IGNORED)):
+        extra = padded[name].shape[1] - plain[name].shape[1]
+        on_left = decoder_only and (name != "labels" or subset == "train")
+        kept_part = padded[name][:, extra:] if on_left else padded[name][:, : plain[name].shape[1]]
+        assert padded[name].shape[1] % multiple == 0 and 0 <= extra < multiple
+        assert torch.equal(kept_part, plain[name])
+        assert fill is None or (padded[name] == fill).sum() - (plain[name] == fill).sum() == 2 * extra
+
+
+def test_other_label_padding(tokenizers):
+    batch = collator(tokenizers[llama], True, label_pad_token_id=-1)([example("text")])
+    assert batch["labels"][0][0] == -1 and IGNORED not in batch["labels"]
+
+
+# Truncation
+
+
+LONG = "paragraph: " + "the river is wide and slow here, " * 40
+MULTIRC = f"{LONG}\nquestion: How wide is it?\ncandidate answer: very"
+
+
+@pytest.mark.parametrize("build, decoder_only", [(t5, False), (byt5, False), (llama, True), (gpt2, True)])
+@pytest.mark.parametrize("subset", ["train", "test"])
+def test_only_the_right_end_of_the_longest_line_is_cut(tokenizers, build, decoder_only, subset):
+    tokenizer, limit, row = tokenizers[build], 300, example(MULTIRC, subset=subset)
+    assert len(tokenizer(prompt_of(row)).input_ids) > limit
+    batch = collator(tokenizer, decoder_only, max_source_length=limit)([row])
+    in_prompt = batch["attention_mask"][0].bool()
+    if decoder_only and subset == "train":
+        in_prompt &= batch["labels"][0] == IGNORED
+    ids = kept(batch["input_ids"][0], in_prompt)
+    head, _, tail = prompt_parts(row, add_task_name=True, add_dataset_name=True)
+    before, after = head, f"\nquestion: How wide is it?\ncandidate answer: very{tail}"
+    found = text(tokenizer, ids)
+    if build is t5:
+        before, after = " ".join(head.split()), after.replace("\n", " ")
+        found = re.sub(r"\s+", " ", found)
+    assert found.startswith(before) and found.endswith(after)
+    paragraph = found.removeprefix(before).removesuffix(after).strip()
+    assert LONG.startswith(paragraph) and len(paragraph) > 100
+    assert limit - 12 < len(ids) <= limit  # the width is the greatest: less than one more word of room is left
+    labels = batch["labels"][0]
+    assert text(tokenizer, labels[labels != IGNORED].tolist()).removeprefix(" ") == "very negative"
+
+
+def test_lines_of_like_length_are_cut_alike(tokenizers):
+    sentence = "sentence 1: " + "a" * 200 + "\nsentence 2: " + "b" * 150 + "\nkept whole"
+    batch = collator(tokenizers[byt5], False, max_source_length=200)([example(sentence)])
+    lines = text(tokenizers[byt5], kept(batch["input_ids"][0], batch["attention_mask"][0])).split("\n")
+    first, second, third, cue = lines[-4:]
+    assert len(first) == len(second) < 150 and (third, cue) == ("kept whole", "Answer:")
+    assert first == sentence[: len(first)] and second.startswith("sentence 2: bbb")
+    assert batch["input_ids"].shape[1] in (199, 200)
+
+
+def test_training_has_room_for_a_full_prompt_and_a_full_answer(tokenizers):
+    tokenizer = tokenizers[byt5]
+    batch = collator(tokenizer, True, max_source_length=100, max_target_length=30)([example("x" * 500, "y" * 28)])
+    assert batch["input_ids"].shape[1] == 100 + 30
+    assert (batch["labels"] != IGNORED).sum() == 30
+
+
+@pytest.mark.parametrize(
+    "build, decoder_only", [(t5, False), (byt5, False), (llama, True), (gpt2, True), (merging, True)]
+)
+@settings(max_examples=30, deadline=None)
+@given(
+    sentence=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300),
+    label=st.sampled_from([*STARS, "A", "Society & Culture"]),
+    limit=st.integers(150, 260),
+)
+def test_whatever_the_text_the_answer_is_whole_and_the_prompt_fits(
+    tokenizers, build, decoder_only, sentence, label, limit
+):
+    tokenizer = tokenizers[build]
+    collate = collator(tokenizer, decoder_only, max_source_length=limit)
+    answer = collate([example("x", label, subset="test")])["labels"][0].tolist()
+    batch = collate([example(sentence, label), example("x", "A")])
+    labels, ids, mask = (batch[name][0] for name in ("labels", "input_ids", "attention_mask"))
+    assert labels[labels != IGNORED].tolist() == answer
+    prompt = kept(ids, mask)
+    if decoder_only:
+        assert prompt[-len(answer) :] == answer
+        prompt = prompt[: -len(answer)]
+        assert text(tokenizer, prompt).endswith("\nAnswer:")
+    assert text(tokenizer, answer).removeprefix(" ") == label
+    assert len(prompt) <= limit
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("build, decoder_only", [(byt5, False), (byt5, True)])
+def test_a_head_that_does_not_fit(tokenizers, build, decoder_only):
+    row = example("some text", head="h" * 100 + "\n")
+    prompt = prompt_of(example("", head="h" * 100 + "\n"))
+    needed = len(prompt) + (not decoder_only)  # EOS
+    with pytest.raises(InputError) as error:
+        collator(tokenizers[build], decoder_only, max_source_length=needed - 1)([row])
+    assert str(error.value) == (
+        f"mine, train row 7: the prompt without its sentence needs {needed} tokens; "
+        f"allowed: --max_source_length {needed - 1}"
+    )
+    assert collator(tokenizers[build], decoder_only, max_source_length=needed)([row])
+
+
+@pytest.mark.parametrize("decoder_only, needed", [(False, 11), (True, 12)])
+def test_an_answer_that_does_not_fit(tokenizers, decoder_only, needed):
+    with pytest.raises(InputError) as error:
+        collator(tokenizers[byt5], decoder_only, max_target_length=needed - 1)(
+            [example("x", "0123456789", subset="dev")]
+        )
+    assert str(error.value) == (
+        f"mine, dev row 7: the answer '0123456789' needs {needed} tokens; allowed: --max_target_length {needed - 1}"
+    )
+    assert collator(tokenizers[byt5], decoder_only, max_target_length=needed)([example("x", "0123456789")])
+
+
+def test_a_tokenizer_without_eos():
+    tokenizer = gpt2()
+    tokenizer.eos_token = None
+    with pytest.raises(InputError) as error:
+        collator(tokenizer, True)
+    assert str(error.value) == "--model_name_or_path: a tokenizer without an EOS token; allowed: one that has it"
+
+
+def test_training_and_evaluation_rows_do_not_mix(tokenizers):
+    with pytest.raises(ValueError, match="mixes rows of train with rows of dev or test"):
+        collator(tokenizers[llama], True)([example("x"), example("x", subset="test")])
+
+
+# The record
+
+
+def test_every_batch_is_recorded_as_read(tokenizers, tmp_path, monkeypatch):
+    path = tmp_path / "record.jsonl"
+    collate = collator(tokenizers[byt5], False, max_source_length=100, input_record_file=path)
+    rows = [example("naïve\nlines"), example("y" * 300, "A")]
+    collate(rows)
+    collate(rows[:1])
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["label"] for line in lines] == ["very negative", "A", "very negative"]
+    assert lines[0] == lines[2] == {"source": prompt_of(rows[0]), "label": "very negative"}
+    assert len(lines[1]["source"]) == 99 and lines[1]["source"].endswith("yyy\nAnswer:")
+    assert "naïve" in path.read_text(encoding="utf-8")
+    monkeypatch.setenv("RANK", "1")
+    collate(rows)
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_a_record_that_cannot_be_written(tokenizers, tmp_path):
+    path = tmp_path / "missing" / "record.jsonl"
+    with pytest.raises(InputError) as error:
+        collator(tokenizers[byt5], False, input_record_file=path)
+    assert str(error.value) == (
+        f"--input_record_file {path}: cannot be written (No such file or directory); "
+        "allowed: a file in a folder that exists"
+    )
+
+
+# Real data
+
+
+@pytest.mark.skipif(not SMALL_BENCHMARK.is_dir(), reason="the small real benchmark is not here")
+@pytest.mark.parametrize("build, decoder_only", [(t5, False), (llama, True)])
+def test_rows_of_the_small_benchmark_get_through(tokenizers, tmp_path, build, decoder_only):
+    benchmark = Benchmark(tmp_path)
+    benchmark.data = SMALL_BENCHMARK
+    for labels in SMALL_BENCHMARK.glob("*/*/labels.json"):
+        for listed in benchmark.listed.values():
+            listed[labels.parts[-3]].append({"dataset name": labels.parts[-2]})
+    benchmark.configure()
+    tokenizer = tokenizers[build]
+    collate = collator(tokenizer, decoder_only, max_source_length=1024, max_target_length=50)
+    for rows in benchmark.load().values():
+        for batch in rows.shard(4, 0).iter(64):  # every fourth row: all of them take half a minute
+            examples = [{name: values[index] for name, values in batch.items()} for index in range(len(batch["Task"]))]
+            collated = collate(examples)
+            for index, row in enumerate(examples):
+                labels = collated["labels"][index]
+                answer = text(tokenizer, labels[labels != IGNORED].tolist())
+                assert answer.removeprefix(" ") == row["Instance"]["label"]

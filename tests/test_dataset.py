@@ -1,0 +1,655 @@
+"""The loader: the exact prompt of each dataset, sampling, few-shot, the cache, and every kind of bad input."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from errors import InputError
+from order_config import TASKS
+from uie_dataset_lora import FEATURES, load_uie_dataset, prompt_parts, read_instructions, read_labels, read_rows
+
+SMALL_BENCHMARK = Path(__file__).parents[2] / "shared" / "cl_benchmark_small"
+
+INSTRUCTIONS = {
+    "SC": "How does the writer feel? Choose one option.\n",
+    "TC": "What is the text about? Choose one option.\n",
+    "NLI": "How are the two sentences related? Choose one option.\n",
+    "QQP": "Do both questions mean the same? Choose one option.\n",
+    "WiC": "Has the word one meaning in both sentences? Choose one option.\n",
+    "MultiRC": "Does the answer fit the paragraph and the question? Choose one option.\n",
+    "BoolQA": "Does the passage say yes? Choose one option.\n",
+}
+STARS = ["very negative", "negative", "neutral", "positive", "very positive"]
+
+# (task, dataset): labels, sentence, label, and the whole prompt with both names in front.
+GOLDEN = {
+    ("SC", "yelp"): (
+        STARS,
+        "Text: The soup was cold.\\nThe waiter {smiled} anyway.\n",
+        "negative",
+        "Task:SC\nDataset:yelp\nHow does the writer feel? Choose one option.\n"
+        "Option: very negative, negative, neutral, positive, very positive \n"
+        "Text: The soup was cold.\\nThe waiter {smiled} anyway.\n\nAnswer:",
+    ),
+    ("SC", "amazon"): (
+        STARS,
+        "Title: Good lamp\nText: It lights my desk and {0} never flickers.\n",
+        "very positive",
+        "Task:SC\nDataset:amazon\nHow does the writer feel? Choose one option.\n"
+        "Option: very negative, negative, neutral, positive, very positive \n"
+        "Title: Good lamp\nText: It lights my desk and {0} never flickers.\n\nAnswer:",
+    ),
+    ("SC", "IMDB"): (
+        ["Good", "Bad"],
+        "Two hours of fog.<br /><br />Then the credits.",
+        "Bad",
+        "Task:SC\nDataset:IMDB\nHow does the writer feel? Choose one option.\nOption: Good, Bad \n"
+        "Two hours of fog.<br /><br />Then the credits.\nAnswer:",
+    ),
+    ("SC", "SST-2"): (
+        ["Good", "Bad"],
+        "Text: a warm and clever film ",
+        "Good",
+        "Task:SC\nDataset:SST-2\nHow does the writer feel? Choose one option.\nOption: Good, Bad \n"
+        "Text: a warm and clever film \nAnswer:",
+    ),
+    ("TC", "dbpedia"): (
+        [
+            "Company",
+            "Educational Institution",
+            "Artist",
+            "Athlete",
+            "Office Holder",
+            "Mean of Transportation",
+            "Building",
+            "Natural Place",
+            "Village",
+            "Animal",
+            "Plant",
+            "Album",
+            "Film",
+            "Written Work",
+        ],
+        "Title: MV Tern\nText: The MV Tern is a ferry that serves two small islands.\n",
+        "Mean of Transportation",
+        "Task:TC\nDataset:dbpedia\nWhat is the text about? Choose one option.\n"
+        "Option: Company, Educational Institution, Artist, Athlete, Office Holder, Mean of Transportation, "
+        "Building, Natural Place, Village, Animal, Plant, Album, Film, Written Work \n"
+        "Title: MV Tern\nText: The MV Tern is a ferry that serves two small islands.\n\nAnswer:",
+    ),
+    ("TC", "agnews"): (
+        ["World", "Sports", "Business", "Science or Technology"],
+        "Title: Comet seen\nText: A new comet was found by two students.\n",
+        "Science or Technology",
+        "Task:TC\nDataset:agnews\nWhat is the text about? Choose one option.\n"
+        "Option: World, Sports, Business, Science or Technology \n"
+        "Title: Comet seen\nText: A new comet was found by two students.\n\nAnswer:",
+    ),
+    ("TC", "yahoo"): (
+        [
+            "Society & Culture",
+            "Science & Mathematics",
+            "Health",
+            "Education & Reference",
+            "Computers & Internet",
+            "Sports",
+            "Business & Finance",
+            "Entertainment & Music",
+            "Family & Relationships",
+            "Politics & Government",
+        ],
+        "Title: Cold\nQuestion: How long does a cold last?\nAnswer: About a week.\n",
+        "Health",
+        "Task:TC\nDataset:yahoo\nWhat is the text about? Choose one option.\n"
+        "Option: Society & Culture, Science & Mathematics, Health, Education & Reference, Computers & Internet, "
+        "Sports, Business & Finance, Entertainment & Music, Family & Relationships, Politics & Government \n"
+        "Title: Cold\nQuestion: How long does a cold last?\nAnswer: About a week.\n\nAnswer:",
+    ),
+    ("NLI", "MNLI"): (
+        ["neutral", "entailment", "contradiction"],
+        "sentence 1: The dog sleeps on the mat.\nsentence 2: The dog is awake.",
+        "contradiction",
+        "Task:NLI\nDataset:MNLI\nHow are the two sentences related? Choose one option.\n"
+        "Option: neutral, entailment, contradiction \n"
+        "sentence 1: The dog sleeps on the mat.\nsentence 2: The dog is awake.\nAnswer:",
+    ),
+    ("NLI", "CB"): (
+        ["entailment", "contradiction", "neutral"],
+        "sentence 1: I think she left. Did she?\nsentence 2: she left",
+        "neutral",
+        "Task:NLI\nDataset:CB\nHow are the two sentences related? Choose one option.\n"
+        "Option: entailment, contradiction, neutral \n"
+        "sentence 1: I think she left. Did she?\nsentence 2: she left\nAnswer:",
+    ),
+    ("NLI", "RTE"): (
+        ["contradiction", "entailment"],
+        "sentence 1: Oslo is the capital of Norway.\nsentence 2: Norway has a capital.",
+        "entailment",
+        "Task:NLI\nDataset:RTE\nHow are the two sentences related? Choose one option.\n"
+        "Option: contradiction, entailment \n"
+        "sentence 1: Oslo is the capital of Norway.\nsentence 2: Norway has a capital.\nAnswer:",
+    ),
+    ("QQP", "QQP"): (
+        ["False", "True"],
+        "first sentence: How do I boil rice?\nsecond sentence: How is rice boiled?",
+        "True",
+        "Task:QQP\nDataset:QQP\nDo both questions mean the same? Choose one option.\nOption: False, True \n"
+        "first sentence: How do I boil rice?\nsecond sentence: How is rice boiled?\nAnswer:",
+    ),
+    ("BoolQA", "BoolQA"): (
+        ["True", "False"],
+        "question: is salt a mineral\npassage: Salt -- Salt is a mineral made of two elements.",
+        "True",
+        "Task:BoolQA\nDataset:BoolQA\nDoes the passage say yes? Choose one option.\nOption: True, False \n"
+        "question: is salt a mineral\npassage: Salt -- Salt is a mineral made of two elements.\nAnswer:",
+    ),
+    ("MultiRC", "MultiRC"): (
+        ["False", "True"],
+        "paragraph: Ada had two cats. One of them was old.\nquestion: How many cats?\ncandidate answer: three",
+        "False",
+        "Task:MultiRC\nDataset:MultiRC\nDoes the answer fit the paragraph and the question? Choose one option.\n"
+        "Option: False, True \n"
+        "paragraph: Ada had two cats. One of them was old.\nquestion: How many cats?\ncandidate answer: three\nAnswer:",
+    ),
+    ("COPA", "COPA"): (
+        ["A", "B"],
+        'What caused "The cup fell."? Pick A or B.\nA: The table shook.\nB: The tea was hot.',
+        "A",
+        "Task:COPA\nDataset:COPA\n"
+        'What caused "The cup fell."? Pick A or B.\nA: The table shook.\nB: The tea was hot.\nAnswer:',
+    ),
+    ("WiC", "WiC"): (
+        ["True", "False"],
+        "word: bank\nWe sat on the bank of the river.\nThe bank lent us money.",
+        "False",
+        "Task:WiC\nDataset:WiC\nHas the word one meaning in both sentences? Choose one option.\n"
+        "Option: True, False \n"
+        "word: bank\nWe sat on the bank of the river.\nThe bank lent us money.\nAnswer:",
+    ),
+}
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+class Benchmark:
+    """A benchmark of one dataset or more in a temporary folder, with a step's configs and instructions."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.data, self.configs, self.instructions = folder / "data", folder / "step", folder / "instructions.json"
+        self.listed = {subset: {task: [] for task in TASKS} for subset in ("train", "dev", "test")}
+        self.instruct({task: [("zero-shot", text)] for task, text in INSTRUCTIONS.items()})
+        self.configure()
+
+    def add(self, task, dataset, labels, rows, *, subsets=("train", "dev", "test"), **entry):
+        write(self.data / task / dataset / "labels.json", labels)
+        for subset in ("train", "dev", "test"):
+            write(self.data / task / dataset / f"{subset}.json", rows)
+        for subset in subsets:
+            self.listed[subset][task].append({"dataset name": dataset, **entry})
+        self.configure()
+        return self.data / task / dataset
+
+    def configure(self):
+        for subset, listed in self.listed.items():
+            write(self.configs / f"{subset}_tasks.json", listed)
+
+    def instruct(self, texts):
+        entries = {
+            task: [{"instruction_type": kind, "instruction": text} for kind, text in pairs]
+            for task, pairs in texts.items()
+        }
+        write(self.instructions, entries)
+
+    def load(self, **options):
+        return load_uie_dataset(self.data, self.configs, self.instructions, cache_dir=self.folder / "cache", **options)
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    return Benchmark(tmp_path)
+
+
+@pytest.fixture
+def golden(benchmark):
+    for (task, dataset), (labels, sentence, label, _) in GOLDEN.items():
+        benchmark.add(task, dataset, labels, [{"label": label, "sentence": sentence}], **{"sampling strategy": "full"})
+    return benchmark
+
+
+def numbered(count, labels=("False", "True")):
+    return [{"sentence": f"question {index}", "label": labels[index % len(labels)]} for index in range(count)]
+
+
+def ids(rows):
+    return [int(row["Instance"]["id"]) for row in rows]
+
+
+# Prompts
+
+
+def prompt(example, *, names=True):
+    return "".join(prompt_parts(example, add_task_name=names, add_dataset_name=names))
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_every_dataset_has_its_exact_prompt(golden, split):
+    rows = golden.load()[split]
+    found = {(row["Task"], row["Dataset"]): prompt(row) for row in rows}
+    assert found == {key: expected for key, (_, _, _, expected) in GOLDEN.items()}
+    assert [row["Task"] for row in rows] == sorted((task for task, _ in GOLDEN), key=TASKS.index)
+
+
+def test_row_layout(golden):
+    rows = golden.load()
+    row = next(row for row in rows["validation"] if row["Dataset"] == "CB")
+    assert rows["train"].features == FEATURES
+    assert row == {
+        "Task": "NLI",
+        "Dataset": "CB",
+        "subset": "dev",
+        "Samples": [],
+        "Instance": {
+            "id": "0",
+            "sentence": "sentence 1: I think she left. Did she?\nsentence 2: she left",
+            "label": "neutral",
+            "ground_truth": "neutral",
+            "instruction": INSTRUCTIONS["NLI"] + "Option: entailment, contradiction, neutral \n",
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "task_name, dataset_name, start",
+    [
+        (False, False, "What is the text"),
+        (True, False, "Task:TC\nWhat"),
+        (False, True, "Dataset:agnews\nWhat"),
+    ],
+)
+def test_names_are_prefixed_only_where_asked_for(golden, task_name, dataset_name, start):
+    row = next(row for row in golden.load()["test"] if row["Dataset"] == "agnews")
+    head, sentence, tail = prompt_parts(row, add_task_name=task_name, add_dataset_name=dataset_name)
+    assert head.startswith(start) and head.endswith(" \n")
+    assert (sentence, tail) == (row["Instance"]["sentence"], "\nAnswer:")
+
+
+def test_braces_in_instructions_and_labels_are_text(benchmark):
+    benchmark.add("QQP", "QQP", ["{0}", "a}"], [{"sentence": "{x", "label": "{0}"}])
+    benchmark.instruct({"QQP": [("zero-shot", "Which {} {?\n")]})
+    assert prompt(benchmark.load()["train"][0], names=False) == "Which {} {?\nOption: {0}, a} \n{x\nAnswer:"
+
+
+def test_an_instruction_without_newline_gets_one(benchmark):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(1))
+    benchmark.instruct({"QQP": [("zero-shot", "Same?")]})
+    assert benchmark.load()["train"][0]["Instance"]["instruction"] == "Same?\nOption: False, True \n"
+
+
+def test_copa_uses_an_entry_of_its_own(benchmark):
+    benchmark.add("COPA", "COPA", ["A", "B"], [{"sentence": "Why?\nA: x\nB: y", "label": "A"}])
+    benchmark.instruct({"COPA": [("zero-shot", "Pick.\n")]})
+    assert prompt(benchmark.load()["train"][0], names=False) == "Pick.\nOption: A, B \nWhy?\nA: x\nB: y\nAnswer:"
+
+
+def test_instruction_strategies(benchmark):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(60))
+    benchmark.instruct({"QQP": [("zero-shot", f"Wording {index}\n") for index in range(3)]})
+
+    def wordings(**options):
+        return [row["Instance"]["instruction"].split("\n")[0] for row in benchmark.load(**options)["train"]]
+
+    assert set(wordings()) == {"Wording 0"}
+    drawn = wordings(instruction_strategy="multiple")
+    assert set(drawn) == {"Wording 0", "Wording 1", "Wording 2"}
+    assert drawn == wordings(instruction_strategy="multiple", overwrite_cache=True)
+    assert drawn != wordings(instruction_strategy="multiple", seed=7)
+
+
+# Sampling
+
+
+def test_full_keeps_every_row_and_random_a_seeded_choice_in_file_order(benchmark):
+    benchmark.add("QQP", "full", ["False", "True"], numbered(50), **{"sampling strategy": "full"})
+    benchmark.add("QQP", "random", ["False", "True"], numbered(50), **{"sampling strategy": "random"})
+    benchmark.add("QQP", "unnamed", ["False", "True"], numbered(50))
+
+    def chosen(dataset, split, **options):
+        rows = benchmark.load(max_num_instances_per_task=20, max_num_instances_per_eval_task=5, **options)[split]
+        return ids(row for row in rows if row["Dataset"] == dataset)
+
+    assert all(chosen("full", split) == list(range(50)) for split in ("train", "validation", "test"))
+    for dataset in ("random", "unnamed"):
+        train = chosen(dataset, "train")
+        assert len(set(train)) == 20 and train == sorted(train) and train != list(range(20))
+        assert len(chosen(dataset, "validation")) == 5
+        assert chosen(dataset, "test") == list(range(50))
+        assert train == chosen(dataset, "train", overwrite_cache=True) != chosen(dataset, "train", seed=1)
+
+
+@pytest.mark.parametrize("limit", [None, -1])
+def test_no_limit(benchmark, limit):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(300))
+    rows = benchmark.load(max_num_instances_per_task=limit, max_num_instances_per_eval_task=limit)
+    assert {split: len(part) for split, part in rows.items()} == {"train": 300, "validation": 300, "test": 300}
+
+
+def test_over_sampling_repeats_training_rows_up_to_the_limit(benchmark):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(6))
+    rows = benchmark.load(over_sampling=True, max_num_instances_per_task=40, max_num_instances_per_eval_task=40)
+    assert ids(rows["train"])[:6] == list(range(6)) and len(rows["train"]) == 40
+    assert set(ids(rows["train"])[6:]) <= set(range(6)) and len(set(ids(rows["train"])[6:])) > 1
+    assert len(rows["validation"]) == len(rows["test"]) == 6
+
+
+def test_a_split_without_datasets_is_empty(benchmark):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(3), subsets=("train", "test"))
+    for _ in range(2):
+        rows = benchmark.load()
+        assert {split: len(part) for split, part in rows.items()} == {"train": 3, "validation": 0, "test": 3}
+        assert rows["validation"].features == FEATURES
+
+
+# Few-shot
+
+
+def test_few_shot_shows_other_rows_of_train(benchmark):
+    folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(8))
+    write(folder / "test.json", [{"sentence": "test question", "label": "True"}])
+    benchmark.instruct({"QQP": [("zero-shot", "Zero\n"), ("few-shot", "Few\n")]})
+    rows = benchmark.load(num_examples=3)
+    train = {row["sentence"]: row["label"] for row in numbered(8)}
+    for row in rows["train"]:
+        shown = [sample["sentence"] for sample in row["Samples"]]
+        assert len(set(shown)) == 3 and row["Instance"]["sentence"] not in shown
+        assert all(train[sample["sentence"]] == sample["label"] for sample in row["Samples"])
+    assert len({row["Samples"][0]["sentence"] for row in rows["train"]}) > 1
+    [row] = rows["test"]
+    first, second, third = row["Samples"]
+    assert prompt(row, names=False) == (
+        "Few\nOption: False, True \n"
+        f"{first['sentence']}\nAnswer: {first['label']}\n"
+        f"{second['sentence']}\nAnswer: {second['label']}\n"
+        f"{third['sentence']}\nAnswer: {third['label']}\n"
+        "test question\nAnswer:"
+    )
+
+
+def test_few_shot_may_show_all_other_rows_but_no_more(benchmark):
+    folder = benchmark.add("COPA", "COPA", ["A", "B"], numbered(4, "AB"))
+    rows = benchmark.load(num_examples=3)
+    for row in rows["train"]:
+        others = {f"question {index}" for index in range(4)} - {row["Instance"]["sentence"]}
+        assert {sample["sentence"] for sample in row["Samples"]} == others
+    expected = f"--num_examples: 4; allowed: at most 3, the other rows of {folder / 'train.json'}"
+    with pytest.raises(InputError, match=f"^{expected}$"):
+        benchmark.load(num_examples=4)
+
+
+# Cache
+
+
+@pytest.fixture
+def counted_reads(monkeypatch):
+    """Names of the data files that were read row by row."""
+    import uie_dataset_lora
+
+    reads = []
+
+    def counting(path, labels):
+        reads.append(Path(path).name)
+        return read_rows(path, labels)
+
+    monkeypatch.setattr(uie_dataset_lora, "read_rows", counting)
+    return reads
+
+
+def test_the_second_load_reads_no_rows(benchmark, counted_reads):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(5))
+    first = benchmark.load()
+    assert sorted(counted_reads) == ["dev.json", "test.json", "train.json"]
+    assert benchmark.load()["train"].to_list() == first["train"].to_list()
+    assert len(counted_reads) == 3
+    benchmark.load(overwrite_cache=True)
+    assert len(counted_reads) == 6
+
+
+def test_the_cache_follows_contents_not_paths(benchmark, counted_reads):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(5))
+    benchmark.load()
+    benchmark.data = benchmark.data.rename(benchmark.folder / "moved")
+    benchmark.load()
+    assert len(counted_reads) == 3
+
+
+def edit_sentence(benchmark):
+    rows = numbered(5)
+    rows[0]["sentence"] = "question X"
+    path = benchmark.data / "QQP" / "QQP" / "train.json"
+    stamp = path.stat()
+    write(path, rows)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # same size, same time: only the contents tell
+
+
+def edit_labels(benchmark):
+    write(benchmark.data / "QQP" / "QQP" / "labels.json", ["True", "False"])
+
+
+def edit_instruction(benchmark):
+    benchmark.instruct({"QQP": [("zero-shot", "Other wording\n")]})
+
+
+def edit_config(benchmark):
+    benchmark.listed["train"]["QQP"] = []
+    benchmark.configure()
+
+
+@pytest.mark.parametrize("edit", [edit_sentence, edit_labels, edit_instruction, edit_config])
+def test_an_edit_is_never_answered_with_stale_rows(benchmark, edit):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(5))
+    before = benchmark.load()["train"].to_list()
+    edit(benchmark)
+    assert benchmark.load()["train"].to_list() != before
+
+
+def test_a_failed_build_leaves_no_cache(benchmark):
+    folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(5))
+    write(folder / "test.json", [{"sentence": "x", "label": "Maybe"}])
+    with pytest.raises(InputError):
+        benchmark.load()
+    assert [path for path in (benchmark.folder / "cache").rglob("*") if path.suffix != ".lock" and path.is_file()] == []
+
+
+# Bad input
+
+
+def test_rows_without_gold_label_are_left_out_with_one_line(benchmark, caplog):
+    rows = numbered(4)
+    rows[1]["label"] = rows[2]["label"] = "-"
+    folder = benchmark.add("QQP", "QQP", ["False", "True"], rows, subsets=("dev", "test"))
+    with caplog.at_level(logging.INFO, logger="gorp"):
+        loaded = benchmark.load()
+    assert ids(loaded["test"]) == ids(loaded["validation"]) == [0, 3]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder / name}: left out 2 rows labelled '-'" for name in ("dev.json", "test.json")
+    ]
+
+
+ROW = "allowed: an object of exactly 'sentence' and 'label', both non-blank strings"
+GOOD = {"sentence": "fine", "label": "True"}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[{", ", line 1, column 3: not JSON (Expecting property name enclosed in double quotes)"),
+        ([], ": found empty array; allowed: a non-empty array of rows"),
+        ({"sentence": "x"}, ": found object; allowed: a non-empty array of rows"),
+        (None, ": found null; allowed: a non-empty array of rows"),
+        ([GOOD, "text"], f", row 1: found string; {ROW}"),
+        ([GOOD, {"sentence": "x"}], f", row 1: keys 'sentence'; {ROW}"),
+        ([GOOD, {"label": "True"}], f", row 1: keys 'label'; {ROW}"),
+        ([{}], f", row 0: keys none; {ROW}"),
+        ([{**GOOD, "id": "3"}], f", row 0: keys 'sentence', 'label', 'id'; {ROW}"),
+        ([{"sentence": 3, "label": "True"}], f", row 0: sentence is number; {ROW}"),
+        ([{"sentence": "x", "label": None}], f", row 0: label is null; {ROW}"),
+        ([{"sentence": " \n", "label": "True"}], f", row 0: sentence is blank; {ROW}"),
+        ([{"sentence": "x", "label": ""}], f", row 0: label is blank; {ROW}"),
+        ([GOOD, GOOD, {"sentence": "x", "label": "Maybe"}], ", row 2: label 'Maybe'; allowed: False, True"),
+        ([GOOD, {"sentence": "x", "label": "-"}], ", row 1: label '-'; allowed: False, True"),
+    ],
+)
+def test_bad_rows(benchmark, content, message):
+    folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(2))
+    write(folder / "train.json", content)
+    with pytest.raises(InputError) as error:
+        benchmark.load()
+    assert str(error.value) == f"{folder / 'train.json'}{message}"
+
+
+def test_a_test_file_without_any_label(benchmark):
+    folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(2))
+    write(folder / "test.json", [{"sentence": "x", "label": "-"}])
+    with pytest.raises(InputError) as error:
+        benchmark.load()
+    assert str(error.value) == (f"{folder / 'test.json'}: 1 rows, all labelled '-'; allowed: at least one with a label")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"a": 1}, ": found object; allowed: a non-empty array of strings"),
+        ([], ": found empty array; allowed: a non-empty array of strings"),
+        (["True", 1], ", entry 1: found 1; allowed: distinct, non-blank strings"),
+        (["True", " "], ", entry 1: found ' '; allowed: distinct, non-blank strings"),
+        (["True", "True"], ", entry 1: found 'True'; allowed: distinct, non-blank strings"),
+    ],
+)
+def test_bad_labels(tmp_path, content, message):
+    write(tmp_path / "labels.json", content)
+    with pytest.raises(InputError) as error:
+        read_labels(tmp_path / "labels.json")
+    assert str(error.value) == f"{tmp_path / 'labels.json'}{message}"
+
+
+INSTRUCTION = "allowed: an object of exactly 'instruction_type' and 'instruction', both non-blank strings"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([], ": found empty array; allowed: an object of task -> array of instructions"),
+        ({"SC": "text"}, ", SC: found string; allowed: an array of instructions"),
+        ({"SC": ["text"]}, f", SC, entry 0: found string; {INSTRUCTION}"),
+        ({"SC": [{"instruction": "x"}]}, f", SC, entry 0: keys 'instruction'; {INSTRUCTION}"),
+        (
+            {"SC": [{"instruction_type": "one-shot", "instruction": "x"}]},
+            ", SC, entry 0: instruction_type 'one-shot'; allowed: zero-shot, few-shot",
+        ),
+    ],
+)
+def test_bad_instructions(tmp_path, content, message):
+    write(tmp_path / "instructions.json", content)
+    with pytest.raises(InputError) as error:
+        read_instructions(tmp_path / "instructions.json")
+    assert str(error.value) == f"{tmp_path / 'instructions.json'}{message}"
+
+
+@pytest.mark.parametrize(
+    "task, options, message",
+    [
+        ("SC", {"num_examples": 1}, "no few-shot instruction for task SC; allowed: TC"),
+        ("NLI", {}, "no zero-shot instruction for task NLI; allowed: SC"),
+        ("COPA", {}, "no zero-shot instruction for task COPA; allowed: SC"),
+    ],
+)
+def test_missing_instructions(benchmark, task, options, message):
+    benchmark.add(task, "mine", ["False", "True"], numbered(4))
+    benchmark.instruct({"SC": [("zero-shot", "x")], "TC": [("few-shot", "x")], "COPA": []})
+    with pytest.raises(InputError) as error:
+        benchmark.load(**options)
+    assert str(error.value) == f"{benchmark.instructions}: {message}"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"instruction_strategy": "both"}, "--instruction_strategy: 'both'; allowed: single, multiple"),
+        ({"num_examples": -1}, "--num_examples: -1; allowed: 0 or more"),
+    ],
+)
+def test_bad_options(golden, options, message):
+    with pytest.raises(InputError) as error:
+        golden.load(**options)
+    assert str(error.value) == message
+
+
+def test_a_dataset_that_the_benchmark_lacks(benchmark):
+    benchmark.add("SC", "yelp", STARS, [{"sentence": "x", "label": "neutral"}])
+    benchmark.listed["test"]["SC"].append({"dataset name": "yelpp"})
+    benchmark.configure()
+    with pytest.raises(InputError) as error:
+        benchmark.load()
+    config = benchmark.configs / "test_tasks.json"
+    assert str(error.value) == f"{config}: SC/yelpp is not in {benchmark.data}; allowed: SC/yelp"
+
+
+@pytest.mark.parametrize("name", ["../other", "..", "/etc", "a/b", "a\\b", ""])
+def test_names_cannot_leave_the_benchmark(benchmark, name):
+    benchmark.add("SC", "yelp", STARS, [{"sentence": "x", "label": "neutral"}])
+    benchmark.listed["train"]["SC"] = [{"dataset name": name}]
+    benchmark.configure()
+    with pytest.raises(InputError, match="train_tasks.json, SC.*dataset name"):
+        benchmark.load()
+
+
+def test_a_task_folder_outside_the_benchmark(benchmark):
+    benchmark.listed["train"]["../data/SC"] = [{"dataset name": "yelp"}]
+    benchmark.configure()
+    with pytest.raises(InputError, match="train_tasks.json: unknown task '../data/SC'"):
+        benchmark.load()
+
+
+@pytest.mark.parametrize("missing", ["train.json", "labels.json"])
+def test_a_missing_data_file(benchmark, missing):
+    folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(2))
+    (folder / missing).unlink()
+    with pytest.raises(InputError) as error:
+        benchmark.load()
+    assert str(error.value) == f"{folder / missing}: cannot be read (No such file or directory)"
+
+
+def test_a_missing_task_file(golden):
+    (golden.configs / "dev_tasks.json").unlink()
+    with pytest.raises(InputError, match="dev_tasks.json: no such file"):
+        golden.load()
+
+
+def test_a_cache_that_cannot_be_written(golden):
+    (golden.folder / "cache").write_text("a file, not a folder")
+    with pytest.raises(InputError, match="cache.*cannot be written"):
+        golden.load()
+
+
+# Real data
+
+
+@pytest.mark.skipif(not SMALL_BENCHMARK.is_dir(), reason="the small real benchmark is not here")
+def test_every_row_of_the_small_benchmark_gets_through(benchmark):
+    benchmark.data = SMALL_BENCHMARK
+    for labels in SMALL_BENCHMARK.glob("*/*/labels.json"):
+        for listed in benchmark.listed.values():
+            listed[labels.parts[-3]].append({"dataset name": labels.parts[-2], "sampling strategy": "full"})
+    benchmark.configure()
+    rows = benchmark.load()
+    for subset, split in (("train", "train"), ("dev", "validation"), ("test", "test")):
+        files = SMALL_BENCHMARK.glob(f"*/*/{subset}.json")
+        contents = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        assert len(rows[split]) == sum(row["label"] != "-" for content in contents for row in content)
+        assert all(prompt(row).count(row["Instance"]["sentence"]) >= 1 for row in rows[split])
