@@ -1,0 +1,81 @@
+"""Write labels.json, the list of answers that a prompt offers, from the labels of train.json.
+
+FOLDER is a dataset's folder or a whole benchmark. A labels.json that exists is kept, and checked, unless --overwrite
+is given: its order is the order of the options in every prompt, so it belongs to the task.
+
+Example: python data/generate_labels.py CL_Benchmark/TC/mine
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+from errors import InputError
+from files import read_json, write_json
+from order_config import SUBSETS, benchmark_datasets
+from uie_dataset_lora import UNLABELLED, read_labels, read_rows
+
+
+def dataset_folders(folder: str | Path) -> list[Path]:
+    """The folder itself if it holds train.json, else the datasets of a benchmark that do.
+
+    Raises:
+        InputError: neither.
+    """
+    folder = Path(folder)
+    candidates = [folder, *(folder / name for name in benchmark_datasets(folder))]
+    found = [candidate for candidate in candidates if (candidate / "train.json").is_file()]
+    if not found:
+        raise InputError(f"{folder}: no train.json; allowed: a dataset's folder, or a folder of TASK/DATASET folders")
+    return found
+
+
+def generate_labels(folder: str | Path, *, sort: bool = False, overwrite: bool = False) -> bool:
+    """Write labels.json of one dataset and check that it covers train, dev and test; False if it was there already.
+
+    Args:
+        sort: sort the labels; otherwise they come in the order in which train.json first uses them.
+        overwrite: make labels.json anew even if it exists.
+
+    Raises:
+        InputError: an unreadable file, a malformed row, or a row whose label is not in the list. Nothing is written.
+    """
+    folder = Path(folder)
+    path = folder / "labels.json"
+    keep = path.exists() and not overwrite
+    labels = read_labels(path) if keep else _used_labels(folder / "train.json", sort)
+    for subset in SUBSETS:
+        read_rows(folder / f"{subset}.json", labels)
+    if not keep:
+        write_json(path, labels)
+    return not keep
+
+
+def _used_labels(path: Path, sort: bool) -> list[str]:
+    """The distinct labels of a file. Rows that are not well formed are left to `read_rows`, which names them."""
+    content = read_json(path)
+    used = [row.get("label") for row in content if isinstance(row, dict)] if isinstance(content, list) else []
+    labels = list(dict.fromkeys(label for label in used if isinstance(label, str) and label != UNLABELLED))
+    return sorted(labels) if sort else labels
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a dataset's folder, or a benchmark such as CL_Benchmark")
+    parser.add_argument("--sort", action="store_true", help="sorted, instead of in order of first appearance")
+    parser.add_argument("--overwrite", action="store_true", help="replace a labels.json that exists")
+    arguments = parser.parse_args(argv)
+    try:
+        for folder in dataset_folders(arguments.folder):
+            written = generate_labels(folder, sort=arguments.sort, overwrite=arguments.overwrite)
+            print(f"{folder / 'labels.json'}: {'written' if written else 'kept'}; covers train, dev and test")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
