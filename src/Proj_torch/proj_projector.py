@@ -1,0 +1,339 @@
+"""Low-rank gradient projection of a weight matrix (GaLore, Zhao et al. 2024, arXiv:2403.03507).
+
+The mathematics is pure functions on tensors; `ProjProjector` keeps the settings and the current bases and calls them.
+
+Conventions, for a weight W and its gradient G, both (out, in):
+
+* `left` (out, k) and `right` (in, l) have orthonormal columns; None stands for the identity, that is, that side is
+  not projected. The projected gradient is R = left^T G right, projected back it is left R right^T.
+* A side whose rank equals its dimension is not projected at all. A full basis would only rotate the coordinates,
+  which loses nothing but changes elementwise Adam; as the identity, full-rank projection is plain AdamW.
+* A protected space is S (out, c) for side "output" or (in, c) for side "input", with orthonormal columns, always in
+  the full coordinates of the weight: `remove` takes G to G - S S^T G or to G - G S S^T.
+* Everything is computed in float32 at least, whatever the dtype of the gradient (bfloat16 has no SVD).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+
+log = logging.getLogger("gorp")
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+SVD_METHODS = ("exact", "lowrank")
+SIDES = ("output", "input")
+
+SKETCH_SEED = 0  # the sketch is the same on every rank and in every run
+OVERSAMPLING = 8  # Halko, Martinsson and Tropp 2011, section 4.2: 5 to 10 suffice
+POWER_ITERATIONS = 2
+
+Bases = tuple[Tensor | None, ...]  # one for each mode of the weight, None where it is not projected
+
+
+def at_least_float32(X: Tensor) -> Tensor:
+    """X itself if it is float32 or float64, else a float32 copy."""
+    return X.to(torch.promote_types(X.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------- bases
+
+
+def truncated_svd(M: Tensor, rank: int, svd: str = "exact") -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triplets of a matrix, in float32 at least.
+
+    M is scaled by a power of two (which rounds nothing) to entries below 2 first, so that neither tiny nor huge
+    gradients under- or overflow. When the chosen method does not converge, the eigenvectors of the Gram matrix in
+    float64 replace it.
+
+    Args:
+        M: (m, n), finite.
+        rank: k, at most min(m, n).
+        svd: "exact", or "lowrank" for a seeded randomised range finder.
+
+    Returns:
+        U (m, k), s (k,) in descending order, V (n, k); U and V have orthonormal columns, also where s is zero.
+
+    Raises:
+        torch.linalg.LinAlgError: nothing converged, or M is not finite.
+    """
+    M = at_least_float32(M)
+    peak = _largest(M).clamp_min(torch.finfo(M.dtype).tiny)
+    unit = peak / (2 * torch.frexp(peak).mantissa)
+    scaled = M / unit
+    for decompose in (_exact_svd if svd == "exact" else _sketched_svd, _gram_svd):
+        try:
+            U, s, V = decompose(scaled, rank)
+        except torch.linalg.LinAlgError:
+            continue
+        if U.isfinite().all() and V.isfinite().all():
+            return U, s * unit, V
+    raise torch.linalg.LinAlgError(f"no singular vectors of a {tuple(M.shape)} matrix: nothing converged")
+
+
+def _largest(X: Tensor) -> Tensor:
+    """The largest magnitude in X, NaN if there is one; on a CPU far faster than the maximum norm."""
+    low, high = X.aminmax()
+    return torch.maximum(-low, high)
+
+
+def _exact_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
+    return U[:, :rank].contiguous(), s[:rank], Vh[:rank].mT.contiguous()
+
+
+def _sketched_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
+
+    `torch.svd_lowrank` is the same algorithm, but draws from the global generator: it would change the run's own
+    random numbers, and differ between ranks whose generators differ. This one draws from its own.
+    """
+    width = min(rank + OVERSAMPLING, *M.shape)
+    generator = torch.Generator().manual_seed(SKETCH_SEED)
+    sketch = torch.randn(M.shape[1], width, generator=generator, dtype=M.dtype).to(M.device)
+    Q = torch.linalg.qr(M @ sketch).Q
+    for _ in range(POWER_ITERATIONS):
+        Q = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q).Q).Q
+    U, s, V = _exact_svd(Q.mT @ M, rank)
+    return Q @ U, s, V
+
+
+def _gram_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD from the eigenvectors of the smaller Gram matrix, in float64; halves the digits but always has an answer."""
+    if M.shape[0] > M.shape[1]:
+        V, s, U = _gram_svd(M.mT, rank)
+        return U, s, V
+    wide = M.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.mT)
+    U, s = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp_min(0).sqrt()
+    V, triangle = torch.linalg.qr(wide.mT @ U)
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # so that U diag(s) V^T is M, not M up to signs
+    return U.to(M.dtype), s.to(M.dtype), (V * signs).to(M.dtype)
+
+
+def basis_left(G: Tensor, rank: int, svd: str = "exact") -> Tensor:
+    """Leading `rank` left singular vectors of G (m, n), as columns (m, rank). Raises as `truncated_svd` does."""
+    return truncated_svd(G, rank, svd)[0]
+
+
+def basis_right(G: Tensor, rank: int, svd: str = "exact") -> Tensor:
+    """Leading `rank` right singular vectors of G (m, n), as columns (n, rank). Raises as `truncated_svd` does."""
+    return truncated_svd(G, rank, svd)[2]
+
+
+def mode_ranks(shape: Sequence[int], rank: int, proj_type: str) -> tuple[int | None, int | None]:
+    """Ranks of the left and the right basis of an (out, in) weight; None where that side is not projected.
+
+    `std` projects the side of the smaller dimension (right when out >= in), `reverse_std` the other one, `left`,
+    `right` and `full` (both) what they say.
+
+    Raises:
+        InputError: `proj_type` is unknown, the shape is no matrix's, or `rank` is not in 1 .. min(out, in).
+    """
+    if len(shape) != 2:
+        raise InputError(f"shape {tuple(shape)} is not a matrix's; a gradient projection needs its rows and columns")
+    if not 1 <= rank <= min(shape):
+        raise InputError(f"rank {rank} does not fit shape {tuple(shape)}; allowed are 1 to {min(shape)}")
+    rows, columns = shape
+    right_is_smaller = rows >= columns
+    projected = {
+        "std": (not right_is_smaller, right_is_smaller),
+        "reverse_std": (right_is_smaller, not right_is_smaller),
+        "left": (True, False),
+        "right": (False, True),
+        "full": (True, True),
+    }
+    if proj_type not in projected:
+        raise InputError(f"proj_type {proj_type!r} is unknown; allowed are {', '.join(PROJ_TYPES)}")
+    left, right = projected[proj_type]
+    return (rank if left and rank < rows else None), (rank if right and rank < columns else None)
+
+
+def matrix_bases(G: Tensor, ranks: Sequence[int | None], svd: str = "exact") -> Bases:
+    """The left and right basis of G for `mode_ranks`' ranks, from one SVD. Raises as `truncated_svd` does."""
+    if ranks[0] is None and ranks[1] is None:
+        return None, None
+    left, _, right = truncated_svd(G, ranks[0] or ranks[1], svd)
+    return (left if ranks[0] else None), (right if ranks[1] else None)
+
+
+def next_bases(
+    G: Tensor,
+    ranks: Sequence[int | None],
+    svd: str = "exact",
+    previous: Bases | None = None,
+    compute: Callable[[Tensor, Sequence[int | None], str], Bases] = matrix_bases,
+) -> Bases:
+    """Bases for the next steps, from this step's gradient; never fails, so that no gradient can end a run.
+
+    A gradient that is zero or not finite, or whose singular vectors no method finds, keeps the previous bases; at
+    the first refresh, where there are none, the first unit vectors stand in until the next refresh.
+
+    Args:
+        G: gradient; its component in a protected space already removed where that is wanted.
+        ranks: one for each mode of G, from `mode_ranks` or `tucker_ranks`.
+        svd: "exact" or "lowrank".
+        previous: what this function last returned for the weight.
+        compute: `matrix_bases`, or `tucker_bases` for tensors of more than two dimensions.
+    """
+    peak = _largest(G)
+    if peak.isfinite() and peak > 0:
+        try:
+            return compute(G, ranks, svd)
+        except torch.linalg.LinAlgError as error:
+            log.warning("%s; the previous basis stays", error)
+    return previous if previous is not None else _unit_bases(G, ranks)
+
+
+def _unit_bases(G: Tensor, ranks: Sequence[int | None]) -> Bases:
+    dtype = torch.promote_types(G.dtype, torch.float32)
+    return tuple(
+        None if rank is None else torch.eye(size, rank, dtype=dtype, device=G.device)
+        for size, rank in zip(G.shape, ranks, strict=True)
+    )
+
+
+# ----------------------------------------------------------------------------------------- projection
+
+
+def remove(X: Tensor, S: Tensor, side: str) -> Tensor:
+    """X without its component in the protected space: X - S S^T X ("output") or X - X S S^T ("input").
+
+    Args:
+        X: (out, in).
+        S: (out, c) for "output", (in, c) for "input", orthonormal columns.
+        side: "output" or "input".
+
+    Returns:
+        (out, in), in float32 at least. A space that holds every direction leaves exactly zero: rounding noise, however
+        small, would be blown up to whole steps by Adam.
+    """
+    X = at_least_float32(X)
+    if S.shape[0] == S.shape[1]:
+        return torch.zeros_like(X)
+    return torch.addmm(X, S, S.mT @ X, alpha=-1) if side == "output" else torch.addmm(X, X @ S, S.mT, alpha=-1)
+
+
+def project(
+    G: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    S: Tensor | None = None,
+    side: str = "output",
+) -> Tensor:
+    """R = left^T G right, of shape (out or k, in or l); with S, the same of `remove(G, S, side)`."""
+    left, right, S = _remove_from_basis(left, right, S, side)
+    R = at_least_float32(G)
+    if left is not None:
+        R = left.mT @ R
+    if right is not None:
+        R = R @ right
+    return R if S is None else remove(R, S, side)
+
+
+def project_back(
+    R: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    S: Tensor | None = None,
+    side: str = "output",
+) -> Tensor:
+    """left R right^T, of shape (out, in); with S, `remove` of that."""
+    factors = back_factors(R, left, right, S, side)
+    return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+
+
+def back_factors(
+    R: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    S: Tensor | None = None,
+    side: str = "output",
+) -> tuple[Tensor, ...]:
+    """One or two matrices whose product is `project_back` of the same arguments, for adding it in place."""
+    left, right, S = _remove_from_basis(left, right, S, side)
+    if S is not None:
+        R = remove(R, S, side)
+    if left is not None and right is not None:
+        return left @ R, right.mT
+    if left is not None:
+        return left, R
+    return (R,) if right is None else (R, right.mT)
+
+
+def _remove_from_basis(
+    left: Tensor | None, right: Tensor | None, S: Tensor | None, side: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Take S out of the basis of its side, if that side is projected; else hand S back, for the projected gradient.
+
+    I - S S^T is symmetric and acts on one side only, so the removal commutes with the projection of the other side,
+    and on its own side it may be done once to the basis (out x k numbers) rather than to the gradient (out x in).
+    """
+    if S is None:
+        return left, right, None
+    if side == "output" and left is not None:
+        return remove(left, S, "output"), right, None
+    if side == "input" and right is not None:
+        return left, remove(right, S, "output"), None
+    return left, right, S
+
+
+class ProjProjector:
+    """Settings of one weight's projection and its current bases.
+
+    Args:
+        rank: k, at most min(out, in).
+        update_proj_gap: steps between two refreshes of the bases.
+        scale: factor on the update that `add_back_` adds to the weight (GaLore's alpha).
+        proj_type: "std", "reverse_std", "left", "right" or "full".
+        svd: "exact" or "lowrank".
+        bases: (left, right) to go on from; None before the first refresh.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        proj_type: str = "std",
+        svd: str = "exact",
+        bases: Bases | None = None,
+    ):
+        self.rank = rank
+        self.update_proj_gap = update_proj_gap
+        self.scale = scale
+        self.proj_type = proj_type
+        self.svd = svd
+        self.bases = bases
+
+    def ranks(self, shape: Sequence[int]) -> tuple[int | None, ...]:
+        """Rank of each mode's basis, None where it is not projected. Raises InputError as `mode_ranks` does."""
+        return mode_ranks(shape, self.rank, self.proj_type)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the bases are taken anew from the gradient of this step (counted from 0)."""
+        return step % self.update_proj_gap == 0
+
+    def refresh(self, G: Tensor) -> None:
+        """Take the bases from G (out, in); see `next_bases`."""
+        self.bases = next_bases(G, self.ranks(G.shape), self.svd, self.bases)
+
+    def project(self, G: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
+        """G (out, in) in projected coordinates, less its component in S (see `project`)."""
+        return project(G, *self.bases, S, side)
+
+    def project_back(self, R: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
+        """R in the weight's coordinates (out, in), less its component in S (see `project_back`)."""
+        return project_back(R, *self.bases, S, side)
+
+    def add_back_(self, W: Tensor, R: Tensor, alpha: float, S: Tensor | None = None, side: str = "output") -> None:
+        """W += alpha * scale * project_back(R, S, side), forming no matrix of W's size where the dtypes allow it."""
+        factors = back_factors(R, *self.bases, S, side)
+        if len(factors) == 2 and W.dtype == factors[0].dtype:
+            W.addmm_(*factors, alpha=alpha * self.scale)
+        else:
+            update = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+            W.add_(update, alpha=alpha * self.scale)

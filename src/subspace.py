@@ -1,0 +1,176 @@
+"""The shared gradient space: for each protected weight, the directions that earlier tasks' training needed.
+
+After a task, M is Adam's first moment of a weight. What the space S (orthonormal columns) does not hold of it,
+M' = M - S S^T M, gives its leading left singular vectors to S, as few as make S hold a share `energy` of ||M||_F^2
+(GPM, Saha et al. 2021, equation 9, with the moment in place of the activations). For side "input" the same is
+done to M^T, so that S lives in the weight's columns.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from os import PathLike
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from errors import InputError
+from files import whole_file
+from Proj_torch.proj_projector import SIDES, at_least_float32, truncated_svd
+
+log = logging.getLogger("gorp")
+
+FORMAT = "gorp-gradient-space"
+VERSION = "1"
+ROUNDING = 1e-6  # a share of the energy that float32 cannot tell from nothing
+
+
+def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9, max_directions: int | None = None) -> Tensor:
+    """S with the fewest further orthonormal columns that make it hold a share `energy` of M.
+
+    The share is ||S'^T M||_F^2 / ||M||_F^2. Columns already in S stay bitwise as they are.
+
+    Args:
+        S: (d, c) with orthonormal columns, or None for an empty space.
+        M: (d, n).
+        energy: in (0, 1].
+        max_directions: most columns that S' may have; at most, and by default, d.
+
+    Returns:
+        S' (d, c') in float32 at least, c <= c' <= max_directions unless c is more already. S itself where M is zero.
+
+    Raises:
+        InputError: M is no matrix or not finite, its rows are not S's, or `energy` is not in (0, 1].
+        torch.linalg.LinAlgError: no method finds the singular vectors of M'.
+    """
+    _check_energy(energy)
+    if M.ndim != 2 or not M.isfinite().all():
+        raise InputError(f"moment of shape {tuple(M.shape)}: not a matrix of finite numbers")
+    M = at_least_float32(M)
+    peak = M.abs().max()
+    S = M.new_zeros(len(M), 0) if S is None else S.to(M)
+    if len(S) != len(M):
+        raise InputError(f"moment has {len(M)} rows, its gradient space {len(S)}; both must belong to one weight")
+    free = min(len(M) if max_directions is None else max_directions, len(M)) - S.shape[1]
+    if free <= 0 or peak == 0:
+        return S
+    M = M / peak  # squares of the entries must neither under- nor overflow
+    residual = torch.addmm(M, S, S.T @ M, alpha=-1)
+    whole = M.double().square().sum()
+    held = whole - residual.double().square().sum()
+    wanted = (energy - ROUNDING) * whole
+    if held >= wanted:
+        return S
+    U, s, _ = truncated_svd(residual, min(residual.shape))
+    reached = held + s.double().square().cumsum(0)
+    count = min(int((reached < wanted).sum()) + 1, free, len(s))
+    return torch.cat([S, _orthonormal_against(S, U[:, :count])], dim=1)
+
+
+def _orthonormal_against(S: Tensor, U: Tensor) -> Tensor:
+    """Orthonormal columns that span U's directions and are orthogonal to S; in float64, so that errors do not add up
+    over many extensions. Twice is enough (Giraud, Langou and Rozloznik 2005)."""
+    Q, wide = U.double(), S.double()
+    for _ in range(2):
+        Q = torch.linalg.qr(Q - wide @ (wide.T @ Q)).Q
+    return Q.to(S.dtype)
+
+
+def _check_energy(energy: float) -> None:
+    if not 0 < energy <= 1:
+        raise InputError(f"energy {energy}: allowed is a share above 0 and up to 1")
+
+
+class GradientSpace:
+    """One basis S for each protected weight, by the weight's name.
+
+    Args:
+        side: "output" (S has the weight's rows) or "input" (its columns).
+        energy: the share of a moment that its basis shall hold.
+        max_directions: most columns of one basis; None for the weight's dimension.
+        bases: name -> S (d, c), to go on from.
+    """
+
+    def __init__(
+        self,
+        side: str = "output",
+        energy: float = 0.9,
+        max_directions: int | None = None,
+        bases: Mapping[str, Tensor] | None = None,
+    ):
+        if side not in SIDES:
+            raise InputError(f"side {side!r} of a gradient space: allowed are {', '.join(SIDES)}")
+        _check_energy(energy)
+        self.side = side
+        self.energy = energy
+        self.max_directions = max_directions
+        self.bases = dict(bases or {})
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the weights that have a basis."""
+        return iter(self.bases)
+
+    def get(self, name: str) -> Tensor | None:
+        """S of a weight, None where nothing is protected yet: an entry of ProjAdamW's `scale_mats`."""
+        return self.bases.get(name)
+
+    def update_from_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Extend every weight's basis by what its moment (out, in) needs.
+
+        A moment that is zero or not finite, or whose singular vectors no method finds, leaves its basis as it is and
+        says so in the log.
+
+        Raises:
+            InputError: a moment's shape does not fit its basis.
+        """
+        for name, moment in moments.items():
+            if not moment.any() or not moment.isfinite().all():
+                log.warning("%s: first moment is zero or not finite; its gradient space stays as it is", name)
+                continue
+            M = moment if self.side == "output" else moment.mT
+            try:
+                self.bases[name] = extend_basis(self.bases.get(name), M, self.energy, self.max_directions)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+            except torch.linalg.LinAlgError as error:
+                log.warning("%s: %s; its gradient space stays as it is", name, error)
+
+    def describe(self) -> list[str]:
+        """How full each basis is, as lines like "encoder.q: 5 of 8 directions"."""
+        return [
+            f"{name}: {S.shape[1]} of {S.shape[0]} directions" + (", full" if S.shape[1] == S.shape[0] else "")
+            for name, S in self.bases.items()
+        ]
+
+    def save(self, path: str | PathLike) -> None:
+        """Write a safetensors file, whole or not at all."""
+        metadata = {"format": FORMAT, "version": VERSION, "side": self.side, "energy": repr(self.energy)}
+        if self.max_directions is not None:
+            metadata["max_directions"] = str(self.max_directions)
+        with whole_file(path) as partial:
+            save_file({name: S.cpu().contiguous() for name, S in self.bases.items()}, partial, metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike) -> "GradientSpace":
+        """Read what `save` wrote; the bases are on the CPU.
+
+        Raises:
+            InputError: the file is missing, damaged, or no gradient space of this version.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                names = file.keys()
+                bases = {name: file.get_tensor(name) for name in names}
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+            raise InputError(f"{path}: not a gradient space of version {VERSION}, its metadata is {metadata}")
+        limit = metadata.get("max_directions")
+        try:
+            return cls(metadata["side"], float(metadata["energy"]), limit and int(limit), bases)
+        except (KeyError, ValueError, InputError) as error:
+            raise InputError(f"{path}: metadata of the gradient space is wrong ({error})") from None

@@ -1,0 +1,154 @@
+"""The shared gradient space: the energy rule, growth over many tasks, and the file it travels in."""
+
+import logging
+
+import pytest
+import torch
+
+from errors import InputError
+from subspace import GradientSpace, extend_basis
+
+
+def matrix(spectrum: list[float], rows: int = 8, columns: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix with these singular values, and its left singular vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(size, len(spectrum), generator=generator)).Q for size in (rows, columns))
+    return U * torch.tensor(spectrum) @ V.T, U
+
+
+def share(S: torch.Tensor, M: torch.Tensor) -> float:
+    return ((S.T @ M).square().sum() / M.square().sum()).item()
+
+
+@pytest.mark.parametrize("energy, count", [(0.5, 1), (0.63, 1), (0.65, 2), (0.9, 2), (0.98, 3), (1.0, 4)])
+def test_first_task_takes_the_fewest_leading_vectors(energy, count):
+    M, U = matrix([0.8, 0.53, 0.26, 0.11])  # energies 0.64, 0.28, 0.07, 0.01
+    S = extend_basis(None, M, energy)
+    assert S.shape == (8, count)
+    assert share(S, M) >= energy - 1e-3
+    assert count == 1 or share(S[:, :-1], M) < energy
+    torch.testing.assert_close(S @ S.T, U[:, :count] @ U[:, :count].T, atol=1e-5, rtol=0)
+
+
+def test_extension_counts_what_is_held_already():
+    M, U = matrix([0.8, 0.53, 0.26, 0.11])
+    S = extend_basis(U[:, 1:2].clone(), M, 0.9)  # 0.28 held; the first vector brings it to 0.92
+    assert S.shape[1] == 2
+    assert torch.equal(S[:, :1], U[:, 1:2])
+    assert (S[:, 1] @ U[:, 0]).abs() > 0.999
+
+
+def test_nothing_is_appended_where_the_energy_is_held():
+    M, U = matrix([0.8, 0.53, 0.26, 0.11])
+    assert torch.equal(extend_basis(U[:, :2].clone(), M, 0.9), U[:, :2])
+
+
+def test_a_moment_outside_the_space_is_added_whole():
+    M, _ = matrix([3.0, 2.0], seed=1)
+    S = extend_basis(None, M, 0.999)
+    other = torch.randn(8, 12)
+    other -= S @ (S.T @ other)
+    assert share(extend_basis(S, other, 0.9), other) >= 0.9 > share(S, other)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_scale_does_not_matter(scale):
+    M, _ = matrix([0.8, 0.53, 0.26, 0.11])
+    torch.testing.assert_close(extend_basis(None, M * scale, 0.9), extend_basis(None, M, 0.9), atol=1e-4, rtol=0)
+
+
+def test_stays_orthonormal_over_fifteen_tasks():
+    torch.manual_seed(3)
+    S, widths = None, []
+    shared = torch.randn(96, 40)
+    for task in range(15):
+        # nearly the same moment each time: residuals are small, the worst case for orthogonality
+        S = extend_basis(S, shared + 0.02 * torch.randn(96, 40) + (task % 3) * torch.randn(96, 1), 0.9995, 90)
+        widths.append(S.shape[1])
+        assert (S.T @ S - torch.eye(S.shape[1])).abs().max() < 1e-6
+    assert widths == sorted(widths) and widths[0] < widths[-1] <= 90
+
+
+def test_is_capped_at_the_dimension_and_at_the_limit():
+    torch.manual_seed(4)
+    M = torch.randn(4, 30)
+    S = extend_basis(None, M, 1.0)
+    assert S.shape == (4, 4)
+    assert torch.equal(extend_basis(S, torch.randn(4, 30), 1.0), S)
+    assert extend_basis(None, M, 1.0, max_directions=2).shape == (4, 2)
+    assert extend_basis(None, torch.randn(30, 4), 1.0).shape == (30, 4)
+
+
+@pytest.mark.parametrize("energy", [0.0, 1.1, float("nan")])
+def test_impossible_energy_is_refused(energy):
+    with pytest.raises(InputError, match="energy"):
+        GradientSpace(energy=energy)
+
+
+def test_input_side_holds_the_columns():
+    M, _ = matrix([0.8, 0.53, 0.26, 0.11])
+    space = GradientSpace(side="input")
+    space.update_from_moments({"q": M})
+    S = space.get("q")
+    assert S.shape == (12, 2)
+    assert (M @ S).square().sum() >= 0.9 * M.square().sum()
+    assert space.get("absent") is None and list(space) == ["q"]
+
+
+def test_useless_moments_are_left_out_with_a_line(caplog):
+    space = GradientSpace()
+    good, _ = matrix([1.0, 0.1])
+    space.update_from_moments({"a": good})
+    before = space.get("a").clone()
+    with caplog.at_level(logging.WARNING, logger="gorp"):
+        space.update_from_moments({"a": torch.full((8, 12), torch.nan), "b": torch.zeros(8, 12)})
+    assert torch.equal(space.get("a"), before) and space.get("b") is None
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["a", "b"]
+
+
+def test_a_moment_of_another_shape_is_refused_by_name():
+    space = GradientSpace()
+    space.update_from_moments({"encoder.q": torch.randn(8, 12)})
+    with pytest.raises(InputError, match="encoder.q: .* 9 rows, its gradient space 8"):
+        space.update_from_moments({"encoder.q": torch.randn(9, 12)})
+
+
+def test_describe_says_how_full():
+    space = GradientSpace(energy=1.0)
+    space.update_from_moments({"q": matrix([1.0, 1.0])[0], "v": torch.randn(3, 9)})
+    assert space.describe() == ["q: 2 of 8 directions", "v: 3 of 3 directions, full"]
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / "space.safetensors"
+    space = GradientSpace("input", 0.95, 6)
+    space.update_from_moments({"q": torch.randn(8, 12), "v": torch.randn(8, 12)})
+    space.save(path)
+    loaded = GradientSpace.load(path)
+    assert (loaded.side, loaded.energy, loaded.max_directions) == ("input", 0.95, 6)
+    assert list(loaded) == list(space)
+    assert all(torch.equal(loaded.get(name), space.get(name)) for name in space)
+    GradientSpace().save(path)
+    assert GradientSpace.load(path).describe() == [] and GradientSpace.load(path).max_directions is None
+
+
+def test_bad_files_are_refused_by_name(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "space.safetensors"
+    with pytest.raises(InputError, match="space.safetensors: no such file"):
+        GradientSpace.load(path)
+    space = GradientSpace()
+    space.update_from_moments({"q": torch.randn(8, 12)})
+    space.save(path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:20], whole[:-9], b"\xff" * len(whole)):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="space.safetensors: not a readable safetensors file"):
+            GradientSpace.load(path)
+    save_file({"q": torch.zeros(2, 2)}, path)
+    with pytest.raises(InputError, match="not a gradient space"):
+        GradientSpace.load(path)
+    save_file({}, path, {"format": "gorp-gradient-space", "version": "1", "side": "above", "energy": "0.9"})
+    with pytest.raises(InputError, match="space.safetensors: .*above"):
+        GradientSpace.load(path)
