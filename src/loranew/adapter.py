@@ -1,0 +1,172 @@
+"""A whole model's LoRA with memory: attach it, fold what a task has learned, load what earlier tasks left."""
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import load_file
+from torch import nn
+
+from errors import InputError
+from files import read_json
+from loranew.layer import LoraNewConfig, LoraNewLinear
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+
+logger = logging.getLogger("gorp")
+
+
+def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
+    """`model` with the four factors at each module that `config.target_modules` matches; only `loranew_` trains.
+
+    Raises:
+        InputError: `target_modules` matches nothing or a module that is not linear, or r is above a matrix's rank.
+    """
+    _check_targets(model, config)
+    return get_peft_model(model, config)
+
+
+def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> PeftModel:
+    """`model` with the adapter in `folder`: ours, O-LoRA's (with `r_sum`), or plain LoRA's (all of it is memory).
+
+    Stored `lora_` factors become the frozen memory, whatever their precision; `loranew_` factors are taken over where
+    they are stored and fresh otherwise. With `trainable` false nothing requires gradients.
+
+    Raises:
+        InputError: a file is missing, damaged or a pickle, or its tensors do not fit `adapter_config.json` and the
+            model: naming the file, the tensor, what was found and what is needed.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    config.inference_mode = not trainable
+    # The model's own name is right: the base may have moved since the adapter was written.
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    try:
+        peft_model = add_loranew(model, config)
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: does not fit the base model: {error}") from None
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    # PEFT stores the embeddings too when they have grown; they go back to where they were.
+    expected |= {name: tensor for name, tensor in peft_model.state_dict().items() if name in tensors}
+    _check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()}, folder / WEIGHTS_FILE)
+    set_peft_model_state_dict(peft_model, tensors)
+    return peft_model
+
+
+def fold_loranew(peft_model: PeftModel) -> None:
+    """Fold the new factors into the memory: r_sum grows by r, and the model computes what it did before.
+
+    What `save_pretrained` writes next is the memory alone (`lora_A`, `lora_B`), as published adapters are. The model
+    has no new factors then; `renew_loranew` gives it fresh ones, as loading does. A config with `save_loranew` keeps
+    the two pairs apart, so nothing is done.
+    """
+    name = peft_model.active_adapter
+    config = peft_model.peft_config[name]
+    if config.save_loranew:
+        logger.info("save_loranew is set: the new factors stay apart from the memory")
+        return
+    for layer in loranew_layers(peft_model).values():
+        layer.fold(name)
+    config.r_sum += config.r
+
+
+def renew_loranew(peft_model: PeftModel) -> None:
+    """Fresh trainable new factors (B = 0) in every layer, for the next task in the same process."""
+    for layer in loranew_layers(peft_model).values():
+        layer.renew(peft_model.active_adapter)
+
+
+def set_input_space(peft_model: PeftModel, spaces: Mapping[str, torch.Tensor | None]) -> None:
+    """Set the input space S (in, c) of each named layer (names as in `loranew_layers`), see LoraNewLinear.
+
+    Raises:
+        ValueError: a name is no LoRA layer of the model, or S does not suit the layer.
+    """
+    layers = loranew_layers(peft_model)
+    for name, space in spaces.items():
+        if name not in layers:
+            raise ValueError(f"{name}: no LoRA layer of that name")
+        layers[name].set_input_space(space)
+
+
+def loranew_layers(peft_model: PeftModel) -> dict[str, LoraNewLinear]:
+    """The LoRA layers by the name that their module has in the base model."""
+    base = peft_model.get_base_model()
+    return {name: module for name, module in base.named_modules() if isinstance(module, LoraNewLinear)}
+
+
+def _check_targets(model: nn.Module, config: LoraNewConfig) -> None:
+    pattern = config.target_modules
+    try:
+        modules = {name: module for name, module in model.named_modules() if name}
+        targets = {name: modules[name] for name in modules if check_target_module_exists(config, name)}
+    except (re.error, TypeError) as error:
+        raise InputError(f"target_modules: found {pattern!r}, which is no regular expression ({error})") from None
+    if not targets:
+        raise InputError(f"target_modules: found {pattern!r}, which matches no module of {type(model).__name__}")
+    for name, linear in targets.items():
+        if not isinstance(linear, nn.Linear):
+            kind = type(linear).__name__
+            raise InputError(f"target_modules: {pattern!r} matches {name}, a {kind}; only linear layers are allowed")
+        if config.r > min(linear.in_features, linear.out_features):
+            shape = f"{linear.out_features} x {linear.in_features}"
+            raise InputError(f"r: found {config.r}, which is above the rank of {name}, a {shape} matrix")
+
+
+def _read_config(folder: Path) -> LoraNewConfig:
+    path = folder / CONFIG_FILE
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
+        raise InputError(f"{path}: found peft_type {found}; only LORA is loaded")
+    for key in ("r", "target_modules"):
+        if key not in content:
+            raise InputError(f"{path}: has no {key!r}")
+    try:
+        return LoraNewConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        if (folder / PICKLE_FILE).is_file():
+            raise InputError(f"{folder / PICKLE_FILE}: a pickle, which is not loaded; {_conversion(folder)}")
+        raise InputError(f"{path}: no such file")
+    try:
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    # O-LoRA may store its empty first memory (r_sum = 0); here a layer without memory has no such factors.
+    return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+
+
+def _conversion(folder: Path) -> str:
+    return (
+        'convert it once, if you trust its source: python -c "import torch, safetensors.torch as s; '
+        f"s.save_file(torch.load('{folder / PICKLE_FILE}', map_location='cpu', weights_only=True), "
+        f"'{folder / WEIGHTS_FILE}')\""
+    )
+
+
+def _check_tensors(found: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Every expected tensor in its shape and no other; the new factors may be absent, all together."""
+    if not any(".loranew_" in name for name in found):
+        expected = {name: shape for name, shape in expected.items() if ".loranew_" not in name}
+    hint = f"{CONFIG_FILE} (r, r_sum, target_modules) and the base model must be those it was trained with"
+    for name in sorted(expected.keys() - found.keys()):
+        raise InputError(f"{path}: {name} is missing, {expected[name]} is needed; {hint}")
+    for name in sorted(found.keys() - expected.keys()):
+        raise InputError(f"{path}: {name} is found, for which the model has no place; {hint}")
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise InputError(f"{path}: {name} is {tuple(tensor.shape)}, {expected[name]} is needed; {hint}")

@@ -1,0 +1,226 @@
+"""The configuration and the linear layer of LoRA with memory (O-LoRA, Wang et al., EMNLP Findings 2023, section 3).
+
+    y = W x + s B_old A_old x + s B_new A_new (I - S S^T) dropout(x),      s = lora_alpha / r
+
+`lora_A` (r_sum, in) and `lora_B` (out, r_sum) stack the factors of all earlier tasks and are frozen; `loranew_A`
+(r, in) and `loranew_B` (out, r) train. A layer without earlier tasks (r_sum = 0) has no `lora_` factors at all, and
+one without an input space S leaves the projection out: neither costs anything.
+"""
+
+import dataclasses
+import inspect
+import logging
+import math
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+logger = logging.getLogger("gorp")
+
+# LoRA options that would change what a layer computes or stores in ways that LoraNewLinear does not know.
+_FIXED_OPTIONS = (
+    "alpha_pattern", "bias", "layer_replication", "lora_bias", "modules_to_save", "rank_pattern", "target_parameters",
+    "trainable_token_indices", "use_qalora", "use_rslora",
+)  # fmt: skip
+
+
+@dataclass
+class LoraNewConfig(LoraConfig):
+    """A `LoraConfig` that knows how many ranks earlier tasks have filled.
+
+    Raises:
+        ValueError: r, r_sum or an option that LoraNewLinear does not support (DoRA, rank patterns, ...).
+    """
+
+    r_sum: int = field(default=0, metadata={"help": "Rows of lora_A: the ranks of all folded tasks together."})
+    save_loranew: bool = field(
+        default=False, metadata={"help": "Keep the new factors apart from the old ones: fold_loranew does nothing."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, kinds, least in (("r", int, 1), ("r_sum", int, 0), ("lora_alpha", (int, float), 0)):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or value < least:
+                raise ValueError(f"{name}: found {value!r}; a number of at least {least} is needed")
+        for name, default in _defaults_to_keep().items():
+            if getattr(self, name) not in (default, None):
+                raise ValueError(f"{name}: found {getattr(self, name)!r}; LoRA with memory knows only {default!r}")
+        # Anything but a plain initialisation also changes W, which is not part of an adapter.
+        if not isinstance(self.init_lora_weights, bool):
+            raise ValueError(f"init_lora_weights: found {self.init_lora_weights!r}; LoRA with memory knows only true")
+        self._register_custom_module({nn.Linear: LoraNewLinear})
+
+    @classmethod
+    def from_peft_type(cls, **kwargs) -> "LoraNewConfig":
+        """The configuration that `adapter_config.json` describes; `from_pretrained` calls this with its content.
+
+        PEFT's own version picks the class by `peft_type`, which is LORA here too. A file without `r_sum` comes from
+        plain LoRA: all its ranks are memory. Keys that this version of PEFT does not know are left out.
+        """
+        known = inspect.signature(cls).parameters
+        unknown = sorted(key for key, value in kwargs.items() if key not in known and value)
+        if unknown:
+            logger.warning("adapter_config.json: options that are not known here are ignored: %s", ", ".join(unknown))
+        return cls(**{"r_sum": kwargs.get("r", cls.r)} | {key: kwargs[key] for key in kwargs if key in known})
+
+
+def _defaults_to_keep() -> dict[str, object]:
+    """Default of every LoRA option that must keep it, PEFT's variants of LoRA among them."""
+    options = {option.name: option for option in dataclasses.fields(LoraConfig)}
+    names = [name for name, option in options.items() if option.metadata.get("is_lora_variant")]
+    return {
+        name: options[name].default_factory() if name.endswith("_pattern") else options[name].default
+        for name in (*_FIXED_OPTIONS, *names)
+    }
+
+
+class LoraNewLinear(nn.Module, LoraLayer):
+    """A linear layer with the four factors; PEFT creates one wherever `LoraNewConfig.target_modules` matches."""
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "loranew_A", "loranew_B")
+
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: LoraNewConfig, **kwargs):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.loranew_A = nn.ModuleDict()
+        self.loranew_B = nn.ModuleDict()
+        self.register_buffer("input_space", None, persistent=False)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraNewConfig, **kwargs) -> None:
+        """Add an adapter: empty memory of rank `config.r_sum` (filled by loading), and a fresh new pair of rank r."""
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / r
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: ("lora_A", "lora_B")}
+        if config.r_sum:
+            self.lora_A[adapter_name] = _linear(torch.zeros(config.r_sum, self.in_features))
+            self.lora_B[adapter_name] = _linear(torch.zeros(self.out_features, config.r_sum))
+        self.renew(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """x (..., in) to y (..., out), by the equation at the head of this file."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        change = 0
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                # Not dropped out: noise on a frozen branch would only blur what earlier tasks know.
+                seen = x.to(self.lora_A[adapter].weight.dtype)
+                change = change + self.scaling[adapter] * self.lora_B[adapter](self.lora_A[adapter](seen))
+            if adapter in self.loranew_A:
+                seen = self.lora_dropout[adapter](x.to(self.loranew_A[adapter].weight.dtype))
+                if self.input_space is not None:
+                    seen = _remove(seen, self.input_space)
+                change = change + self.scaling[adapter] * self.loranew_B[adapter](self.loranew_A[adapter](seen))
+        return (result + change).to(result.dtype)
+
+    def set_input_space(self, space: torch.Tensor | None) -> None:
+        """Let the new branch see x - S S^T x from now on, so that what it learns is orthogonal to S exactly.
+
+        Args:
+            space: S (in, c) with orthonormal columns; None takes the projection away. It is no part of the saved
+                adapter: whoever sets it keeps it.
+
+        Raises:
+            ValueError: S has another number of rows, or its columns are not orthonormal.
+        """
+        if space is None or space.shape[1] == 0:
+            self.input_space = None
+            return
+        if space.shape[0] != self.in_features:
+            raise ValueError(f"input space of shape {tuple(space.shape)}; {self.in_features} rows are needed")
+        gram = space.float().T @ space.float()
+        if not torch.allclose(gram, torch.eye(len(gram), device=gram.device), atol=1e-3):
+            raise ValueError("the columns of the input space are not orthonormal")
+        self.input_space = space.detach().to(self.get_base_layer().weight.device, torch.float32, copy=True)
+
+    @torch.no_grad()
+    def fold(self, adapter: str) -> None:
+        """Move the new pair to the end of the old one: A = [A_old; A_new (I - S S^T)], B = [B_old, B_new].
+
+        The layer then computes what it did before (in evaluation mode: the old branch has no dropout), and has no
+        new pair until `renew`.
+        """
+        if self.merged:
+            raise ValueError("the adapter is merged into the weight; unmerge it before folding")
+        rows, columns = [self._seen_new_A(adapter)], [self.loranew_B[adapter].weight]
+        if adapter in self.lora_A:
+            rows.insert(0, self.lora_A[adapter].weight)
+            columns.insert(0, self.lora_B[adapter].weight)
+        self.lora_A[adapter] = _linear(torch.cat(rows))
+        self.lora_B[adapter] = _linear(torch.cat(columns, dim=1))
+        del self.loranew_A[adapter], self.loranew_B[adapter]
+
+    def renew(self, adapter: str) -> None:
+        """A fresh new pair: A Kaiming-uniform as nn.Linear's, B zero, so that it changes nothing until it trains."""
+        r = self.r[adapter]
+        like = self.lora_A[adapter].weight if adapter in self.lora_A else torch.empty(0)
+        A = torch.empty(r, self.in_features, dtype=like.dtype, device=like.device)
+        B = torch.zeros(self.out_features, r, dtype=like.dtype, device=like.device)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.loranew_A[adapter] = _linear(A, trainable=True)
+        self.loranew_B[adapter] = _linear(B, trainable=True)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The adapter's change of W (out, in), both branches together."""
+        delta = torch.zeros_like(self.get_base_layer().weight, dtype=torch.float32)
+        if adapter in self.lora_A:
+            delta += self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float()
+        if adapter in self.loranew_A:
+            delta += self.loranew_B[adapter].weight.float() @ self._seen_new_A(adapter).float()
+        return self.scaling[adapter] * delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the change of the named adapters (the active ones) to W.
+
+        Raises:
+            ValueError: `safe_merge` is set and the sum is not finite; W is then as it was.
+        """
+        weight = self.get_base_layer().weight
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.r:
+                continue
+            merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(f"merging adapter {adapter} would leave values that are not finite")
+            weight.copy_(merged)
+            self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take what was merged out of W again."""
+        weight = self.get_base_layer().weight
+        while self.merged_adapters:
+            weight -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+
+    def _seen_new_A(self, adapter: str) -> torch.Tensor:
+        """A_new (I - S S^T), (r, in): the rows as they act on x itself."""
+        A = self.loranew_A[adapter].weight
+        return A if self.input_space is None else _remove(A, self.input_space)
+
+
+def _remove(rows: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
+    """The rows (..., in) without their component in the span of S (in, c); never builds S S^T."""
+    space = space.to(rows.dtype)
+    return rows - (rows @ space) @ space.T
+
+
+def _linear(weight: torch.Tensor, trainable: bool = False) -> nn.Linear:
+    """A bias-free linear layer (as PEFT keeps factors) around `weight` (out, in)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=trainable)
+    return layer

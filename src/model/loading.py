@@ -1,0 +1,256 @@
+"""From `--model_name_or_path` to a base model and its tokenizer.
+
+Three routes, told apart by what is in the folder and not by its name: an adapter folder leads to the base model that
+it names; a LLaMA config gets the decoder-only class of this project; any other encoder-decoder (T5, mT5, BART, ...)
+gets its own class. Weights are read from safetensors only, and no code that comes with a model is run.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from errors import InputError
+from files import read_json
+from model.llama import LlamaForCausalLM_with_lossmask
+
+ADAPTER_CONFIG = "adapter_config.json"
+FLAG = "--model_name_or_path"
+
+logger = logging.getLogger("gorp")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model ready for a method to attach itself to.
+
+    Attributes:
+        model, tokenizer: their special tokens agree; a decoder-only model's tokenizer pads on the left.
+        decoder_only: whether prompts and answers share one sequence.
+        previous: the adapter folder that was given, which the method loads; None for a base model.
+        base_name: folder or hub id of the base model, as it was written.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decoder_only: bool
+    previous: Path | None
+    base_name: str
+
+
+def load_model_and_tokenizer(
+    model_name_or_path: str,
+    *,
+    cache_dir: str | None = None,
+    revision: str = "main",
+    token: bool | str | None = None,
+    config_name: str | None = None,
+    tokenizer_name: str | None = None,
+    use_fast_tokenizer: bool = True,
+    resize_position_embeddings: bool | None = None,
+    max_source_length: int = 512,
+    dtype: torch.dtype = torch.float32,
+) -> LoadedModel:
+    """Load a base model: the one named, or the one that the named adapter folder was trained on.
+
+    Args:
+        model_name_or_path: a folder or a hub id; `cache_dir`, `revision` and `token` are for the hub.
+        config_name, tokenizer_name: other places of the config and the tokenizer than the model's.
+        use_fast_tokenizer: kept for its users; transformers 5 has one kind of tokenizer, which is said if false.
+        resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
+            warning. Only some models can (Pegasus can, BART and LLaMA cannot).
+        dtype: precision of the weights.
+
+    Raises:
+        InputError: the model is not there, is a pickle, is incomplete, is of a kind that is not trained here, or is
+            too short for `max_source_length`; the hub cannot be reached.
+    """
+    if not use_fast_tokenizer:
+        logger.warning("--use_fast_tokenizer false has no effect: transformers 5 has one kind of tokenizer")
+    previous, base_name = _find_base(model_name_or_path)
+    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "trust_remote_code": False}
+    with _loading("config", config_name or base_name):
+        config = AutoConfig.from_pretrained(config_name or base_name, **hub)
+    decoder_only = config.model_type == "llama"
+    if not decoder_only and not config.is_encoder_decoder:
+        raise InputError(
+            f"{base_name}/config.json: found model_type {config.model_type!r}; llama and encoder-decoder models "
+            "(t5, mt5, bart, ...) are trained here"
+        )
+    model_class = LlamaForCausalLM_with_lossmask if decoder_only else AutoModelForSeq2SeqLM
+    _refuse_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
+    with _loading("tokenizer", tokenizer_name or base_name):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **hub)
+    model = _load_weights(model_class, base_name, config=config, dtype=dtype, **hub)
+    _grow_positions(model, max_source_length, resize_position_embeddings)
+    _set_special_tokens(model, tokenizer, decoder_only)
+    _grow_embeddings(model, tokenizer)
+    return LoadedModel(model, tokenizer, decoder_only, previous, base_name)
+
+
+# Where the base model is
+
+
+def _find_base(name: str) -> tuple[Path | None, str]:
+    """The adapter folder, if `name` is one, and the base model's folder or hub id."""
+    folder = Path(name)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder, _base_of_adapter(folder / ADAPTER_CONFIG)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        # Only the name can tell what an incomplete folder was meant to be.
+        wanted = ADAPTER_CONFIG if "adapter" in folder.name else "config.json"
+        raise InputError(f"{FLAG}: {name} has no {wanted}")
+    if _is_missing_folder(name):
+        raise InputError(
+            f"{FLAG}: {name} does not exist; put a model (config.json, model.safetensors, tokenizer files) into that "
+            "folder, or give a hub id such as google-t5/t5-large"
+        )
+    return None, name
+
+
+def _base_of_adapter(path: Path) -> str:
+    content = read_json(path)
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{path}: base_model_name_or_path is {base!r}; the base model's folder or hub id is needed")
+    if _is_missing_folder(base) or (Path(base).is_dir() and not (Path(base) / "config.json").is_file()):
+        raise InputError(
+            f"{path}: base_model_name_or_path is {base}, where there is no model (seen from {Path.cwd()}); put the "
+            "base model there, or write into the file where it is"
+        )
+    return base
+
+
+def _is_missing_folder(name: str) -> bool:
+    """Whether `name` cannot be a hub id (`name` or `owner/name`) and is no folder either."""
+    path = Path(name)
+    if path.is_dir():
+        return False
+    no_hub_id = path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or len(path.parts) > 2
+    beside_a_folder = len(path.parts) == 2 and (path.parts[0] == "initial_model" or path.parent.is_dir())
+    return path.exists() or no_hub_id or beside_a_folder
+
+
+# Reading it
+
+
+@contextlib.contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Third-party loading without its progress bars, its failures said in one line."""
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name}: the {what} cannot be loaded: {reason}") from error
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _refuse_pickle(name: str, auto_class: str) -> None:
+    """A local folder must hold safetensors; of a hub repository, from_pretrained sees to that."""
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if not pickles:
+        raise InputError(f"{name}: holds no weights; model.safetensors is needed")
+    raise InputError(
+        f"{folder / pickles[0]}: a pickle, which is not loaded; convert it once, if you trust its source: "
+        f'python -c "from transformers import {auto_class} as M; '
+        f"M.from_pretrained('{name}', use_safetensors=False).save_pretrained('{name}')\""
+    )
+
+
+def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
+    """The model with every weight from its checkpoint, none left as initialised."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # what its table of differences would say is said below, a line each
+    try:
+        with _loading("model", name):
+            model, report = model_class.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    for key, found, needed in sorted(report["mismatched_keys"]):
+        raise InputError(f"{name}: {key} is {tuple(found)}, {tuple(needed)} is needed by its config.json")
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
+    if unused := sorted(report["unexpected_keys"]):
+        logger.warning("%s: the model has no place for %d weights, such as %s", name, len(unused), unused[0])
+    return model
+
+
+# Making model, tokenizer and settings agree
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoder_only: bool) -> None:
+    """Write one choice of special tokens to tokenizer, config and generation config.
+
+    The tokenizer's own tokens count; bos and eos that it lacks come from the model's config. A LLaMA tokenizer
+    without a padding token pads with unk, or with eos where that is absent too: padding is masked everywhere, so it
+    needs no embedding of its own.
+    """
+    if decoder_only:
+        for kind in ("bos", "eos"):
+            if getattr(tokenizer, f"{kind}_token") is None:
+                setattr(tokenizer, f"{kind}_token", _token_of_config(model, tokenizer, kind))
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.padding_side = "left"
+    for kind in ("eos", "pad"):
+        if getattr(tokenizer, f"{kind}_token") is None:
+            raise InputError(f"{model.name_or_path}: neither the tokenizer nor config.json defines {kind}_token")
+    if not decoder_only and model.config.decoder_start_token_id is None:
+        raise InputError(f"{model.name_or_path}/config.json: has no decoder_start_token_id, with which answers start")
+    for kind in ("bos", "eos", "pad") if decoder_only else ("eos", "pad"):
+        for holder in (model.config, model.generation_config):
+            setattr(holder, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
+
+
+def _token_of_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str) -> str | None:
+    index = getattr(model.config, f"{kind}_token_id")
+    if isinstance(index, list):
+        index = index[0]
+    return None if index is None else tokenizer.convert_ids_to_tokens(index)
+
+
+def _grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A row for every token id; never fewer rows, for a checkpoint may round their number up."""
+    rows = model.get_input_embeddings().num_embeddings
+    needed = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    if needed <= rows:
+        return
+    logger.warning("embeddings grow from %d to %d rows, the tokenizer's; new rows start as their mean", rows, needed)
+    # The new rows are drawn (narrowly around the mean) and not saved: the same draw makes them the same every time.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.resize_token_embeddings(needed)
+
+
+def _grow_positions(model: PreTrainedModel, length: int, allowed: bool | None) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or limit >= length:
+        return
+    fault = f"--max_source_length: found {length}; {model.name_or_path} has {limit} positions"
+    if allowed is False:
+        raise InputError(f"{fault}, which --resize_position_embeddings false keeps; at most {limit}")
+    try:
+        model.resize_position_embeddings(length)
+    except NotImplementedError:
+        raise InputError(f"{fault}, which --resize_position_embeddings cannot change here; at most {limit}") from None
+    if allowed is None:
+        logger.warning("position embeddings grow from %d to %d; new ones are untrained", limit, length)

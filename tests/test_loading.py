@@ -1,0 +1,309 @@
+"""Which model `--model_name_or_path` leads to, and what is refused."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from errors import InputError
+from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew
+from model.llama import LlamaForCausalLM_with_lossmask
+from model.loading import load_model_and_tokenizer
+
+TEXT = ["the quick brown fox jumps over the lazy dog", "Option: Good, Bad", "Answer: Good"]
+ROWS = 128  # more than the tokenizers need, as in published checkpoints
+
+
+def make_tokenizer(specials: list[str], *, after: str = "", **names) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer trained on TEXT; `after` is the template of special tokens around a text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>" if "<unk>" in specials else None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=96, special_tokens=specials))
+    if after:
+        ids = [(token, tokenizer.token_to_id(token)) for token in specials if token in after]
+        tokenizer.post_processor = processors.TemplateProcessing(single=after, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def seq2seq_tokenizer() -> PreTrainedTokenizerFast:
+    specials = ["<pad>", "</s>", "<unk>"]
+    return make_tokenizer(specials, after="$A </s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def llama_tokenizer(**names) -> PreTrainedTokenizerFast:
+    defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return make_tokenizer(["<unk>", "<s>", "</s>"], after="<s> $A", **defaults | names)
+
+
+def save(folder, model, tokenizer):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_llama(folder, tokenizer=None, **options):
+    defaults = {
+        "vocab_size": ROWS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    return save(folder, LlamaForCausalLM(LlamaConfig(**defaults | options)), tokenizer or llama_tokenizer())
+
+
+def make_t5(folder, **options):
+    defaults = {
+        "vocab_size": ROWS, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2,
+        "decoder_start_token_id": 0,
+    }  # fmt: skip
+    return save(folder, T5ForConditionalGeneration(T5Config(**defaults | options)), seq2seq_tokenizer())
+
+
+def make_bart(folder, config_class=BartConfig, model_class=BartForConditionalGeneration):
+    config = config_class(
+        vocab_size=ROWS, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None, decoder_start_token_id=1, forced_eos_token_id=1,
+    )  # fmt: skip
+    return save(folder, model_class(config), seq2seq_tokenizer())
+
+
+def refusal(name, **options) -> str:
+    with pytest.raises(InputError) as error:
+        load_model_and_tokenizer(str(name), **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test waits for a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+# Routes
+
+
+def test_t5_is_loaded_whole_and_keeps_its_rows(tmp_path):
+    folder = make_t5(tmp_path / "small-llama-in-name-only")
+    loaded = load_model_and_tokenizer(str(folder))
+    assert type(loaded.model) is T5ForConditionalGeneration
+    assert (loaded.decoder_only, loaded.previous, loaded.base_name) == (False, None, str(folder))
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(loaded.model.state_dict()[name], tensor) for name, tensor in stored.items())
+    assert loaded.model.get_input_embeddings().num_embeddings == ROWS > len(loaded.tokenizer)
+    assert loaded.tokenizer("the fox").input_ids[-1] == loaded.tokenizer.eos_token_id == 1
+
+
+def test_bart_is_an_encoder_decoder(tmp_path):
+    loaded = load_model_and_tokenizer(str(make_bart(tmp_path / "bart")), max_source_length=64)
+    assert type(loaded.model) is BartForConditionalGeneration and not loaded.decoder_only
+
+
+def test_llama_gets_the_class_with_the_loss_mask(tmp_path):
+    loaded = load_model_and_tokenizer(str(make_llama(tmp_path / "decoder")), dtype=torch.bfloat16)
+    assert type(loaded.model) is LlamaForCausalLM_with_lossmask and loaded.decoder_only
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+
+
+def test_adapter_folder_leads_to_its_base_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_t5("initial_model/t5-tiny")
+    loaded = load_model_and_tokenizer("initial_model/t5-tiny")
+    config = LoraNewConfig(r=2, target_modules=r".*SelfAttention.(q|v)", task_type="SEQ_2_SEQ_LM")
+    model = add_loranew(loaded.model, config)
+    fold_loranew(model)
+    model.save_pretrained("outputs/1-dbpedia/t5_adapter")
+    again = load_model_and_tokenizer("outputs/1-dbpedia/t5_adapter")
+    assert str(again.previous) == "outputs/1-dbpedia/t5_adapter" and again.base_name == "initial_model/t5-tiny"
+    assert load_loranew(again.model, again.previous).peft_config["default"].r_sum == 2
+
+
+def test_other_architectures_are_refused(tmp_path):
+    config = GPT2Config(vocab_size=ROWS, n_embd=16, n_layer=1, n_head=2)
+    message = refusal(save(tmp_path / "gpt2", GPT2LMHeadModel(config), seq2seq_tokenizer()))
+    assert "model_type 'gpt2'" in message and "llama" in message and "t5" in message
+
+
+# Places
+
+
+@pytest.mark.parametrize("name", ["initial_model/t5-large", "./t5", "../t5/", "/models/t5", "a/b/c", "outputs/t5"])
+def test_a_path_that_does_not_exist_says_both_ways_on(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    message = refusal(name)
+    assert f"{name} does not exist" in message and "into that folder" in message and "hub id" in message
+
+
+@pytest.mark.parametrize("name", ["gpt2", "google-t5/t5-large"])
+def test_a_hub_id_out_of_reach_is_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(name, cache_dir=str(tmp_path)).startswith(f"{name}: the config cannot be loaded")
+
+
+@pytest.mark.parametrize("name, wanted", [("t5_adapter", "adapter_config.json"), ("t5", "config.json")])
+def test_an_empty_folder_is_refused(tmp_path, name, wanted):
+    (tmp_path / name).mkdir()
+    assert f"{name} has no {wanted}" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("base", ["initial_model/gone", None, 3, "empty"])
+def test_an_adapter_without_its_base_model_is_refused(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    message = refusal("adapter")
+    assert message.startswith(f"adapter/adapter_config.json: base_model_name_or_path is {base}")
+
+
+# Weights
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
+    folder = make_llama(tmp_path / "llama")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    message = refusal(folder)
+    assert "pytorch_model.bin: a pickle" in message and "AutoModelForCausalLM" in message
+    (folder / "pytorch_model.bin").unlink()
+    assert "model.safetensors is needed" in refusal(folder)
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_incomplete_weights_are_refused(tmp_path):
+    folder = make_t5(tmp_path / "t5")
+    key = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    rewrite(folder, lambda tensors: tensors.pop(key))
+    assert f"1 weights are missing from the checkpoint, such as {key}" in refusal(folder)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    folder = make_t5(tmp_path / "t5")
+    key = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    rewrite(folder, lambda tensors: tensors.update({key: torch.zeros(8, 16)}))
+    assert f"{key} is (8, 16), (16, 16) is needed" in refusal(folder)
+
+
+def test_weights_without_a_place_are_said(tmp_path, caplog):
+    folder = make_t5(tmp_path / "t5")
+    rewrite(folder, lambda tensors: tensors.update({"classifier.weight": torch.zeros(2, 16)}))
+    with caplog.at_level(logging.WARNING, "gorp"):
+        load_model_and_tokenizer(str(folder))
+    assert "no place for 1 weights, such as classifier.weight" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_file_is_one_line(tmp_path, file):
+    folder = make_t5(tmp_path / "t5")
+    path = folder / file
+    path.write_bytes(path.read_bytes()[:100])
+    assert str(folder) in refusal(folder)
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    folder = make_t5(tmp_path / "t5")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('ran')")
+    assert "cannot be loaded" in refusal(folder)
+
+
+# Special tokens, rows, positions
+
+
+def special_ids(holder) -> tuple:
+    return holder.bos_token_id, holder.eos_token_id, holder.pad_token_id
+
+
+@pytest.mark.parametrize(
+    "tokenizer, ids",
+    [
+        (llama_tokenizer(), (1, 2, 0)),
+        (llama_tokenizer(pad_token="</s>"), (1, 2, 2)),
+        (llama_tokenizer(unk_token=None), (1, 2, 2)),
+        (llama_tokenizer(bos_token=None, eos_token=None), (1, 2, 0)),
+    ],
+    ids=["unk pads", "own pad", "eos pads", "from the config"],
+)
+def test_llama_special_tokens_agree_everywhere(tmp_path, tokenizer, ids):
+    wrong = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 7}
+    loaded = load_model_and_tokenizer(str(make_llama(tmp_path / "llama", tokenizer, **wrong)))
+    for holder in (loaded.tokenizer, loaded.model.config, loaded.model.generation_config):
+        assert special_ids(holder) == ids
+    assert loaded.tokenizer.padding_side == "left"
+
+
+def test_missing_eos_is_refused(tmp_path):
+    folder = make_llama(tmp_path / "llama", llama_tokenizer(eos_token=None), eos_token_id=None)
+    assert "defines eos_token" in refusal(folder)
+
+
+def test_missing_decoder_start_is_refused(tmp_path):
+    folder = make_t5(tmp_path / "t5")
+    config = json.loads((folder / "config.json").read_text()) | {"decoder_start_token_id": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "decoder_start_token_id" in refusal(folder)
+
+
+def test_embeddings_grow_to_the_tokenizer_the_same_way_each_time(tmp_path, caplog):
+    tokenizer = llama_tokenizer()
+    folder = make_llama(tmp_path / "llama", tokenizer, vocab_size=len(tokenizer) - 5)
+    torch.manual_seed(1)
+    with caplog.at_level(logging.WARNING, "gorp"):
+        first = load_model_and_tokenizer(str(folder)).model
+    assert f"from {len(tokenizer) - 5} to {len(tokenizer)} rows" in caplog.text
+    torch.manual_seed(2)
+    second = load_model_and_tokenizer(str(folder)).model
+    assert first.get_input_embeddings().num_embeddings == first.lm_head.out_features == len(tokenizer)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
+    stored = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    rows = first.get_input_embeddings().weight
+    assert torch.equal(rows[:-5], stored)
+    torch.testing.assert_close(rows[-5:], stored.mean(0).expand(5, -1), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("allowed", [None, True, False])
+def test_too_few_positions_are_refused_where_they_cannot_grow(tmp_path, allowed):
+    message = refusal(make_bart(tmp_path / "bart"), max_source_length=65, resize_position_embeddings=allowed)
+    assert "--max_source_length: found 65" in message and "--resize_position_embeddings" in message
+    assert message.endswith("at most 64")
+
+
+def test_positions_grow_where_the_model_can(tmp_path, caplog):
+    folder = make_bart(tmp_path / "pegasus", PegasusConfig, PegasusForConditionalGeneration)
+    with caplog.at_level(logging.WARNING, "gorp"):
+        loaded = load_model_and_tokenizer(str(folder), max_source_length=80)
+    assert loaded.model.config.max_position_embeddings == 80 and "from 64 to 80" in caplog.text
+    assert "at most 64" in refusal(folder, max_source_length=80, resize_position_embeddings=False)
+
+
+def test_config_and_tokenizer_may_come_from_elsewhere(tmp_path):
+    folder, other = make_t5(tmp_path / "t5"), make_t5(tmp_path / "other", dropout_rate=0.3)
+    seq2seq_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    loaded = load_model_and_tokenizer(
+        str(folder), config_name=str(other), tokenizer_name=str(tmp_path / "tokenizer"), use_fast_tokenizer=False
+    )
+    assert loaded.model.config.dropout_rate == 0.3
