@@ -1,0 +1,1 @@
+"""Metrics beyond exact match and ROUGE, each belonging to a task."""
