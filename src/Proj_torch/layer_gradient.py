@@ -1,0 +1,127 @@
+"""The gradient of a linear layer's weight without its matrix: factors that add up, and bases from a random sketch.
+
+Backward through y = W x hands a layer its input X (tokens, in) and the gradient of its output GY (tokens, out); the
+gradient of W is G = GY^T X. Products of G with thin matrices need no G: G M = GY^T (X M). A sketch is a few such
+products, and ranks add up sketches instead of gradients: (out + in) (k + p) numbers a pass instead of out * in.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from Proj_torch.proj_projector import Bases
+
+OVERSAMPLING = 8  # Halko, Martinsson and Tropp 2011, section 4.2: 5 to 10 suffice
+
+Product = Callable[[Tensor], Tensor]
+
+
+class LayerGradient:
+    """The sum of GY^T X over some backward passes, in its smaller form: the factors, or the matrix in float32.
+
+    Args:
+        shape: (out, in) of the weight.
+    """
+
+    def __init__(self, shape: Sequence[int]):
+        self.shape = tuple(shape)
+        self._factors: list[tuple[Tensor, Tensor]] = []
+        self._matrix: Tensor | None = None
+
+    def add(self, GY: Tensor, X: Tensor) -> None:
+        """Add GY^T X for GY (..., out) and X (..., in)."""
+        self._factors.append((GY.reshape(-1, self.shape[0]), X.reshape(-1, self.shape[1])))
+        numbers = sum(GY.numel() + X.numel() for GY, X in self._factors)
+        if self._matrix is not None or numbers > self.shape[0] * self.shape[1]:
+            self._matrix, self._factors = self.matrix(), []
+
+    def add_matrix(self, G: Tensor) -> None:
+        """Add a gradient that comes as a matrix (out, in), as a penalty on the weight gives it."""
+        self._matrix = G.float() if self._matrix is None and not self._factors else self.matrix() + G.float()
+        self._factors = []
+
+    def matrix(self) -> Tensor:
+        """G (out, in), the array itself where the sum is already kept in that form."""
+        G = self._matrix
+        for GY, X in self._factors:
+            G = GY.float().mT @ X.float() if G is None else G.addmm_(GY.float().mT, X.float())
+        return G
+
+    def times(self, M: Tensor) -> Tensor:
+        """G M (out, l) for M (in, l)."""
+        return self._product(M, lambda G: G, lambda GY, X: (GY, X))
+
+    def transposed_times(self, M: Tensor) -> Tensor:
+        """G^T M (in, l) for M (out, l)."""
+        return self._product(M, lambda G: G.mT, lambda GY, X: (X, GY))
+
+    def projected(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """left^T G right; None stands for the identity."""
+        if left is not None:
+            R = self.transposed_times(left).mT
+            return R if right is None else R @ right
+        return self.matrix() if right is None else self.times(right)
+
+    def _product(self, M: Tensor, of_matrix: Callable, of_factors: Callable) -> Tensor:
+        if self._matrix is not None:
+            return of_matrix(self._matrix) @ M
+        ordered = (of_factors(*pair) for pair in self._factors)
+        return sum(A.float().mT @ (B.float() @ M) for A, B in ordered)
+
+
+def sketched_bases(
+    times: Product,
+    transposed_times: Product,
+    shape: Sequence[int],
+    ranks: Sequence[int | None],
+    previous: Bases | None,
+    seed: int,
+    device: torch.device,
+) -> tuple[Bases, float]:
+    """Bases of G (out, in) for `mode_ranks`' ranks, from products with G alone, and the energy share they hold.
+
+    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) whose starting block holds
+    the previous basis beside `OVERSAMPLING` Gaussian columns, with one power iteration: on SmolLM2's gradients it finds
+    99 % of the energy of the best basis, without it 95 %. The share is an estimate: what lies outside the subspace is
+    taken from E ||G Omega||_F^2 = columns * ||G||_F^2 for Gaussian Omega.
+
+    Args:
+        times, transposed_times: G M and G^T M, the same on every rank.
+        ranks: ranks of the left and the right basis, at least one not None.
+        previous: bases to start from.
+        seed: of the Gaussian columns, the same on every rank.
+
+    Raises:
+        torch.linalg.LinAlgError: G is not finite or zero.
+    """
+    if ranks[1] is None:  # the left singular vectors of G are the right ones of its transpose
+        turned = None if previous is None else previous[::-1]
+        (right, left), share = sketched_bases(
+            transposed_times, times, tuple(shape)[::-1], tuple(ranks)[::-1], turned, seed, device
+        )
+        return (left, right), share
+    rank, start = ranks[1], None if previous is None else previous[1]
+    width = min(rank + OVERSAMPLING, *shape)
+    known = 0 if start is None else start.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    omega = torch.randn(shape[1], width - min(known, width - 1), generator=generator).to(device)
+    Y = times(omega if start is None else torch.cat((omega, start), dim=1)[:, :width])
+    if not (Y.isfinite().all() and Y.any()):
+        raise torch.linalg.LinAlgError("the gradient is zero or not finite")
+    # One power iteration, and with it what fresh Gaussian columns show of the gradient outside the subspace.
+    probe = torch.randn(shape[1], OVERSAMPLING, generator=generator).to(device)
+    Y = times(torch.cat((_orthonormal(transposed_times(_orthonormal(Y))), probe), dim=1))
+    Q, probed = _orthonormal(Y[:, :width]), Y[:, width:]
+    outside = probed - Q @ (Q.mT @ probed)
+    V, s, Uh = torch.linalg.svd(transposed_times(Q), full_matrices=False)
+    left = None if ranks[0] is None else Q @ Uh[: ranks[0]].mT
+    squares = s.double().square()
+    share = squares[:rank].sum() / (squares.sum() + outside.double().square().sum() / OVERSAMPLING)
+    return (left, V[:, :rank].contiguous()), float(share)
+
+
+def _orthonormal(M: Tensor) -> Tensor:
+    """Orthonormal columns that span M's; M is scaled first so that tiny gradients do not underflow."""
+    peak = torch.linalg.vector_norm(M, torch.inf).clamp_min(torch.finfo(M.dtype).tiny)
+    return torch.linalg.qr(M / peak).Q

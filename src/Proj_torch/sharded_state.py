@@ -1,0 +1,174 @@
+"""A parameter's fp32 master copy and its Adam moments, wherever the optimizer keeps them.
+
+In one process and under DistributedDataParallel they are the parameter itself and `optimizer.state[parameter]`. Under
+DeepSpeed they are pieces: stages 1 to 3 flatten the parameters of a group and give each rank a slice of the result.
+Only DeepSpeed's public calls are used. Every method is collective: all ranks call it, in the same order.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from errors import InputError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class LocalState:
+    """Every rank holds the whole optimizer state: plain PyTorch, and DeepSpeed's stage 0.
+
+    Args:
+        optimizer: the `torch.optim.AdamW` that steps.
+        engine: DeepSpeed's engine, if there is one. At stage 0 it keeps float32 copies of 16-bit parameters.
+
+    Raises:
+        InputError: stage 0 fuses its float32 copies, which have no public access.
+    """
+
+    def __init__(self, optimizer: Optimizer, engine: Any = None):
+        self.optimizer = optimizer
+        self._masters = {}
+        if engine is not None and engine.optimizer is not optimizer:
+            if not hasattr(engine.optimizer, "fp32_groups"):
+                raise InputError("DeepSpeed stage 0: 16-bit training with a fused optimizer; allowed are stages 1 to 3")
+            for copies, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+                self._masters.update(zip(copies, masters, strict=True))
+            if engine.global_steps == 0:  # DeepSpeed makes this state in an empty step, which is not to be counted
+                for state in optimizer.state.values():
+                    state["step"].zero_()
+
+    def gathered(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager:
+        """Inside the block the whole of `params` can be read, and written alike on every rank."""
+        return contextlib.nullcontext()
+
+    def read_master(self, param: nn.Parameter) -> Tensor:
+        """The float32 values (the parameter's shape) that the optimizer updates."""
+        return self._masters.get(param, param).detach().float()
+
+    @torch.no_grad()
+    def write_master(self, param: nn.Parameter, value: Tensor) -> None:
+        """Set the float32 values and the working copy in the model to `value` (the parameter's shape)."""
+        self._masters.get(param, param).copy_(value)
+        param.copy_(value)
+
+    def read_moment(self, param: nn.Parameter, key: str) -> Tensor:
+        """`exp_avg` or `exp_avg_sq` (the parameter's shape), zeros before the first step."""
+        master = self._masters.get(param, param)
+        moment = self.optimizer.state.get(master, {}).get(key)
+        return torch.zeros_like(master, dtype=torch.float32) if moment is None else moment.detach().float()
+
+    def write_moments(self, moments: dict[nn.Parameter, dict[str, Tensor]], step: int) -> None:
+        """Set `MOMENTS` of these parameters and the number of steps that Adam's bias correction counts from."""
+        for param, values in moments.items():
+            master = self._masters.get(param, param)
+            state = {key: value.to(master.device, torch.float32, copy=True) for key, value in values.items()}
+            self.optimizer.state[master] = {"step": torch.tensor(float(step)), **state}
+
+
+class ZeroState:
+    """Each rank holds a slice of the optimizer state: DeepSpeed ZeRO stages 1, 2 and 3.
+
+    Args:
+        optimizer: the `torch.optim.AdamW` inside DeepSpeed's.
+        engine: DeepSpeed's engine.
+    """
+
+    def __init__(self, optimizer: Optimizer, engine: Any):
+        import deepspeed  # slow to import, so only when there is an engine
+        from deepspeed import utils
+
+        self.optimizer, self._zero, self._utils = optimizer, deepspeed.zero, utils
+        self._partitioned = engine.zero_optimization_stage() == 3
+        if not self._partitioned:
+            self._create_moments()
+
+    def _create_moments(self) -> None:
+        """Zero moments, as AdamW makes them itself in its first step.
+
+        At stages 1 and 2 DeepSpeed 0.19.8 steps one group after another and makes the moments of all groups
+        accessible after the first, when the others have none; theirs would stay out of reach for good.
+        """
+        for slice_ in (p for group in self.optimizer.param_groups for p in group["params"]):
+            if not self.optimizer.state[slice_]:
+                moments = {key: torch.zeros_like(slice_, requires_grad=False) for key in MOMENTS}
+                step = torch.tensor(0.0) if isinstance(self.optimizer, torch.optim.Adam) else 0  # each class's own form
+                self.optimizer.state[slice_] = {"step": step, **moments}
+
+    def gathered(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager:
+        """As `LocalState.gathered`."""
+        return self._zero.GatheredParameters(params, modifier_rank=0)
+
+    def read_master(self, param: nn.Parameter) -> Tensor:
+        """As `LocalState.read_master`."""
+        return self._utils.safe_get_full_fp32_param(param).detach().float().clone()
+
+    @torch.no_grad()
+    def write_master(self, param: nn.Parameter, value: Tensor) -> None:
+        """As `LocalState.write_master`."""
+        if self._partitioned:
+            slice_ = self._utils.safe_get_local_fp32_param(param)
+            self._utils.safe_set_local_fp32_param(param, self._own_slice(value, slice_))
+        else:
+            self._utils.safe_set_full_fp32_param(param, value.contiguous())
+        with self.gathered([param]):
+            param.copy_(value)
+
+    def read_moment(self, param: nn.Parameter, key: str) -> Tensor:
+        """As `LocalState.read_moment`."""
+        if not self._has_stepped():
+            return torch.zeros_like(self.read_master(param))
+        return self._utils.safe_get_full_optimizer_state(param, key).detach().float().clone()
+
+    def write_moments(self, moments: dict[nn.Parameter, dict[str, Tensor]], step: int) -> None:
+        """As `LocalState.write_moments`, for all parameters at once, since their step count is one.
+
+        Raises:
+            InputError: DeepSpeed has no moments yet; it makes them in its first step.
+        """
+        if not self._has_stepped():
+            raise InputError("DeepSpeed's optimizer has no moments yet: load its checkpoint or call start_moments")
+        for param, values in moments.items():
+            for key, value in values.items():
+                self._write_moment(param, key, value)
+        for state in self.optimizer.state.values():
+            state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+
+    def _write_moment(self, param: nn.Parameter, key: str, value: Tensor) -> None:
+        if self._partitioned:
+            slice_ = self._utils.safe_get_local_optimizer_state(param, key)
+            self._utils.safe_set_local_optimizer_state(param, self._own_slice(value, slice_), key)
+        else:
+            self._utils.safe_set_full_optimizer_state(param, value.contiguous(), key)
+
+    def _has_stepped(self) -> bool:
+        return any(state["step"] > 0 for state in self.optimizer.state.values() if state)
+
+    @staticmethod
+    def _own_slice(value: Tensor, like: Tensor) -> Tensor:
+        """This rank's part of `value`, flattened and padded so that every rank has as many numbers as `like`."""
+        flat = value.flatten().to(like)
+        padding = like.numel() * torch.distributed.get_world_size() - flat.numel()
+        start = like.numel() * torch.distributed.get_rank()
+        return nn.functional.pad(flat, (0, padding))[start : start + like.numel()]
+
+
+def start_moments(engine: Any, optimizer: Optimizer, loss: Tensor) -> None:
+    """Make DeepSpeed create its optimizer state, all zero, without changing a weight.
+
+    ZeRO creates the moments in its first step, and only then can they be set; this is that step, with no gradient
+    and no learning rate. It counts in the engine's own step and schedule, which the caller sets afterwards.
+
+    Args:
+        loss: of one micro-batch, through the engine.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(loss * 0.0)
+    engine.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
