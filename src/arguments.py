@@ -1,0 +1,224 @@
+"""The command line of `run_uie_lora.py`: the model, the data, the method, and Hugging Face's training arguments.
+
+Option names are the published ones. Every check that needs only the command line and the DeepSpeed file happens
+here, before any data or model is read.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+from errors import InputError
+from files import check_writable, read_json
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Base model (folder or hub id), or the adapter folder that the previous task left."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Another config (seq2seq base models only)."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Another tokenizer (seq2seq base models only)."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where models from the hub are kept."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use the fast tokenizer where there is one."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    use_auth_token: bool = field(default=False, metadata={"help": "Use the hub login of this machine."})
+    resize_position_embeddings: bool | None = field(
+        default=None, metadata={"help": "Grow learned positions to max_source_length (BART); unset: grow and say so."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows are read, and how they become prompts."""
+
+    data_dir: str = field(default="CL_Benchmark", metadata={"help": "Benchmark folder: <TASK>/<DATASET>/*.json."})
+    task_config_dir: str = field(default=None, metadata={"help": "Folder of the step's {train,dev,test}_tasks.json."})
+    instruction_file: str = field(
+        default="configs/instruction_config.json", metadata={"help": "JSON file with the instructions of each task."}
+    )
+    instruction_strategy: str = field(
+        default="single", metadata={"help": "single: the first instruction; multiple: a random one for each row."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Build the cached examples anew."})
+    input_record_file: str | None = field(default=None, metadata={"help": "Append every batch to this file as text."})
+    max_source_length: int = field(default=512, metadata={"help": "Most tokens of a prompt; the text is cut to fit."})
+    max_target_length: int = field(default=50, metadata={"help": "Most tokens of an answer; never cut, refused."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Generation: 1.0 is no penalty."})
+    num_beams: int = field(default=1, metadata={"help": "Generation: beams; 1 is greedy."})
+    max_num_instances_per_task: int | None = field(
+        default=10000, metadata={"help": "Training rows of a dataset with sampling strategy 'random'."}
+    )
+    max_num_instances_per_eval_task: int | None = field(
+        default=200, metadata={"help": "Validation rows of a dataset with sampling strategy 'random'."}
+    )
+    over_sampling: bool = field(default=False, metadata={"help": "Repeat training rows up to the limit ('random')."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Validate on this many rows at most."})
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Test on this many rows of each dataset at most."}
+    )
+    num_examples: int = field(default=0, metadata={"help": "Solved examples shown in each prompt (few-shot)."})
+    add_task_name: bool = field(default=False, metadata={"help": "Begin the prompt with the task's name."})
+    add_dataset_name: bool = field(default=False, metadata={"help": "Begin the prompt with the dataset's name."})
+
+
+@dataclass
+class MethodArguments:
+    """The continual-learning method and its settings (PROTOCOL names; see the README's table for published values)."""
+
+    method: str = field(default="gorp", metadata={"help": "A file name of src/methods, without .py."})
+    lora_dim: int = field(default=8, metadata={"help": "Rank of the LoRA that a task adds."})
+    lora_alpha: float = field(default=32, metadata={"help": "LoRA scale times rank: s = lora_alpha / lora_dim."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the LoRA that trains."})
+    lora_modules: str = field(
+        default=None, metadata={"help": "Where LoRA goes: a regular expression for whole module names."}
+    )
+    # `--optim_target_modules` belongs to Hugging Face's arguments; `parse_arguments` hands it over.
+    optim_target_modules: list[str] = field(init=False, default_factory=list)
+    proj_lora_modules: str | None = field(
+        default=None, metadata={"help": "LoRA factors that are protected: a regular expression for factor names."}
+    )
+    galore_rank: int = field(default=8, metadata={"help": "Rank k of the gradient projection."})
+    galore_update_proj_gap: int = field(default=10, metadata={"help": "Optimizer steps between two bases."})
+    galore_scale: float = field(default=1.0, metadata={"help": "Factor on the update that is projected back."})
+    galore_proj_type: str = field(
+        default="std", metadata={"help": "Projected side.", "choices": ["std", "reverse_std", "left", "right", "full"]}
+    )
+    galore_svd: str = field(
+        default="exact", metadata={"help": "How a basis is computed.", "choices": ["exact", "lowrank"]}
+    )
+    galore_lr: float = field(default=1e-5, metadata={"help": "Learning rate of the full-rank weights."})
+    protect: str = field(
+        default="gp_first",
+        metadata={
+            "help": "How the shared gradient space acts: on the gradient before Adam (as published), on the update "
+            "after it, structurally (the change is orthogonal to it exactly), or not at all.",
+            "choices": ["gp_first", "gp_second", "structural", "none"],
+        },
+    )
+    protect_side: str = field(
+        default="output",
+        metadata={"help": "Which side of a weight it protects: output as published.", "choices": ["output", "input"]},
+    )
+    space_energy: float = field(default=0.9, metadata={"help": "Energy of the first moment that the space holds."})
+    lamda_1: float = field(default=0.5, metadata={"help": "Weight of sum |A_old A_new^T|; 0: off."})
+    lamda_2: float = field(default=0.0, metadata={"help": "Weight of the L2 norms of the new LoRA; 0: off."})
+    lamda_3: float = field(default=0.0, metadata={"help": "Weight of ||dW dW^T - I|| of the full-rank weights; 0: off."})
+
+    def __post_init__(self):
+        if self.lora_modules is None:
+            raise InputError("--lora_modules: missing; a regular expression such as '.*SelfAttention.(q|v).*'")
+        positive = ("lora_dim", "lora_alpha", "galore_rank", "galore_update_proj_gap")
+        not_negative = ("galore_scale", "galore_lr", "lamda_1", "lamda_2", "lamda_3")
+        for name in positive:
+            _check(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+        for name in not_negative:
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 up to, not including, 1")
+        _check(0 < self.space_energy <= 1, "space_energy", self.space_energy, "above 0, at most 1")
+        if self.protect == "structural" and self.protect_side != "input":
+            raise InputError("--protect structural: found --protect_side output; it needs --protect_side input")
+
+
+@dataclass
+class UIETrainingArguments(Seq2SeqTrainingArguments):
+    """Hugging Face's arguments; the two flags of this project, and earlier checks of what they contradict."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the results that output_dir already holds."}
+    )
+    denser_evaluation: bool = field(
+        default=False, metadata={"help": "Also log and evaluate at steps 1, 50, 100 and 200."}
+    )
+    optim_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Full-rank weights that train by projection: regular expressions for whole module names."},
+    )
+
+    def __post_init__(self):
+        if self.bf16 and self.fp16:
+            raise InputError("--bf16 --fp16: both found; at most one of them")
+        if isinstance(self.deepspeed, str):
+            check_deepspeed_file(self.deepspeed, bf16=bool(self.bf16), fp16=bool(self.fp16))
+        self.remove_unused_columns = False  # the collator reads the whole row
+        if self.output_dir is None:
+            raise InputError("--output_dir: missing; a folder for the results")
+        check_writable(self.output_dir)
+        super().__post_init__()
+
+
+def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool) -> None:
+    """Refuse a DeepSpeed file that contradicts the command line or would take the optimizer away from the method.
+
+    Raises:
+        InputError: no JSON object, a precision that the command line does not ask for, or an optimizer or scheduler
+            section (DeepSpeed would then build its own optimizer, without the projection).
+    """
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: found a JSON {type(config).__name__}; a DeepSpeed config is an object")
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise InputError(
+                f"{path}: found a section '{section}'; the method brings its own, remove it (a DeepSpeed optimizer "
+                "would train without the projection)"
+            )
+    for name, wanted in (("bf16", bf16), ("fp16", fp16)):
+        enabled = config.get(name, {}).get("enabled", False) if isinstance(config.get(name, {}), dict) else None
+        if enabled == "auto" or enabled is wanted:
+            continue
+        flag = f"--{name}" if wanted else f"no --{name}"
+        raise InputError(f"{path}, key {name}.enabled: found {json.dumps(enabled)} against {flag} on the command line; "
+                         "both the same, or \"auto\" in the file")
+
+
+def parse_arguments(
+    argv: list[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, MethodArguments, UIETrainingArguments]:
+    """The four groups of arguments, from flags or from one JSON file.
+
+    Raises:
+        InputError: an unknown flag, or values that contradict each other.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, MethodArguments, UIETrainingArguments))
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if len(argv) == 1 and argv[0].endswith(".json"):
+            groups = parser.parse_dict(read_json(argv[0]))
+        else:
+            groups = parser.parse_args_into_dataclasses(args=argv)
+    except ValueError as error:
+        raise InputError(f"command line: {error}") from None
+    model, data, method, training = groups
+    method.optim_target_modules = training.optim_target_modules or []
+    return model, data, method, training
+
+
+def check_data_arguments(data: DataArguments) -> None:
+    """Ranges and required folders of the data group.
+
+    Raises:
+        InputError: naming the flag, what was found and what is allowed.
+    """
+    for flag in ("data_dir", "task_config_dir"):
+        value = getattr(data, flag)
+        if not value:
+            raise InputError(f"--{flag}: missing; a folder")
+        if not Path(value).is_dir():
+            raise InputError(f"--{flag}: {value} is no folder")
+    for flag in ("max_source_length", "max_target_length", "num_beams"):
+        _check(getattr(data, flag) > 0, flag, getattr(data, flag), "a number above 0")
+    for flag in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+        value = getattr(data, flag)
+        _check(value is None or value > 0, flag, value, "a number above 0, or the flag left out")
+
+
+def _check(holds: bool, flag: str, found, allowed: str) -> None:
+    if not holds:
+        raise InputError(f"--{flag}: found {found}; {allowed}")

@@ -1,0 +1,28 @@
+"""Continual-learning methods, one file each; `--method NAME` finds the file of that name here."""
+
+import importlib
+from pathlib import Path
+
+from errors import InputError
+from methods.base import Method
+
+
+def method_names() -> list[str]:
+    """Names that `--method` takes: the files of this folder, but for this one and the base."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+
+
+def find_method(name: str) -> type[Method]:
+    """The `Method` subclass that `methods/<name>.py` defines.
+
+    Raises:
+        InputError: there is no such file (an import error inside one is raised as it is).
+    """
+    if name not in method_names():
+        raise InputError(f"--method: found {name}; one of {', '.join(method_names())}")
+    module = importlib.import_module(f"methods.{name}")
+    return next(
+        member
+        for member in vars(module).values()
+        if isinstance(member, type) and issubclass(member, Method) and member.__module__ == module.__name__
+    )

@@ -1,0 +1,106 @@
+"""What every method shares: a LoRA that remembers, and carrying what earlier tasks left behind.
+
+A method is a subclass in a file of its own that overrides the few hooks in which it differs. As it stands, this
+class adds a new LoRA for each task and puts no constraint on it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftModel, TaskType
+from torch import nn
+
+import full_rank
+from arguments import MethodArguments
+from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew, loranew_layers
+
+
+class Method:
+    """One task's training by one method.
+
+    Life of an instance: `prepare` once, then `create_optimizer`; `penalty` in every training step; `end_task` after
+    the last one; `save` to leave the adapter folder from which the next task's `prepare` starts.
+    """
+
+    def __init__(self, options: MethodArguments):
+        self.options = options
+        self.model: PeftModel | None = None
+        # Weights of the base that differ from the base model on disk, by module name: earlier tasks' and this one's.
+        self.changed: dict[str, nn.Linear] = {}
+
+    # Setting up
+
+    def prepare(self, model: nn.Module, previous: Path | None, *, decoder_only: bool) -> PeftModel:
+        """Attach the LoRA to `model`, load what the task before left in `previous`, freeze everything else.
+
+        Raises:
+            InputError: a regular expression that matches nothing or not linear layers, a rank above a matrix, or an
+                adapter folder that does not fit the model.
+        """
+        layers = full_rank.match_linear(model, [self.options.lora_modules], "lora_modules")
+        full_rank.check_rank(layers, self.options.lora_dim, "lora_dim")
+        model.requires_grad_(False)
+        if previous is None:
+            self.model = add_loranew(model, self.lora_config(decoder_only))
+        else:
+            self.changed = full_rank.load_weights(model, previous)
+            self.model = load_loranew(model, previous)
+        return self.model
+
+    def lora_config(self, decoder_only: bool) -> LoraNewConfig:
+        """The first task's LoRA; later tasks read theirs from the adapter folder."""
+        return LoraNewConfig(
+            r=self.options.lora_dim,
+            lora_alpha=self.options.lora_alpha,
+            lora_dropout=self.options.lora_dropout,
+            target_modules=self.options.lora_modules,
+            task_type=TaskType.CAUSAL_LM if decoder_only else TaskType.SEQ_2_SEQ_LM,
+        )
+
+    # Training
+
+    def create_optimizer(self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+        """Optimizer of everything that trains."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def penalty(self) -> torch.Tensor | None:
+        """A scalar to add to the loss once an optimizer step, or None where there is nothing to add."""
+        return None
+
+    # Finishing
+
+    def end_task(self) -> None:
+        """Turn what was trained into memory: the new LoRA joins the old one."""
+        fold_loranew(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Write what the next task needs to `folder`: the LoRA factors and every changed full-rank weight."""
+        self.model.save_pretrained(folder)
+        if self.changed:
+            full_rank.save_weights(self.changed, folder)
+
+    # Saying what the run does
+
+    def summary(self) -> list[str]:
+        """Lines for the start of a run: how many values train, and where."""
+        new = sum(parameter.numel() for _, parameter in self.factors())
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return [
+            f"method {type(self).__name__.lower()}: {trained:,} of {total:,} values train; "
+            f"{new:,} in the new LoRA of {len(loranew_layers(self.model))} layers"
+        ]
+
+    def closing_summary(self) -> list[str]:
+        """Lines for the end of training: what the method did."""
+        return []
+
+    # Access for subclasses
+
+    def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The new LoRA's factors, named as users know them: `...SelfAttention.q.loranew_A.weight`."""
+        for name, parameter in self.model.named_parameters():
+            if ".loranew_" in name:
+                yield name.removeprefix("base_model.model.").replace(".default.", "."), parameter

@@ -1,0 +1,240 @@
+"""Entry: one task of an order. Arguments -> data -> model -> method -> training -> what it leaves -> evaluation.
+
+    python src/run_uie_lora.py --model_name_or_path initial_model/t5-large --task_config_dir
+        configs/order1_configs/dbpedia --output_dir logs_and_outputs/order_1/outputs/1-dbpedia ...
+
+The scripts in `scripts/` and `scripts_llama/` chain the tasks of an order. Lines that begin with `[gorp]` are the
+run's own account of what it trains, projects and protects, and of how well it then does.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import datasets
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from arguments import DataArguments, MethodArguments, ModelArguments, UIETrainingArguments
+from arguments import check_data_arguments, parse_arguments
+from compute_metrics import accuracy_line
+from errors import InputError
+from files import whole_file, whole_folder, write_json
+from methods import find_method
+from model.loading import load_model_and_tokenizer
+from uie_collator import DataCollatorForUIE
+from uie_dataset_lora import load_uie_dataset
+from uie_trainer_lora import DenserEvaluation, UIETrainer
+
+logger = logging.getLogger("gorp")
+RESULT_FILES = ("train_results.json", "predict_results.json", "eval_results.json", "all_results.json",
+                "predict_eval_predictions.jsonl", "trainer_state.json")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one task; 0, or 2 after one line about bad input."""
+    try:
+        run(*parse_arguments(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments,
+        training_args: UIETrainingArguments) -> None:
+    """Train and evaluate as the arguments say.
+
+    Raises:
+        InputError: anything a user can mend; before training wherever it can be known.
+    """
+    set_up_logging(training_args)
+    check_data_arguments(data_args)
+    method_class = find_method(method_args.method)
+    set_seed(training_args.seed)
+    rows = load_rows(data_args, training_args)
+    output_dir = claim_output_dir(training_args)
+
+    loaded = load_model_and_tokenizer(
+        model_args.model_name_or_path,
+        cache_dir=model_args.cache_dir,
+        revision=model_args.model_revision,
+        token=True if model_args.use_auth_token else None,
+        config_name=model_args.config_name,
+        tokenizer_name=model_args.tokenizer_name,
+        use_fast_tokenizer=model_args.use_fast_tokenizer,
+        resize_position_embeddings=model_args.resize_position_embeddings,
+        max_source_length=data_args.max_source_length,
+    )
+    method = method_class(method_args)
+    model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only)
+    trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
+
+    if training_args.do_train:
+        for line in method.summary():
+            logger.info(line)
+        metrics = train(trainer, len(rows["train"]))
+        record(output_dir, "train", metrics, trainer)
+        adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
+        leave_behind(trainer, adapter, loaded.tokenizer)
+    if training_args.do_eval:
+        record(output_dir, "eval", trainer.evaluate(), trainer)
+    if training_args.do_predict:
+        predict(trainer, rows["test"], output_dir)
+
+
+def load_rows(data_args: DataArguments, training_args: UIETrainingArguments) -> datasets.DatasetDict:
+    """The step's examples, cut to the sample limits; every split that the run needs has rows."""
+    rows = load_uie_dataset(
+        data_args.data_dir,
+        data_args.task_config_dir,
+        data_args.instruction_file,
+        instruction_strategy=data_args.instruction_strategy,
+        max_num_instances_per_task=data_args.max_num_instances_per_task,
+        max_num_instances_per_eval_task=data_args.max_num_instances_per_eval_task,
+        num_examples=data_args.num_examples,
+        over_sampling=data_args.over_sampling,
+        seed=training_args.seed,
+        overwrite_cache=data_args.overwrite_cache,
+    )
+    needed = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
+    for split, is_needed in needed.items():
+        if is_needed and len(rows[split]) == 0:
+            raise InputError(f"--task_config_dir: {data_args.task_config_dir} names no dataset for {split}; at least one")
+    rows["train"] = first_rows(rows["train"], data_args.max_train_samples)
+    rows["validation"] = first_rows(rows["validation"], data_args.max_eval_samples)
+    rows["test"] = first_rows_of_each(rows["test"], data_args.max_predict_samples)
+    return rows
+
+
+def first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """At most `limit` rows, the first ones."""
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def first_rows_of_each(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """At most `limit` rows of each dataset, the first ones: a limit must not drop whole tasks of the past."""
+    if limit is None:
+        return rows
+    seen: dict[str, int] = {}
+    kept = []
+    for index, dataset in enumerate(rows["Dataset"]):
+        seen[dataset] = seen.get(dataset, 0) + 1
+        if seen[dataset] <= limit:
+            kept.append(index)
+    return rows.select(kept)
+
+
+def build_trainer(model, method, loaded, rows, data_args: DataArguments,
+                  training_args: UIETrainingArguments) -> UIETrainer:
+    """The trainer of this task, with its collator, generation settings and callbacks."""
+    collator = DataCollatorForUIE(
+        loaded.tokenizer,
+        decoder_only=loaded.decoder_only,
+        max_source_length=data_args.max_source_length,
+        max_target_length=data_args.max_target_length,
+        add_task_name=data_args.add_task_name,
+        add_dataset_name=data_args.add_dataset_name,
+        pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
+        input_record_file=data_args.input_record_file,
+    )
+    return UIETrainer(
+        model=model,
+        args=training_args,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        processing_class=loaded.tokenizer,
+        data_collator=collator,
+        callbacks=[DenserEvaluation()] if training_args.denser_evaluation else None,
+        method=method,
+        decoder_only=loaded.decoder_only,
+        generation={
+            "max_new_tokens": training_args.generation_max_length or data_args.max_target_length,
+            "num_beams": data_args.num_beams,
+            "repetition_penalty": data_args.repetition_penalty,
+            "do_sample": False,
+            "use_cache": True,
+        },
+    )
+
+
+def train(trainer: UIETrainer, samples: int) -> dict:
+    """Train the task, going on from `--resume_from_checkpoint` only where it is asked for."""
+    wanted = trainer.args.resume_from_checkpoint
+    checkpoint = get_last_checkpoint(trainer.args.output_dir) if wanted in ("True", "true") else wanted
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    for line in trainer.method.closing_summary():
+        logger.info(line)
+    return metrics | {"train_samples": samples}
+
+
+def leave_behind(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
+    """Turn the task into memory and write the adapter folder, whole or not at all."""
+    trainer.method.end_task()
+    if trainer.is_world_process_zero():
+        with whole_folder(adapter) as partial:
+            trainer.method.save(partial)
+            tokenizer.save_pretrained(partial)
+    trainer.accelerator.wait_for_everyone()
+
+
+def predict(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path) -> None:
+    """Answer the test rows of every task so far; predictions as JSON lines, then the scores."""
+    output = trainer.predict(rows, metric_key_prefix="predict")
+    if trainer.is_world_process_zero():
+        with whole_file(output_dir / "predict_eval_predictions.jsonl") as partial, open(
+            partial, "w", encoding="utf-8"
+        ) as lines:
+            for row, prediction in zip(rows, output.predictions):
+                kept = {key: row[key] for key in ("Task", "Dataset", "Instance")}
+                lines.write(json.dumps(kept | {"Prediction": prediction}, ensure_ascii=False) + "\n")
+    metrics = output.metrics | {"predict_samples": len(rows), "predict_global_step": trainer.state.global_step}
+    record(output_dir, "predict", metrics, trainer)
+    logger.info(accuracy_line(metrics, list(dict.fromkeys(rows["Dataset"])), prefix="predict_"))
+
+
+def record(output_dir: Path, split: str, metrics: dict, trainer: UIETrainer) -> None:
+    """Write `<split>_results.json`, bring all_results.json and trainer_state.json up to date."""
+    if not trainer.is_world_process_zero():
+        return
+    write_json(output_dir / f"{split}_results.json", metrics, sort_keys=True)
+    together = {}
+    for part in ("train", "eval", "predict"):
+        path = output_dir / f"{part}_results.json"
+        if path.exists():
+            together |= json.loads(path.read_text(encoding="utf-8"))
+    write_json(output_dir / "all_results.json", together, sort_keys=True)
+    with whole_file(output_dir / "trainer_state.json") as partial:
+        trainer.state.save_to_json(str(partial))
+
+
+def claim_output_dir(training_args: UIETrainingArguments) -> Path:
+    """The results folder, without results of an earlier run.
+
+    Raises:
+        InputError: it holds results and `--overwrite_output_dir` is not given.
+    """
+    output_dir = Path(training_args.output_dir)
+    stale = [output_dir / name for name in RESULT_FILES if (output_dir / name).exists()]
+    if stale and not training_args.overwrite_output_dir:
+        raise InputError(f"--output_dir: {output_dir} holds {stale[0].name}; another folder, or --overwrite_output_dir")
+    if training_args.process_index == 0:
+        for path in stale:
+            path.unlink()
+    return output_dir
+
+
+def set_up_logging(training_args: UIETrainingArguments) -> None:
+    """The run's own lines begin with `[gorp]`, from the first rank only; the libraries' keep their form."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("[gorp] %(message)s"))
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if training_args.process_index == 0 else logging.ERROR)
+    datasets.disable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""`UIETrainer`: Hugging Face's Seq2SeqTrainer, overridden only where continual learning with GORP differs.
+
+What differs: the method makes the optimizer and adds its penalty, the loss weighs every answer token of a global
+batch alike, predictions are the new tokens only and are scored per task and dataset, and checkpoints hold what
+trains and nothing else.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from transformers import Seq2SeqTrainer, TrainerCallback
+
+from compute_metrics import evaluate_predictions
+from errors import InputError
+from files import whole_file
+from methods import Method
+
+TRAINABLE_FILE = "trainable.safetensors"
+
+
+class UIETrainer(Seq2SeqTrainer):
+    """Trains one task by one method.
+
+    Args:
+        method: prepared method; makes the optimizer, adds the penalty.
+        decoder_only: whether the model continues its prompt (LLaMA) or answers from a decoder of its own (T5).
+        generation: arguments of `generate` for evaluation and prediction, `max_new_tokens` among them.
+    """
+
+    # compute_loss divides by the tokens of the whole global batch, whatever the accumulation.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args, method: Method, decoder_only: bool, generation: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.method = method
+        self.decoder_only = decoder_only
+        self.generation = generation
+        # Have the answer tokens of a global batch counted for every model; compute_loss uses the count.
+        self.model_accepts_loss_kwargs = True
+        self._penalties: list[torch.Tensor] = []
+        if decoder_only and self.args.label_smoothing_factor:
+            raise InputError(
+                f"--label_smoothing_factor: found {self.args.label_smoothing_factor}; 0 for a decoder-only model, "
+                "whose logits exist only where there is a target"
+            )
+
+    # Optimizer and loss
+
+    def create_optimizer(self, model=None):
+        """The method's optimizer; with it the method's own learning rates per group."""
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = self.method.create_optimizer(
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross entropy per answer token, plus the method's penalty once an optimizer step.
+
+        The model returns the mean over its own rows. Where the Trainer has counted the answer tokens of the global
+        batch (all micro-batches, all ranks), the mean is turned into this batch's share of the global one, so that
+        neither accumulation nor the number of ranks changes the gradient. (Hugging Face leaves that to the model,
+        and T5's forward does not do it.)
+        """
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if self.label_smoother is not None:
+            loss = self.label_smoother(outputs, inputs["labels"])
+        if num_items_in_batch is not None:
+            share = (inputs["labels"] != -100).sum() / num_items_in_batch
+            loss = loss * share * self.accelerator.num_processes  # gradients are averaged over ranks afterwards
+        if model.training:
+            loss = self._add_penalty(loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def _add_penalty(self, loss: torch.Tensor) -> torch.Tensor:
+        penalty = self.method.penalty()
+        if penalty is None:
+            return loss
+        self._penalties.append(penalty.detach())
+        return loss + penalty / self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Beside the loss, which includes it, the mean penalty since the last line."""
+        if "loss" in logs and self._penalties:
+            logs["penalty"] = torch.stack(self._penalties).mean().item()
+            self._penalties.clear()
+        super().log(logs, start_time)
+
+    # Prediction
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
+        """Loss of the reference answers, and the generated tokens without prompt or decoder start, (batch, new)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scored = self._answers_after_prompts(inputs) if self.decoder_only else inputs
+            loss = model(**scored).loss.detach()
+            if prediction_loss_only:
+                return loss, None, None
+            generated = self.model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **self.generation
+            )
+        first_new = inputs["input_ids"].shape[1] if self.decoder_only else 1
+        return loss, generated[:, first_new:].contiguous(), None
+
+    def _answers_after_prompts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Prompts (left padded) joined with their answers (right padded with -100): a batch that has a loss."""
+        prompts, answers = inputs["input_ids"], inputs["labels"]
+        present = answers != -100
+        return {
+            "input_ids": torch.cat([prompts, answers.masked_fill(~present, self.processing_class.pad_token_id)], 1),
+            "attention_mask": torch.cat([inputs["attention_mask"], present.to(inputs["attention_mask"])], 1),
+            "labels": torch.cat([torch.full_like(prompts, -100), answers], 1),
+        }
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """The parent's loop, then the text of every prediction and its scores per task and dataset.
+
+        Returns its output with `predictions` as a list of strings, one for each row of the dataset.
+        """
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if output.predictions is None:
+            return output
+        rows = dataloader.dataset
+        # Ranks fill their last batch with repeated rows; what is past the dataset's end is theirs.
+        tokens = np.asarray(output.predictions)[: len(rows)]
+        tokens = np.where(tokens == -100, self.processing_class.pad_token_id, tokens)
+        texts = [text.strip() for text in self.processing_class.batch_decode(tokens, skip_special_tokens=True)]
+        scores = evaluate_predictions(rows, texts)
+        scores["gen_len"] = float(np.mean(np.sum(tokens != self.processing_class.pad_token_id, axis=1)))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output._replace(predictions=texts)
+
+    # Checkpoints within a task
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """A checkpoint's weights: the parameters that train, by name. The rest is the base and the adapter before."""
+        folder = Path(output_dir or self.args.output_dir)
+        trained = {
+            name: parameter.detach().cpu().contiguous()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+        with whole_file(folder / TRAINABLE_FILE) as partial:
+            safetensors.torch.save_file(trained, partial, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        path = Path(resume_from_checkpoint) / TRAINABLE_FILE
+        try:
+            saved = safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"{path}: no readable checkpoint ({error})") from None
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if saved.keys() != trained.keys():
+            raise InputError(f"{path}: holds other parameters than the {len(trained)} that train in this run")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class DenserEvaluation(TrainerCallback):
+    """Logs and evaluates at a few early steps too (`--denser_evaluation`)."""
+
+    STEPS = (1, 50, 100, 200)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.STEPS:
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"
+        return control
