@@ -1,0 +1,225 @@
+# shellcheck shell=bash
+# Shell functions shared by scripts/ and scripts_llama/: set-up, arguments, checks, and running an order.
+# The settings are in settings.sh. Every path is taken from the repository's root.
+#
+# What reaches the terminal while a task runs: progress bars, and lines that begin with `[gorp] ` or `error: `.
+# Whatever a user should see begins so; everything is in the log (see terminal.py).
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/settings.sh
+
+say() { echo "[gorp] $*"; }
+fail() { echo "error: $*" >&2; exit 2; }
+
+# --- set-up ---
+
+# Put into PYTHON an interpreter whose environment holds exactly what the requirements files say, and its folder first
+# on PATH. If neither the active environment nor .venv is one, .venv is made or brought up to date.
+set_up() {  # REQUIREMENTS_FILE ...
+    find_environment "$@" && return
+    say "setting up .venv from $* (once; some minutes)"
+    { is_new_enough .venv/bin/python && .venv/bin/python -c 'import pip' 2>/dev/null; } || make_venv
+    install "$@"
+    find_environment "$@" && return
+    make_venv   # pip takes a package for installed whose installation was interrupted near its end
+    install "$@"
+    find_environment "$@" || fail ".venv: does not hold what $* says"
+}
+
+find_environment() {  # REQUIREMENTS_FILE ...
+    local candidate
+    for candidate in "${VIRTUAL_ENV:-.venv}/bin/python" .venv/bin/python python python3; do
+        if PYTHON=$("$candidate" scripts/satisfied.py "$@" 2>/dev/null); then
+            export PATH="${PYTHON%/*}:$PATH"
+            return 0
+        fi
+    done
+    return 1
+}
+
+make_venv() {
+    find_python
+    "$PYTHON" -m venv --clear .venv || fail ".venv: $PYTHON could not make it; its reason is above"
+}
+
+install() {  # REQUIREMENTS_FILE ...
+    local file files=()
+    for file; do files+=(-r "$file"); done
+    .venv/bin/python -m pip install "${files[@]}" || fail ".venv: pip could not install $*; its reason is above"
+}
+
+# Put any Python that is new enough into PYTHON.
+find_python() {
+    for PYTHON in python3.11 python3.12 python3 python; do
+        ! is_new_enough "$PYTHON" || return 0
+    done
+    fail "Python: found none of version 3.11 or newer on PATH; install one, with its venv and pip modules"
+}
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+has_gpu() { "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
+
+free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+
+# --- arguments and checks ---
+
+# Sort a script's arguments into `mode` (full, small or tiny) and `names`; keep how to call it in `usage`.
+parse_arguments() {  # USAGE ARGUMENT ...
+    local argument
+    usage="usage: $1" mode=full names=()
+    shift
+    for argument; do
+        case "$argument" in
+            -h | --help) echo "$usage"; exit 0 ;;
+            --tiny) mode=tiny ;;
+            --small) [[ $usage == *--small* ]] || fail "--small: there is none here; $usage"; mode=small ;;
+            -*) fail "$argument: no such flag; $usage" ;;
+            *) names+=("$argument") ;;
+        esac
+    done
+}
+
+# What needs no Python is said before anything is installed.
+check_settings() {
+    [[ $name =~ ^[A-Za-z0-9_.-]+$ && $name != ds && -d configs/${name}_configs ]] ||
+        fail "order '$name': no folder configs/${name}_configs; data/make_order.py makes one"
+    [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$ranks: a number of processes, 1 or more"
+    [[ -z ${DS_CONFIG:-} || -f $DS_CONFIG ]] || fail "DS_CONFIG=$DS_CONFIG: no such file"
+    [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] || fail "DATA_DIR=$DATA_DIR: no such folder"
+}
+
+check_model() {
+    [[ $mode != full || -n ${MODEL:-} || -f $model/config.json ]] || fail "$model: holds no model. Two ways on:
+  the published one:  pip install huggingface_hub && hf download $source --local-dir $model
+                      (any other: MODEL=FOLDER_OR_HUB_ID in front of the same command)
+  a small one, on a CPU:  the same command with $small_flags"
+}
+
+# No order ends hours later for want of a file.
+check_data() {
+    local step split
+    for step in $steps; do
+        for split in train test; do
+            [ -f "$data/$step/$split.json" ] || fail "$data/$step/$split.json: no such file;" \
+                "data/prepare_benchmark.py fills CL_Benchmark, or DATA_DIR says where the benchmark is"
+        done
+    done
+}
+
+# --- running orders ---
+
+# The published orders that `names` lists by number, all of them if it lists none.
+run_published() {  # FAMILY LAST_ORDER
+    local number
+    # shellcheck disable=SC2207  # numbers hold no blanks
+    [ ${#names[@]} -gt 0 ] || names=($(seq "$2"))
+    for number in "${names[@]}"; do
+        [[ $number =~ ^[1-$2]$ ]] || fail "order '$number': $usage"
+    done
+    for number in "${names[@]}"; do
+        run_order "$1" "order$number"
+    done
+}
+
+# Train the tasks of configs/NAME_configs one after the other, each from the adapter that the one before left.
+# With DRY_RUN=1 the commands are printed, and nothing else happens.
+run_order() {  # FAMILY NAME
+    local name=$2 ranks=${NPROC:-1} started=$SECONDS
+    local model source small_flags adapter outputs logs deepspeed_config batch rows options gpu_options
+    "settings_$1" "$name" "$mode"
+    check_settings
+    local label=$name data=${DATA_DIR:-CL_Benchmark}
+    [[ ! $name =~ ^order([0-9]+)$ ]] || label=order_${BASH_REMATCH[1]}
+    [[ $mode != tiny || -n ${DATA_DIR:-} ]] || data=data/mini_benchmark
+    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log steps
+
+    if [ -n "${DRY_RUN:-}" ]; then
+        find_environment requirements.txt || find_python
+        read_steps
+        run_steps
+    else
+        check_model
+        set_up requirements.txt
+        make_small_parts
+        read_steps
+        check_data
+        clear_output
+        run_steps
+        "$PYTHON" src/report "$order_dir" | tee -a "$log"
+        say "$name took $((SECONDS - started)) s; results in $order_dir, log in $log"
+    fi
+}
+
+read_steps() { steps=$("$PYTHON" src/order_config.py "configs/${name}_configs"); }
+
+# What the small runs are made of, where it is not there yet.
+make_small_parts() {
+    if [[ $data == data/mini_benchmark && ! -d $data ]]; then "$PYTHON" data/mini_benchmark.py; fi
+    if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_smollm2.py; fi
+}
+
+# An order starts over; earlier results are moved aside, never mixed with new ones and never lost.
+clear_output() {
+    local aside
+    aside=$order_dir/outputs.$(date +%Y%m%d-%H%M%S)
+    { mkdir -p "$order_dir" "${log%/*}" && [ -w "$order_dir" ]; } 2>/dev/null ||
+        fail "$order_dir: cannot be written; OUTPUT= says where else"
+    : > "$log"
+    [ -e "$order_dir/outputs" ] || return 0
+    mv "$order_dir/outputs" "$aside"
+    say "earlier results of $name: moved to $aside"
+}
+
+run_steps() {
+    local step number=0 folder previous=${MODEL:-$model} launch
+    export TOKENIZERS_PARALLELISM=false
+    [ "$mode" = full ] || export HF_HUB_OFFLINE=1
+    set_launch
+    for step in $steps; do
+        number=$((number + 1))
+        folder=$order_dir/outputs/$number-${step#*/}
+        run_step
+        previous=$folder/$adapter
+    done
+}
+
+# The part of the command that is the same for every task: launcher and options into `launch` and `options`.
+set_launch() {
+    local extra accumulation=$((rows / (batch * ranks)))
+    [ $accumulation -ge 1 ] || accumulation=1
+    launch=("$PYTHON" src/run_uie_lora.py)
+    options+=(--per_device_train_batch_size "$batch" --gradient_accumulation_steps "$accumulation")
+    [ ${#gpu_options[@]} -eq 0 ] || ! has_gpu || options+=("${gpu_options[@]}")
+    if [[ $ranks -gt 1 || -n ${DS_CONFIG:-} ]]; then
+        launch=(deepspeed --num_accelerators "$ranks" --master_port "$(free_port)" src/run_uie_lora.py)
+        options+=(--deepspeed "${DS_CONFIG:-$deepspeed_config}")
+        has_gpu || options+=(--use_cpu True)   # ranks on a CPU find one another only if told so
+    fi
+    read -ra extra -d '' <<< "${EXTRA:-}" || true   # words only: nothing in EXTRA is expanded or run
+    options+=("${extra[@]}")
+}
+
+# One task: its command, its log, and whether it left what the next one needs.
+run_step() {
+    local status=0 command=(
+        "${launch[@]}" --model_name_or_path "$previous" --data_dir "$data"
+        --task_config_dir "configs/${name}_configs/${step#*/}" --output_dir "$folder" --run_name "${name}_round$number"
+        --method "${METHOD:-gorp}" --seed "${SEED:-42}" "${options[@]}"
+    )
+    if [ -n "${DRY_RUN:-}" ]; then
+        printf '%q ' "${command[@]}" && echo
+        return
+    fi
+    say "$name, task $number of $(wc -w <<< "$steps"): $step" | tee -a "$log"
+    printf '%q ' "${command[@]}" >> "$log" && echo >> "$log"
+    "${command[@]}" 2>&1 | "$PYTHON" scripts/terminal.py "$log" || status=$?
+    [ $status -ne 0 ] || has_finished || status=1   # the deepspeed launcher returns 0 when a signal ended it
+    if [ $status -ne 0 ]; then
+        echo "error: $name, task $number ($step) stopped with exit code $status; its log: $log" >&2
+        exit $status
+    fi
+}
+
+has_finished() { [[ -f $folder/predict_results.json && -d $folder/$adapter ]]; }

@@ -1,0 +1,88 @@
+"""Pass a program's output on: all of it to a log, what a user follows to the terminal.
+
+    program 2>&1 | python scripts/terminal.py LOG
+
+LOG (appended to) gets every line, and of each progress bar only its last state. Standard output gets the lines that
+begin with `[gorp] ` or `error: ` and, where it is a terminal, the progress bars, which there overwrite one another.
+"""
+
+import codecs
+import os
+import re
+import shutil
+import signal
+import sys
+
+FOR_THE_USER = ("[gorp] ", "error: ")
+CLEAR_LINE = "\r\x1b[K"
+# tqdm's bars: "name:  40%|####    | 4/10 [00:01<00:02,  3.1it/s]" and, without a total, "name: 4it [00:01, 3.1it/s]"
+BAR = re.compile(r"[^\r\n]*?(\d{1,3}%\|[^|\r\n]*\| *\S+/\S+|\d{1,12} ?[a-z]{1,12}) \[\d+:\d\d[^\]\r\n]*\]")
+
+
+class Terminal:
+    """Splits a stream of text into lines and progress bars, and writes each where it belongs."""
+
+    def __init__(self, log, out, *, show_bars: bool):
+        self.log, self.out, self.show_bars = log, out, show_bars
+        self.rest = ""  # text after the last line end
+        self.bar = ""  # the bar's state now, still to be logged
+
+    def feed(self, text: str) -> None:
+        """Take the next piece of output, cut anywhere."""
+        *ended, self.rest = re.split(r"(?<=[\r\n])", self.rest + text)
+        for piece in ended:
+            self._piece(piece[:-1], ends_line=piece[-1] == "\n")
+        if BAR.fullmatch(self.rest):  # tqdm ends no line while a bar is running
+            self._show(self.rest)
+            self.rest = ""
+
+    def close(self) -> None:
+        """Write out what is left: a line without an end, a bar that ran until the program stopped."""
+        if self.rest or self.bar:
+            self._piece(self.rest, ends_line=True)
+        if self.show_bars:
+            self.out.write(CLEAR_LINE)
+            self.out.flush()
+
+    def _piece(self, text: str, *, ends_line: bool) -> None:
+        """A text between two line ends: a bar, a line, or a line right behind a bar."""
+        if bar := BAR.match(text):
+            self._show(bar[0])
+            text = text[bar.end():]
+        if text.strip():
+            self._line(text)
+        elif ends_line:
+            if self.bar:
+                self._line(self.bar.strip())
+                self.bar = ""
+            else:
+                self.log.write("\n")
+
+    def _line(self, line: str) -> None:
+        self.log.write(line + "\n")
+        self.log.flush()
+        if line.startswith(FOR_THE_USER):
+            self.out.write(f"{CLEAR_LINE}{line}\n" if self.show_bars else f"{line}\n")
+            self.out.flush()
+
+    def _show(self, bar: str) -> None:
+        self.bar = bar
+        if self.show_bars:
+            width = shutil.get_terminal_size().columns - 1  # a bar that wraps could not be cleared
+            self.out.write(CLEAR_LINE + bar[:width])
+            self.out.flush()
+
+
+def main(path: str) -> None:
+    """Copy standard input until it ends; Ctrl-C is for the program before the pipe, whose last words still pass."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    with open(path, "a", encoding="utf-8") as log:
+        terminal = Terminal(log, sys.stdout, show_bars=sys.stdout.isatty())
+        while chunk := os.read(sys.stdin.fileno(), 65536):
+            terminal.feed(decoder.decode(chunk))
+        terminal.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

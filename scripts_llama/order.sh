@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Any order on LLaMA-2-7B: trains the tasks of configs/NAME_configs/ one after the other (data/make_order.py makes one).
+#
+#   Launch    bash scripts_llama/order.sh NAME
+#             --small: SmolLM2-135M instead; --tiny: a tiny LLaMA and made-up data, minutes on a CPU
+#   Override  by variables in front of the command, as scripts/order.sh says; here the defaults are
+#             MODEL=initial_model/llama, results in logs_and_outputs_llama/NAME/, log in logs_llama/NAME.log
+source "$(dirname "$0")/../scripts/lib.sh"
+parse_arguments "bash scripts_llama/order.sh [--tiny|--small] NAME" "$@"
+[ ${#names[@]} -eq 1 ] || fail "${#names[@]} orders found; one is allowed: $usage"
+run_order llama "${names[0]}"
