@@ -1,0 +1,266 @@
+"""Build the embedded small models, tiny-t5/ and tiny-llama/, from nothing: tokenizer, weights, pretraining.
+
+    python initial_model/build_tiny.py [t5] [llama] [--steps 3000] [--seed 1]
+
+What a large pretrained model brings to the benchmark, these bring in miniature: they have read text about the mini
+benchmark's subjects, and they know how to read a prompt with options and to answer with one of them. The exercises use
+the mini benchmark's makers with other random numbers, none of its rows, other dataset names, and never a real label as
+the name of its class: an option stands for a class by a word that belongs to it ("jazz singer" for Artist), so what a
+label means is left for fine-tuning. Real labels occur only as strings to be copied.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
+)
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "src"), str(HERE.parent / "data")]
+
+import mini_benchmark as mini
+from files import read_json
+
+PIECES = 1800
+SENTINELS = 8
+BATCH = 32
+PEAK_RATE = 1e-3
+PROMPT_WEIGHT = 0.2  # of the loss on the prompt, beside the loss on the answer, for the decoder-only model
+
+# What an option may say in place of a class's label: words that belong to the class.
+STAND_INS = {
+    "dbpedia": {label: entity["kinds"] for label, entity in mini.LEXICON["entities"].items()},
+    "agnews": {label: topic["nouns"] for label, topic in mini.LEXICON["news"].items()},
+    "yahoo": {label: topic["nouns"] for label, topic in mini.LEXICON["questions"].items()},
+    **dict.fromkeys(["yelp", "amazon"], {label: level["words"] for label, level in mini.LEXICON["opinions"].items()}),
+    **dict.fromkeys(["IMDB", "SST-2"], {
+        "Good": [word for level in mini.LEVELS[3:] for word in mini.LEXICON["opinions"][level]["words"]],
+        "Bad": [word for level in mini.LEVELS[:2] for word in mini.LEXICON["opinions"][level]["words"]],
+    }),
+    **dict.fromkeys(["MNLI", "CB"], {"entailment": ["follows", "certain"], "contradiction": ["denied", "wrong"],
+                                     "neutral": ["unknown", "open"]}),
+    "RTE": {"entailment": ["follows", "certain"], "contradiction": ["denied", "wrong"]},
+    **dict.fromkeys(["QQP", "BoolQA", "MultiRC", "WiC"], {"True": ["yes", "same"], "False": ["no", "different"]}),
+}
+DATASET_NAMES = ["notes", "archive", "clippings", "letters", "cards", "pages"]
+
+
+def prompt_of(task: str, dataset: str, instruction: str, options: list[str], sentence: str) -> str:
+    """The benchmark's prompt (task and dataset name, instruction, options, sentence)."""
+    return f"Task:{task}\nDataset:{dataset}\n{instruction}Option: {', '.join(options)} \n{sentence}\nAnswer:"
+
+
+class Exercises:
+    """An endless source of (prompt, answer) pairs, seeded, without a row of the mini benchmark."""
+
+    def __init__(self, seed: int):
+        self.rng = random.Random(f"pretraining {seed}")
+        self.instructions = read_json(HERE.parent / "configs" / "instruction_config.json")
+        self.labels = {dataset: read_json(HERE.parent / "CL_Benchmark" / task / dataset / "labels.json")
+                       for task, dataset in mini.DATASETS}
+        self.strings = sorted({label for labels in self.labels.values() for label in labels}
+                              | {word for words in STAND_INS.values() for choices in words.values() for word in choices})
+        self.held_out = benchmark_sentences()
+
+    def sentence(self, task: str, dataset: str, label: str) -> str:
+        while (text := mini.DATASETS[task, dataset][0](label, self.rng)) in self.held_out:
+            pass
+        return text
+
+    def instruction(self, task: str) -> str:
+        return self.rng.choice([entry for entry in self.instructions[task] if entry["instruction_type"] == "zero-shot"])["instruction"]
+
+    def choose(self) -> tuple[str, str]:
+        """Which of the options fits: each stands for one class, in random order, some classes left out."""
+        rng = self.rng
+        task, dataset = rng.choice([key for key in mini.DATASETS if key[1] in STAND_INS])
+        classes = list(STAND_INS[dataset])
+        rng.shuffle(classes)
+        classes = classes[:rng.randint(2, len(classes))]
+        label = rng.choice(classes)
+        options = [rng.choice(STAND_INS[dataset][name]) for name in classes]
+        prompt = prompt_of(task, rng.choice(DATASET_NAMES), self.instruction(task), options,
+                           self.sentence(task, dataset, label))
+        return prompt, options[classes.index(label)]
+
+    def spot(self) -> tuple[str, str]:
+        """Which of the options stands in a list: labels of all datasets and stand-ins, so that any can be copied."""
+        options = self.rng.sample(self.strings, self.rng.randint(2, 5))
+        answer = self.rng.choice(options)
+        shown = [answer, *self.rng.sample([string for string in self.strings if string not in options], 2)]
+        self.rng.shuffle(shown)
+        return f"Option: {', '.join(options)} \nText: {' and '.join(shown)}\nAnswer:", answer
+
+    def repair(self) -> tuple[str, str]:
+        """T5's own exercise: spans of a text give way to sentinels, and the answer restores them."""
+        rng = self.rng
+        task, dataset = rng.choice(list(mini.DATASETS))
+        words = self.sentence(task, dataset, rng.choice(self.labels[dataset])).split()
+        shown, hidden, position, spans = [], [], 0, 0
+        while position < len(words):
+            if spans < SENTINELS and rng.random() < 0.1:
+                length = rng.randint(1, 2)
+                shown.append(f"<extra_id_{spans}>")
+                hidden += [f"<extra_id_{spans}>", *words[position:position + length]]
+                position, spans = position + length, spans + 1
+            else:
+                shown.append(words[position])
+                position += 1
+        return " ".join(shown), " ".join(hidden)
+
+    def batch(self, kinds: list[str]) -> list[tuple[str, str]]:
+        return [getattr(self, self.rng.choice(kinds))() for _ in range(BATCH)]
+
+
+def benchmark_sentences() -> set[str]:
+    """Every sentence of the mini benchmark as `--tiny` generates it, to be kept out of pretraining."""
+    seen: set[str] = set()
+    for (task, dataset), (make, train_rows) in mini.DATASETS.items():
+        labels = read_json(HERE.parent / "CL_Benchmark" / task / dataset / "labels.json")
+        rng, own = random.Random(f"42 {dataset}"), set()
+        for count in (train_rows, mini.EVAL_ROWS, mini.EVAL_ROWS):
+            mini.make_rows(make, labels, count, rng, own)
+        seen |= own
+    return seen
+
+
+def tokenizer_text(exercises: Exercises) -> Iterator[str]:
+    """Text with every word that prompts can hold, real dataset names included."""
+    for _ in range(3000):
+        prompt, answer = exercises.choose()
+        yield f"{prompt} {answer}"
+        yield exercises.spot()[0]
+    for (task, dataset), labels in zip(mini.DATASETS, exercises.labels.values()):
+        for _ in range(30):
+            yield f"Task:{task}\nDataset:{dataset}\n{', '.join(labels)}"
+
+
+def train_pieces(texts: list[str], special: list[str]) -> Tokenizer:
+    """Byte-pair merges that stay within words, as in LLaMA's vocabulary; a line break is a piece by itself."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Metaspace(), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()])
+    trained.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=PIECES, special_tokens=special, show_progress=False))
+    return trained
+
+
+def llama_tokenizer(exercises: Exercises) -> LlamaTokenizer:
+    model = json.loads(train_pieces(list(tokenizer_text(exercises)), ["<unk>", "<s>", "</s>"]).to_str())["model"]
+    return LlamaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+def t5_tokenizer(exercises: Exercises) -> T5Tokenizer:
+    """A unigram vocabulary as T5 has it: the pieces from byte-pair merges, scored by their frequency.
+
+    The library's own unigram trainer starts from substrings that several words share, so in text of few different words
+    it splits most of them.
+    """
+    special = ["<pad>", "</s>", "<unk>"]
+    texts = [" ".join(text.split()) for text in tokenizer_text(exercises)]  # to T5 a line break is a space
+    trained = train_pieces(texts, special)
+    counts = Counter(piece for text in texts for piece in trained.encode(text).tokens)
+    pieces = sorted(trained.get_vocab(), key=trained.token_to_id)[len(special):]
+    vocab = [(piece, 0.0) for piece in special]
+    vocab += [(piece, math.log((counts[piece] + 0.1) / counts.total())) for piece in pieces]
+    vocab += [(f"<extra_id_{index}>", 0.0) for index in reversed(range(SENTINELS))]
+    return T5Tokenizer(vocab=vocab, extra_ids=SENTINELS)
+
+
+def t5_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[tuple[str, str]]) -> torch.Tensor:
+    inputs = tokenizer([prompt for prompt, _ in batch], padding=True, return_tensors="pt")
+    labels = tokenizer([answer for _, answer in batch], padding=True, return_tensors="pt").input_ids
+    return model(**inputs, labels=labels.masked_fill(labels == tokenizer.pad_token_id, -100)).loss
+
+
+def llama_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[tuple[str, str]]) -> torch.Tensor:
+    prompts = tokenizer([prompt for prompt, _ in batch]).input_ids
+    answers = tokenizer([answer for _, answer in batch], add_special_tokens=False).input_ids
+    rows = [prompt + answer + [tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers)]
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.eos_token_id)
+    weights = torch.zeros(ids.shape)
+    for row, (prompt, tokens) in enumerate(zip(prompts, rows)):
+        ids[row, :len(tokens)] = torch.tensor(tokens)
+        weights[row, :len(prompt)] = PROMPT_WEIGHT / sum(map(len, prompts))
+        weights[row, len(prompt):len(tokens)] = 1 / sum(map(len, answers))
+    logits = model(input_ids=ids).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (losses * weights[:, 1:]).sum()
+
+
+def new_t5(tokenizer: T5Tokenizer) -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5Config(
+        vocab_size=len(tokenizer), d_model=128, d_kv=32, num_heads=4, d_ff=384, num_layers=2, num_decoder_layers=2,
+        dropout_rate=0.0, feed_forward_proj="relu", tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0))
+
+
+def new_llama(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2))
+
+
+KINDS = {
+    "t5": (t5_tokenizer, new_t5, t5_loss, ["choose", "choose", "choose", "spot", "repair"]),
+    "llama": (llama_tokenizer, new_llama, llama_loss, ["choose", "choose", "choose", "spot"]),
+}
+
+
+def pretrain(kind: str, steps: int, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    make_tokenizer, make_model, loss_of, exercise_kinds = KINDS[kind]
+    torch.manual_seed(seed)
+    exercises = Exercises(seed)
+    tokenizer = make_tokenizer(exercises)
+    model = make_model(tokenizer).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps))))
+    start = time.time()
+    for step in range(steps):
+        loss = loss_of(model, tokenizer, exercises.batch(exercise_kinds))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(kind, step, round(loss.item(), 3), f"{time.time() - start:.0f} s", flush=True)
+    return model.eval(), tokenizer
+
+
+def save(model, tokenizer, folder: Path) -> None:
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=HERE)
+    arguments = parser.parse_args()
+    for kind in arguments.kinds:
+        save(*pretrain(kind, arguments.steps, arguments.seed), arguments.out / f"tiny-{kind}")
+
+
+if __name__ == "__main__":
+    main()
