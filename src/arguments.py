@@ -29,7 +29,7 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
     use_auth_token: bool = field(default=False, metadata={"help": "Use the hub login of this machine."})
     resize_position_embeddings: bool | None = field(
-        default=None, metadata={"help": "Grow learned positions to max_source_length (BART); unset: grow and say so."}
+        default=None, metadata={"help": "Grow learned positions to max_source_length, where the model can."}
     )
 
 
@@ -57,7 +57,7 @@ class DataArguments:
     max_num_instances_per_eval_task: int | None = field(
         default=200, metadata={"help": "Validation rows of a dataset with sampling strategy 'random'."}
     )
-    over_sampling: bool = field(default=False, metadata={"help": "Repeat training rows up to the limit ('random')."})
+    over_sampling: bool = field(default=False, metadata={"help": "Repeat training rows up to the limit."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Validate on this many rows at most."})
     max_predict_samples: int | None = field(
@@ -109,7 +109,7 @@ class MethodArguments:
     space_energy: float = field(default=0.9, metadata={"help": "Energy of the first moment that the space holds."})
     lamda_1: float = field(default=0.5, metadata={"help": "Weight of sum |A_old A_new^T|; 0: off."})
     lamda_2: float = field(default=0.0, metadata={"help": "Weight of the L2 norms of the new LoRA; 0: off."})
-    lamda_3: float = field(default=0.0, metadata={"help": "Weight of ||dW dW^T - I|| of the full-rank weights; 0: off."})
+    lamda_3: float = field(default=0.0, metadata={"help": "Weight of ||dW dW^T - I||, full-rank weights; 0: off."})
 
     def __post_init__(self):
         if self.lora_modules is None:
@@ -145,7 +145,9 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         if self.bf16 and self.fp16:
             raise InputError("--bf16 --fp16: both found; at most one of them")
         if isinstance(self.deepspeed, str):
-            check_deepspeed_file(self.deepspeed, bf16=bool(self.bf16), fp16=bool(self.fp16))
+            check_deepspeed_file(
+                self.deepspeed, bf16=bool(self.bf16), fp16=bool(self.fp16), training=self.do_train
+            )
         self.remove_unused_columns = False  # the collator reads the whole row
         if self.output_dir is None:
             raise InputError("--output_dir: missing; a folder for the results")
@@ -153,12 +155,13 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         super().__post_init__()
 
 
-def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool) -> None:
+def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool, training: bool) -> None:
     """Refuse a DeepSpeed file that contradicts the command line or would take the optimizer away from the method.
 
     Raises:
-        InputError: no JSON object, a precision that the command line does not ask for, or an optimizer or scheduler
-            section (DeepSpeed would then build its own optimizer, without the projection).
+        InputError: no JSON object, a precision that the command line does not ask for, an optimizer or scheduler
+            section (DeepSpeed would then build its own optimizer, without the projection), or training at stage 3
+            (which partitions the factors that a finished task folds).
     """
     config = read_json(path)
     if not isinstance(config, dict):
@@ -169,6 +172,9 @@ def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool) -> None:
                 f"{path}: found a section '{section}'; the method brings its own, remove it (a DeepSpeed optimizer "
                 "would train without the projection)"
             )
+    zero = config.get("zero_optimization", {})
+    if training and isinstance(zero, dict) and zero.get("stage") == 3:
+        raise InputError(f"{path}, key zero_optimization.stage: found 3; training runs at 0, 1 or 2")
     for name, wanted in (("bf16", bf16), ("fp16", fp16)):
         enabled = config.get(name, {}).get("enabled", False) if isinstance(config.get(name, {}), dict) else None
         if enabled == "auto" or enabled is wanted:

@@ -55,9 +55,9 @@ def check_rank(targets: dict[str, nn.Linear], rank: int, flag: str) -> None:
             raise InputError(f"--{flag}: found {rank}; at most {min(out, inp)} for {name}, a {out} x {inp} matrix")
 
 
-def save_weights(layers: dict[str, nn.Linear], folder: Path) -> None:
-    """Write the weights (each (out, in), in the precision they train in) of `layers` to `folder`."""
-    tensors = {f"{name}.weight": layer.weight.detach().cpu().contiguous() for name, layer in layers.items()}
+def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write weights (each (out, in), in the precision they train in), by module name, to `folder`."""
+    tensors = {f"{name}.weight": weight.detach().cpu().contiguous() for name, weight in weights.items()}
     with whole_file(folder / FILE_NAME) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
 
@@ -99,7 +99,7 @@ def _refuse_shared(model: nn.Module, matched: dict[str, nn.Linear], flag: str) -
     for name, module in matched.items():
         names = owners[id(module.weight)]
         if len(names) > 1:
-            raise InputError(f"--{flag}: the weight of {name} is shared ({', '.join(names)}); only weights of one module")
+            raise InputError(f"--{flag}: the weight of {name} is shared ({', '.join(names)}); one module's only")
 
 
 def _linear_examples(model: nn.Module) -> str:

@@ -16,8 +16,14 @@ import datasets
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from arguments import DataArguments, MethodArguments, ModelArguments, UIETrainingArguments
-from arguments import check_data_arguments, parse_arguments
+from arguments import (
+    DataArguments,
+    MethodArguments,
+    ModelArguments,
+    UIETrainingArguments,
+    check_data_arguments,
+    parse_arguments,
+)
 from compute_metrics import accuracy_line
 from errors import InputError
 from files import whole_file, whole_folder, write_json
@@ -68,16 +74,17 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         max_source_length=data_args.max_source_length,
     )
     method = method_class(method_args)
-    model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only)
+    sharded = bool(training_args.deepspeed) and training_args.do_train
+    model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
 
     if training_args.do_train:
         for line in method.summary():
             logger.info(line)
         metrics = train(trainer, len(rows["train"]))
-        record(output_dir, "train", metrics, trainer)
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
         leave_behind(trainer, adapter, loaded.tokenizer)
+        record(output_dir, "train", metrics, trainer)
     if training_args.do_eval:
         record(output_dir, "eval", trainer.evaluate(), trainer)
     if training_args.do_predict:
@@ -101,7 +108,7 @@ def load_rows(data_args: DataArguments, training_args: UIETrainingArguments) -> 
     needed = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
     for split, is_needed in needed.items():
         if is_needed and len(rows[split]) == 0:
-            raise InputError(f"--task_config_dir: {data_args.task_config_dir} names no dataset for {split}; at least one")
+            raise InputError(f"--task_config_dir: {data_args.task_config_dir} has no dataset for {split}; one at least")
     rows["train"] = first_rows(rows["train"], data_args.max_train_samples)
     rows["validation"] = first_rows(rows["validation"], data_args.max_eval_samples)
     rows["test"] = first_rows_of_each(rows["test"], data_args.max_predict_samples)
@@ -139,6 +146,8 @@ def build_trainer(model, method, loaded, rows, data_args: DataArguments,
         pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
         input_record_file=data_args.input_record_file,
     )
+    for split in ("train", "test"):
+        collator.check(rows[split])
     return UIETrainer(
         model=model,
         args=training_args,
@@ -163,15 +172,14 @@ def train(trainer: UIETrainer, samples: int) -> dict:
     """Train the task, going on from `--resume_from_checkpoint` only where it is asked for."""
     wanted = trainer.args.resume_from_checkpoint
     checkpoint = get_last_checkpoint(trainer.args.output_dir) if wanted in ("True", "true") else wanted
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    for line in trainer.method.closing_summary():
-        logger.info(line)
-    return metrics | {"train_samples": samples}
+    return trainer.train(resume_from_checkpoint=checkpoint).metrics | {"train_samples": samples}
 
 
 def leave_behind(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
     """Turn the task into memory and write the adapter folder, whole or not at all."""
     trainer.method.end_task()
+    for line in trainer.method.closing_summary():
+        logger.info(line)
     if trainer.is_world_process_zero():
         with whole_folder(adapter) as partial:
             trainer.method.save(partial)
@@ -191,7 +199,7 @@ def predict(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path) -> No
                 lines.write(json.dumps(kept | {"Prediction": prediction}, ensure_ascii=False) + "\n")
     metrics = output.metrics | {"predict_samples": len(rows), "predict_global_step": trainer.state.global_step}
     record(output_dir, "predict", metrics, trainer)
-    logger.info(accuracy_line(metrics, list(dict.fromkeys(rows["Dataset"])), prefix="predict_"))
+    logger.info(accuracy_line(metrics, list(dict.fromkeys(rows["Dataset"])), output_dir.name, prefix="predict_"))
 
 
 def record(output_dir: Path, split: str, metrics: dict, trainer: UIETrainer) -> None:
@@ -226,13 +234,15 @@ def claim_output_dir(training_args: UIETrainingArguments) -> Path:
 
 
 def set_up_logging(training_args: UIETrainingArguments) -> None:
-    """The run's own lines begin with `[gorp]`, from the first rank only; the libraries' keep their form."""
+    """The run's own lines begin with `[gorp]`, its details do not (they are for the log); both from the first rank."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("[gorp] %(message)s"))
-    logger.handlers = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.INFO if training_args.process_index == 0 else logging.ERROR)
+    for name, form in (("gorp", "[gorp] %(message)s"), ("gorp.detail", "%(message)s")):
+        own = logging.getLogger(name)
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter(form))
+        own.handlers = [handler]
+        own.propagate = False
+        own.setLevel(logging.INFO if training_args.process_index == 0 else logging.ERROR)
     datasets.disable_progress_bars()
 
 

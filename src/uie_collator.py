@@ -7,6 +7,7 @@ and what is learnt is where it was put, whatever the tokenizer would merge. Only
 import bisect
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -68,6 +69,18 @@ class DataCollatorForUIE:
         self._bos = [bos] if bos is not None and self.tokenizer(ANSWER_CUE).input_ids[0] == bos else []
         self._record([], [])
 
+    def check(self, examples: Iterable[dict]) -> None:
+        """Raise now what a batch of these examples would raise later: one example for each prompt head and answer."""
+        distinct = {}
+        for example in examples:
+            instance = example["Instance"]
+            key = (example["Dataset"], instance["instruction"], instance["label"], str(example["Samples"]))
+            distinct.setdefault(key, example)
+        for example in distinct.values():
+            head, _, tail = self._parts(example)
+            self._check_room(head + tail, example)
+        self._answers(list(distinct.values()))
+
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         prompts, inputs = self._prompts(examples)
         labels = self._answers(examples)
@@ -86,8 +99,7 @@ class DataCollatorForUIE:
 
     def _prompts(self, examples: list[dict]) -> tuple[list[str], list[list[int]]]:
         """Each example's prompt, cut where it must be, as text and as ids."""
-        names = {"add_task_name": self.add_task_name, "add_dataset_name": self.add_dataset_name}
-        parts = [prompt_parts(example, **names) for example in examples]
+        parts = [self._parts(example) for example in examples]
         prompts = ["".join(pieces) for pieces in parts]
         sources = self._source_ids(prompts)
         for index, ids in enumerate(sources):
@@ -95,6 +107,17 @@ class DataCollatorForUIE:
                 prompts[index] = self._cut(parts[index], examples[index])
                 sources[index] = self._source_ids([prompts[index]])[0]
         return prompts, sources
+
+    def _parts(self, example: dict) -> tuple[str, str, str]:
+        return prompt_parts(example, add_task_name=self.add_task_name, add_dataset_name=self.add_dataset_name)
+
+    def _check_room(self, prompt: str, example: dict) -> None:
+        needed = len(self._source_ids([prompt])[0])
+        if needed > self.max_source_length:
+            raise InputError(
+                f"{_name(example)}: the prompt without its sentence needs {needed} tokens; "
+                f"allowed: --max_source_length {self.max_source_length}"
+            )
 
     def _cut(self, parts: tuple[str, str, str], example: dict) -> str:
         """The prompt with the sentence's lines cut to the greatest common width (characters) at which it fits."""
@@ -107,11 +130,7 @@ class DataCollatorForUIE:
         def needed(width: int) -> int:
             return len(self._source_ids([prompt(width)])[0])
 
-        if needed(0) > self.max_source_length:
-            raise InputError(
-                f"{_name(example)}: the prompt without its sentence needs {needed(0)} tokens; "
-                f"allowed: --max_source_length {self.max_source_length}"
-            )
+        self._check_room(prompt(0), example)
         # The width before bisect's answer was seen to fit, also where the count of tokens does not grow steadily.
         widths = range(max(map(len, lines)))
         return prompt(bisect.bisect_right(widths, self.max_source_length, lo=1, key=needed) - 1)

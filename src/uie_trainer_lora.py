@@ -40,6 +40,12 @@ class UIETrainer(Seq2SeqTrainer):
         # Have the answer tokens of a global batch counted for every model; compute_loss uses the count.
         self.model_accepts_loss_kwargs = True
         self._penalties: list[torch.Tensor] = []
+        self._begun = False
+        if self.is_deepspeed_enabled and self.args.save_strategy != "no":
+            raise InputError(
+                f"--save_strategy: found {self.args.save_strategy.value}; only no under DeepSpeed, whose checkpoints "
+                "would lack the full-rank weights"
+            )
         if decoder_only and self.args.label_smoothing_factor:
             raise InputError(
                 f"--label_smoothing_factor: found {self.args.label_smoothing_factor}; 0 for a decoder-only model, "
@@ -59,6 +65,14 @@ class UIETrainer(Seq2SeqTrainer):
                 weight_decay=args.weight_decay,
             )
         return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The parent's step, told to the method first: a sharded projection acts within forward and backward."""
+        if not self._begun:
+            self.method.begin_training(self.model_wrapped if self.is_deepspeed_enabled else None)
+            self._begun = True
+        self.method.begin_micro_batch(self.accelerator.sync_gradients)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy per answer token, plus the method's penalty once an optimizer step.

@@ -1,4 +1,4 @@
-"""The mini benchmark: complete, repeatable, shaped like the real one, and neither trivial nor hopeless for word counts."""
+"""The mini benchmark: complete, repeatable, in the real shape, and neither trivial nor hopeless for word counts."""
 
 import json
 import re
@@ -30,8 +30,11 @@ SHAPES = {
     "QQP/QQP": (r"first sentence: [^\n]+\nsecond sentence: [^\n]+", 0.65, 0.95),
     "BoolQA/BoolQA": (r"question: [^\n]+\npassage: [^\n]+", 0.65, 0.95),
     "MultiRC/MultiRC": (r"paragraph: [^\n]+\nquestion: [^\n]+\ncandidate answer: [^\n]+", 0.65, 0.95),
-    "COPA/COPA": (r'Which sentence is the (cause|effect) of "[^\n]+"\? Choose one between A and B\.\nA: [^\n]+\nB: [^\n]+',
-                  0.65, 0.95),
+    "COPA/COPA": (
+        r'Which sentence is the (cause|effect) of "[^\n]+"\? Choose one between A and B\.\nA: [^\n]+\nB: [^\n]+',
+        0.65,
+        0.95,
+    ),
     "WiC/WiC": (r"word: [^\n]+\n[^\n]+\n[^\n]+", 0.65, 0.95),
 }
 

@@ -125,11 +125,24 @@ def test_summary_says_what_trains_and_is_protected(two_tasks, mini_benchmark, tm
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[gorp] ")]
     layers = len(load_file(first / adapter_name / "full_rank_weights.safetensors"))
     assert any(f"of {layers} weights train, projected (std) to rank 8 every 4 steps" in line for line in said)
-    directions = sum(basis.shape[1] for basis in load_file(first / adapter_name / "gradient_space.safetensors").values())
+    space = load_file(first / adapter_name / "gradient_space.safetensors")
+    directions = sum(basis.shape[1] for basis in space.values())
     assert any(f"{directions} directions of earlier tasks" in line for line in said)
 
 
-@pytest.mark.parametrize("protect", [["--protect", "gp_second"], ["--protect", "structural", "--protect_side", "input"]])
+@pytest.mark.parametrize("method", ["inclora", "olora"])
+def test_other_methods_train_only_the_new_lora(method, mini_benchmark, tmp_path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    assert run_uie_lora.main(arguments(mini_benchmark, first, "dbpedia", T5, T5_MODULES, "--method", method)) == 0
+    adapter = first / "t5_adapter"
+    flags = ["--method", method, "--lamda_1", "0.5"]
+    assert run_uie_lora.main(arguments(mini_benchmark, second, "amazon", adapter, T5_MODULES, *flags)) == 0
+    assert not list(tmp_path.rglob("full_rank_weights.safetensors"))
+    history = json.loads((second / "trainer_state.json").read_text())["log_history"]
+    assert any("penalty" in entry for entry in history) == (method == "olora")
+
+
+@pytest.mark.parametrize("protect", [["--protect", "gp_second"], ["--protect", "structural"]])
 def test_change_of_full_rank_weights_is_orthogonal_to_the_space(protect, mini_benchmark, tmp_path):
     side = ["--protect_side", "input"]
     first, second = tmp_path / "1", tmp_path / "2"
@@ -181,7 +194,7 @@ def test_evaluation_during_training_and_denser(mini_benchmark, tmp_path):
 BAD = {
     "no such model": (["--model_name_or_path", "initial_model/none"], "initial_model/none"),
     "unknown flag": (["--lamda_4", "1"], "--lamda_4"),
-    "unknown method": (["--method", "magic"], "one of gorp"),
+    "unknown method": (["--method", "magic"], "one of gorp, inclora, olora"),
     "lora matches nothing": (["--lora_modules", ".*nothing.*"], "matches no module"),
     "lora on no linear layer": (["--lora_modules", ".*SelfAttention"], "only linear layers"),
     "targets match nothing": (["--optim_target_modules", ".*nothing.*"], "matches no module"),
@@ -217,7 +230,8 @@ def test_bad_options_are_one_line_and_leave_nothing(case, mini_benchmark, tmp_pa
 def test_deepspeed_precision_must_agree(mini_benchmark, tmp_path, capfd):
     config = tmp_path / "half.json"
     config.write_text(json.dumps({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
-    command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, "--bf16", "--deepspeed", str(config))
+    flags = ["--bf16", "--deepspeed", str(config)]
+    command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *flags)
     assert run_uie_lora.main(command) == 2
     assert "half.json, key bf16.enabled: found false against --bf16" in capfd.readouterr().err
 

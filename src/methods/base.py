@@ -31,8 +31,12 @@ class Method:
 
     # Setting up
 
-    def prepare(self, model: nn.Module, previous: Path | None, *, decoder_only: bool) -> PeftModel:
+    def prepare(
+        self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
+    ) -> PeftModel:
         """Attach the LoRA to `model`, load what the task before left in `previous`, freeze everything else.
+
+        `sharded` says that DeepSpeed will train the model, so that the optimizer sees flat pieces of the parameters.
 
         Raises:
             InputError: a regular expression that matches nothing or not linear layers, a rank above a matrix, or an
@@ -65,6 +69,12 @@ class Method:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
+    def begin_training(self, engine) -> None:
+        """Called once before the first step, with the DeepSpeed engine that trains the model, or None."""
+
+    def begin_micro_batch(self, is_last: bool) -> None:
+        """Called before each forward pass in training; `is_last` where an optimizer step follows."""
+
     def penalty(self) -> torch.Tensor | None:
         """A scalar to add to the loss once an optimizer step, or None where there is nothing to add."""
         return None
@@ -77,9 +87,13 @@ class Method:
 
     def save(self, folder: Path) -> None:
         """Write what the next task needs to `folder`: the LoRA factors and every changed full-rank weight."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, save_embedding_layers=False)  # the base's are never changed
         if self.changed:
-            full_rank.save_weights(self.changed, folder)
+            full_rank.save_weights(self.changed_weights(), folder)
+
+    def changed_weights(self) -> dict[str, torch.Tensor]:
+        """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
+        return {name: layer.weight for name, layer in self.changed.items()}
 
     # Saying what the run does
 
@@ -98,6 +112,23 @@ class Method:
         return []
 
     # Access for subclasses
+
+    def lora_penalties(self) -> list[torch.Tensor]:
+        """The weighted terms of `lamda_1` and `lamda_2`; none of a term whose weight is 0.
+
+        O-LoRA's overlap sum |A_old A_new^T| of each layer that has old factors (Wang et al., 2023), and
+        the Frobenius norm of each new factor.
+        """
+        terms = []
+        if self.options.lamda_1:
+            adapter = self.model.active_adapter
+            for layer in loranew_layers(self.model).values():
+                if adapter in layer.lora_A:
+                    overlap = layer.lora_A[adapter].weight @ layer.loranew_A[adapter].weight.T
+                    terms.append(self.options.lamda_1 * overlap.abs().sum())
+        if self.options.lamda_2:
+            terms += [self.options.lamda_2 * factor.norm() for _, factor in self.factors()]
+        return terms
 
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The new LoRA's factors, named as users know them: `...SelfAttention.q.loranew_A.weight`."""

@@ -2,8 +2,12 @@
 
 Full-rank weights train through a rank-k gradient projection; the protected LoRA factors and the full-rank weights
 keep out of the shared gradient space, which each finished task extends by its first moments.
+
+Two engines do the same mathematics: `ProjAdamW` where the optimizer sees whole weights, and `CoreEngine` with a plain
+AdamW where DeepSpeed cuts them up.
 """
 
+import logging
 import re
 from pathlib import Path
 
@@ -15,20 +19,21 @@ from errors import InputError
 from loranew import loranew_layers, set_input_space
 from methods.base import Method
 from Proj_torch import ProjAdamW
+from Proj_torch.zero_core import CoreEngine
 from subspace import GradientSpace
 
+detail = logging.getLogger("gorp.detail")
 SPACE_FILE = "gradient_space.safetensors"
 
 
 class Gorp(Method):
     """The published method; what its options switch is in `MethodArguments`."""
 
-    def prepare(self, model, previous: Path | None, *, decoder_only: bool):
-        self.targets = full_rank.match_linear(model, self.options.optim_target_modules, "optim_target_modules")
-        full_rank.check_rank(self.targets, self.options.galore_rank, "galore_rank")
+    def prepare(self, model, previous: Path | None, *, decoder_only: bool, sharded: bool = False):
+        options = self.options
+        self.targets = full_rank.match_linear(model, options.optim_target_modules, "optim_target_modules")
+        full_rank.check_rank(self.targets, options.galore_rank, "galore_rank")
         model = super().prepare(model, previous, decoder_only=decoder_only)
-        for layer in self.targets.values():
-            layer.weight.requires_grad_(True)
         self.changed |= self.targets
         self.protected = self._protected_factors()
         if not self.targets and not self.protected:
@@ -37,64 +42,101 @@ class Gorp(Method):
                 "projected or protected; give one, or use --method inclora"
             )
         self.space = self._load_space(previous)
-        if self.options.protect == "structural":
-            self._protect_structurally()
+        if options.protect == "structural":
+            # The new LoRA sees x - S S^T x, so that its change is orthogonal to S exactly.
+            set_input_space(model, {name: self.space.get(f"{name}.loranew_A") for name in loranew_layers(model)})
+        self.cores = self._core_engine() if sharded else None
+        if self.cores is None:
+            for layer in self.targets.values():
+                layer.weight.requires_grad_(True)
         return model
 
+    # Training
+
     def create_optimizer(self, *, lr, betas, eps, weight_decay):
-        free = {name: factor for name, factor in self.factors() if name not in self.protected}
-        groups = [
-            {"params": list(free.values()), "param_names": list(free)},
-            self._protected_group(self.protected),
-            self._protected_group({name: layer.weight for name, layer in self.targets.items()})
-            | {
-                "rank": self.options.galore_rank,
-                "update_proj_gap": self.options.galore_update_proj_gap,
-                "scale": self.options.galore_scale,
-                "proj_type": self.options.galore_proj_type,
-                "svd": self.options.galore_svd,
-                "lr": self.options.galore_lr,
-            },
-        ]
-        groups = [group for group in groups if group["params"]]
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if self.options.lamda_3:
             self.start = {name: layer.weight.detach().clone() for name, layer in self.targets.items()}
-        self.optimizer = ProjAdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        factors = dict(self.factors())
+        if self.cores is not None:
+            cores = self.cores.core_groups(self.options.galore_lr, weight_decay) if self.targets else []
+            self.optimizer = torch.optim.AdamW([{"params": list(factors.values())}, *cores], **settings)
+        else:
+            free = {name: factor for name, factor in factors.items() if name not in self.protected}
+            groups = [
+                {"params": list(free.values()), "param_names": list(free)},
+                self._protected_group(self.protected),
+                self._protected_group({name: layer.weight for name, layer in self.targets.items()})
+                | {
+                    "rank": self.options.galore_rank,
+                    "update_proj_gap": self.options.galore_update_proj_gap,
+                    "scale": self.options.galore_scale,
+                    "proj_type": self.options.galore_proj_type,
+                    "svd": self.options.galore_svd,
+                    "lr": self.options.galore_lr,
+                },
+            ]
+            self.optimizer = ProjAdamW([group for group in groups if group["params"]], **settings)
         return self.optimizer
 
+    def begin_training(self, engine) -> None:
+        if self.cores is not None:
+            self.cores.attach(self.optimizer, engine)
+
+    def begin_micro_batch(self, is_last: bool) -> None:
+        if self.cores is not None:
+            self.cores.begin_micro_batch(is_last)
+
     def penalty(self):
-        options = self.options
-        terms = []
-        if options.lamda_1:
-            terms += [options.lamda_1 * term for term in self._overlaps_with_old()]
-        if options.lamda_2:
-            terms += [options.lamda_2 * factor.norm() for _, factor in self.factors()]
-        if options.lamda_3:
-            terms += [options.lamda_3 * term for term in self._distances_from_orthogonal_change()]
+        terms = self.lora_penalties()
+        if self.options.lamda_3:
+            terms += [self.options.lamda_3 * term for term in self._distances_from_orthogonal_change()]
         return torch.stack(terms).sum() if terms else None
 
+    # Finishing
+
     def end_task(self) -> None:
-        moments = {_space_name(name): self.optimizer.get_first_moment(factor) for name, factor in self.protected.items()}
-        moments |= {name: self.optimizer.get_first_moment(layer.weight) for name, layer in self.targets.items()}
-        self.space.update_from_moments(moments)
+        self.projection_line = self._describe_projection()
+        self.space.update_from_moments({_space_name(name): moment.cpu() for name, moment in self._first_moments()})
+        for line in self.space.describe():
+            detail.info(line)
+        if self.cores is not None:
+            self.trained = self.cores.trained_weights()
+            self.cores.detach(self.model.get_base_model())
         super().end_task()
+
+    def changed_weights(self):
+        # The sharded engine knows its weights in float32, without the rounding of a 16-bit model.
+        return super().changed_weights() | (self.trained if self.cores is not None else {})
 
     def save(self, folder: Path) -> None:
         super().save(folder)
         self.space.save(folder / SPACE_FILE)
 
+    # Saying what the run does
+
     def summary(self) -> list[str]:
         options = self.options
         weights = sum(layer.weight.numel() for layer in self.targets.values())
-        return super().summary() + [
-            f"full-rank: {weights:,} values of {len(self.targets)} weights train, projected ({options.galore_proj_type}) "
-            f"to rank {options.galore_rank} every {options.galore_update_proj_gap} steps, lr {options.galore_lr}",
-            f"shared space: {options.protect} on the {options.protect_side} side of {len(self.protected)} LoRA factors "
-            f"and {len(self.targets)} weights; {self._count_directions()} directions of earlier tasks",
+        engine = "ProjAdamW" if self.cores is None else "trainable cores under DeepSpeed, AdamW"
+        return [
+            *super().summary(),
+            f"full-rank: {weights:,} values of {len(self.targets)} weights train, projected "
+            f"({options.galore_proj_type}) to rank {options.galore_rank} every {options.galore_update_proj_gap} steps, "
+            f"lr {options.galore_lr}; engine: {engine}",
+            f"shared space: {options.protect} on the {options.protect_side} side of {len(self.protected)} LoRA "
+            f"factors and {len(self.targets)} weights; {self._count_directions()} directions of earlier tasks",
         ]
 
     def closing_summary(self) -> list[str]:
-        return [self.optimizer.projection_report().line(), *self.space.describe()]
+        full = sum(line.endswith("full") for line in self.space.describe())
+        bases = len(list(self.space))
+        return [
+            self.projection_line,
+            f"shared space: {self._count_directions()} directions in {bases} bases, {full} of them full",
+        ]
+
+    # The parts
 
     def _protected_factors(self) -> dict[str, nn.Parameter]:
         """The factors that `--proj_lora_modules` names, by name."""
@@ -108,7 +150,7 @@ class Gorp(Method):
             raise InputError(f"--proj_lora_modules: '{pattern}' is no regular expression ({error})") from None
         if not matched:
             raise InputError(
-                f"--proj_lora_modules: '{pattern}' matches no factor; factors are called {', '.join(list(names)[:2])} ..."
+                f"--proj_lora_modules: '{pattern}' matches no factor; factors are called {next(iter(names))} ..."
             )
         return matched
 
@@ -123,39 +165,72 @@ class Gorp(Method):
         space.energy = self.options.space_energy
         return space
 
-    def _protected_group(self, parameters: dict[str, nn.Parameter]) -> dict:
-        """Optimizer group whose gradients or updates keep out of the space that earlier tasks left."""
-        group = {"params": list(parameters.values()), "param_names": list(parameters)}
+    def _removals(self) -> dict[str, bool]:
+        """Where S is removed: from the gradient, from the update. Structurally means from both for a weight."""
         protect = self.options.protect
-        bases = [self.space.get(_space_name(name)) for name in parameters]
-        if protect == "none" or not any(basis is not None for basis in bases):
-            return group
-        return group | {
-            "scale_mats": bases,
-            "protect_side": self.options.protect_side,
-            # Structural: a full-rank weight's change leaves the space when gradient and update both do; a LoRA
-            # factor's through its forward pass, where a second removal changes nothing.
+        return {
             "gp_first": protect in ("gp_first", "structural"),
             "gp_second": protect in ("gp_second", "structural"),
         }
 
-    def _protect_structurally(self) -> None:
-        """Let the new LoRA see x - S S^T x, so that its change is orthogonal to S exactly."""
-        set_input_space(
-            self.model, {name: self.space.get(f"{name}.loranew_A") for name in loranew_layers(self.model)}
+    def _spaces(self, names) -> dict[str, torch.Tensor | None]:
+        """S of each named parameter; None for all where nothing is to be protected."""
+        return {name: None if self.options.protect == "none" else self.space.get(_space_name(name)) for name in names}
+
+    def _protected_group(self, parameters: dict[str, nn.Parameter]) -> dict:
+        """ProjAdamW's group of parameters that keep out of the space that earlier tasks left."""
+        group = {"params": list(parameters.values()), "param_names": list(parameters)}
+        bases = list(self._spaces(parameters).values())
+        if all(basis is None for basis in bases):
+            return group
+        return group | {"scale_mats": bases, "protect_side": self.options.protect_side, **self._removals()}
+
+    def _core_engine(self) -> CoreEngine:
+        options = self.options
+        # Structurally, a factor is protected by its forward pass already.
+        spaces = {} if options.protect == "structural" else self._spaces(self.protected)
+        return CoreEngine(
+            self.model.get_base_model(),
+            self.targets,
+            rank=options.galore_rank,
+            update_proj_gap=options.galore_update_proj_gap,
+            scale=options.galore_scale,
+            proj_type=options.galore_proj_type,
+            refresh=options.galore_svd,
+            spaces=self._spaces(self.targets),
+            protect_side=options.protect_side,
+            factor_spaces={name: (factor, spaces.get(name)) for name, factor in self.protected.items()},
+            **self._removals(),
         )
 
-    def _overlaps_with_old(self):
-        """sum |A_old A_new^T| of each layer that has old factors: O-LoRA's term (Wang et al., 2023)."""
-        adapter = self.model.active_adapter
-        for layer in loranew_layers(self.model).values():
-            if adapter in layer.lora_A:
-                yield (layer.lora_A[adapter].weight @ layer.loranew_A[adapter].weight.T).abs().sum()
+    def _first_moments(self):
+        """Adam's first moment (out, in) of each protected factor and full-rank weight, with its name."""
+        if self.cores is not None:
+            yield from self.cores.first_moments().items()
+            return
+        for name, factor in self.protected.items():
+            yield name, self.optimizer.get_first_moment(factor)
+        for name, layer in self.targets.items():
+            yield name, self.optimizer.get_first_moment(layer.weight)
+
+    def _describe_projection(self) -> str:
+        if self.cores is None:
+            return self.optimizer.projection_report().line()
+        report = self.cores.report()
+        targets = report["targets"].values()
+        energies = [target["energy"] for target in targets] or [0.0]
+        return (
+            f"projection: {len(targets)} weights, {sum(target['projections'] for target in targets)} steps, "
+            f"{sum(target['refreshes'] for target in targets)} refreshes, bases held {min(energies):.0%} to "
+            f"{max(energies):.0%} of the gradient's energy; {report['core_numbers']:,} numbers trained for "
+            f"{report['weights']:,} weights"
+        )
 
     def _distances_from_orthogonal_change(self):
         """||dW dW^T - I||_F of each full-rank weight, dW its change since this task began."""
         for name, layer in self.targets.items():
-            change = layer.weight - self.start[name]
+            weight = layer.weight if self.cores is None else self.cores.layers[name].effective_weight()
+            change = weight - self.start[name].to(weight.device)
             yield torch.linalg.norm(change @ change.T - torch.eye(change.shape[0], device=change.device))
 
     def _count_directions(self) -> int:

@@ -1,0 +1,13 @@
+"""O-LoRA (Wang et al., Findings of EMNLP 2023): each task's new LoRA is drawn towards directions orthogonal to the old."""
+
+import torch
+
+from methods.base import Method
+
+
+class Olora(Method):
+    """The base method with the penalties `lamda_1` (overlap with the old factors) and `lamda_2` (size)."""
+
+    def penalty(self):
+        terms = self.lora_penalties()
+        return torch.stack(terms).sum() if terms else None
