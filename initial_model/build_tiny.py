@@ -46,20 +46,26 @@ PROMPT_WEIGHT = 0.2  # of the loss on the prompt, beside the loss on the answer,
 
 # What an option may say in place of a class's label: words that belong to the class.
 STAND_INS = {
-    "dbpedia": {label: entity["kinds"] for label, entity in mini.LEXICON["entities"].items()},
-    "agnews": {label: topic["nouns"] for label, topic in mini.LEXICON["news"].items()},
-    "yahoo": {label: topic["nouns"] for label, topic in mini.LEXICON["questions"].items()},
-    **dict.fromkeys(["yelp", "amazon"], {label: level["words"] for label, level in mini.LEXICON["opinions"].items()}),
+    "dbpedia": {label: entity["kinds"][:3] for label, entity in mini.LEXICON["entities"].items()},
+    "agnews": {label: topic["nouns"][:3] for label, topic in mini.LEXICON["news"].items()},
+    "yahoo": {label: topic["nouns"][:3] for label, topic in mini.LEXICON["questions"].items()},
+    **dict.fromkeys(["yelp", "amazon"], {label: level["words"][:3] for label, level in mini.LEXICON["opinions"].items()}),
     **dict.fromkeys(["IMDB", "SST-2"], {
-        "Good": [word for level in mini.LEVELS[3:] for word in mini.LEXICON["opinions"][level]["words"]],
-        "Bad": [word for level in mini.LEVELS[:2] for word in mini.LEXICON["opinions"][level]["words"]],
+        "Good": [word for level in mini.LEVELS[3:] for word in mini.LEXICON["opinions"][level]["words"][:3]],
+        "Bad": [word for level in mini.LEVELS[:2] for word in mini.LEXICON["opinions"][level]["words"][:3]],
     }),
     **dict.fromkeys(["MNLI", "CB"], {"entailment": ["follows", "certain"], "contradiction": ["denied", "wrong"],
                                      "neutral": ["unknown", "open"]}),
     "RTE": {"entailment": ["follows", "certain"], "contradiction": ["denied", "wrong"]},
     **dict.fromkeys(["QQP", "BoolQA", "MultiRC", "WiC"], {"True": ["yes", "same"], "False": ["no", "different"]}),
 }
-DATASET_NAMES = ["notes", "archive", "clippings", "letters", "cards", "pages"]
+RELATED = {
+    "dbpedia": {label: entity["kinds"] + entity["facts"] for label, entity in mini.LEXICON["entities"].items()},
+    "agnews": {label: topic["nouns"] + topic["events"] for label, topic in mini.LEXICON["news"].items()},
+    "yahoo": {label: topic["nouns"] + topic["deeds"] for label, topic in mini.LEXICON["questions"].items()},
+    "amazon": {label: level["words"] + level["verdicts"] for label, level in mini.LEXICON["opinions"].items()},
+}
+DATASET_NAMES = ["notes", "archive", "clippings"]
 
 
 def prompt_of(task: str, dataset: str, instruction: str, options: list[str], sentence: str) -> str:
@@ -77,6 +83,7 @@ class Exercises:
                        for task, dataset in mini.DATASETS}
         self.strings = sorted({label for labels in self.labels.values() for label in labels}
                               | {word for words in STAND_INS.values() for choices in words.values() for word in choices})
+        self.sources = [(task, dataset) for task, dataset in mini.DATASETS if dataset in STAND_INS]
         self.held_out = benchmark_sentences()
 
     def sentence(self, task: str, dataset: str, label: str) -> str:
@@ -88,17 +95,17 @@ class Exercises:
         return self.rng.choice([entry for entry in self.instructions[task] if entry["instruction_type"] == "zero-shot"])["instruction"]
 
     def choose(self) -> tuple[str, str]:
-        """Which of the options fits: each stands for one class, in random order, some classes left out."""
+        """Which of the options fits the text: one stands for its class, the others for other classes, in random order."""
         rng = self.rng
-        task, dataset = rng.choice([key for key in mini.DATASETS if key[1] in STAND_INS])
-        classes = list(STAND_INS[dataset])
-        rng.shuffle(classes)
-        classes = classes[:rng.randint(2, len(classes))]
-        label = rng.choice(classes)
-        options = [rng.choice(STAND_INS[dataset][name]) for name in classes]
-        prompt = prompt_of(task, rng.choice(DATASET_NAMES), self.instruction(task), options,
+        task, dataset = rng.choices(self.sources, [len(STAND_INS[dataset]) for _, dataset in self.sources])[0]
+        variant = rng.randrange(len(DATASET_NAMES))
+        options = {label: words[variant % len(words)] for label, words in STAND_INS[dataset].items()}
+        label = rng.choice(list(options))
+        shown = {label, *rng.sample(list(options), rng.randint(1, len(options)))}
+        order = rng.sample(sorted(shown), len(shown))
+        prompt = prompt_of(task, DATASET_NAMES[variant], self.instruction(task), [options[name] for name in order],
                            self.sentence(task, dataset, label))
-        return prompt, options[classes.index(label)]
+        return prompt, options[label]
 
     def spot(self) -> tuple[str, str]:
         """Which of the options stands in a list: labels of all datasets and stand-ins, so that any can be copied."""
@@ -106,6 +113,17 @@ class Exercises:
         answer = self.rng.choice(options)
         shown = [answer, *self.rng.sample([string for string in self.strings if string not in options], 2)]
         self.rng.shuffle(shown)
+        return f"Option: {', '.join(options)} \nText: {' and '.join(shown)}\nAnswer:", answer
+
+    def relate(self) -> tuple[str, str]:
+        """Which of the options belongs with the phrases of the text, all of one class."""
+        rng = self.rng
+        dataset, related = rng.choice(list(RELATED.items()))
+        classes = rng.sample(list(related), rng.randint(2, min(len(related), 6)))
+        label = rng.choice(classes)
+        options = [rng.choice(STAND_INS[dataset][name]) for name in classes]
+        answer = options[classes.index(label)]
+        shown = rng.sample([phrase for phrase in related[label] if phrase != answer], rng.randint(1, 3))
         return f"Option: {', '.join(options)} \nText: {' and '.join(shown)}\nAnswer:", answer
 
     def repair(self) -> tuple[str, str]:
@@ -185,9 +203,13 @@ def t5_tokenizer(exercises: Exercises) -> T5Tokenizer:
 
 
 def t5_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[tuple[str, str]]) -> torch.Tensor:
+    """Mean over the exercises of the mean loss over an answer's tokens: long answers count no more than short ones."""
     inputs = tokenizer([prompt for prompt, _ in batch], padding=True, return_tensors="pt")
-    labels = tokenizer([answer for _, answer in batch], padding=True, return_tensors="pt").input_ids
-    return model(**inputs, labels=labels.masked_fill(labels == tokenizer.pad_token_id, -100)).loss
+    answers = tokenizer([answer for _, answer in batch], padding=True, return_tensors="pt")
+    logits = model(**inputs, labels=answers.input_ids).logits
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), answers.input_ids, reduction="none")
+    mask = answers.attention_mask
+    return ((losses * mask).sum(1) / mask.sum(1)).mean()
 
 
 def llama_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[tuple[str, str]]) -> torch.Tensor:

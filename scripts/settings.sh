@@ -22,6 +22,12 @@ common=(
     --logging_strategy steps --logging_steps 10 --eval_strategy no --save_strategy no
 )
 
+# The tiny models, T5 and LLaMA alike: equal steps for every task, and the task loss alone (as the published code has it).
+tiny=(
+    --max_steps 700 --learning_rate 3e-3 --galore_lr 3e-3 --galore_rank 8 --galore_scale 1 --lr_scheduler_type cosine
+    --lora_dropout 0 --lamda_1 0 --lamda_2 0 --lamda_3 0 --per_device_eval_batch_size 64
+)
+
 # T5-large. Orders 4-6 have 15 tasks and settings of their own; orders of your own take those of orders 1-3.
 # Not published for orders 4-6: galore_update_proj_gap. For none: galore_proj_type.
 settings_t5() {
@@ -41,8 +47,8 @@ settings_t5() {
         *) options+=(--galore_rank 8 --galore_scale 1 --lamda_2 0 --lamda_3 0.05 --per_device_eval_batch_size 64) ;;
     esac
     if [ "$2" = tiny ]; then
-        model=initial_model/tiny-t5
-        options+=(--learning_rate 3e-3 --num_train_epochs 3)
+        model=initial_model/tiny-t5 batch=8
+        options+=("${tiny[@]}")
     fi
 }
 
@@ -68,6 +74,6 @@ settings_llama() {
             options+=(--learning_rate 1e-3 --per_device_eval_batch_size 16) ;;
         tiny)
             model=initial_model/tiny-llama batch=8 rows=8 gpu_options=()
-            options+=(--learning_rate 3e-3 --num_train_epochs 3 --per_device_eval_batch_size 64) ;;
+            options+=("${tiny[@]}") ;;
     esac
 }

@@ -140,7 +140,9 @@ class UIETrainer(Seq2SeqTrainer):
 
         Returns its output with `predictions` as a list of strings, one for each row of the dataset.
         """
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # `evaluate` asks for the loss alone where there is no compute_metrics; the scores are computed below instead.
+        loss_only = self.args.prediction_loss_only
+        output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
         if output.predictions is None:
             return output
         rows = dataloader.dataset

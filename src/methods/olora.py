@@ -1,4 +1,4 @@
-"""O-LoRA (Wang et al., Findings of EMNLP 2023): each task's new LoRA is drawn towards directions orthogonal to the old."""
+"""O-LoRA (Wang et al., Findings of EMNLP 2023): a new LoRA is drawn towards directions orthogonal to the old ones."""
 
 import torch
 
