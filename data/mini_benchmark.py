@@ -3,8 +3,8 @@
     python data/mini_benchmark.py [--out data/mini_benchmark] [--seed 42]
 
 Every maker below turns a label into one sentence field of its dataset, in the shape that the real rows have. The words
-come from `mini_lexicon.json`. A share of the rows carries a misleading word, and the pair tasks cannot be read off single
-words, so that counting words neither fails nor suffices (`tests/test_mini_benchmark.py` holds the bands).
+come from `mini_lexicon.json`. A share of the rows carries a misleading word, and the pair tasks cannot be read off
+single words, so that counting words neither fails nor suffices (`tests/test_mini_benchmark.py` holds the bands).
 """
 
 import argparse
@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from errors import InputError
-from files import read_json, write_json
+from errors import InputError  # noqa: E402
+from files import read_json, write_json  # noqa: E402
 
 LEXICON = json.loads(Path(__file__).with_name("mini_lexicon.json").read_text(encoding="utf-8"))
 EVAL_ROWS = 100  # rows of dev.json and of test.json
@@ -155,16 +155,18 @@ def sst2(label: str, rng: random.Random) -> str:
 # Pairs of sentences: MNLI, CB, RTE, QQP, WiC --------------------------------------------------------------------------
 
 def inference(label: str, rng: random.Random) -> str:
-    """MNLI and RTE: what one of two people did, restated, denied, moved elsewhere, or enriched with something untold."""
+    """MNLI and RTE: what one of two people did, restated, denied, moved elsewhere, or enriched with what is untold."""
     people = rng.sample(LEXICON["people"], 2)
     deeds = [scene[0] for scene in rng.sample(LEXICON["scenes"], 3)]
     where = rng.choice(LEXICON["places_of_deed"])
     premise = f"{people[0]} {deeds[0]} {where} {rng.choice(LEXICON['times'])}, and {people[1]} {deeds[1]}."
     hypothesis = {
-        "entailment": [f"{people[0]} {deeds[0]} {where}.", f"{people[1]} {deeds[1]}.", f"it was {people[0]} who {deeds[0]}."],
+        "entailment": [f"{people[0]} {deeds[0]} {where}.", f"{people[1]} {deeds[1]}.",
+                       f"it was {people[0]} who {deeds[0]}."],
         "contradiction": [f"it is not true that {people[0]} {deeds[0]}.", f"nobody {deeds[1]}.",
                           f"{people[0]} {deeds[0]} {another(LEXICON['places_of_deed'], where, rng)}."],
-        "neutral": [f"{people[0]} also {deeds[2]}.", f"{people[1]} {deeds[1]} with a friend.", f"{people[1]} {deeds[2]}."],
+        "neutral": [f"{people[0]} also {deeds[2]}.", f"{people[1]} {deeds[1]} with a friend.",
+                    f"{people[1]} {deeds[2]}."],
     }[label]
     return f"sentence 1: {premise}\nsentence 2: {rng.choice(hypothesis)}"
 
@@ -231,13 +233,15 @@ def copa(label: str, rng: random.Random) -> str:
     asked, role = rng.choice([("effect", 1), ("cause", 2)])
     right, wrong = f"{person} {scene[role]}.", f"{person} {other[role]}."
     first, second = (right, wrong) if label == "A" else (wrong, right)
-    return f'Which sentence is the {asked} of "{person} {scene[0]}."? Choose one between A and B.\nA: {first}\nB: {second}'
+    question = f'Which sentence is the {asked} of "{person} {scene[0]}."? Choose one between A and B.'
+    return f"{question}\nA: {first}\nB: {second}"
 
 
 # (task, dataset) -> what makes a row of it, and how many rows its train.json has
 DATASETS: dict[tuple[str, str], tuple[Maker, int]] = {
-    ("SC", "yelp"): (yelp, 400), ("SC", "amazon"): (amazon, 400), ("SC", "IMDB"): (imdb, 300), ("SC", "SST-2"): (sst2, 300),
-    ("TC", "dbpedia"): (dbpedia, 420), ("TC", "agnews"): (agnews, 400), ("TC", "yahoo"): (yahoo, 400),
+    ("SC", "yelp"): (yelp, 400), ("SC", "amazon"): (amazon, 400), ("SC", "IMDB"): (imdb, 300),
+    ("SC", "SST-2"): (sst2, 300),
+    ("TC", "dbpedia"): (dbpedia, 700), ("TC", "agnews"): (agnews, 400), ("TC", "yahoo"): (yahoo, 800),
     ("NLI", "MNLI"): (inference, 400), ("NLI", "CB"): (cb, 126), ("NLI", "RTE"): (inference, 300),
     ("QQP", "QQP"): (qqp, 400), ("BoolQA", "BoolQA"): (boolqa, 400), ("MultiRC", "MultiRC"): (multirc, 400),
     ("COPA", "COPA"): (copa, 200), ("WiC", "WiC"): (wic, 400),

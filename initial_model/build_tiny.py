@@ -1,6 +1,6 @@
 """Build the embedded small models, tiny-t5/ and tiny-llama/, from nothing: tokenizer, weights, pretraining.
 
-    python initial_model/build_tiny.py [t5] [llama] [--steps 3000] [--seed 1]
+    python initial_model/build_tiny.py [t5] [llama] [--steps 2400] [--seed 1]
 
 What a large pretrained model brings to the benchmark, these bring in miniature: they have read text about the mini
 benchmark's subjects, and they know how to read a prompt with options and to answer with one of them. The exercises use
@@ -35,13 +35,14 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "src"), str(HERE.parent / "data")]
 
-import mini_benchmark as mini
-from files import read_json
+import mini_benchmark as mini  # noqa: E402
+from files import read_json  # noqa: E402
 
 PIECES = 1800
 SENTINELS = 8
 BATCH = 32
 PEAK_RATE = 1e-3
+COPYING_STEPS = 400
 PROMPT_WEIGHT = 0.2  # of the loss on the prompt, beside the loss on the answer, for the decoder-only model
 
 # What an option may say in place of a class's label: words that belong to the class.
@@ -49,7 +50,9 @@ STAND_INS = {
     "dbpedia": {label: entity["kinds"][:3] for label, entity in mini.LEXICON["entities"].items()},
     "agnews": {label: topic["nouns"][:3] for label, topic in mini.LEXICON["news"].items()},
     "yahoo": {label: topic["nouns"][:3] for label, topic in mini.LEXICON["questions"].items()},
-    **dict.fromkeys(["yelp", "amazon"], {label: level["words"][:3] for label, level in mini.LEXICON["opinions"].items()}),
+    **dict.fromkeys(
+        ["yelp", "amazon"], {label: level["words"][:3] for label, level in mini.LEXICON["opinions"].items()}
+    ),
     **dict.fromkeys(["IMDB", "SST-2"], {
         "Good": [word for level in mini.LEVELS[3:] for word in mini.LEXICON["opinions"][level]["words"][:3]],
         "Bad": [word for level in mini.LEVELS[:2] for word in mini.LEXICON["opinions"][level]["words"][:3]],
@@ -81,8 +84,8 @@ class Exercises:
         self.instructions = read_json(HERE.parent / "configs" / "instruction_config.json")
         self.labels = {dataset: read_json(HERE.parent / "CL_Benchmark" / task / dataset / "labels.json")
                        for task, dataset in mini.DATASETS}
-        self.strings = sorted({label for labels in self.labels.values() for label in labels}
-                              | {word for words in STAND_INS.values() for choices in words.values() for word in choices})
+        stand_ins = {word for words in STAND_INS.values() for choices in words.values() for word in choices}
+        self.strings = sorted({label for labels in self.labels.values() for label in labels} | stand_ins)
         self.sources = [(task, dataset) for task, dataset in mini.DATASETS if dataset in STAND_INS]
         self.held_out = benchmark_sentences()
 
@@ -92,10 +95,11 @@ class Exercises:
         return text
 
     def instruction(self, task: str) -> str:
-        return self.rng.choice([entry for entry in self.instructions[task] if entry["instruction_type"] == "zero-shot"])["instruction"]
+        zero_shot = [entry for entry in self.instructions[task] if entry["instruction_type"] == "zero-shot"]
+        return self.rng.choice(zero_shot)["instruction"]
 
     def choose(self) -> tuple[str, str]:
-        """Which of the options fits the text: one stands for its class, the others for other classes, in random order."""
+        """Which of the options fits the text: one stands for its class, the others for others, in random order."""
         rng = self.rng
         task, dataset = rng.choices(self.sources, [len(STAND_INS[dataset]) for _, dataset in self.sources])[0]
         variant = rng.randrange(len(DATASET_NAMES))
@@ -212,7 +216,9 @@ def t5_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: l
     return ((losses * mask).sum(1) / mask.sum(1)).mean()
 
 
-def llama_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[tuple[str, str]]) -> torch.Tensor:
+def llama_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[tuple[str, str]]
+) -> torch.Tensor:
     prompts = tokenizer([prompt for prompt, _ in batch]).input_ids
     answers = tokenizer([answer for _, answer in batch], add_special_tokens=False).input_ids
     rows = [prompt + answer + [tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers)]
@@ -240,9 +246,10 @@ def new_llama(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2))
 
 
+EXERCISES = ["choose"] * 5 + ["spot", "relate"]
 KINDS = {
-    "t5": (t5_tokenizer, new_t5, t5_loss, ["choose", "choose", "choose", "spot", "repair"]),
-    "llama": (llama_tokenizer, new_llama, llama_loss, ["choose", "choose", "choose", "spot"]),
+    "t5": (t5_tokenizer, new_t5, t5_loss, [*EXERCISES, "repair"]),
+    "llama": (llama_tokenizer, new_llama, llama_loss, EXERCISES),
 }
 
 
@@ -257,7 +264,9 @@ def pretrain(kind: str, steps: int, seed: int) -> tuple[PreTrainedModel, PreTrai
         optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps))))
     start = time.time()
     for step in range(steps):
-        loss = loss_of(model, tokenizer, exercises.batch(exercise_kinds))
+        # Copying comes first: a model that cannot copy an option yet learns nothing from having to choose one.
+        kinds = ["spot"] if step < COPYING_STEPS else exercise_kinds
+        loss = loss_of(model, tokenizer, exercises.batch(kinds))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -276,7 +285,7 @@ def save(model, tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE)
     arguments = parser.parse_args()

