@@ -59,7 +59,7 @@ def _yahoo(row: dict) -> str:
 
 
 def _copa(row: dict) -> str:
-    question = f'What is the {row["question"]} of "{row["premise"]}"? Pick A or B.'
+    question = f'Which sentence is the {row["question"]} of "{row["premise"]}"? Choose one between A and B.'
     return f"{question}\nA: {row['choice1']}\nB: {row['choice2']}"
 
 

@@ -66,6 +66,9 @@ class DataArguments:
     num_examples: int = field(default=0, metadata={"help": "Solved examples shown in each prompt (few-shot)."})
     add_task_name: bool = field(default=False, metadata={"help": "Begin the prompt with the task's name."})
     add_dataset_name: bool = field(default=False, metadata={"help": "Begin the prompt with the dataset's name."})
+    multilingual: bool = field(
+        default=False, metadata={"help": "ROUGE over GPT-2's pieces instead of English words (data/gpt2tokenizer)."}
+    )
 
 
 @dataclass

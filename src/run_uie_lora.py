@@ -158,6 +158,7 @@ def build_trainer(model, method, loaded, rows, data_args: DataArguments,
         callbacks=[DenserEvaluation()] if training_args.denser_evaluation else None,
         method=method,
         decoder_only=loaded.decoder_only,
+        multilingual=data_args.multilingual,
         generation={
             "max_new_tokens": training_args.generation_max_length or data_args.max_target_length,
             "num_beams": data_args.num_beams,

@@ -26,16 +26,19 @@ class UIETrainer(Seq2SeqTrainer):
     Args:
         method: prepared method; makes the optimizer, adds the penalty.
         decoder_only: whether the model continues its prompt (LLaMA) or answers from a decoder of its own (T5).
+        multilingual: whether ROUGE counts GPT-2's pieces, for text that is not English.
         generation: arguments of `generate` for evaluation and prediction, `max_new_tokens` among them.
     """
 
     # compute_loss divides by the tokens of the whole global batch, whatever the accumulation.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, method: Method, decoder_only: bool, generation: dict, **kwargs):
+    def __init__(self, *args, method: Method, decoder_only: bool, generation: dict, multilingual: bool = False,
+                 **kwargs):
         super().__init__(*args, **kwargs)
         self.method = method
         self.decoder_only = decoder_only
+        self.multilingual = multilingual
         self.generation = generation
         # Have the answer tokens of a global batch counted for every model; compute_loss uses the count.
         self.model_accepts_loss_kwargs = True
@@ -150,7 +153,7 @@ class UIETrainer(Seq2SeqTrainer):
         tokens = np.asarray(output.predictions)[: len(rows)]
         tokens = np.where(tokens == -100, self.processing_class.pad_token_id, tokens)
         texts = [text.strip() for text in self.processing_class.batch_decode(tokens, skip_special_tokens=True)]
-        scores = evaluate_predictions(rows, texts)
+        scores = evaluate_predictions(rows, texts, multilingual=self.multilingual)
         scores["gen_len"] = float(np.mean(np.sum(tokens != self.processing_class.pad_token_id, axis=1)))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output._replace(predictions=texts)

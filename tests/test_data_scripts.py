@@ -95,7 +95,7 @@ HUB = {
     "COPA/COPA": (
         ("aps/super_glue", "copa", "validation"),
         {"premise": "It rained.", "choice1": "Ann got wet.", "choice2": "Bo sang.", "question": "effect", "label": 1},
-        ("B", 'What is the effect of "It rained."? Pick A or B.\nA: Ann got wet.\nB: Bo sang.'),
+        ("B", 'Which sentence is the effect of "It rained."? Choose one between A and B.\nA: Ann got wet.\nB: Bo sang.'),
     ),
     "WiC/WiC": (
         ("aps/super_glue", "wic", "validation"),

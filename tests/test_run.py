@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 import run_uie_lora
 from conftest import ROOT
@@ -226,6 +227,90 @@ def test_bad_options_are_one_line_and_leave_nothing(case, mini_benchmark, tmp_pa
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and wanted in said[0]
     assert not output.exists() or not list(output.rglob("*.json*"))
+
+
+def edit(path: Path, change) -> None:
+    """Replace a JSON file's value by what `change` makes of it."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def without(key: str):
+    return lambda rows: [{name: value for name, value in row.items() if name != key} for row in rows]
+
+
+def relabelled(rows: list[dict]) -> list[dict]:
+    return [*rows[:1], rows[1] | {"label": "Spaceship"}, *rows[2:]]
+
+
+# What is done to a copy of dbpedia's folder, and what the one line says.
+BAD_DATA = {
+    "file missing": (lambda folder: (folder / "train.json").unlink(), "train.json"),
+    "no JSON": (lambda folder: (folder / "train.json").write_text("[{"), "train.json"),
+    "no label": (lambda folder: edit(folder / "train.json", without("label")), "label"),
+    "no sentence": (lambda folder: edit(folder / "test.json", without("sentence")), "sentence"),
+    "unknown label": (lambda folder: edit(folder / "train.json", relabelled), "Spaceship"),
+    "empty split": (lambda folder: edit(folder / "train.json", lambda rows: []), "train.json"),
+    "dataset gone": (shutil.rmtree, "dbpedia"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_one_line_and_leaves_nothing(case, mini_benchmark, tmp_path, capfd):
+    damage, wanted = BAD_DATA[case]
+    folder = tmp_path / "benchmark" / "TC" / "dbpedia"
+    shutil.copytree(mini_benchmark / "TC" / "dbpedia", folder)
+    damage(folder)
+    output = tmp_path / "out"
+    assert run_uie_lora.main(arguments(tmp_path / "benchmark", output, "dbpedia", T5, T5_MODULES)) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and wanted in said[0]
+    assert not list(output.rglob("*.json*"))
+
+
+def narrow_base(adapter: Path) -> None:
+    """Let the adapter's base be a T5 of half the width."""
+    base = adapter.parent / "narrow"
+    T5ForConditionalGeneration(T5Config.from_pretrained(T5, d_model=64)).save_pretrained(base)
+    for path in T5.glob("tokenizer*"):
+        shutil.copy(path, base)
+    edit(adapter / "adapter_config.json", lambda config: config | {"base_model_name_or_path": str(base)})
+
+
+BAD_ADAPTER = {
+    "base gone": (lambda folder: edit(folder / "adapter_config.json", lambda config: config | {
+        "base_model_name_or_path": "initial_model/gone"}), "initial_model/gone"),
+    "base of another shape": (narrow_base, "the base model's is (128, 64)"),
+    "config is no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
+    "factors cut short": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x08"),
+                          "adapter_model.safetensors"),
+    "weights cut short": (lambda folder: (folder / "full_rank_weights.safetensors").write_bytes(b"\x08"),
+                          "full_rank_weights.safetensors"),
+    "space cut short": (lambda folder: (folder / "gradient_space.safetensors").write_bytes(b"\x08"),
+                        "gradient_space.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTER)
+def test_bad_adapter_is_one_line_and_leaves_nothing(case, two_tasks, mini_benchmark, tmp_path, capfd):
+    adapter_name, first, _ = two_tasks
+    if adapter_name != "t5_adapter":
+        pytest.skip("one family's folder is enough")
+    damage, wanted = BAD_ADAPTER[case]
+    adapter = tmp_path / adapter_name
+    shutil.copytree(first / adapter_name, adapter)
+    damage(adapter)
+    output = tmp_path / "out"
+    assert run_uie_lora.main(arguments(mini_benchmark, output, "amazon", adapter, T5_MODULES)) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and wanted in said[0]
+    assert not list(output.rglob("*.json*"))
+
+
+def test_output_that_cannot_be_written_is_refused(mini_benchmark, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "out"
+    assert run_uie_lora.main(arguments(mini_benchmark, output, "dbpedia", T5, T5_MODULES)) == 2
+    assert "file" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_deepspeed_precision_must_agree(mini_benchmark, tmp_path, capfd):
