@@ -94,7 +94,12 @@ class MethodArguments:
         default="std", metadata={"help": "Projected side.", "choices": ["std", "reverse_std", "left", "right", "full"]}
     )
     galore_svd: str = field(
-        default="exact", metadata={"help": "How a basis is computed.", "choices": ["exact", "lowrank"]}
+        default="exact",
+        metadata={
+            "help": "How a basis is computed: by SVD, by randomised SVD, or (under DeepSpeed) from a sketch, for which "
+            "no rank sums or sends a whole gradient.",
+            "choices": ["exact", "lowrank", "sketch"],
+        },
     )
     galore_lr: float = field(default=1e-5, metadata={"help": "Learning rate of the full-rank weights."})
     protect: str = field(
@@ -148,9 +153,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         if self.bf16 and self.fp16:
             raise InputError("--bf16 --fp16: both found; at most one of them")
         if isinstance(self.deepspeed, str):
-            check_deepspeed_file(
-                self.deepspeed, bf16=bool(self.bf16), fp16=bool(self.fp16), training=self.do_train
-            )
+            check_deepspeed_file(self.deepspeed, bf16=bool(self.bf16), fp16=bool(self.fp16))
         self.remove_unused_columns = False  # the collator reads the whole row
         if self.output_dir is None:
             raise InputError("--output_dir: missing; a folder for the results")
@@ -158,13 +161,12 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         super().__post_init__()
 
 
-def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool, training: bool) -> None:
+def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool) -> None:
     """Refuse a DeepSpeed file that contradicts the command line or would take the optimizer away from the method.
 
     Raises:
-        InputError: no JSON object, a precision that the command line does not ask for, an optimizer or scheduler
-            section (DeepSpeed would then build its own optimizer, without the projection), or training at stage 3
-            (which partitions the factors that a finished task folds).
+        InputError: no JSON object, a precision that the command line does not ask for, or an optimizer or scheduler
+            section (DeepSpeed would then build its own optimizer, without the projection).
     """
     config = read_json(path)
     if not isinstance(config, dict):
@@ -175,9 +177,6 @@ def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool, training: bool) -
                 f"{path}: found a section '{section}'; the method brings its own, remove it (a DeepSpeed optimizer "
                 "would train without the projection)"
             )
-    zero = config.get("zero_optimization", {})
-    if training and isinstance(zero, dict) and zero.get("stage") == 3:
-        raise InputError(f"{path}, key zero_optimization.stage: found 3; training runs at 0, 1 or 2")
     for name, wanted in (("bf16", bf16), ("fp16", fp16)):
         enabled = config.get(name, {}).get("enabled", False) if isinstance(config.get(name, {}), dict) else None
         if enabled == "auto" or enabled is wanted:

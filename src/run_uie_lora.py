@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 from transformers import set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from arguments import (
@@ -62,6 +63,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     rows = load_rows(data_args, training_args)
     output_dir = claim_output_dir(training_args)
 
+    # ZeRO-3 would cut the model up while it is read; it is cut up when training begins, after the method is attached.
+    unset_hf_deepspeed_config()
     loaded = load_model_and_tokenizer(
         model_args.model_name_or_path,
         cache_dir=model_args.cache_dir,
@@ -76,6 +79,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     method = method_class(method_args)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
+    if training_args.deepspeed:
+        set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
 
     if training_args.do_train:

@@ -95,7 +95,8 @@ HUB = {
     "COPA/COPA": (
         ("aps/super_glue", "copa", "validation"),
         {"premise": "It rained.", "choice1": "Ann got wet.", "choice2": "Bo sang.", "question": "effect", "label": 1},
-        ("B", 'Which sentence is the effect of "It rained."? Choose one between A and B.\nA: Ann got wet.\nB: Bo sang.'),
+        ("B", 'Which sentence is the effect of "It rained."? Choose one between A and B.\n'
+         'A: Ann got wet.\nB: Bo sang.'),
     ),
     "WiC/WiC": (
         ("aps/super_glue", "wic", "validation"),

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import REAL_BENCHMARK, ROOT
-from test_run import PREFIX, arguments
+from test_run import PREFIX, arguments, predictions
 
 pytestmark = pytest.mark.recipe
 ENVIRONMENT = os.environ | {
@@ -69,24 +69,42 @@ def test_an_order_of_ones_own_over_real_text(tmp_path):
     assert results["predict_samples"] == 24
 
 
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("adapter_name", ["t5_adapter", "llama_adapter"])
-def test_two_ranks_under_zero_2_train_what_one_process_trains(adapter_name, mini_benchmark, tmp_path):
+def test_two_ranks_under_zero_train_what_one_process_trains(adapter_name, stage, mini_benchmark, tmp_path):
+    """The losses agree, the factors agree, and the full-rank weights move as far.
+
+    They need not agree entry by entry: moments stay when a basis is renewed, and the sign of a singular vector, which
+    may turn with the last digits of a gradient, then decides the direction of the next steps.
+    """
     model, modules = PREFIX[adapter_name]
-    exact = ["--lora_dropout", "0", "--learning_rate", "1e-4", "--galore_lr", "1e-4", "--max_grad_norm", "0"]
+    exact = ["--lora_dropout", "0", "--learning_rate", "1e-4", "--galore_lr", "1e-4", "--max_grad_norm", "0",
+             "--lamda_1", "0", "--adam_epsilon", "1e-4", "--logging_steps", "1"]  # fmt: skip
 
     def command(folder: str, *extra: str) -> list[str]:
         return ["src/run_uie_lora.py", *arguments(mini_benchmark, tmp_path / folder, "dbpedia", model, modules, *exact,
                                                   *extra)]  # fmt: skip
 
     subprocess.run([sys.executable, *command("one")], cwd=ROOT, env=ENVIRONMENT, check=True)
-    stage_2 = ["--deepspeed", "configs/ds_configs/stage2.config", "--per_device_train_batch_size", "4"]
-    launched = ["deepspeed", "--num_accelerators", "2", "--master_port", "29571", *command("two", *stage_2)]
+    sharded = ["--deepspeed", f"configs/ds_configs/stage{stage}.config", "--per_device_train_batch_size", "4"]
+    launched = ["deepspeed", "--num_accelerators", "2", "--master_port", "29571", *command("two", *sharded)]
     done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "engine: trainable cores under DeepSpeed" in done.stdout
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert losses(two) == pytest.approx(losses(one), rel=2e-4)
+    assert len(predictions(two)) == len(predictions(one))
+    factors = [load_file(folder / adapter_name / "adapter_model.safetensors") for folder in (one, two)]
+    assert factors[0].keys() == factors[1].keys()
+    for name, factor in factors[0].items():
+        assert (factors[1][name] - factor).norm() < 1e-2 * factor.norm(), name
     base = load_file(model / "model.safetensors")
-    weights_file = Path(adapter_name) / "full_rank_weights.safetensors"
-    one, two = (load_file(tmp_path / folder / weights_file) for folder in ("one", "two"))
-    for name, weight in one.items():
-        change = weight - base[name].float()
-        assert (two[name] - weight).norm() < 1e-2 * change.norm(), name
+    weights = [load_file(folder / adapter_name / "full_rank_weights.safetensors") for folder in (one, two)]
+    for name, weight in weights[0].items():
+        moved = (weight - base[name].float()).norm()
+        assert moved > 0 and (weights[1][name] - base[name].float()).norm() == pytest.approx(moved, rel=0.1), name
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]

@@ -7,7 +7,16 @@ model.save_pretrained(folder)      # lora_A, lora_B and adapter_config.json
 model = load_loranew(base, folder) # the next task: what was folded is frozen, a fresh pair trains
 """
 
-from loranew.adapter import add_loranew, fold_loranew, load_loranew, loranew_layers, renew_loranew, set_input_space
+from loranew.adapter import (
+    add_loranew,
+    fold_loranew,
+    folded_factors,
+    load_loranew,
+    loranew_layers,
+    renew_loranew,
+    save_folded,
+    set_input_space,
+)
 from loranew.layer import LoraNewConfig, LoraNewLinear
 
 __all__ = [
@@ -15,8 +24,10 @@ __all__ = [
     "LoraNewLinear",
     "add_loranew",
     "fold_loranew",
+    "folded_factors",
     "load_loranew",
     "loranew_layers",
     "renew_loranew",
+    "save_folded",
     "set_input_space",
 ]

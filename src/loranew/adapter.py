@@ -1,15 +1,17 @@
 """A whole model's LoRA with memory: attach it, fold what a task has learned, load what earlier tasks left."""
 
+import contextlib
+import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from errors import InputError
@@ -76,6 +78,31 @@ def fold_loranew(peft_model: PeftModel) -> None:
     for layer in loranew_layers(peft_model).values():
         layer.fold(name)
     config.r_sum += config.r
+
+
+@torch.no_grad()
+def folded_factors(peft_model: PeftModel, gathered: Callable = contextlib.nullcontext) -> dict[str, torch.Tensor]:
+    """What `fold_loranew` would leave to be saved, on the CPU, while the model stays as it is.
+
+    Args:
+        gathered: makes a list of parameters whole within a `with` block, where they exist in pieces only (ZeRO-3).
+    """
+    name, tensors = peft_model.active_adapter, {}
+    for layer_name, layer in loranew_layers(peft_model).items():
+        with gathered(list(layer.parameters())):
+            A, B = layer.folded(name)
+            tensors[f"base_model.model.{layer_name}.lora_A.weight"] = A.to("cpu", copy=True)
+            tensors[f"base_model.model.{layer_name}.lora_B.weight"] = B.to("cpu", copy=True)
+    return tensors
+
+
+def save_folded(peft_model: PeftModel, factors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write `folded_factors` as `save_pretrained` writes an adapter whose new factors have been folded."""
+    config = copy.copy(peft_model.peft_config[peft_model.active_adapter])
+    config.r_sum += config.r
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def renew_loranew(peft_model: PeftModel) -> None:

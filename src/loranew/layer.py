@@ -156,13 +156,17 @@ class LoraNewLinear(nn.Module, LoraLayer):
         """
         if self.merged:
             raise ValueError("the adapter is merged into the weight; unmerge it before folding")
+        A, B = self.folded(adapter)
+        self.lora_A[adapter], self.lora_B[adapter] = _linear(A), _linear(B)
+        del self.loranew_A[adapter], self.loranew_B[adapter]
+
+    def folded(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r_sum + r, in) and B (out, r_sum + r) of the two pairs together."""
         rows, columns = [self._seen_new_A(adapter)], [self.loranew_B[adapter].weight]
         if adapter in self.lora_A:
             rows.insert(0, self.lora_A[adapter].weight)
             columns.insert(0, self.lora_B[adapter].weight)
-        self.lora_A[adapter] = _linear(torch.cat(rows))
-        self.lora_B[adapter] = _linear(torch.cat(columns, dim=1))
-        del self.loranew_A[adapter], self.loranew_B[adapter]
+        return torch.cat(rows), torch.cat(columns, dim=1)
 
     def renew(self, adapter: str) -> None:
         """A fresh new pair: A Kaiming-uniform as nn.Linear's, B zero, so that it changes nothing until it trains."""

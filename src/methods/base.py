@@ -13,7 +13,16 @@ from torch import nn
 
 import full_rank
 from arguments import MethodArguments
-from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew, loranew_layers
+from errors import InputError
+from loranew import (
+    LoraNewConfig,
+    add_loranew,
+    fold_loranew,
+    folded_factors,
+    load_loranew,
+    loranew_layers,
+    save_folded,
+)
 
 
 class Method:
@@ -28,6 +37,10 @@ class Method:
         self.model: PeftModel | None = None
         # Weights of the base that differ from the base model on disk, by module name: earlier tasks' and this one's.
         self.changed: dict[str, nn.Linear] = {}
+        # Of a model that DeepSpeed has cut up: what `end_task` has gathered to be saved.
+        self.partitioned = False
+        self.left_behind: dict[str, torch.Tensor] | None = None
+        self.whole: dict[str, torch.Tensor] = {}
 
     # Setting up
 
@@ -70,7 +83,16 @@ class Method:
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def begin_training(self, engine) -> None:
-        """Called once before the first step, with the DeepSpeed engine that trains the model, or None."""
+        """Called once before the first step, with the DeepSpeed engine that trains the model, or None.
+
+        Raises:
+            InputError: a penalty at ZeRO-3, where a rank has no whole factor or weight to compute it from.
+        """
+        self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
+        for name in ("lamda_1", "lamda_2", "lamda_3"):
+            if self.partitioned and getattr(self.options, name):
+                found = getattr(self.options, name)
+                raise InputError(f"--{name}: found {found} at ZeRO stage 3, which cuts up what it penalises; only 0")
 
     def begin_micro_batch(self, is_last: bool) -> None:
         """Called before each forward pass in training; `is_last` where an optimizer step follows."""
@@ -82,18 +104,32 @@ class Method:
     # Finishing
 
     def end_task(self) -> None:
-        """Turn what was trained into memory: the new LoRA joins the old one."""
-        fold_loranew(self.model)
+        """Turn what was trained into memory: the new LoRA joins the old one. Collective.
+
+        At ZeRO-3 the model stays as DeepSpeed has it, and only what is saved is gathered.
+        """
+        if self.partitioned:
+            import deepspeed  # slow, so only where it runs
+
+            self.left_behind = folded_factors(self.model, deepspeed.zero.GatheredParameters)
+            for name, layer in self.changed.items():
+                with deepspeed.zero.GatheredParameters([layer.weight]):
+                    self.whole[name] = layer.weight.detach().to("cpu", copy=True)
+        else:
+            fold_loranew(self.model)
 
     def save(self, folder: Path) -> None:
         """Write what the next task needs to `folder`: the LoRA factors and every changed full-rank weight."""
-        self.model.save_pretrained(folder, save_embedding_layers=False)  # the base's are never changed
+        if self.left_behind is None:
+            self.model.save_pretrained(folder, save_embedding_layers=False)  # the base's are never changed
+        else:
+            save_folded(self.model, self.left_behind, folder)
         if self.changed:
             full_rank.save_weights(self.changed_weights(), folder)
 
     def changed_weights(self) -> dict[str, torch.Tensor]:
         """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
-        return {name: layer.weight for name, layer in self.changed.items()}
+        return {name: layer.weight for name, layer in self.changed.items()} | self.whole
 
     # Saying what the run does
 

@@ -31,6 +31,8 @@ class Gorp(Method):
 
     def prepare(self, model, previous: Path | None, *, decoder_only: bool, sharded: bool = False):
         options = self.options
+        if options.galore_svd == "sketch" and not sharded:
+            raise InputError("--galore_svd: found sketch without --deepspeed; exact or lowrank")
         self.targets = full_rank.match_linear(model, options.optim_target_modules, "optim_target_modules")
         full_rank.check_rank(self.targets, options.galore_rank, "galore_rank")
         model = super().prepare(model, previous, decoder_only=decoder_only)
@@ -80,6 +82,7 @@ class Gorp(Method):
         return self.optimizer
 
     def begin_training(self, engine) -> None:
+        super().begin_training(engine)
         if self.cores is not None:
             self.cores.attach(self.optimizer, engine)
 
@@ -102,7 +105,10 @@ class Gorp(Method):
             detail.info(line)
         if self.cores is not None:
             self.trained = self.cores.trained_weights()
-            self.cores.detach(self.model.get_base_model())
+            if self.partitioned:
+                self.cores.finish()
+            else:
+                self.cores.detach(self.model.get_base_model())
         super().end_task()
 
     def changed_weights(self):
