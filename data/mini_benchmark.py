@@ -241,7 +241,7 @@ def copa(label: str, rng: random.Random) -> str:
 DATASETS: dict[tuple[str, str], tuple[Maker, int]] = {
     ("SC", "yelp"): (yelp, 400), ("SC", "amazon"): (amazon, 400), ("SC", "IMDB"): (imdb, 300),
     ("SC", "SST-2"): (sst2, 300),
-    ("TC", "dbpedia"): (dbpedia, 1120), ("TC", "agnews"): (agnews, 400), ("TC", "yahoo"): (yahoo, 1200),
+    ("TC", "dbpedia"): (dbpedia, 1120), ("TC", "agnews"): (agnews, 400), ("TC", "yahoo"): (yahoo, 1700),
     ("NLI", "MNLI"): (inference, 400), ("NLI", "CB"): (cb, 126), ("NLI", "RTE"): (inference, 300),
     ("QQP", "QQP"): (qqp, 400), ("BoolQA", "BoolQA"): (boolqa, 400), ("MultiRC", "MultiRC"): (multirc, 400),
     ("COPA", "COPA"): (copa, 200), ("WiC", "WiC"): (wic, 400),

@@ -25,7 +25,7 @@ common=(
 # The tiny models, T5 and LLaMA alike: equal steps for every task, and the task loss alone (as the published code has it).
 # The orders of 15 tasks get fewer, so that they take minutes too.
 tiny=(
-    --max_steps 1000 --learning_rate 3e-3 --galore_lr 3e-3 --galore_rank 16 --galore_scale 1 --lr_scheduler_type cosine
+    --max_steps 1200 --learning_rate 3e-3 --galore_lr 3e-3 --galore_rank 16 --galore_scale 1 --lr_scheduler_type cosine
     --lora_dropout 0 --lamda_1 0 --lamda_2 0 --lamda_3 0 --per_device_eval_batch_size 64
 )
 
