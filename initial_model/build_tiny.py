@@ -42,7 +42,7 @@ PIECES = 1800
 SENTINELS = 8
 BATCH = 32
 PEAK_RATE = 1e-3
-EMBEDDING_RATES = {"t5": 3, "llama": 1}  # T5's embeddings begin fifty times as large as LLaMA's and learn too slowly
+EMBEDDING_RATES = {"t5": 3, "llama": 1}  # T5's embeddings begin fifty times as large as LLaMA's
 COPYING_STEPS = 400  # at twice PEAK_RATE, T5 does not learn to copy in them at all
 PROMPT_WEIGHT = 0.2  # of the loss on the prompt, beside the loss on the answer, for the decoder-only model
 

@@ -176,7 +176,7 @@ run_steps() {
     local step number=0 folder previous=${MODEL:-$model} launch
     export TOKENIZERS_PARALLELISM=false
     [ "$mode" = full ] || export HF_HUB_OFFLINE=1
-    # Matrices this small gain nothing from a second thread, and wait long for it where other programs run.
+    # On a busy machine, threads that wait for one another made a tiny task of one minute take five.
     [ "$mode" != tiny ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     set_launch
     for step in $steps; do

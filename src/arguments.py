@@ -205,7 +205,17 @@ def parse_arguments(
         raise InputError(f"command line: {error}") from None
     model, data, method, training = groups
     method.optim_target_modules = training.optim_target_modules or []
+    if isinstance(training.deepspeed, str) and training.do_train:
+        _check_penalties(method, training.deepspeed)
     return model, data, method, training
+
+
+def _check_penalties(method: MethodArguments, deepspeed_file: str) -> None:
+    """At ZeRO-3 a rank has no whole factor or weight from which a penalty could be computed."""
+    zero = read_json(deepspeed_file).get("zero_optimization", {})
+    if isinstance(zero, dict) and zero.get("stage") == 3:
+        for flag in ("lamda_1", "lamda_2", "lamda_3"):
+            _check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
 
 
 def check_data_arguments(data: DataArguments) -> None:

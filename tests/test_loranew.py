@@ -19,9 +19,11 @@ from loranew import (
     LoraNewLinear,
     add_loranew,
     fold_loranew,
+    folded_factors,
     load_loranew,
     loranew_layers,
     renew_loranew,
+    save_folded,
     set_input_space,
 )
 
@@ -475,3 +477,18 @@ def test_a_folder_without_files_is_refused(folder, tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="adapter_model.safetensors: no such file"):
         load_loranew(new_base(), folder)
+
+
+def test_saving_folded_factors_writes_what_folding_and_saving_writes(folder, tmp_path):
+    model = learn(load_loranew(new_base(), folder), seed=3)
+    set_input_space(model, {name: orthonormal(16, 3) for name in loranew_layers(model)})
+    before = logits(model)
+    (tmp_path / "gathered").mkdir()
+    save_folded(model, folded_factors(model), tmp_path / "gathered")
+    assert torch.equal(logits(model), before)  # the model stays as it is
+    fold_loranew(model)
+    model.save_pretrained(tmp_path / "folded")
+    gathered, folded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("gathered", "folded"))
+    assert gathered.keys() == folded.keys() and all(torch.equal(gathered[key], folded[key]) for key in folded)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("gathered", "folded")]
+    assert configs[0] == configs[1] and configs[0]["r_sum"] == 12

@@ -290,11 +290,10 @@ BAD_ADAPTER = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("two_tasks", ["t5_adapter"], indirect=True)
 @pytest.mark.parametrize("case", BAD_ADAPTER)
 def test_bad_adapter_is_one_line_and_leaves_nothing(case, two_tasks, mini_benchmark, tmp_path, capfd):
     adapter_name, first, _ = two_tasks
-    if adapter_name != "t5_adapter":
-        pytest.skip("one family's folder is enough")
     damage, wanted = BAD_ADAPTER[case]
     adapter = tmp_path / adapter_name
     shutil.copytree(first / adapter_name, adapter)
@@ -310,7 +309,7 @@ def test_output_that_cannot_be_written_is_refused(mini_benchmark, tmp_path, capf
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / "out"
     assert run_uie_lora.main(arguments(mini_benchmark, output, "dbpedia", T5, T5_MODULES)) == 2
-    assert "file" in capfd.readouterr().err.splitlines()[-1]
+    assert f"error: {output}: cannot be written" in capfd.readouterr().err
 
 
 def test_deepspeed_precision_must_agree(mini_benchmark, tmp_path, capfd):
@@ -320,6 +319,18 @@ def test_deepspeed_precision_must_agree(mini_benchmark, tmp_path, capfd):
     command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *flags)
     assert run_uie_lora.main(command) == 2
     assert "half.json, key bf16.enabled: found false against --bf16" in capfd.readouterr().err
+
+
+def test_a_penalty_at_stage_3_is_refused(mini_benchmark, tmp_path, capfd):
+    stage_3 = ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage3.config")]
+    assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *stage_3)) == 2
+    assert "--lamda_1: found 0.01; only 0 at stage 3" in capfd.readouterr().err
+
+
+def test_sketch_without_deepspeed_is_refused(mini_benchmark, tmp_path, capfd):
+    sketch = ["--galore_svd", "sketch"]
+    assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *sketch)) == 2
+    assert "--galore_svd: found sketch without --deepspeed" in capfd.readouterr().err
 
 
 def test_deepspeed_optimizer_section_is_refused(mini_benchmark, tmp_path, capfd):

@@ -13,7 +13,6 @@ from torch import nn
 
 import full_rank
 from arguments import MethodArguments
-from errors import InputError
 from loranew import (
     LoraNewConfig,
     add_loranew,
@@ -83,16 +82,8 @@ class Method:
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def begin_training(self, engine) -> None:
-        """Called once before the first step, with the DeepSpeed engine that trains the model, or None.
-
-        Raises:
-            InputError: a penalty at ZeRO-3, where a rank has no whole factor or weight to compute it from.
-        """
+        """Called once before the first step, with the DeepSpeed engine that trains the model, or None."""
         self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
-        for name in ("lamda_1", "lamda_2", "lamda_3"):
-            if self.partitioned and getattr(self.options, name):
-                found = getattr(self.options, name)
-                raise InputError(f"--{name}: found {found} at ZeRO stage 3, which cuts up what it penalises; only 0")
 
     def begin_micro_batch(self, is_last: bool) -> None:
         """Called before each forward pass in training; `is_last` where an optimizer step follows."""
