@@ -82,9 +82,9 @@ def sketched_bases(
     """Bases of G (out, in) for `mode_ranks`' ranks, from products with G alone, and the energy share they hold.
 
     Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) whose starting block holds
-    the previous basis beside `OVERSAMPLING` Gaussian columns, with one power iteration: on SmolLM2's flattest gradient
-    it finds 98 % of the energy of the best basis (docs/LOG.md). The share is an estimate: what lies outside the subspace is
-    taken from E ||G Omega||_F^2 = columns * ||G||_F^2 for Gaussian Omega.
+    the previous basis beside `OVERSAMPLING` Gaussian columns, with one power iteration. On SmolLM2's flattest gradient
+    it finds 98 % of the energy of the best basis (docs/LOG.md). The share is an estimate: what lies outside the
+    subspace is taken from E ||G Omega||_F^2 = columns * ||G||_F^2 for Gaussian Omega.
 
     Args:
         times, transposed_times: G M and G^T M, the same on every rank.
