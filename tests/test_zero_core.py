@@ -329,10 +329,17 @@ EXACT = [
     *(Case(f"{stage}-resumed", stage, stop_at=10, weight_decay=0.1) for stage in STAGES),
     *(Case(f"{stage}-lowrank", stage, refresh="lowrank") for stage in (2, 3)),
     Case("2-penalty", 2, penalty=0.01),
-    *(typed(t, name=f"2-t5-{t}", stage=2, model="t5") for t in TYPES),
-    *(typed(t, name=f"3-llama-{t}", stage=3, model="llama") for t in TYPES),
-    *(Case(f"{stage}-t5", stage, model="t5", recompute="saved tensors") for stage in (0, 1, 3)),
-    *(Case(f"{stage}-llama", stage, model="llama", recompute="saved tensors") for stage in (0, 1, 2)),
+    *(
+        typed(t, name=f"{stage}-{model}-{t}", stage=stage, model=model, steps=60, gap=10)
+        for stage in (0, *ZERO)
+        for model in ("t5", "llama")
+        for t in TYPES
+    ),
+    *(
+        Case(f"{stage}-{model}-recomputed", stage, model=model, recompute="saved tensors", accumulation=4)
+        for stage in (0, *ZERO)
+        for model in ("t5", "llama")
+    ),
 ]
 SKETCHED = [Case(f"{stage}-sketch", stage, refresh="sketch", accumulation=2) for stage in ("ddp", *ZERO)]
 HALF = [Case(f"{stage}-bf16", stage, precision="bf16", weight_decay=0.1) for stage in (0, *ZERO)]

@@ -40,7 +40,7 @@ from errors import InputError
 from Proj_torch.core_linear import CoreLinear
 from Proj_torch.layer_gradient import sketched_bases
 from Proj_torch.proj_projector import SIDES, Bases, mode_ranks, next_bases, project, project_back, remove
-from Proj_torch.sharded_state import MOMENTS, LocalState, ZeroState
+from Proj_torch.sharded_state import MOMENTS, LocalState, ZeroState, optimizer_state_of
 
 log = logging.getLogger("gorp")
 
@@ -134,8 +134,7 @@ class CoreEngine:
         """
         if not any(group.get(CORE_GROUP) for group in optimizer.param_groups):
             raise InputError("optimizer: it has no group from core_groups, so the projected weights would not train")
-        sharded = engine is not None and engine.zero_optimization_stage() > 0
-        self.optimizer_state = ZeroState(optimizer, engine) if sharded else LocalState(optimizer, engine)
+        self.optimizer_state = optimizer_state_of(optimizer, engine)
         optimizer.register_step_post_hook(self._on_step)
         for layer in self.layers.values():
             layer.space = None if layer.space is None else layer.space.to(layer.core.device)

@@ -22,6 +22,7 @@ from loranew import (
     loranew_layers,
     save_folded,
 )
+from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
 
 
 class Method:
@@ -34,6 +35,7 @@ class Method:
     def __init__(self, options: MethodArguments):
         self.options = options
         self.model: PeftModel | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
         # Weights of the base that differ from the base model on disk, by module name: earlier tasks' and this one's.
         self.changed: dict[str, nn.Linear] = {}
         # Of a model that DeepSpeed has cut up: what `end_task` has gathered to be saved.
@@ -79,11 +81,13 @@ class Method:
     def create_optimizer(self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         """Optimizer of everything that trains."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        return self.optimizer
 
     def begin_training(self, engine) -> None:
         """Called once before the first step, with the DeepSpeed engine that trains the model, or None."""
         self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
+        self.optimizer_state = None if engine is None else optimizer_state_of(self.optimizer, engine)
 
     def begin_micro_batch(self, is_last: bool) -> None:
         """Called before each forward pass in training; `is_last` where an optimizer step follows."""
@@ -91,6 +95,21 @@ class Method:
     def penalty(self) -> torch.Tensor | None:
         """A scalar to add to the loss once an optimizer step, or None where there is nothing to add."""
         return None
+
+    # Checkpoints of a run under DeepSpeed
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What such a run needs to go on, on the same or another number of ranks: CPU tensors by name; collective."""
+        step = torch.tensor(steps_taken(self.optimizer))
+        return {"step": step} | read_parameters(self.optimizer_state, dict(self.factors()))
+
+    def load_training_state(self, saved: dict[str, torch.Tensor]) -> None:
+        """Go on where `training_state` was taken; collective, once DeepSpeed has moments (`start_moments`).
+
+        Raises:
+            InputError: a tensor is missing or does not fit.
+        """
+        write_parameters(self.optimizer_state, dict(self.factors()), saved, int(saved["step"]))
 
     # Finishing
 
