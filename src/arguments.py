@@ -184,6 +184,15 @@ def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool) -> None:
         flag = f"--{name}" if wanted else f"no --{name}"
         raise InputError(f"{path}, key {name}.enabled: found {json.dumps(enabled)} against {flag} on the command line; "
                          "both the same, or \"auto\" in the file")
+    if fp16 and _zero_stage(config) == 0:
+        # deepspeedai/DeepSpeed 8393: gradients are divided by a loss scale that no loss was multiplied by.
+        raise InputError(f"{path}, key zero_optimization.stage: found 0 with --fp16, where DeepSpeed 0.19 trains with "
+                         "wrong gradients; 1 to 3, or --bf16")
+
+
+def _zero_stage(config: dict) -> int:
+    zero = config.get("zero_optimization", {})
+    return zero.get("stage", 0) if isinstance(zero, dict) else 0
 
 
 def parse_arguments(
@@ -212,8 +221,7 @@ def parse_arguments(
 
 def _check_penalties(method: MethodArguments, deepspeed_file: str) -> None:
     """At ZeRO-3 a rank has no whole factor or weight from which a penalty could be computed."""
-    zero = read_json(deepspeed_file).get("zero_optimization", {})
-    if isinstance(zero, dict) and zero.get("stage") == 3:
+    if _zero_stage(read_json(deepspeed_file)) == 3:
         for flag in ("lamda_1", "lamda_2", "lamda_3"):
             _check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
 

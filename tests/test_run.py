@@ -321,6 +321,12 @@ def test_deepspeed_precision_must_agree(mini_benchmark, tmp_path, capfd):
     assert "half.json, key bf16.enabled: found false against --bf16" in capfd.readouterr().err
 
 
+def test_fp16_at_stage_0_is_refused(mini_benchmark, tmp_path, capfd):
+    stage_0 = ["--fp16", "--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage0.config")]
+    assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *stage_0)) == 2
+    assert "stage0.config, key zero_optimization.stage: found 0 with --fp16" in capfd.readouterr().err
+
+
 def test_a_penalty_at_stage_3_is_refused(mini_benchmark, tmp_path, capfd):
     stage_3 = ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage3.config")]
     assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *stage_3)) == 2

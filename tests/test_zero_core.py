@@ -342,8 +342,15 @@ EXACT = [
     ),
 ]
 SKETCHED = [Case(f"{stage}-sketch", stage, refresh="sketch", accumulation=2) for stage in ("ddp", *ZERO)]
-HALF = [Case(f"{stage}-bf16", stage, precision="bf16", weight_decay=0.1) for stage in (0, *ZERO)]
-SKIPPED = [Case(f"{stage}-skipped", stage, precision="bf16", bad_step=8) for stage in ZERO]
+HALF = [
+    *(Case(f"{stage}-bf16", stage, precision="bf16", weight_decay=0.1) for stage in (0, *ZERO)),
+    *(Case(f"{stage}-fp16", stage, precision="fp16", weight_decay=0.1) for stage in ZERO),
+]
+SKIPPED = [
+    Case(f"{stage}-{precision}-skipped", stage, precision=precision, bad_step=8)
+    for stage in ZERO
+    for precision in ("bf16", "fp16")
+]
 TOGETHER = [*EXACT, *SKETCHED, *HALF, *SKIPPED]
 
 
@@ -380,7 +387,7 @@ def test_two_ranks_sketch_as_one_does(two_ranks, case):
 
 @pytest.mark.recipe
 @pytest.mark.parametrize("case", HALF, ids=lambda case: case.name)
-def test_two_ranks_in_bfloat16_follow_float32(two_ranks, case):
+def test_two_ranks_in_16_bits_follow_float32(two_ranks, case):
     assert_same(two_ranks[case.name], dense(case), 1e-2, 0.1, 0.1)
 
 

@@ -201,8 +201,10 @@ class Run:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0},
         }
-        if case.precision != "fp32":
-            config[case.precision] = {"enabled": True, "check_grad_overflow": True}
+        if case.precision == "bf16":
+            config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        elif case.precision == "fp16":
+            config["fp16"] = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
         self.engine, *_ = deepspeed.initialize(model=self.net, optimizer=self.optimizer, config=config)
         self.model = self.engine
 
@@ -283,8 +285,21 @@ def run(case: Case) -> dict:
     return one.result(losses + one.train(case.stop_at, case.steps)) | {"state": state}
 
 
+def allow_fp16_on_a_cpu() -> None:
+    """DeepSpeed refuses fp16 on a CPU without fast kernels for it; PyTorch computes it on any, slowly."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class AnyCPU(CPU_Accelerator):
+        def is_fp16_supported(self) -> bool:
+            return True
+
+    set_accelerator(AnyCPU())
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    allow_fp16_on_a_cpu()
     cases = [Case(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
     if any(isinstance(case.stage, int) for case in cases):
         import deepspeed
