@@ -215,15 +215,19 @@ def parse_arguments(
     model, data, method, training = groups
     method.optim_target_modules = training.optim_target_modules or []
     if isinstance(training.deepspeed, str) and training.do_train:
-        _check_penalties(method, training.deepspeed)
+        _check_sharded(method, training)
     return model, data, method, training
 
 
-def _check_penalties(method: MethodArguments, deepspeed_file: str) -> None:
-    """At ZeRO-3 a rank has no whole factor or weight from which a penalty could be computed."""
-    if _zero_stage(read_json(deepspeed_file)) == 3:
+def _check_sharded(method: MethodArguments, training: UIETrainingArguments) -> None:
+    if _zero_stage(read_json(training.deepspeed)) == 3:
         for flag in ("lamda_1", "lamda_2", "lamda_3"):
-            _check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
+            # A rank has no whole factor or weight from which a penalty could be computed.
+            allowed = f"only 0 at stage 3 ({training.deepspeed})"
+            _check(not getattr(method, flag), flag, getattr(method, flag), allowed)
+    # Decay would also move the part of a factor that `GuardedLinear` keeps.
+    decays = method.protect == "gp_second" and training.weight_decay
+    _check(not decays, "weight_decay", training.weight_decay, "only 0 with --protect gp_second under DeepSpeed")
 
 
 def check_data_arguments(data: DataArguments) -> None:

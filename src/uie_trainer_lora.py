@@ -212,7 +212,7 @@ class UIETrainer(Seq2SeqTrainer):
         """Have DeepSpeed make its optimizer state; a run that goes on must draw the random numbers it would have."""
         with torch.random.fork_rng():
             inputs = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
-            start_moments(self.model_wrapped, self.method.optimizer, self.model_wrapped(**inputs).loss)
+            start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:

@@ -126,10 +126,12 @@ def test_two_ranks_under_zero_train_what_one_process_trains(adapter_name, stage,
 def test_a_sharded_run_goes_on_from_its_checkpoint(adapter_name, stage, mini_benchmark, tmp_path):
     """On as many ranks bit by bit, with a schedule; in one process with other last digits."""
     saving = ["--save_strategy", "steps", "--save_steps", "6", "--lr_scheduler_type", "linear"]
+    saving += ["--gradient_accumulation_steps", "2"]
     from_there = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-6")]
 
     def run(name: str, ranks: int, *extra: str) -> Path:
-        train(tmp_path / name, adapter_name, mini_benchmark, *saving, *extra, ranks=ranks, stage=stage)
+        rows = ["--per_device_train_batch_size", str(4 // ranks)]
+        train(tmp_path / name, adapter_name, mini_benchmark, *saving, *rows, *extra, ranks=ranks, stage=stage)
         return tmp_path / name
 
     whole, resumed = run("whole", 2), run("resumed", 2, *from_there)

@@ -6,6 +6,7 @@ Only DeepSpeed's public calls are used. Every method is collective: all ranks ca
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -201,20 +202,20 @@ class ZeroState:
         return nn.functional.pad(flat, (0, padding))[start : start + like.numel()]
 
 
-def start_moments(engine: Any, optimizer: Optimizer, loss: Tensor) -> None:
+def start_moments(engine: Any, optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
     """Make DeepSpeed create its optimizer state, all zero, without changing a weight.
 
     ZeRO creates the moments in its first step, and only then can they be set; this is that step, with no gradient
     and no learning rate. It counts in the engine's own step and schedule, which the caller sets afterwards.
 
     Args:
-        loss: of one micro-batch, through the engine.
+        loss: computes that of a micro-batch, through the engine.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    engine.set_gradient_accumulation_boundary(True)
-    engine.backward(loss * 0.0)
-    engine.step()
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(loss() * 0.0)
+        engine.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
