@@ -25,9 +25,9 @@ BENCHMARK_FILES = (*(f"{subset}.json" for subset in SUBSETS), "labels.json")
 SAMPLING = ("random", "full")
 
 _NAME = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+    r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 )  # a folder's name that stays inside its parent, on every system and in every shell
-_NAME_RULE = "letters, digits, '_', '-' and '.', starting with a letter or digit"
+_NAME_RULE = "letters, digits, '_', '-' and '.', starting with a letter or digit, at most 100"
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def load_model_and_tokenizer(
     resize_position_embeddings: bool | None = None,
     max_source_length: int = 512,
     dtype: torch.dtype = torch.float32,
+    weights: bool = True,
 ) -> LoadedModel:
     """Load a base model: the one named, or the one that the named adapter folder was trained on.
 
@@ -71,6 +72,7 @@ def load_model_and_tokenizer(
         resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
             warning. Only some models can (Pegasus can, BART and LLaMA cannot).
         dtype: precision of the weights.
+        weights: False leaves the model on the meta device: files and shapes are checked, no value is read.
 
     Raises:
         InputError: the model is not there, is a pickle, is incomplete, is of a kind that is not trained here, or is
@@ -92,7 +94,8 @@ def load_model_and_tokenizer(
     _refuse_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
     with _loading("tokenizer", tokenizer_name or base_name):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **hub)
-    model = _load_weights(model_class, base_name, config=config, dtype=dtype, **hub)
+    place = {} if weights else {"device_map": "meta"}
+    model = _load_weights(model_class, base_name, config=config, dtype=dtype, **place, **hub)
     _grow_positions(model, max_source_length, resize_position_embeddings)
     _set_special_tokens(model, tokenizer, decoder_only)
     _grow_embeddings(model, tokenizer)
@@ -238,7 +241,7 @@ def _grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     # The new rows are drawn (narrowly around the mean) and not saved: the same draw makes them the same every time.
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model.resize_token_embeddings(needed)
+        model.resize_token_embeddings(needed, mean_resizing=model.device.type != "meta")
 
 
 def _grow_positions(model: PreTrainedModel, length: int, allowed: bool | None) -> None:
