@@ -16,6 +16,7 @@ from torch import nn
 
 from errors import InputError
 from files import read_json
+from full_rank import check_values
 from loranew.layer import LoraNewConfig, LoraNewLinear
 
 CONFIG_FILE = "adapter_config.json"
@@ -197,3 +198,4 @@ def _check_tensors(found: dict[str, torch.Tensor], expected: dict[str, tuple[int
     for name, tensor in found.items():
         if tuple(tensor.shape) != expected[name]:
             raise InputError(f"{path}: {name} is {tuple(tensor.shape)}, {expected[name]} is needed; {hint}")
+        check_values(name, tensor, path)

@@ -23,8 +23,8 @@ logger = logging.getLogger("gorp")
 
 # LoRA options that would change what a layer computes or stores in ways that LoraNewLinear does not know.
 _FIXED_OPTIONS = (
-    "alpha_pattern", "bias", "layer_replication", "lora_bias", "modules_to_save", "rank_pattern", "target_parameters",
-    "trainable_token_indices", "use_qalora", "use_rslora",
+    "alpha_pattern", "bias", "layer_replication", "lora_bias", "megatron_config", "modules_to_save", "rank_pattern",
+    "target_parameters", "trainable_token_indices", "use_qalora", "use_rslora",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -90,8 +91,10 @@ def load_model_and_tokenizer(
             f"{base_name}/config.json: found model_type {config.model_type!r}; llama and encoder-decoder models "
             "(t5, mt5, bart, ...) are trained here"
         )
+    _refuse_kernels(config, base_name)
     model_class = LlamaForCausalLM_with_lossmask if decoder_only else AutoModelForSeq2SeqLM
     _refuse_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
+    _check_index(Path(base_name) / "model.safetensors.index.json")
     with _loading("tokenizer", tokenizer_name or base_name):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **hub)
     place = {} if weights else {"device_map": "meta"}
@@ -132,6 +135,8 @@ def _base_of_adapter(path: Path) -> str:
             f"{path}: base_model_name_or_path is {base}, where there is no model (seen from {Path.cwd()}); put the "
             "base model there, or write into the file where it is"
         )
+    if (Path(base) / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{path}: base_model_name_or_path is {base}, itself an adapter; a base model is needed")
     return base
 
 
@@ -176,6 +181,29 @@ def _refuse_pickle(name: str, auto_class: str) -> None:
         f'python -c "from transformers import {auto_class} as M; '
         f"M.from_pretrained('{name}', use_safetensors=False).save_pretrained('{name}')\""
     )
+
+
+def _check_index(path: Path) -> None:
+    """Of a model in pieces: each is a safetensors file beside the index. transformers would read a pickle, or leave
+    the folder, where the index says so."""
+    if not path.is_file():
+        return
+    content = read_json(path)
+    pieces = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(pieces, dict) or not pieces:
+        raise InputError(f"{path}: has no weight_map; an object of weight -> safetensors file is needed")
+    for weight, piece in pieces.items():
+        if not isinstance(piece, str) or Path(piece).name != piece or not piece.endswith(".safetensors"):
+            raise InputError(f"{path}, weight_map, {weight}: found {piece!r}; a safetensors file beside it is needed")
+        if not (path.parent / piece).is_file():
+            raise InputError(f"{path}, weight_map, {weight}: there is no {piece} beside it")
+
+
+def _refuse_kernels(config: PreTrainedConfig, name: str) -> None:
+    """A config can name a hub repository of compiled attention kernels, which would be fetched and run."""
+    wanted = config._attn_implementation
+    if wanted is not None and "/" in str(wanted):
+        raise InputError(f"{name}/config.json: attention from {wanted!r}, which is code of others; eager or sdpa")
 
 
 def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
