@@ -299,6 +299,8 @@ CASES: dict[str, list[Case]] = {
              "half of a surrogate pair, '\\ud800'"),
         Case("a label longer than an answer may be", long_label("word " * 60), "allowed: --max_target_length 50",
              needs_model=True),
+        Case("a label that spells a special token", long_label("a</s>b"), "the answer 'a</s>b' spells </s>; allowed",
+             needs_model=True),
         Case("a label of a megabyte", long_label("x" * 1_000_000), "allowed: --max_source_length 128",
              needs_model=True),
     ],
