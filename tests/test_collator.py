@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_dataset import GOLDEN, SMALL_BENCHMARK, STARS, Benchmark
+from test_dataset import GOLDEN, SMALL_BENCHMARK, Benchmark
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 

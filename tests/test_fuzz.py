@@ -43,10 +43,13 @@ def share(percent: float):
 
 # --- files ---
 
-KEYS = ["sentence", "label", "instruction", "instruction_type", "zero-shot", "dataset name", "sampling strategy",
-        "full", "dbpedia", "..", *TASKS, "peft_type", "LORA", "r", "r_sum", "target_modules", "base_model_name_or_path",
-        "weight_map", "model_type", "t5", "bf16", "zero_optimization", "stage", "enabled", "output_dir", "lora_modules",
-        "predict_exact_match_for_a", "-", "A"]  # fmt: skip
+KEYS = [
+    "sentence", "label", "instruction", "instruction_type", "zero-shot", "dataset name", "sampling strategy", "full",
+    "dbpedia", "..", *TASKS, "peft_type", "LORA", "r", "r_sum", "target_modules", "lora_alpha", "lora_dropout",
+    "init_lora_weights", "exclude_modules", "layers_to_transform", "fan_in_fan_out", "task_type", "output_dir",
+    "base_model_name_or_path", "weight_map", "model_type", "t5", "bf16", "zero_optimization", "stage", "enabled",
+    "lora_modules", "predict_exact_match_for_a", "-", "A",
+]  # fmt: skip
 WORDS = st.sampled_from(KEYS) | st.text(max_size=8)  # surrogate halves included
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | WORDS
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4),
@@ -141,7 +144,10 @@ TENSORS = st.dictionaries(
 )
 METADATA = st.none() | st.dictionaries(st.sampled_from(["format", "version", "side", "energy", "max_directions"]),
     st.sampled_from(["gorp-gradient-space", "1", "output", "0.9", "pt", "", "x"]), max_size=5)  # fmt: skip
+FITS = {"base_model.model.q.lora_A.weight": torch.ones(2, 4), "base_model.model.q.lora_B.weight": torch.ones(5, 2)}
 SAFETENSORS = st.one_of(
+    st.just(save(FITS)),
+    st.builds(lambda tensors, metadata: save(FITS | tensors, metadata), TENSORS, METADATA),
     st.builds(lambda tensors, metadata: save(tensors, metadata), TENSORS, METADATA),
     st.builds(lambda tensors, end: save(tensors)[:end], TENSORS, st.integers(0, 300)),
     st.binary(max_size=80),

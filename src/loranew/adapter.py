@@ -49,12 +49,13 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
     folder = Path(folder)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
+    _check_memory(config, tensors, folder / WEIGHTS_FILE)
     config.inference_mode = not trainable
     # The model's own name is right: the base may have moved since the adapter was written.
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     try:
         peft_model = add_loranew(model, config)
-    except InputError as error:
+    except (InputError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own checks
         raise InputError(f"{folder / CONFIG_FILE}: does not fit the base model: {error}") from None
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     # PEFT stores the embeddings too when they have grown; they go back to where they were.
@@ -176,6 +177,17 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
     # O-LoRA may store its empty first memory (r_sum = 0); here a layer without memory has no such factors.
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+
+
+def _check_memory(config: LoraNewConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """r_sum, before factors of that size are made: a damaged config could ask for more than the machine has."""
+    factors = {name: tensor for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
+    for name, tensor in factors.items():
+        if tensor.shape[:1] != (config.r_sum,):
+            needed = (config.r_sum, *tensor.shape[1:])
+            raise InputError(f"{path}: {name} is {tuple(tensor.shape)}, {needed} is needed by r_sum in {CONFIG_FILE}")
+    if config.r_sum and not factors:
+        raise InputError(f"{path}: holds no lora_A, for which {CONFIG_FILE} says r_sum {config.r_sum}")
 
 
 def _conversion(folder: Path) -> str:

@@ -45,7 +45,7 @@ class LoraNewConfig(LoraConfig):
         super().__post_init__()
         for name, kinds, least in (("r", int, 1), ("r_sum", int, 0), ("lora_alpha", (int, float), 0)):
             value = getattr(self, name)
-            if not isinstance(value, kinds) or value < least:
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
                 raise ValueError(f"{name}: found {value!r}; a number of at least {least} is needed")
         for name, default in _defaults_to_keep().items():
             if getattr(self, name) not in (default, None):
