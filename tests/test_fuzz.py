@@ -1,6 +1,6 @@
 """Arbitrary input: files of any content, any labels and text, weights of any shape.
 
-In the suite some seconds; `GORP_FUZZ=10000` makes so many examples in all (about half an hour; `-k` picks a part).
+In the suite some seconds; `GORP_FUZZ=10000` makes so many examples in all (some minutes).
 """
 
 import json
