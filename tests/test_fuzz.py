@@ -216,12 +216,14 @@ def prompt_ids(batch: dict, index: int, *, answer_in_input: bool) -> list[int]:
 
 @pytest.mark.parametrize("build, decoder_only", KINDS)
 @share(5)
-@given(sentence=SENTENCES, label=LABELS, other=LABELS, limit=st.integers(120, 260), shown=st.booleans())
+@given(sentence=SENTENCES, times=st.sampled_from([1, 20]), label=LABELS, other=LABELS, limit=st.integers(120, 260),
+       shown=st.booleans())  # fmt: skip
 def test_the_answer_is_whole_and_the_prompt_does_not_know_it(
-    tokenizers, build, decoder_only, sentence, label, other, limit, shown  # noqa: F811
+    tokenizers, build, decoder_only, sentence, times, label, other, limit, shown  # noqa: F811
 ):
     tokenizer = tokenizers[build]
     collate = collator(tokenizer, decoder_only, max_source_length=limit, max_target_length=150)
+    sentence *= times  # often longer than the limit
     rows = [example(sentence, label), example(sentence, other), example("x", "A")]
     if shown:
         rows = [row | {"Samples": [{"sentence": "shown", "label": "B"}]} for row in rows]
