@@ -97,15 +97,11 @@ check_model() {
   a small one, on a CPU:  the same command with $small_flags"
 }
 
-# No order ends hours later for want of a file.
-check_data() {
-    local step split
-    for step in $steps; do
-        for split in train test; do
-            [ -f "$data/$step/$split.json" ] || fail "$data/$step/$split.json: no such file;" \
-                "data/prepare_benchmark.py fills CL_Benchmark, or DATA_DIR says where the benchmark is"
-        done
-    done
+# No order ends hours later for want of a file, or for a flag that only its fifth task meets.
+check_order() {
+    say "checking $name: data, flags and model"
+    "$PYTHON" src/check.py "configs/${name}_configs" --model_name_or_path "${MODEL:-$model}" --data_dir "$data" \
+        --method "${METHOD:-gorp}" --seed "${SEED:-42}" "${options[@]}"
 }
 
 # --- running orders ---
@@ -133,18 +129,20 @@ run_order() {  # FAMILY NAME
     local label=$name data=${DATA_DIR:-CL_Benchmark}
     [[ ! $name =~ ^order([0-9]+)$ ]] || label=order_${BASH_REMATCH[1]}
     [[ $mode != tiny || -n ${DATA_DIR:-} ]] || data=data/mini_benchmark
-    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log steps
+    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log steps launch
 
     if [ -n "${DRY_RUN:-}" ]; then
         find_environment requirements.txt || find_python
         read_steps
+        set_launch
         run_steps
     else
         check_model
         set_up requirements.txt
         make_small_parts
         read_steps
-        check_data
+        set_launch
+        check_order
         clear_output
         run_steps
         "$PYTHON" src/report "$order_dir" | tee -a "$log"
@@ -173,12 +171,11 @@ clear_output() {
 }
 
 run_steps() {
-    local step number=0 folder previous=${MODEL:-$model} launch
+    local step number=0 folder previous=${MODEL:-$model}
     export TOKENIZERS_PARALLELISM=false
     [ "$mode" = full ] || export HF_HUB_OFFLINE=1
     # On a busy machine, threads that wait for one another made a tiny task of one minute take five.
     [ "$mode" != tiny ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    set_launch
     for step in $steps; do
         number=$((number + 1))
         folder=$order_dir/outputs/$number-${step#*/}

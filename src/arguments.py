@@ -5,11 +5,14 @@ here, before any data or model is read.
 """
 
 import json
+import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from errors import InputError
 from files import check_writable, read_json
@@ -125,9 +128,9 @@ class MethodArguments:
         positive = ("lora_dim", "lora_alpha", "galore_rank", "galore_update_proj_gap")
         not_negative = ("galore_scale", "galore_lr", "lamda_1", "lamda_2", "lamda_3")
         for name in positive:
-            _check(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+            _check_number(self, name, above=0)
         for name in not_negative:
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            _check_number(self, name, least=0)
         _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 up to, not including, 1")
         _check(0 < self.space_energy <= 1, "space_energy", self.space_energy, "above 0, at most 1")
         if self.protect == "structural" and self.protect_side != "input":
@@ -152,21 +155,48 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         if self.bf16 and self.fp16:
             raise InputError("--bf16 --fp16: both found; at most one of them")
-        if isinstance(self.deepspeed, str):
-            check_deepspeed_file(self.deepspeed, bf16=bool(self.bf16), fp16=bool(self.fp16))
+        self._check_numbers()
+        if self.deepspeed is not None:
+            check_deepspeed_file(self.deepspeed, bf16=bool(self.bf16), fp16=bool(self.fp16), numbers=self.batch())
         self.remove_unused_columns = False  # the collator reads the whole row
         if self.output_dir is None:
             raise InputError("--output_dir: missing; a folder for the results")
         check_writable(self.output_dir)
         super().__post_init__()
+        known = get_available_reporting_integrations()
+        for name in self.report_to:
+            _check(name in known, "report_to", name, ", ".join(["none", *known]))
+
+    def batch(self) -> dict[str, float]:
+        """What a DeepSpeed file may repeat of the command line, by its key there."""
+        return {
+            "train_micro_batch_size_per_gpu": self.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "gradient_clipping": self.max_grad_norm,
+        }
+
+    def _check_numbers(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _check_number(self, name, above=0)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "seed"):
+            _check_number(self, name, least=0)
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 up to, not including, 1")
+        if self.max_steps <= 0:
+            _check_number(self, "num_train_epochs", above=0)
+        if self.generation_max_length is not None:
+            _check_number(self, "generation_max_length", above=0)
 
 
-def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool) -> None:
+def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool, numbers: Mapping[str, float] = {}) -> None:
     """Refuse a DeepSpeed file that contradicts the command line or would take the optimizer away from the method.
 
+    Args:
+        numbers: what the command line says of the file's keys, see `UIETrainingArguments.batch`.
+
     Raises:
-        InputError: no JSON object, a precision that the command line does not ask for, or an optimizer or scheduler
-            section (DeepSpeed would then build its own optimizer, without the projection).
+        InputError: no JSON object, a precision or number that the command line does not ask for, no stage of ZeRO, or
+            an optimizer or scheduler section (DeepSpeed would then build its own optimizer, without the projection).
     """
     config = read_json(path)
     if not isinstance(config, dict):
@@ -184,15 +214,28 @@ def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool) -> None:
         flag = f"--{name}" if wanted else f"no --{name}"
         raise InputError(f"{path}, key {name}.enabled: found {json.dumps(enabled)} against {flag} on the command line; "
                          "both the same, or \"auto\" in the file")
-    if fp16 and _zero_stage(config) == 0:
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise InputError(f"{path}, key zero_optimization.stage: found {json.dumps(stage)}; 0, 1, 2 or 3")
+    if fp16 and stage == 0:
         # deepspeedai/DeepSpeed 8393: gradients are divided by a loss scale that no loss was multiplied by.
         raise InputError(f"{path}, key zero_optimization.stage: found 0 with --fp16, where DeepSpeed 0.19 trains with "
                          "wrong gradients; 1 to 3, or --bf16")
+    for key, number in numbers.items():
+        if config.get(key, "auto") not in ("auto", number):
+            raise InputError(f"{path}, key {key}: found {json.dumps(config[key])} against {number} on the command "
+                             "line; both the same, or \"auto\" in the file")
 
 
-def _zero_stage(config: dict) -> int:
-    zero = config.get("zero_optimization", {})
-    return zero.get("stage", 0) if isinstance(zero, dict) else 0
+class Parser(HfArgumentParser):
+    """Flags by their whole names; what is wrong with one is an InputError, not a page of usage."""
+
+    def __init__(self, *groups: type):
+        super().__init__(groups, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise InputError(f"command line: {message}")
 
 
 def parse_arguments(
@@ -203,31 +246,48 @@ def parse_arguments(
     Raises:
         InputError: an unknown flag, or values that contradict each other.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, MethodArguments, UIETrainingArguments))
+    parser = Parser(ModelArguments, DataArguments, MethodArguments, UIETrainingArguments)
     argv = sys.argv[1:] if argv is None else argv
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        argv = _flags(argv[0])
     try:
-        if len(argv) == 1 and argv[0].endswith(".json"):
-            groups = parser.parse_dict(read_json(argv[0]))
-        else:
-            groups = parser.parse_args_into_dataclasses(args=argv)
-    except ValueError as error:
+        groups = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    except (ValueError, TypeError, OSError, ImportError) as error:  # Hugging Face's own checks of its arguments
         raise InputError(f"command line: {error}") from None
     model, data, method, training = groups
     method.optim_target_modules = training.optim_target_modules or []
-    if isinstance(training.deepspeed, str) and training.do_train:
-        _check_sharded(method, training)
+    if training.deepspeed is not None and training.do_train:
+        check_sharded(method, training.deepspeed, training.weight_decay)
     return model, data, method, training
 
 
-def _check_sharded(method: MethodArguments, training: UIETrainingArguments) -> None:
-    if _zero_stage(read_json(training.deepspeed)) == 3:
+def _flags(path: str) -> list[str]:
+    """The flags that a JSON object of arguments stands for, so that both are checked alike; null leaves a flag out."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found a JSON {type(content).__name__}; an object of flag -> value is allowed")
+    argv = []
+    for name, value in content.items():
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return argv
+
+
+def check_sharded(method: MethodArguments, deepspeed_file: str, weight_decay: float) -> None:
+    """What the method cannot do when DeepSpeed cuts up its parameters.
+
+    Raises:
+        InputError: a penalty at stage 3, where no rank has whole weights to compute it from; or decay of factors whose
+            component in a space is kept, which it would move.
+    """
+    zero = read_json(deepspeed_file).get("zero_optimization", {})
+    if isinstance(zero, dict) and zero.get("stage") == 3:
         for flag in ("lamda_1", "lamda_2", "lamda_3"):
-            # A rank has no whole factor or weight from which a penalty could be computed.
-            allowed = f"only 0 at stage 3 ({training.deepspeed})"
-            _check(not getattr(method, flag), flag, getattr(method, flag), allowed)
-    # Decay would also move the part of a factor that `GuardedLinear` keeps.
-    decays = method.protect == "gp_second" and training.weight_decay
-    _check(not decays, "weight_decay", training.weight_decay, "only 0 with --protect gp_second under DeepSpeed")
+            _check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
+    decays = method.protect == "gp_second" and weight_decay
+    _check(not decays, "weight_decay", weight_decay, "only 0 with --protect gp_second under DeepSpeed")
 
 
 def check_data_arguments(data: DataArguments) -> None:
@@ -243,7 +303,10 @@ def check_data_arguments(data: DataArguments) -> None:
         if not Path(value).is_dir():
             raise InputError(f"--{flag}: {value} is no folder")
     for flag in ("max_source_length", "max_target_length", "num_beams"):
-        _check(getattr(data, flag) > 0, flag, getattr(data, flag), "a number above 0")
+        _check_number(data, flag, above=0)
+    _check_number(data, "repetition_penalty", above=0)
+    for flag in ("max_num_instances_per_task", "max_num_instances_per_eval_task"):
+        _check(getattr(data, flag) != 0, flag, 0, "a number above 0, or -1 for all")
     for flag in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
         value = getattr(data, flag)
         _check(value is None or value > 0, flag, value, "a number above 0, or the flag left out")
@@ -252,3 +315,10 @@ def check_data_arguments(data: DataArguments) -> None:
 def _check(holds: bool, flag: str, found, allowed: str) -> None:
     if not holds:
         raise InputError(f"--{flag}: found {found}; {allowed}")
+
+
+def _check_number(group, flag: str, *, above: float | None = None, least: float = -math.inf) -> None:
+    """A finite number above, or at least, a limit."""
+    found = getattr(group, flag)
+    holds = math.isfinite(found) and (found > above if above is not None else found >= least)
+    _check(holds, flag, found, f"a number above {above}" if above is not None else f"{least} or more")

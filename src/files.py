@@ -15,11 +15,25 @@ def read_json(path: str | os.PathLike) -> Any:
     """Parsed content of a UTF-8 JSON file.
 
     Raises:
-        InputError: the file is missing, unreadable, not UTF-8 or not JSON (with line and column).
+        InputError: the file is missing, unreadable, not UTF-8 or not JSON (with line and column), has a key twice in
+            one object (JSON would silently drop the first), or text that UTF-8 cannot hold.
     """
     path = Path(path)
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path}: key {twice!r} stands {names.count(twice)} times in one object; allowed: once")
+        return content
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=distinct)
+        if "\\ud" in text.lower():  # half a character, unless the other half follows
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
@@ -28,6 +42,16 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+    except UnicodeEncodeError as error:
+        before = error.object[max(error.start - 20, 0) : error.start]
+        raise InputError(
+            f"{path}: found half of a surrogate pair, {error.object[error.start]!r}, after {before!r}; allowed: text "
+            "that UTF-8 can hold"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply; allowed: what the README describes") from None
+    except ValueError as error:  # a path with a NUL, a number of thousands of digits
+        raise InputError(f"{path}: cannot be read ({error})") from None
 
 
 @contextlib.contextmanager

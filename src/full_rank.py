@@ -87,9 +87,22 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
             raise InputError(
                 f"{path}: {key} is {tuple(saved.shape)}; the base model's is {tuple(layer.weight.shape)}"
             )
+        check_values(key, saved, path)
         layer.weight.copy_(saved)
         layers[name] = layer
     return layers
+
+
+def check_values(key: str, tensor: torch.Tensor, path: Path) -> None:
+    """Refuse stored values from which nothing can be trained.
+
+    Raises:
+        InputError: integers, or values that are not finite.
+    """
+    if not tensor.is_floating_point():
+        raise InputError(f"{path}: {key} holds {tensor.dtype}; floating-point values are needed")
+    if not tensor.isfinite().all():
+        raise InputError(f"{path}: {key} holds values that are not finite; the task that left it has failed")
 
 
 def _refuse_shared(model: nn.Module, matched: dict[str, nn.Linear], flag: str) -> None:

@@ -25,9 +25,9 @@ BENCHMARK_FILES = (*(f"{subset}.json" for subset in SUBSETS), "labels.json")
 SAMPLING = ("random", "full")
 
 _NAME = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+    r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 )  # a folder's name that stays inside its parent, on every system and in every shell
-_NAME_RULE = "letters, digits, '_', '-' and '.', starting with a letter or digit"
+_NAME_RULE = "letters, digits, '_', '-' and '.', starting with a letter or digit, at most 100"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ def read_task_config(path: str | Path) -> dict[str, list[dict[str, str]]]:
     Raises:
         InputError: unreadable file, unknown task, bad entry, bad strategy, bad name, or a dataset listed twice.
     """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; a step's folder holds {_listed(TASK_FILES)}")
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {type(content).__name__}; allowed: an object whose keys are {_listed(TASKS)}")
@@ -175,9 +177,6 @@ def _entry(entry: object, where: str) -> dict[str, str]:
 
 def _read_step(folder: Path) -> tuple[OrderStep, list[tuple[str, str]]]:
     """The step in `folder`, and the (task, dataset) pairs that it tests."""
-    for name in TASK_FILES:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file; a step's folder holds {_listed(TASK_FILES)}")
     trained, _, tested = (_datasets(read_task_config(folder / name)) for name in TASK_FILES)
     if len(trained) != 1:
         raise InputError(f"{folder / 'train_tasks.json'}: found {len(trained)} datasets; allowed: exactly one")

@@ -29,7 +29,7 @@ from compute_metrics import accuracy_line
 from errors import InputError
 from files import whole_file, whole_folder, write_json
 from methods import find_method
-from model.loading import load_model_and_tokenizer
+from model.loading import LoadedModel, load_model_and_tokenizer
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import load_uie_dataset
 from uie_trainer_lora import DenserEvaluation, UIETrainer
@@ -61,27 +61,17 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     method_class = find_method(method_args.method)
     set_seed(training_args.seed)
     rows = load_rows(data_args, training_args)
-    output_dir = claim_output_dir(training_args)
 
     # ZeRO-3 would cut the model up while it is read; it is cut up when training begins, after the method is attached.
     unset_hf_deepspeed_config()
-    loaded = load_model_and_tokenizer(
-        model_args.model_name_or_path,
-        cache_dir=model_args.cache_dir,
-        revision=model_args.model_revision,
-        token=True if model_args.use_auth_token else None,
-        config_name=model_args.config_name,
-        tokenizer_name=model_args.tokenizer_name,
-        use_fast_tokenizer=model_args.use_fast_tokenizer,
-        resize_position_embeddings=model_args.resize_position_embeddings,
-        max_source_length=data_args.max_source_length,
-    )
+    loaded = load_model(model_args, data_args)
     method = method_class(method_args)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:
         set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
+    output_dir = claim_output_dir(training_args)  # after every check: what is refused must not cost earlier results
 
     if training_args.do_train:
         for line in method.summary():
@@ -99,16 +89,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
 def load_rows(data_args: DataArguments, training_args: UIETrainingArguments) -> datasets.DatasetDict:
     """The step's examples, cut to the sample limits; every split that the run needs has rows."""
     rows = load_uie_dataset(
-        data_args.data_dir,
-        data_args.task_config_dir,
-        data_args.instruction_file,
-        instruction_strategy=data_args.instruction_strategy,
-        max_num_instances_per_task=data_args.max_num_instances_per_task,
-        max_num_instances_per_eval_task=data_args.max_num_instances_per_eval_task,
-        num_examples=data_args.num_examples,
-        over_sampling=data_args.over_sampling,
-        seed=training_args.seed,
+        task_config_dir=data_args.task_config_dir,
         overwrite_cache=data_args.overwrite_cache,
+        **row_options(data_args, training_args),
     )
     needed = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
     for split, is_needed in needed.items():
@@ -118,6 +101,20 @@ def load_rows(data_args: DataArguments, training_args: UIETrainingArguments) -> 
     rows["validation"] = first_rows(rows["validation"], data_args.max_eval_samples)
     rows["test"] = first_rows_of_each(rows["test"], data_args.max_predict_samples)
     return rows
+
+
+def row_options(data_args: DataArguments, training_args: UIETrainingArguments) -> dict:
+    """What decides an example beside the step: the options that `load_uie_dataset` and `read_examples` share."""
+    return {
+        "data_dir": data_args.data_dir,
+        "instruction_file": data_args.instruction_file,
+        "instruction_strategy": data_args.instruction_strategy,
+        "max_num_instances_per_task": data_args.max_num_instances_per_task,
+        "max_num_instances_per_eval_task": data_args.max_num_instances_per_eval_task,
+        "num_examples": data_args.num_examples,
+        "over_sampling": data_args.over_sampling,
+        "seed": training_args.seed,
+    }
 
 
 def first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
@@ -138,10 +135,26 @@ def first_rows_of_each(rows: datasets.Dataset, limit: int | None) -> datasets.Da
     return rows.select(kept)
 
 
-def build_trainer(model, method, loaded, rows, data_args: DataArguments,
-                  training_args: UIETrainingArguments) -> UIETrainer:
-    """The trainer of this task, with its collator, generation settings and callbacks."""
-    collator = DataCollatorForUIE(
+def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True) -> LoadedModel:
+    """The model that the arguments name; without `weights` its shapes alone, enough to check all else against."""
+    return load_model_and_tokenizer(
+        model_args.model_name_or_path,
+        cache_dir=model_args.cache_dir,
+        revision=model_args.model_revision,
+        token=True if model_args.use_auth_token else None,
+        config_name=model_args.config_name,
+        tokenizer_name=model_args.tokenizer_name,
+        use_fast_tokenizer=model_args.use_fast_tokenizer,
+        resize_position_embeddings=model_args.resize_position_embeddings,
+        max_source_length=data_args.max_source_length,
+        weights=weights,
+    )
+
+
+def build_collator(loaded: LoadedModel, data_args: DataArguments,
+                   training_args: UIETrainingArguments) -> DataCollatorForUIE:
+    """The collator for this model's tokenizer."""
+    return DataCollatorForUIE(
         loaded.tokenizer,
         decoder_only=loaded.decoder_only,
         max_source_length=data_args.max_source_length,
@@ -151,6 +164,12 @@ def build_trainer(model, method, loaded, rows, data_args: DataArguments,
         pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
         input_record_file=data_args.input_record_file,
     )
+
+
+def build_trainer(model, method, loaded, rows, data_args: DataArguments,
+                  training_args: UIETrainingArguments) -> UIETrainer:
+    """The trainer of this task, with its collator, generation settings and callbacks."""
+    collator = build_collator(loaded, data_args, training_args)
     for split in ("train", "test"):
         collator.check(rows[split])
     return UIETrainer(

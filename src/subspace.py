@@ -82,6 +82,13 @@ def _check_energy(energy: float) -> None:
         raise InputError(f"energy {energy}: allowed is a share above 0 and up to 1")
 
 
+def _is_orthonormal(S: Tensor) -> bool:
+    if S.ndim != 2 or not S.is_floating_point():
+        return False
+    S = at_least_float32(S)
+    return torch.allclose(S.T @ S, torch.eye(S.shape[1], dtype=S.dtype), rtol=0, atol=1e-3)
+
+
 class GradientSpace:
     """One basis S for each protected weight, by the weight's name.
 
@@ -156,7 +163,7 @@ class GradientSpace:
         """Read what `save` wrote; the bases are on the CPU.
 
         Raises:
-            InputError: the file is missing, damaged, or no gradient space of this version.
+            InputError: the file is missing, damaged, no gradient space of this version, or holds what is no basis.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -169,6 +176,9 @@ class GradientSpace:
             raise InputError(f"{path}: not a readable safetensors file ({error})") from None
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
             raise InputError(f"{path}: not a gradient space of version {VERSION}, its metadata is {metadata}")
+        for name, S in bases.items():
+            if not _is_orthonormal(S):
+                raise InputError(f"{path}: {name} is no matrix of orthonormal columns")
         limit = metadata.get("max_directions")
         try:
             return cls(metadata["side"], float(metadata["energy"]), limit and int(limit), bases)

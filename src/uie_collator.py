@@ -33,7 +33,8 @@ class DataCollatorForUIE:
     One rule says how an answer continues a decoder's prompt, in training as in the labels of an evaluation: its ids
     are those that follow the cue in "Answer: <label>". So it begins with a space (sentencepiece `▁Good`, byte-level
     BPE `ĠGood`), which whoever decodes a generated answer strips. BOS stands once, in front, if the tokenizer puts one
-    in front of text. Special tokens spelt out in the data (`<s>`, a tag in web pages) are not parsed as such.
+    in front of text. Special tokens spelt out in the data (`<s>`, a tag in web pages) are not parsed as such; where a
+    tokenizer does so all the same (T5's), a prompt may hold one, and an answer that spells one is refused.
 
     A prompt longer than `max_source_length` loses the right ends of its sentence's longest lines: of a MultiRC row
     the paragraph, never the question. An answer has at most `max_target_length` ids, EOS included, and is never cut.
@@ -47,7 +48,7 @@ class DataCollatorForUIE:
 
     Raises:
         InputError: a tokenizer without EOS; a row (named) whose prompt without its sentence, or whose answer, is too
-            long; a record file that cannot be written.
+            long, or whose answer spells a special token; a record file that cannot be written.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ class DataCollatorForUIE:
         if self.tokenizer.eos_token_id is None:
             raise InputError("--model_name_or_path: a tokenizer without an EOS token; allowed: one that has it")
         self._eos = [self.tokenizer.eos_token_id]
+        self._special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         bos = self.tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and self.tokenizer(ANSWER_CUE).input_ids[0] == bos else []
         self._record([], [])
@@ -146,6 +148,11 @@ class DataCollatorForUIE:
         answers = self._continuations(labels) if self.decoder_only else self._encode(text_target=labels)
         answers = [ids if ids[-1:] == self._eos else ids + self._eos for ids in answers]
         for ids, label, example in zip(answers, labels, examples):
+            if spelt := self._special.intersection(ids[:-1]):  # generation would stop inside such an answer
+                token = self.tokenizer.convert_ids_to_tokens(min(spelt))
+                raise InputError(
+                    f"{_name(example)}: the answer {label!r} spells {token}; allowed: labels without special tokens"
+                )
             if len(ids) > self.max_target_length:
                 raise InputError(
                     f"{_name(example)}: the answer {label!r} needs {len(ids)} tokens; "

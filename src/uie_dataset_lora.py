@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 from filelock import FileLock
 
+from compute_metrics import normalise
 from errors import InputError
 from files import check_writable, read_json, whole_folder
 from order_config import SUBSETS, benchmark_datasets, read_task_config
@@ -94,6 +95,11 @@ class _Source:
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
+    def files(self, options: "_Options") -> list[Path]:
+        """What is read of this dataset: its rows, its labels and, few-shot, the rows that are shown."""
+        names = [self.subset, "labels"] + ["train"] * (options.num_examples > 0)
+        return [self.file(name) for name in names]
+
 
 def load_uie_dataset(
     data_dir: str | os.PathLike,
@@ -144,7 +150,9 @@ def load_uie_dataset(
         over_sampling,
         seed,
     )
-    sources = [source for subset in SUBSETS for source in _sources(Path(data_dir), Path(task_config_dir), subset)]
+    sources = [
+        source for subset in SUBSETS for source in _sources(Path(data_dir), Path(task_config_dir), subset, options)
+    ]
     instructions = _choose_instructions(instruction_file, {source.task: None for source in sources}, options)
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "cl_benchmark"
     check_writable(cache)
@@ -156,6 +164,28 @@ def load_uie_dataset(
             with whole_folder(folder) as partial:
                 built.save_to_disk(partial, num_shards=dict.fromkeys(built, 1))  # an empty split gets none by itself
         return datasets.load_from_disk(folder)
+
+
+def read_examples(
+    data_dir: str | os.PathLike, task_config_dirs: Iterable[str | os.PathLike], instruction_file: str | os.PathLike,
+    **options,
+) -> Iterator[dict]:
+    """The examples of many steps, each file read once and nothing written: what a check of a whole order looks at.
+
+    Args:
+        options: those of `load_uie_dataset` that are not about its cache.
+
+    Raises:
+        InputError: as `load_uie_dataset`.
+    """
+    chosen = _Options(**options)
+    listed = [
+        source for step in task_config_dirs for subset in SUBSETS
+        for source in _sources(Path(data_dir), Path(step), subset, chosen)
+    ]  # fmt: skip
+    instructions = _choose_instructions(instruction_file, {source.task: None for source in listed}, chosen)
+    for source in dict.fromkeys(listed):
+        yield from _examples(source, instructions[source.task], chosen)
 
 
 def prompt_parts(example: dict, *, add_task_name: bool, add_dataset_name: bool) -> tuple[str, str, str]:
@@ -202,14 +232,22 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     """The answers of a dataset, in the order of the options line.
 
     Raises:
-        InputError: unreadable, or not a non-empty array of distinct, non-empty strings.
+        InputError: unreadable, or not a non-empty array of distinct, non-empty strings; or two of them differ only in
+            what the score does not see (case, spaces, punctuation), so that a wrong answer would count as right.
     """
     labels = read_json(path)
     if not isinstance(labels, list) or not labels:
         raise InputError(f"{path}: found {_kind(labels)}; allowed: a non-empty array of strings")
+    scored_as: dict[str, str] = {}
     for index, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip() or label in labels[:index]:
             raise InputError(f"{path}, entry {index}: found {label!r}; allowed: distinct, non-blank strings")
+        twin = scored_as.setdefault(normalise(label), label)
+        if twin is not label:
+            raise InputError(
+                f"{path}, entry {index}: found {label!r} beside {twin!r}; allowed: labels that differ in more than "
+                "case, spaces and punctuation, which the score does not see"
+            )
     return labels
 
 
@@ -265,8 +303,8 @@ def _kind(value: Any) -> str:
     return f"empty {name}" if value in ([], {}, "") else name
 
 
-def _sources(data_dir: Path, task_config_dir: Path, subset: str) -> list[_Source]:
-    """The datasets that a task file names, in its order, each with its folder in the benchmark."""
+def _sources(data_dir: Path, task_config_dir: Path, subset: str, options: _Options) -> list[_Source]:
+    """The datasets that a task file names, in its order, each with its files in the benchmark."""
     config = task_config_dir / f"{subset}_tasks.json"
     sources = [
         _Source(subset, task, entry["dataset name"], entry["sampling strategy"], data_dir)
@@ -277,7 +315,21 @@ def _sources(data_dir: Path, task_config_dir: Path, subset: str) -> list[_Source
         if not source.folder.is_dir():
             known = ", ".join(benchmark_datasets(data_dir)) or "none"
             raise InputError(f"{config}: {source.task}/{source.dataset} is not in {data_dir}; allowed: {known}")
+        for path in source.files(options):
+            _check_place(path, data_dir)
     return sources
+
+
+def _check_place(path: Path, data_dir: Path) -> None:
+    """Refuse a file that is not there, or that a link puts outside the benchmark."""
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; data/prepare_benchmark.py fills CL_Benchmark, and --data_dir (of the scripts "
+            "DATA_DIR) says where another benchmark is"
+        )
+    place = path.resolve()
+    if not place.is_relative_to(data_dir.resolve()):
+        raise InputError(f"{path}: a link to {place}; allowed: files inside {data_dir}")
 
 
 def _cache_key(sources: list[_Source], instruction_file: str | os.PathLike, options: _Options) -> str:
@@ -287,9 +339,8 @@ def _cache_key(sources: list[_Source], instruction_file: str | os.PathLike, opti
     """
     parts: list[Any] = [_digest(__file__), _digest(instruction_file), dataclasses.asdict(options)]
     for source in sources:
-        names = [source.subset, "labels"] + ["train"] * (options.num_examples > 0)
         parts.append([source.subset, source.task, source.dataset, source.strategy])
-        parts.append([_digest(source.file(name)) for name in names])
+        parts.append([_digest(path) for path in source.files(options)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

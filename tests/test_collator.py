@@ -5,9 +5,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_dataset import GOLDEN, SMALL_BENCHMARK, STARS, Benchmark
+from test_dataset import GOLDEN, SMALL_BENCHMARK, Benchmark
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
@@ -322,33 +320,6 @@ def test_training_has_room_for_a_full_prompt_and_a_full_answer(tokenizers):
     batch = collator(tokenizer, True, max_source_length=100, max_target_length=30)([example("x" * 500, "y" * 28)])
     assert batch["input_ids"].shape[1] == 100 + 30
     assert (batch["labels"] != IGNORED).sum() == 30
-
-
-@pytest.mark.parametrize(
-    "build, decoder_only", [(t5, False), (byt5, False), (llama, True), (gpt2, True), (merging, True)]
-)
-@settings(max_examples=30, deadline=None)
-@given(
-    sentence=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300),
-    label=st.sampled_from([*STARS, "A", "Society & Culture"]),
-    limit=st.integers(150, 260),
-)
-def test_whatever_the_text_the_answer_is_whole_and_the_prompt_fits(
-    tokenizers, build, decoder_only, sentence, label, limit
-):
-    tokenizer = tokenizers[build]
-    collate = collator(tokenizer, decoder_only, max_source_length=limit)
-    answer = collate([example("x", label, subset="test")])["labels"][0].tolist()
-    batch = collate([example(sentence, label), example("x", "A")])
-    labels, ids, mask = (batch[name][0] for name in ("labels", "input_ids", "attention_mask"))
-    assert labels[labels != IGNORED].tolist() == answer
-    prompt = kept(ids, mask)
-    if decoder_only:
-        assert prompt[-len(answer) :] == answer
-        prompt = prompt[: -len(answer)]
-        assert text(tokenizer, prompt).endswith("\nAnswer:")
-    assert text(tokenizer, answer).removeprefix(" ") == label
-    assert len(prompt) <= limit
 
 
 # Bad input

@@ -1,4 +1,7 @@
-"""The entry script on the embedded models: what a task writes, what the next one finds, and what is refused."""
+"""The entry script on the embedded models: what a task writes, and what the next one finds.
+
+What is refused is in test_bad_input.py.
+"""
 
 import json
 import shutil
@@ -7,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import T5Config, T5ForConditionalGeneration
 
 import run_uie_lora
 from conftest import ROOT
@@ -191,167 +193,6 @@ def test_evaluation_during_training_and_denser(mini_benchmark, tmp_path):
     evaluated = [entry["step"] for entry in history if "eval_exact_match_for_dbpedia" in entry]
     assert evaluated[:2] == [1, 10]
     assert all(entry["penalty"] > 0 for entry in history if "loss" in entry)
-
-
-BAD = {
-    "no such model": (["--model_name_or_path", "initial_model/none"], "initial_model/none"),
-    "unknown flag": (["--lamda_4", "1"], "--lamda_4"),
-    "unknown method": (["--method", "magic"], "one of gorp, inclora, olora"),
-    "lora matches nothing": (["--lora_modules", ".*nothing.*"], "matches no module"),
-    "lora on no linear layer": (["--lora_modules", ".*SelfAttention"], "only linear layers"),
-    "targets match nothing": (["--optim_target_modules", ".*nothing.*"], "matches no module"),
-    "targets are not linear": (["--optim_target_modules", ".*layer_norm.*"], "only linear layers"),
-    "no regular expression": (["--optim_target_modules", "(q"], "no regular expression"),
-    "factors match nothing": (["--proj_lora_modules", ".*lora_Z.*"], "matches no factor"),
-    "galore rank too high": (["--galore_rank", "4096"], "--galore_rank: found 4096; at most"),
-    "lora rank too high": (["--lora_dim", "4096"], "--lora_dim: found 4096; at most"),
-    "negative penalty": (["--lamda_1", "-1"], "--lamda_1: found -1.0; 0 or more"),
-    "two precisions": (["--bf16", "--fp16"], "at most one"),
-    "structural on the output side": (["--protect", "structural"], "needs --protect_side input"),
-    "no such benchmark": (["--data_dir", "/nonexistent"], "--data_dir"),
-    "no such step": (["--task_config_dir", "configs/order1_configs/none"], "--task_config_dir"),
-    "prompt does not fit": (["--max_source_length", "5"], "max_source_length"),
-    "answer does not fit": (["--max_target_length", "1"], "max_target_length"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_options_are_one_line_and_leave_nothing(case, mini_benchmark, tmp_path, capfd):
-    extra, wanted = BAD[case]
-    output = tmp_path / "out"
-    try:
-        status = run_uie_lora.main(arguments(mini_benchmark, output, "dbpedia", T5, T5_MODULES, *extra))
-    except SystemExit as stop:  # argparse's own refusals
-        status = stop.code
-    assert status == 2
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and wanted in said[0]
-    assert not output.exists() or not list(output.rglob("*.json*"))
-
-
-def edit(path: Path, change) -> None:
-    """Replace a JSON file's value by what `change` makes of it."""
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-
-
-def without(key: str):
-    return lambda rows: [{name: value for name, value in row.items() if name != key} for row in rows]
-
-
-def relabelled(rows: list[dict]) -> list[dict]:
-    return [*rows[:1], rows[1] | {"label": "Spaceship"}, *rows[2:]]
-
-
-# What is done to a copy of dbpedia's folder, and what the one line says.
-BAD_DATA = {
-    "file missing": (lambda folder: (folder / "train.json").unlink(), "train.json"),
-    "no JSON": (lambda folder: (folder / "train.json").write_text("[{"), "train.json"),
-    "no label": (lambda folder: edit(folder / "train.json", without("label")), "label"),
-    "no sentence": (lambda folder: edit(folder / "test.json", without("sentence")), "sentence"),
-    "unknown label": (lambda folder: edit(folder / "train.json", relabelled), "Spaceship"),
-    "empty split": (lambda folder: edit(folder / "train.json", lambda rows: []), "train.json"),
-    "dataset gone": (shutil.rmtree, "dbpedia"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_one_line_and_leaves_nothing(case, mini_benchmark, tmp_path, capfd):
-    damage, wanted = BAD_DATA[case]
-    folder = tmp_path / "benchmark" / "TC" / "dbpedia"
-    shutil.copytree(mini_benchmark / "TC" / "dbpedia", folder)
-    damage(folder)
-    output = tmp_path / "out"
-    assert run_uie_lora.main(arguments(tmp_path / "benchmark", output, "dbpedia", T5, T5_MODULES)) == 2
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and wanted in said[0]
-    assert not list(output.rglob("*.json*"))
-
-
-def narrow_base(adapter: Path) -> None:
-    """Let the adapter's base be a T5 of half the width."""
-    base = adapter.parent / "narrow"
-    T5ForConditionalGeneration(T5Config.from_pretrained(T5, d_model=64)).save_pretrained(base)
-    for path in T5.glob("tokenizer*"):
-        shutil.copy(path, base)
-    edit(adapter / "adapter_config.json", lambda config: config | {"base_model_name_or_path": str(base)})
-
-
-BAD_ADAPTER = {
-    "base gone": (lambda folder: edit(folder / "adapter_config.json", lambda config: config | {
-        "base_model_name_or_path": "initial_model/gone"}), "initial_model/gone"),
-    "base of another shape": (narrow_base, "the base model's is (128, 64)"),
-    "config is no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
-    "factors cut short": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x08"),
-                          "adapter_model.safetensors"),
-    "weights cut short": (lambda folder: (folder / "full_rank_weights.safetensors").write_bytes(b"\x08"),
-                          "full_rank_weights.safetensors"),
-    "space cut short": (lambda folder: (folder / "gradient_space.safetensors").write_bytes(b"\x08"),
-                        "gradient_space.safetensors"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("two_tasks", ["t5_adapter"], indirect=True)
-@pytest.mark.parametrize("case", BAD_ADAPTER)
-def test_bad_adapter_is_one_line_and_leaves_nothing(case, two_tasks, mini_benchmark, tmp_path, capfd):
-    adapter_name, first, _ = two_tasks
-    damage, wanted = BAD_ADAPTER[case]
-    adapter = tmp_path / adapter_name
-    shutil.copytree(first / adapter_name, adapter)
-    damage(adapter)
-    output = tmp_path / "out"
-    assert run_uie_lora.main(arguments(mini_benchmark, output, "amazon", adapter, T5_MODULES)) == 2
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and wanted in said[0]
-    assert not list(output.rglob("*.json*"))
-
-
-def test_output_that_cannot_be_written_is_refused(mini_benchmark, tmp_path, capfd):
-    (tmp_path / "file").write_text("")
-    output = tmp_path / "file" / "out"
-    assert run_uie_lora.main(arguments(mini_benchmark, output, "dbpedia", T5, T5_MODULES)) == 2
-    assert f"error: {output}: cannot be written" in capfd.readouterr().err
-
-
-def test_deepspeed_precision_must_agree(mini_benchmark, tmp_path, capfd):
-    config = tmp_path / "half.json"
-    config.write_text(json.dumps({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
-    flags = ["--bf16", "--deepspeed", str(config)]
-    command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *flags)
-    assert run_uie_lora.main(command) == 2
-    assert "half.json, key bf16.enabled: found false against --bf16" in capfd.readouterr().err
-
-
-def test_fp16_at_stage_0_is_refused(mini_benchmark, tmp_path, capfd):
-    stage_0 = ["--fp16", "--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage0.config")]
-    assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *stage_0)) == 2
-    assert "stage0.config, key zero_optimization.stage: found 0 with --fp16" in capfd.readouterr().err
-
-
-def test_decay_of_guarded_factors_is_refused(mini_benchmark, tmp_path, capfd):
-    stage_2 = ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")]
-    flags = ["--protect", "gp_second", "--weight_decay", "0.1", *stage_2]
-    assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *flags)) == 2
-    assert "--weight_decay: found 0.1; only 0 with --protect gp_second under DeepSpeed" in capfd.readouterr().err
-
-
-def test_a_penalty_at_stage_3_is_refused(mini_benchmark, tmp_path, capfd):
-    stage_3 = ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage3.config")]
-    assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *stage_3)) == 2
-    assert "--lamda_1: found 0.01; only 0 at stage 3" in capfd.readouterr().err
-
-
-def test_sketch_without_deepspeed_is_refused(mini_benchmark, tmp_path, capfd):
-    sketch = ["--galore_svd", "sketch"]
-    assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *sketch)) == 2
-    assert "--galore_svd: found sketch without --deepspeed" in capfd.readouterr().err
-
-
-def test_deepspeed_optimizer_section_is_refused(mini_benchmark, tmp_path, capfd):
-    config = tmp_path / "adam.json"
-    config.write_text(json.dumps({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}))
-    command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, "--deepspeed", str(config))
-    assert run_uie_lora.main(command) == 2
-    assert "without the projection" in capfd.readouterr().err
 
 
 def test_results_of_an_earlier_run_are_not_replaced_unasked(two_tasks, mini_benchmark, capfd):

@@ -228,9 +228,18 @@ if folder.name == os.environ.get("FAIL_AT"):
 """
 
 
+CHECK = """
+import os, sys
+if said := os.environ.get("REFUSED"):
+    print("error:", said, file=sys.stderr)
+    sys.exit(2)
+print("[gorp] checked", *sys.argv[1:])
+"""
+
+
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout with the real scripts, a stand-in for the entry, data for order 1, and nothing to install."""
+    """A checkout with the real scripts, stand-ins for check and entry, and nothing to install."""
     root = tmp_path / "checkout"
     for folder in ("scripts", "scripts_llama", "configs/order1_configs"):
         shutil.copytree(ROOT / folder, root / folder)
@@ -238,12 +247,10 @@ def checkout(tmp_path):
     for name in ("order_config.py", "errors.py", "files.py"):
         shutil.copy(ROOT / "src" / name, root / "src")
     (root / "src" / "run_uie_lora.py").write_text(ENTRY)
+    (root / "src" / "check.py").write_text(CHECK)
     (root / "src" / "report" / "__main__.py").write_text("import sys; print('table of', sys.argv[1])")
     (root / "requirements.txt").write_text("")
-    for dataset in ("TC/dbpedia", "SC/amazon", "TC/yahoo", "TC/agnews"):
-        (root / "data" / "mini_benchmark" / dataset).mkdir(parents=True)
-        for split in ("train", "test"):
-            (root / "data" / "mini_benchmark" / dataset / f"{split}.json").touch()
+    (root / "data" / "mini_benchmark").mkdir(parents=True)
     return root
 
 
@@ -255,7 +262,8 @@ def test_an_order_from_anywhere(checkout, tmp_path):
     done = bash(str(checkout / "scripts" / "order_1.sh"), "--tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     terminal = done.stdout.splitlines()
-    assert terminal[:2] == ["[gorp] order1, task 1 of 4: TC/dbpedia", "[gorp] trained 1-dbpedia"]
+    assert terminal[1].startswith("[gorp] checked configs/order1_configs --model_name_or_path initial_model/tiny-t5")
+    assert terminal[2:4] == ["[gorp] order1, task 1 of 4: TC/dbpedia", "[gorp] trained 1-dbpedia"]
     assert terminal[-2] == "table of logs_and_outputs/order_1"
     log = (checkout / "logs" / "order_1.log").read_text()
     assert log.count("a library's line") == 4 and "a library's line" not in done.stdout
@@ -299,11 +307,28 @@ def test_output_that_cannot_be_written(checkout):
     assert done.stderr == "error: requirements.txt/order_1: cannot be written; OUTPUT= says where else\n"
 
 
-def test_every_dataset_is_looked_for_before_the_first_task(checkout):
-    (checkout / "data" / "mini_benchmark" / "TC" / "agnews" / "test.json").unlink()
-    done = order_1(checkout)
-    assert done.returncode == 2 and "trained" not in done.stdout
-    assert done.stderr.startswith("error: data/mini_benchmark/TC/agnews/test.json: no such file")
+def test_what_the_check_refuses_is_not_begun(checkout):
+    order_1(checkout)
+    results = checkout / "logs_and_outputs" / "order_1"
+    before = sorted(results.rglob("*"))
+    done = order_1(checkout, REFUSED="train.json, row 3: bad")
+    assert (done.returncode, done.stderr) == (2, "error: train.json, row 3: bad\n")
+    assert "trained" not in done.stdout and sorted(results.rglob("*")) == before
+
+
+def test_the_check_gets_what_the_run_gets(checkout):
+    done = order_1(checkout, EXTRA="--galore_rank 9", SEED="7", METHOD="olora", MODEL="mine", DATA_DIR="data")
+    checked = flags(shlex.split(next(line for line in done.stdout.splitlines() if line.startswith("[gorp] checked"))))
+    ran = json.loads((checkout / "logs_and_outputs/order_1/outputs/1-dbpedia/predict_results.json").read_text())
+    own = ("task_config_dir", "output_dir", "run_name")
+    assert checked == {name: value for name, value in flags(ran).items() if name not in own}
+
+
+def test_the_real_check_stands_before_a_real_run(tmp_path):
+    done = bash("scripts/order_1.sh", "--tiny", OUTPUT=str(tmp_path / "out"), EXTRA="--galore_rank 4096")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --galore_rank: found 4096; at most 128")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_model_both_ways_on_are_said(checkout):

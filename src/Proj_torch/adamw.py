@@ -381,6 +381,8 @@ def _check_fit(group: dict[str, Any], index: int, p: Tensor) -> None:
             f"scale_mats of parameter {name}: shape {tuple(S.shape)}; allowed is ({size}, c) for side "
             f"{group['protect_side']!r}"
         )
+    if S.shape[1] == 0:
+        return
     gram = at_least_float32(S.detach()).T @ at_least_float32(S.detach())
     distance = (gram - torch.eye(len(gram), device=gram.device)).abs().max().item()
     if not distance < 1e-3:

@@ -16,6 +16,7 @@ from torch import nn
 
 from errors import InputError
 from files import read_json
+from full_rank import check_values
 from loranew.layer import LoraNewConfig, LoraNewLinear
 
 CONFIG_FILE = "adapter_config.json"
@@ -48,12 +49,13 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
     folder = Path(folder)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
+    _check_memory(config, tensors, folder / WEIGHTS_FILE)
     config.inference_mode = not trainable
     # The model's own name is right: the base may have moved since the adapter was written.
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     try:
         peft_model = add_loranew(model, config)
-    except InputError as error:
+    except (InputError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own checks
         raise InputError(f"{folder / CONFIG_FILE}: does not fit the base model: {error}") from None
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     # PEFT stores the embeddings too when they have grown; they go back to where they were.
@@ -177,6 +179,17 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
 
+def _check_memory(config: LoraNewConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """r_sum, before factors of that size are made: a damaged config could ask for more than the machine has."""
+    factors = {name: tensor for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
+    for name, tensor in factors.items():
+        if tensor.shape[:1] != (config.r_sum,):
+            needed = (config.r_sum, *tensor.shape[1:])
+            raise InputError(f"{path}: {name} is {tuple(tensor.shape)}, {needed} is needed by r_sum in {CONFIG_FILE}")
+    if config.r_sum and not factors:
+        raise InputError(f"{path}: holds no lora_A, for which {CONFIG_FILE} says r_sum {config.r_sum}")
+
+
 def _conversion(folder: Path) -> str:
     return (
         'convert it once, if you trust its source: python -c "import torch, safetensors.torch as s; '
@@ -197,3 +210,4 @@ def _check_tensors(found: dict[str, torch.Tensor], expected: dict[str, tuple[int
     for name, tensor in found.items():
         if tuple(tensor.shape) != expected[name]:
             raise InputError(f"{path}: {name} is {tuple(tensor.shape)}, {expected[name]} is needed; {hint}")
+        check_values(name, tensor, path)

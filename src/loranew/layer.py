@@ -23,8 +23,8 @@ logger = logging.getLogger("gorp")
 
 # LoRA options that would change what a layer computes or stores in ways that LoraNewLinear does not know.
 _FIXED_OPTIONS = (
-    "alpha_pattern", "bias", "layer_replication", "lora_bias", "modules_to_save", "rank_pattern", "target_parameters",
-    "trainable_token_indices", "use_qalora", "use_rslora",
+    "alpha_pattern", "bias", "layer_replication", "lora_bias", "megatron_config", "modules_to_save", "rank_pattern",
+    "target_parameters", "trainable_token_indices", "use_qalora", "use_rslora",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class LoraNewConfig(LoraConfig):
         super().__post_init__()
         for name, kinds, least in (("r", int, 1), ("r_sum", int, 0), ("lora_alpha", (int, float), 0)):
             value = getattr(self, name)
-            if not isinstance(value, kinds) or value < least:
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
                 raise ValueError(f"{name}: found {value!r}; a number of at least {least} is needed")
         for name, default in _defaults_to_keep().items():
             if getattr(self, name) not in (default, None):

@@ -68,7 +68,7 @@ class Gorp(Method):
             groups = [
                 {"params": list(free.values()), "param_names": list(free)},
                 self._protected_group(self.protected),
-                self._protected_group({name: layer.weight for name, layer in self.targets.items()})
+                self._protected_group(self._full_rank_weights())
                 | {
                     "rank": self.options.galore_rank,
                     "update_proj_gap": self.options.galore_update_proj_gap,
@@ -179,7 +179,19 @@ class Gorp(Method):
                 f"--protect_side: found {self.options.protect_side}; {previous / SPACE_FILE} was built for {space.side}"
             )
         space.energy = self.options.space_energy
+        side = 0 if space.side == "output" else 1
+        for name, weight in (dict(self.factors()) | self._full_rank_weights()).items():
+            basis = space.get(_space_name(name))
+            if basis is not None and len(basis) != weight.shape[side]:
+                raise InputError(
+                    f"{previous / SPACE_FILE}: {_space_name(name)} has a basis of {len(basis)} rows; "
+                    f"{weight.shape[side]} are needed, the {space.side} side of a {weight.shape[0]} x "
+                    f"{weight.shape[1]} matrix"
+                )
         return space
+
+    def _full_rank_weights(self) -> dict[str, nn.Parameter]:
+        return {name: layer.weight for name, layer in self.targets.items()}
 
     def _removals(self) -> dict[str, bool]:
         """Where S is removed: from the gradient, from the update. Structurally means from both for a weight."""

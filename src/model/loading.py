@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -61,6 +62,7 @@ def load_model_and_tokenizer(
     resize_position_embeddings: bool | None = None,
     max_source_length: int = 512,
     dtype: torch.dtype = torch.float32,
+    weights: bool = True,
 ) -> LoadedModel:
     """Load a base model: the one named, or the one that the named adapter folder was trained on.
 
@@ -71,6 +73,7 @@ def load_model_and_tokenizer(
         resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
             warning. Only some models can (Pegasus can, BART and LLaMA cannot).
         dtype: precision of the weights.
+        weights: False leaves the model on the meta device: files and shapes are checked, no value is read.
 
     Raises:
         InputError: the model is not there, is a pickle, is incomplete, is of a kind that is not trained here, or is
@@ -88,11 +91,14 @@ def load_model_and_tokenizer(
             f"{base_name}/config.json: found model_type {config.model_type!r}; llama and encoder-decoder models "
             "(t5, mt5, bart, ...) are trained here"
         )
+    _refuse_kernels(config, base_name)
     model_class = LlamaForCausalLM_with_lossmask if decoder_only else AutoModelForSeq2SeqLM
     _refuse_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
+    _check_index(Path(base_name) / "model.safetensors.index.json")
     with _loading("tokenizer", tokenizer_name or base_name):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **hub)
-    model = _load_weights(model_class, base_name, config=config, dtype=dtype, **hub)
+    place = {} if weights else {"device_map": "meta"}
+    model = _load_weights(model_class, base_name, config=config, dtype=dtype, **place, **hub)
     _grow_positions(model, max_source_length, resize_position_embeddings)
     _set_special_tokens(model, tokenizer, decoder_only)
     _grow_embeddings(model, tokenizer)
@@ -129,6 +135,8 @@ def _base_of_adapter(path: Path) -> str:
             f"{path}: base_model_name_or_path is {base}, where there is no model (seen from {Path.cwd()}); put the "
             "base model there, or write into the file where it is"
         )
+    if (Path(base) / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{path}: base_model_name_or_path is {base}, itself an adapter; a base model is needed")
     return base
 
 
@@ -173,6 +181,29 @@ def _refuse_pickle(name: str, auto_class: str) -> None:
         f'python -c "from transformers import {auto_class} as M; '
         f"M.from_pretrained('{name}', use_safetensors=False).save_pretrained('{name}')\""
     )
+
+
+def _check_index(path: Path) -> None:
+    """Of a model in pieces: each is a safetensors file beside the index. transformers would read a pickle, or leave
+    the folder, where the index says so."""
+    if not path.is_file():
+        return
+    content = read_json(path)
+    pieces = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(pieces, dict) or not pieces:
+        raise InputError(f"{path}: has no weight_map; an object of weight -> safetensors file is needed")
+    for weight, piece in pieces.items():
+        if not isinstance(piece, str) or Path(piece).name != piece or not piece.endswith(".safetensors"):
+            raise InputError(f"{path}, weight_map, {weight}: found {piece!r}; a safetensors file beside it is needed")
+        if not (path.parent / piece).is_file():
+            raise InputError(f"{path}, weight_map, {weight}: there is no {piece} beside it")
+
+
+def _refuse_kernels(config: PreTrainedConfig, name: str) -> None:
+    """A config can name a hub repository of compiled attention kernels, which would be fetched and run."""
+    wanted = config._attn_implementation
+    if wanted is not None and "/" in str(wanted):
+        raise InputError(f"{name}/config.json: attention from {wanted!r}, which is code of others; eager or sdpa")
 
 
 def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
@@ -238,7 +269,7 @@ def _grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     # The new rows are drawn (narrowly around the mean) and not saved: the same draw makes them the same every time.
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model.resize_token_embeddings(needed)
+        model.resize_token_embeddings(needed, mean_resizing=model.device.type != "meta")
 
 
 def _grow_positions(model: PreTrainedModel, length: int, allowed: bool | None) -> None:

@@ -1,0 +1,112 @@
+"""Checks of an order, or of all of them, before anything is trained: in seconds, without reading a model's weights.
+
+    python src/check.py configs/order1_configs configs/mine_configs --data_dir CL_Benchmark
+    python src/check.py configs/order1_configs --model_name_or_path initial_model/t5-large --lora_modules ... ...
+
+Folders of orders come first (none: every order in configs/), then flags, which are those of `run_uie_lora.py`; the
+scripts in `scripts/` pass what the run will get. Checked by the run's own functions: order, rows, labels,
+instructions, the flags, a DeepSpeed file; with `--model_name_or_path` also the files of the model or the adapter, the
+module names and ranks, and whether every prompt and answer fits. One line for each order that is fine; else one line
+`error: ...` for each that is not, and exit code 2.
+"""
+
+import itertools
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from arguments import Parser, check_data_arguments, check_deepspeed_file, check_sharded, parse_arguments
+from errors import InputError
+from methods import find_method
+from order_config import read_order
+from run_uie_lora import build_collator, load_model, row_options
+from uie_collator import DataCollatorForUIE
+from uie_dataset_lora import read_examples
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check; 0, or 2 after a line for each order, or for the flags, that cannot be run."""
+    argv = sys.argv[1:] if argv is None else argv
+    orders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    try:
+        options, collator = check_flags(argv[len(orders) :])
+        orders = orders or all_orders(Path("configs"))
+    except InputError as error:
+        return _say_bad(error)
+    status = 0
+    for order in orders:
+        try:
+            print(f"[gorp] {order}: fine, {check_order(order, options, collator)}")
+        except InputError as error:
+            status = _say_bad(error)
+    return status
+
+
+def _say_bad(error: InputError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def all_orders(configs: Path) -> list[Path]:
+    """The folders of orders in `configs`.
+
+    Raises:
+        InputError: there is none.
+    """
+    orders = sorted(path for path in configs.glob("[!.]*_configs") if path.name != "ds_configs")
+    if not orders:
+        raise InputError(f"{configs}: holds no folder NAME_configs; name the folder of an order")
+    return orders
+
+
+def check_flags(flags: list[str]) -> tuple[dict, DataCollatorForUIE | None]:
+    """What decides an order's examples, and the collator of the model, if one is named.
+
+    Raises:
+        InputError: a flag, the DeepSpeed file, the model, the adapter, a module name or a rank is not allowed.
+    """
+    # A DeepSpeed file is checked, but DeepSpeed not started, as parsing it with the rest would do.
+    parser = Parser()
+    parser.add_argument("--deepspeed")
+    launch, flags = parser.parse_known_args(flags)
+    with_model = any(flag.split("=")[0] == "--model_name_or_path" for flag in flags)
+    stand_in = [] if with_model else ["--model_name_or_path", "none", "--lora_modules", ".*"]
+    with tempfile.TemporaryDirectory() as scratch:
+        given = ["--output_dir", scratch, "--task_config_dir", scratch, "--do_train", "--do_predict", *stand_in, *flags]
+        model_args, data_args, method_args, training_args = parse_arguments(given)
+        check_data_arguments(data_args)
+    method_class = find_method(method_args.method)
+    if launch.deepspeed is not None:
+        precision = {"bf16": bool(training_args.bf16), "fp16": bool(training_args.fp16)}
+        check_deepspeed_file(launch.deepspeed, **precision, numbers=training_args.batch())
+        check_sharded(method_args, launch.deepspeed, training_args.weight_decay)
+    collator = None
+    if with_model:
+        loaded = load_model(model_args, data_args, weights=False)
+        method_class(method_args).prepare(
+            loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=launch.deepspeed is not None
+        )
+        collator = build_collator(loaded, data_args, training_args)
+    return row_options(data_args, training_args), collator
+
+
+def check_order(order: str | os.PathLike, options: dict, collator: DataCollatorForUIE | None) -> str:
+    """How much the order at `order` (its folder) trains and tests.
+
+    Raises:
+        InputError: a file, a row, a label or an instruction is not allowed, or does not fit the model.
+    """
+    steps = read_order(order)
+    examples = list(read_examples(task_config_dirs=[step.folder for step in steps], **options))
+    if collator is not None:
+        collator.check(examples)
+    return f"{len(steps)} tasks, {len(examples):,} rows"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # libraries' notes on their own future
+    sys.exit(main())

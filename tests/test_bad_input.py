@@ -1,0 +1,660 @@
+"""Bad input, as one table: what is wrong, and the one line that says so. docs/BAD_INPUT.md is written from it.
+
+Every case goes through `src/check.py` and, where one step can meet it, through `src/run_uie_lora.py`; both must say
+the same line and end with exit code 2, with the results of an earlier run where they were.
+
+    python tests/test_bad_input.py > docs/BAD_INPUT.md
+"""
+
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, T5Config, T5ForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "BAD_INPUT.md"
+T5 = ROOT / "initial_model" / "tiny-t5"
+MODULES = [
+    "--lora_modules", ".*SelfAttention.(q|v)", "--optim_target_modules", ".*EncDecAttention.(q|v)",
+    "--proj_lora_modules", ".*SelfAttention.(q|v).loranew_A.*",
+]  # fmt: skip
+KEY = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
+FULL = "decoder.block.0.layer.1.EncDecAttention.q"
+LETTERS = ["Alpha", "Beta", "Gamma"]
+
+
+@dataclass
+class Place:
+    """A benchmark of two small datasets, an order over them, instructions, and the flags of a run."""
+
+    folder: Path
+    adapter_made: Path
+    flags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        from order_config import write_order
+
+        for name in ("TC/dbpedia", "SC/amazon"):
+            rows = [{"sentence": f"text {index}", "label": LETTERS[index % 3]} for index in range(6)]
+            for file, content in (("train", rows), ("dev", rows[:3]), ("test", rows[:3]), ("labels", LETTERS)):
+                put(self.folder / "benchmark" / name / f"{file}.json", content)
+        write_order(self.order, [("TC", "dbpedia"), ("SC", "amazon")])
+        shutil.copy(ROOT / "configs" / "instruction_config.json", self.folder / "instructions.json")
+        put(self.results / "predict_results.json", {"of": "an earlier run"})
+
+    @property
+    def order(self) -> Path:
+        return self.folder / "mine_configs"
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results"
+
+    @property
+    def model(self) -> Path:
+        """A copy of the tiny T5, which the run then starts from."""
+        folder = self.folder / "model"
+        if not folder.exists():
+            shutil.copytree(T5, folder)
+            self.flags += ["--model_name_or_path", str(folder)]
+        return folder
+
+    @property
+    def adapter(self) -> Path:
+        """A copy of what one task has left, which the run then starts from."""
+        folder = self.folder / "t5_adapter"
+        if not folder.exists():
+            shutil.copytree(self.adapter_made, folder)
+            self.flags += ["--model_name_or_path", str(folder)]
+        return folder
+
+    def command(self) -> list[str]:
+        return [
+            "--model_name_or_path", str(T5), "--data_dir", str(self.folder / "benchmark"),
+            "--instruction_file", str(self.folder / "instructions.json"), "--use_cpu", "--report_to", "none",
+            "--predict_with_generate", "--lamda_1", "0", "--max_source_length", "128", *MODULES, *self.flags,
+        ]  # fmt: skip
+
+    def run(self) -> list[str]:
+        step = ["--task_config_dir", str(self.order / "dbpedia"), "--output_dir", str(self.results)]
+        return [*step, "--overwrite_output_dir", "--do_train", "--do_predict", "--max_steps", "2", *self.command()]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of bad input.
+
+    Attributes:
+        what: the fault, in words. says: a part of the line that names it.
+        damage: does it to a `Place`.
+        by: "check" where one step alone cannot see it, "run" where the check has no such flag, else "both".
+        needs_model: whether the run can see it only once the model is there.
+    """
+
+    what: str
+    damage: Callable[[Place], object]
+    says: str
+    by: str = "both"
+    needs_model: bool = False
+
+
+# What is done to a place
+
+
+def put(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def edit(path: Path, change: Callable) -> None:
+    """Replace a JSON file's value by what `change` makes of it."""
+    put(path, change(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def train(content: object):
+    return lambda place: put(place.folder / "benchmark/TC/dbpedia/train.json", content)
+
+
+def row(**values: object):
+    return train([{"sentence": "fine", "label": "Alpha"}, values])
+
+
+def labels(*names: object):
+    return lambda place: put(place.folder / "benchmark/TC/dbpedia/labels.json", list(names))
+
+
+def long_label(name: str):
+    """A label that the rows use: it must fit as an answer and among the options."""
+    return lambda place: (labels(name, *LETTERS)(place), row(sentence="x", label=name)(place))
+
+
+def lost(*parts: str):
+    return lambda place: (place.folder.joinpath(*parts)).unlink()
+
+
+def linked(place: Place) -> None:
+    inside = place.folder / "benchmark/TC/dbpedia/train.json"
+    inside.rename(place.folder / "elsewhere.json")
+    inside.symlink_to(place.folder / "elsewhere.json")
+
+
+def tasks(subset: str, change: Callable, step: str = "dbpedia"):
+    """Edit a task file in place: `change` gets the object of task -> entries."""
+    return lambda place: edit(place.order / step / f"{subset}_tasks.json", lambda content: change(content) or content)
+
+
+def named(name: object):
+    return tasks("train", lambda content: content.update(TC=[{"dataset name": name, "sampling strategy": "full"}]))
+
+
+def instructions(content: object):
+    return lambda place: put(place.folder / "instructions.json", content)
+
+
+def instruction(**entry: str):
+    return instructions({task: [entry] for task in ("TC", "SC")})
+
+
+def flags(*words: str):
+    return lambda place: place.flags.extend(words)
+
+
+def deepspeed(content: object, *words: str):
+    def damage(place: Place) -> None:
+        put(place.folder / "ds.json", content)
+        place.flags += ["--deepspeed", str(place.folder / "ds.json"), *words]
+
+    return damage
+
+
+def unwritable(place: Place) -> None:
+    put(place.folder / "file", "")
+    place.flags += ["--output_dir", str(place.folder / "file" / "out")]
+
+
+def config(**values: object):
+    return lambda place: edit(place.model / "config.json", lambda content: content | values)
+
+
+def pickled(name: str):
+    """The model's weights as a pickle of that name, and no others."""
+
+    def damage(place: Place) -> None:
+        (place.model / "model.safetensors").unlink()
+        put(place.model / name, pickle.dumps({"shared.weight": [0.0]}))
+
+    return damage
+
+
+def tensors(owner: str, name: str, change: Callable):
+    """Apply `change` to the tensors of a safetensors file of the `owner` ("model" or "adapter"); its metadata stays."""
+
+    def damage(place: Place) -> None:
+        path = getattr(place, owner) / f"{name}.safetensors"
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        content = load_file(path)
+        change(content)
+        save_file(content, path, metadata)
+
+    return damage
+
+
+def cut(owner: str, name: str, bytes_kept: int = 100):
+    def damage(place: Place) -> None:
+        path = getattr(place, owner) / name
+        put(path, path.read_bytes()[:bytes_kept])
+
+    return damage
+
+
+def pieces(file: str):
+    """The model in pieces whose index leads to `file`."""
+    return lambda place: put(place.model / "model.safetensors.index.json", {"weight_map": {"shared.weight": file}})
+
+
+def adapter_config(**values: object):
+    return lambda place: edit(place.adapter / "adapter_config.json", lambda content: content | values)
+
+
+def narrow_base(place: Place) -> None:
+    """Let the adapter's base be a T5 of half the width."""
+    base = place.folder / "narrow"
+    T5ForConditionalGeneration(T5Config.from_pretrained(T5, d_model=64)).save_pretrained(base)
+    for path in T5.glob("tokenizer*"):
+        shutil.copy(path, base)
+    adapter_config(base_model_name_or_path=str(base))(place)
+
+
+def base_is_an_adapter(place: Place) -> None:
+    shutil.copy(T5 / "config.json", place.adapter)
+    adapter_config(base_model_name_or_path=str(place.adapter))(place)
+
+
+def adapter_as_pickle(place: Place) -> None:
+    (place.adapter / "adapter_model.safetensors").unlink()
+    put(place.adapter / "adapter_model.bin", pickle.dumps({}))
+
+
+def first(content: dict[str, torch.Tensor]) -> str:
+    return sorted(content)[0]
+
+
+ROW = "allowed: an object of exactly 'sentence' and 'label'"
+CASES: dict[str, list[Case]] = {
+    "Benchmark files": [
+        Case("the dataset's folder is not there", lambda place: shutil.rmtree(place.folder / "benchmark/TC/dbpedia"),
+             "TC/dbpedia is not in"),
+        Case("`train.json` is missing", lost("benchmark/TC/dbpedia/train.json"), "train.json: no such file"),
+        Case("`test.json` is missing", lost("benchmark/TC/dbpedia/test.json"), "test.json: no such file"),
+        Case("`labels.json` is missing", lost("benchmark/TC/dbpedia/labels.json"), "labels.json: no such file"),
+        Case("a file of a later step is missing", lost("benchmark/SC/amazon/test.json"),
+             "amazon/test.json: no such file", by="check"),
+        Case("a link leads out of the benchmark", linked, "elsewhere.json; allowed: files inside"),
+        Case("no JSON", train('[{"sentence": "x",\n "label" "Alpha"}]'), "train.json, line 2, column 10: not JSON"),
+        Case("an empty file", train(""), "train.json, line 1, column 1: not JSON"),
+        Case("a byte order mark", train("\ufeff[]"), "train.json, line 1, column 1: not JSON (Unexpected UTF-8 BOM"),
+        Case("not UTF-8", train(b'[{"sentence": "caf\xe9"}]'), "train.json: not UTF-8 (byte 18)"),
+        Case("an object in place of the array of rows", train({"a": 1}), "found object; allowed: a non-empty array"),
+        Case("no rows", train([]), "train.json: found empty array; allowed: a non-empty array of rows"),
+        Case("a row that is no object", train(["x"]), f"train.json, row 0: found string; {ROW}"),
+        Case("a row without label", row(sentence="x"), f"train.json, row 1: keys 'sentence'; {ROW}"),
+        Case("a row without sentence", row(label="Beta"), f"train.json, row 1: keys 'label'; {ROW}"),
+        Case("a row with another key", row(sentence="x", label="Beta", id=3), "row 1: keys 'sentence', 'label', 'id'"),
+        Case("a sentence that is a number", row(sentence=3, label="Beta"), "row 1: sentence is number"),
+        Case("a label that is null", row(sentence="x", label=None), "row 1: label is null"),
+        Case("a key twice in a row", train('[{"sentence": "x", "label": "Alpha", "label": "Beta"}]'),
+             "key 'label' stands 2 times in one object; allowed: once"),
+        Case("arrays in arrays without end", train("[" * 100_000), "train.json: nested too deeply"),
+        Case("a number of 5,000 digits", train(f"[{'9' * 5000}]"), "train.json: cannot be read (Exceeds the limit"),
+    ],
+    "Labels": [
+        Case("a row's label is none of `labels.json`", row(sentence="x", label="Delta"),
+             "row 1: label 'Delta'; allowed: Alpha, Beta, Gamma"),
+        Case("an object in place of the array", lambda place: put(
+            place.folder / "benchmark/TC/dbpedia/labels.json", {"a": 1}), "labels.json: found object; allowed"),
+        Case("no labels", labels(), "labels.json: found empty array"),
+        Case("a label that is no string", labels(*LETTERS, 4), "labels.json, entry 3: found 4; allowed: distinct"),
+        Case("an empty label", labels(*LETTERS, ""), "labels.json, entry 3: found ''; allowed: distinct, non-blank"),
+        Case("a label of spaces", labels(*LETTERS, " \t"), "labels.json, entry 3: found ' \\t'"),
+        Case("a label twice", labels(*LETTERS, "Beta"), "labels.json, entry 3: found 'Beta'; allowed: distinct"),
+        Case("labels that differ only in case", labels(*LETTERS, "beta"), "entry 3: found 'beta' beside 'Beta'"),
+        Case("labels that differ only in spaces", labels(*LETTERS, " Beta "), "entry 3: found ' Beta ' beside 'Beta'"),
+        Case("labels that differ only in punctuation", labels(*LETTERS, "Beta!"), "found 'Beta!' beside 'Beta'"),
+        Case("no test row has a label", lambda place: put(place.folder / "benchmark/TC/dbpedia/test.json", [
+            {"sentence": "x", "label": "-"}]), "1 rows, all labelled '-'; allowed: at least one with a label"),
+        Case("half a character in a label", train('[{"sentence": "x", "label": "Al\\ud800"}]'),
+             "half of a surrogate pair, '\\ud800'"),
+        Case("a label longer than an answer may be", long_label("word " * 60), "allowed: --max_target_length 50",
+             needs_model=True),
+        Case("a label that spells a special token", long_label("a</s>b"), "the answer 'a</s>b' spells </s>; allowed",
+             needs_model=True),
+        Case("a label of a megabyte", long_label("x" * 1_000_000), "allowed: --max_source_length 128",
+             needs_model=True),
+    ],
+    "Text": [
+        Case("an empty sentence", row(sentence="", label="Beta"), "row 1: sentence is blank"),
+        Case("a sentence of white space", row(sentence=" \n\u2003", label="Beta"), "row 1: sentence is blank"),
+        Case("half a character in a sentence", train('[{"sentence": "ab\\udfff", "label": "Beta"}]'),
+             "train.json: found half of a surrogate pair, '\\udfff', after"),
+    ],
+    "Order": [
+        Case("no such order", lambda place: shutil.rmtree(place.order), "mine_configs: no such folder of an order",
+             by="check"),
+        Case("an order without steps", lambda place: [shutil.rmtree(path) for path in place.order.iterdir()],
+             "mine_configs: no steps; allowed", by="check"),
+        Case("a task file is missing", lost("mine_configs/dbpedia/dev_tasks.json"), "dev_tasks.json: no such file"),
+        Case("a task file is no object", lambda place: put(place.order / "dbpedia/test_tasks.json", []),
+             "test_tasks.json: found list; allowed: an object"),
+        Case("an unknown task", tasks("train", lambda content: content.update(NER=[])),
+             "train_tasks.json: unknown task 'NER'; allowed: SC, TC"),
+        Case("a task twice", lambda place: put(place.order / "dbpedia/train_tasks.json", '{"TC": [], "TC": []}'),
+             "train_tasks.json: key 'TC' stands 2 times"),
+        Case("a task's datasets are no array", tasks("train", lambda content: content.update(TC={})),
+             "train_tasks.json, TC: found dict; allowed: an array"),
+        Case("a dataset name that is no string", named(7), "train_tasks.json, TC[0]: found"),
+        Case("a dataset name that leaves the benchmark", named("../../etc"), "'dataset name': found '../../etc'"),
+        Case("a dataset name that is a path from the root", named("/etc"), "'dataset name': found '/etc'; allowed"),
+        Case("a dataset name of 5,000 letters", named("x" * 5000), "starting with a letter or digit, at most 100"),
+        Case("an unknown sampling strategy", tasks("test", lambda content: content["TC"][0].update(
+            {"sampling strategy": "half"})), "'sampling strategy' is 'half'; allowed: random, full"),
+        Case("a dataset twice", tasks("test", lambda content: content["TC"].append(content["TC"][0])),
+             "dataset 'dbpedia' is listed 2 times; allowed: once"),
+        Case("a step that trains two datasets", tasks("train", lambda content: content["SC"].append(
+            {"dataset name": "amazon"})), "train_tasks.json: found 2 datasets; allowed: exactly one", by="check"),
+        Case("a step that trains none", tasks("train", lambda content: content.update(TC=[])),
+             "train_tasks.json: found 0 datasets; allowed: exactly one", by="check"),
+        Case("a folder of another name than its dataset", lambda place: (place.order / "amazon").rename(
+            place.order / "second"), "trains 'amazon'; allowed: 'second'", by="check"),
+        Case("a step that does not test what it trains", tasks("test", lambda content: content.update(TC=[])),
+             "test_tasks.json: lacks TC/dbpedia, which train_tasks.json trains", by="check"),
+        Case("two steps that may both come first", tasks("test", lambda content: content.update(TC=[]), "amazon"),
+             "both list 1 datasets, so which step comes first is not clear", by="check"),
+        Case("a step that tests what none has trained", tasks("test", lambda content: content["TC"].append(
+            {"dataset name": "agnews"}), "amazon"), "lists TC/agnews, which no step up to this one trains", by="check"),
+    ],
+    "Instructions": [
+        Case("the file is missing", lost("instructions.json"), "instructions.json: no such file"),
+        Case("the file is no object", instructions([]), "found empty array; allowed: an object of task"),
+        Case("a task's instructions are no array", instructions({"TC": "x"}), "TC: found string; allowed: an array"),
+        Case("no instruction for a task", instructions({"QQP": []}), "no zero-shot instruction for task"),
+        Case("an unknown type", instruction(instruction_type="one-shot", instruction="x"),
+             "entry 0: instruction_type 'one-shot'; allowed: zero-shot, few-shot"),
+        Case("an entry without text", instruction(instruction_type="zero-shot"), "entry 0: keys 'instruction_type'"),
+        Case("a blank text", instruction(instruction_type="zero-shot", instruction=" "), "instruction is blank"),
+    ],
+    "Flags": [
+        Case("an unknown flag", flags("--lamda_4", "1"), "not used by the HfArgumentParser: ['--lamda_4', '1']"),
+        Case("the beginning of a flag", flags("--galore_r", "4"), "['--galore_r', '4']"),
+        Case("a flag without its value", flags("--galore_rank"), "--galore-rank: expected one argument"),
+        Case("a word where a number belongs", flags("--galore_rank", "four"), "--galore-rank: invalid int value: 'fo"),
+        Case("a JSON file of flags that is no object", lambda place: put(place.folder / "flags.json", []),
+             "flags.json: found a JSON list; an object", by="run"),
+        Case("`--lora_dim` below 1", flags("--lora_dim", "0"), "--lora_dim: found 0; a number above 0"),
+        Case("a penalty below 0", flags("--lamda_1", "-1"), "--lamda_1: found -1.0; 0 or more"),
+        Case("a number that is none", flags("--galore_lr", "nan"), "--galore_lr: found nan; 0 or more"),
+        Case("a number without end", flags("--galore_scale", "inf"), "--galore_scale: found inf; 0 or more"),
+        Case("`--learning_rate` below 0", flags("--learning_rate", "-1"), "--learning_rate: found -1.0; 0 or more"),
+        Case("a batch of no rows", flags("--per_device_train_batch_size", "0"), "batch_size: found 0; a number above"),
+        Case("no epochs", flags("--num_train_epochs", "0", "--max_steps", "-1"), "--num_train_epochs: found 0.0"),
+        Case("a seed below 0", flags("--seed", "-1"), "--seed: found -1; 0 or more"),
+        Case("dropout of everything", flags("--lora_dropout", "1"), "--lora_dropout: found 1.0; 0 up to, not incl"),
+        Case("an energy above 1", flags("--space_energy", "1.1"), "--space_energy: found 1.1; above 0, at most 1"),
+        Case("no row wanted", flags("--max_num_instances_per_task", "0"), "found 0; a number above 0, or -1 for all"),
+        Case("a choice that there is not", flags("--galore_proj_type", "up"),
+             "--galore-proj-type: invalid choice: 'up' (choose"),
+        Case("an unknown method", flags("--method", "magic"), "--method: found magic; one of gorp, inclora, olora"),
+        Case("an unknown strategy", flags("--instruction_strategy", "both"), "'both'; allowed: single, multiple"),
+        Case("a logger that is not installed", flags("--report_to", "nowhere"), "--report_to: found nowhere; none"),
+        Case("both 16-bit precisions", flags("--bf16", "--fp16"), "--bf16 --fp16: both found; at most one"),
+        Case("structural protection of the output side", flags("--protect", "structural"), "--protect_side input"),
+        Case("a sketch without DeepSpeed", flags("--galore_svd", "sketch"), "sketch without --deepspeed",
+             needs_model=True),
+        Case("more shown examples than rows", lambda place: (instruction(
+            instruction_type="few-shot", instruction="x")(place), place.flags.extend(["--num_examples", "6"])),
+            "--num_examples: 6; allowed: at most 5, the other rows"),
+        Case("no such benchmark", flags("--data_dir", "nowhere"), "--data_dir: nowhere is no folder"),
+        Case("a results folder that cannot be written", unwritable, "out: cannot be written (Not a directory)"),
+        Case("no expression for the LoRA", flags("--lora_modules", "("), "--lora_modules: '(' is no regular expres",
+             needs_model=True),
+        Case("an expression that matches nothing", flags("--lora_modules", ".*nothing"), "matches no module; linear",
+             needs_model=True),
+        Case("an expression that matches no linear layer", flags("--optim_target_modules", ".*layer_norm"),
+             "only linear layers", needs_model=True),
+        Case("an expression that matches no factor", flags("--proj_lora_modules", ".*lora_Z"), "matches no factor",
+             needs_model=True),
+        Case("a LoRA above the rank of its weight", flags("--lora_dim", "999"), "--lora_dim: found 999; at most",
+             needs_model=True),
+        Case("a projection above the rank of its weight", flags("--galore_rank", "999"),
+             "--galore_rank: found 999; at most", needs_model=True),
+        Case("prompts too long without their sentence", flags("--max_source_length", "5"),
+             "the prompt without its sentence needs", needs_model=True),
+    ],
+    "DeepSpeed": [
+        Case("the file is missing", flags("--deepspeed", "none.json"), "none.json: no such file"),
+        Case("no JSON", deepspeed("{"), "ds.json, line 1, column 2: not JSON"),
+        Case("no object", deepspeed([]), "ds.json: found a JSON list; a DeepSpeed config is an object"),
+        Case("a section `optimizer`", deepspeed({"optimizer": {}}), "found a section 'optimizer'"),
+        Case("a section `scheduler`", deepspeed({"scheduler": {}}), "found a section 'scheduler'"),
+        Case("another precision than the command line", deepspeed({"fp16": {"enabled": True}}, "--bf16"),
+             "ds.json, key bf16.enabled: found false against --bf16 on the command line"),
+        Case("a precision that is no object", deepspeed({"bf16": True}), "ds.json, key bf16.enabled: found null"),
+        Case("stage 4", deepspeed({"zero_optimization": {"stage": 4}}), "stage: found 4; 0, 1, 2 or 3"),
+        Case("a stage that is no number", deepspeed({"zero_optimization": {"stage": "2"}}), 'stage: found "2"; 0, 1'),
+        Case("another accumulation than the command line", deepspeed({"gradient_accumulation_steps": 7}),
+             "key gradient_accumulation_steps: found 7 against 1 on the command line"),
+        Case("a penalty at stage 3", deepspeed({"zero_optimization": {"stage": 3}}, "--lamda_3", "0.1"),
+             "--lamda_3: found 0.1; only 0 at stage 3"),
+        Case("fp16 at stage 0", deepspeed({"zero_optimization": {"stage": 0}, "fp16": {"enabled": True}}, "--fp16"),
+             "key zero_optimization.stage: found 0 with --fp16"),
+        Case("decay of factors whose component in a space is kept",
+             deepspeed({"zero_optimization": {"stage": 2}}, "--protect", "gp_second", "--weight_decay", "0.1"),
+             "--weight_decay: found 0.1; only 0 with --protect gp_second"),
+    ],
+    "Model folder": [
+        Case("no such folder", flags("--model_name_or_path", "initial_model/none"), "initial_model/none does not exist",
+             needs_model=True),
+        Case("no `config.json`", lambda place: (place.model / "config.json").unlink(), "model has no config.json",
+             needs_model=True),
+        Case("`config.json` is no JSON", lambda place: put(place.model / "config.json", "{"), "config cannot be loaded",
+             needs_model=True),
+        Case("an architecture that is not trained here", lambda place: put(
+            place.model / "config.json", GPT2Config().to_json_string()), "found model_type 'gpt2'; llama and",
+            needs_model=True),
+        Case("a model that brings its own code", config(model_type="own", auto_map={"AutoConfig": "code.Config"}),
+             "the config cannot be loaded", needs_model=True),
+        Case("attention kernels from the hub", config(_attn_implementation="someone/kernel"),
+             "config.json: attention from 'someone/kernel', which is code of others", needs_model=True),
+        Case("no weights", lambda place: (place.model / "model.safetensors").unlink(), "holds no weights",
+             needs_model=True),
+        Case("a pickle", pickled("pytorch_model.bin"), "pytorch_model.bin: a pickle, which is not loaded",
+             needs_model=True),
+        Case("a pickle under the name of safetensors", pickled("model.safetensors"), "the model cannot be loaded",
+             needs_model=True),
+        Case("an index that leads to a pickle", pieces("pytorch_model.bin"), "found 'pytorch_model.bin'; a safetensors",
+             needs_model=True),
+        Case("an index that leaves the folder", pieces("../model.safetensors"), "found '../model.safetensors'",
+             needs_model=True),
+        Case("an index to a file that is not there", pieces("model-2.safetensors"), "there is no model-2.safetensors",
+             needs_model=True),
+        Case("weights cut short", cut("model", "model.safetensors", 10_000), "the model cannot be loaded",
+             needs_model=True),
+        Case("a weight is missing", tensors("model", "model", lambda content: content.pop(f"{FULL}.weight")),
+             f"1 weights are missing from the checkpoint, such as {FULL}.weight", needs_model=True),
+        Case("a weight of another shape", tensors("model", "model", lambda content: content.update(
+            {f"{FULL}.weight": torch.zeros(3, 5)})), f"{FULL}.weight is (3, 5), (128, 128) is needed",
+            needs_model=True),
+        Case("a damaged tokenizer", cut("model", "tokenizer.json"), "the tokenizer cannot be loaded", needs_model=True),
+    ],
+    "Adapter folder": [
+        Case("no `adapter_config.json`", lambda place: (place.adapter / "adapter_config.json").unlink(),
+             "t5_adapter has no adapter_config.json", needs_model=True),
+        Case("`adapter_config.json` is no JSON", lambda place: put(place.adapter / "adapter_config.json", "{"),
+             "adapter_config.json, line 1, column 2: not JSON", needs_model=True),
+        Case("its base model is gone", adapter_config(base_model_name_or_path="initial_model/gone"),
+             "base_model_name_or_path is initial_model/gone, where there is no model", needs_model=True),
+        Case("its base model is an adapter", base_is_an_adapter, "itself an adapter; a base model is needed",
+             needs_model=True),
+        Case("its base model has another shape", narrow_base, "the base model's is (128, 64)", needs_model=True),
+        Case("another kind of adapter", adapter_config(peft_type="IA3"), "found peft_type IA3; only LORA is loaded",
+             needs_model=True),
+        Case("a kind of LoRA that is not trained here", adapter_config(use_dora=True), "use_dora: found True",
+             needs_model=True),
+        Case("a module to import", adapter_config(megatron_config={"a": 1}, megatron_core="code"), "megatron_config",
+             needs_model=True),
+        Case("another rank than its tensors", adapter_config(r_sum=4), "(8, 128), (4, 128) is needed",
+             needs_model=True),
+        Case("a rank that is no number", adapter_config(r_sum="8"), "r_sum: found '8'; a number of at least 0",
+             needs_model=True),
+        Case("a tensor is missing", tensors("adapter", "adapter_model", lambda content: content.pop(KEY)),
+             f"{KEY} is missing, (8, 128) is needed", needs_model=True),
+        Case("a tensor too many", tensors("adapter", "adapter_model", lambda content: content.update(
+            {"stray.weight": torch.zeros(2)})), "stray.weight is found, for which the model has no place",
+            needs_model=True),
+        Case("a tensor of integers", tensors("adapter", "adapter_model", lambda content: content.update(
+            {KEY: content[KEY].to(torch.int32)})), f"{KEY} holds torch.int32; floating-point values are needed",
+            needs_model=True),
+        Case("a tensor that is not finite", tensors("adapter", "adapter_model", lambda content: content[KEY].fill_(
+            torch.nan)), f"{KEY} holds values that are not finite", needs_model=True),
+        Case("a pickle", adapter_as_pickle, "adapter_model.bin: a pickle, which is not loaded", needs_model=True),
+        Case("factors cut short", cut("adapter", "adapter_model.safetensors"), "not a whole safetensors file",
+             needs_model=True),
+        Case("full-rank weights cut short", cut("adapter", "full_rank_weights.safetensors"), "damaged safetensors file",
+             needs_model=True),
+        Case("a full-rank weight without a place", tensors("adapter", "full_rank_weights", lambda content:
+             content.update({"stray.weight": torch.zeros(2, 2)})), "holds stray.weight; the base model has no linear",
+             needs_model=True),
+        Case("a full-rank weight of integers", tensors("adapter", "full_rank_weights", lambda content: content.update(
+            {f"{FULL}.weight": torch.zeros(128, 128, dtype=torch.int8)})), f"{FULL}.weight holds torch.int8",
+            needs_model=True),
+        Case("a space cut short", cut("adapter", "gradient_space.safetensors"), "not a readable safetensors file",
+             needs_model=True),
+        Case("a space that is no basis", tensors("adapter", "gradient_space", lambda content: content[
+            first(content)].mul_(2)), "is no matrix of orthonormal columns", needs_model=True),
+        Case("a space of another weight", tensors("adapter", "gradient_space", lambda content: content.update(
+            {FULL: torch.eye(7, 2)})), f"{FULL} has a basis of 7 rows; 128 are needed", needs_model=True),
+        Case("a space of the other side", lambda place: (place.adapter, place.flags.extend(
+            ["--protect_side", "input"])), "--protect_side: found input;", needs_model=True),
+    ],
+}  # fmt: skip
+ALL = [pytest.param(case, id=f"{area}: {case.what}") for area, cases in CASES.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """The adapter folder that one task leaves, and the cache of examples that all cases share."""
+    import run_uie_lora
+
+    folder = tmp_path_factory.mktemp("made")
+    place = Place(folder, folder)
+    place.flags = ["--save_strategy", "no"]
+    assert run_uie_lora.main(place.run()) == 0
+    return place.results / "t5_adapter"
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch) -> Place:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", made.parent / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return Place(tmp_path, made)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file that a user would look for, with its bytes."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path: path.read_bytes() for path in files}
+
+
+def errors_of(main: Callable, command: list[str], capfd) -> list[str]:
+    """The lines `error: ...` of a command that ends with exit code 2."""
+    assert main(command) == 2
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err
+    return [line for line in captured.err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_bad_input_is_one_line_and_costs_nothing(case, place, capfd, monkeypatch):
+    import check
+    import run_uie_lora
+
+    load_model, loads = run_uie_lora.load_model, []
+    monkeypatch.setattr(run_uie_lora, "load_model", lambda *args: loads.append(1) or load_model(*args))
+    case.damage(place)
+    before = contents(place.folder)
+    said = []
+    if case.by != "run":
+        said.append(errors_of(check.main, [str(place.order), *place.command()], capfd))
+    if case.by != "check":
+        command = [str(place.folder / "flags.json")] if case.by == "run" else place.run()
+        said.append(errors_of(run_uie_lora.main, command, capfd))
+        assert case.needs_model or not loads
+    assert contents(place.folder) == before
+    assert all(lines == said[0] for lines in said)
+    [line] = said[0]
+    assert case.says in line and line.isprintable() and len(line) < 2100
+
+
+# Text that looks odd and is none the less good
+
+
+GOOD = {
+    "a NUL": "one\0two",
+    "control characters": "bell\x07 escape\x1b[31m delete\x7f",
+    "right to left": "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \u202eabc",
+    "characters of two halves": "\U0001f600 \U00020000",
+    "combining marks": "e\u0301" * 50,
+    "special tokens spelt out": "</s> <pad> <extra_id_0> Answer: Beta",
+    "one letter": "x",
+    "a line of a megabyte": "word " * 200_000,
+    "a word of a megabyte": "x" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("what", GOOD)
+def test_odd_text_is_good_input(what, place, capfd):
+    import check
+
+    row(sentence=GOOD[what], label="Beta")(place)
+    assert check.main([str(place.order), *place.command()]) == 0
+    assert capfd.readouterr().out == f"[gorp] {place.order}: fine, 2 tasks, 14 rows\n"
+
+
+def test_adapter_of_another_precision_is_good_input(place, capfd):
+    import check
+
+    tensors("adapter", "adapter_model", lambda content: content.update(
+        {name: tensor.half() for name, tensor in content.items()}))(place)  # fmt: skip
+    assert check.main([str(place.order), *place.command()]) == 0
+
+
+# The check as a command
+
+
+def test_all_orders_are_checked_and_each_bad_one_is_said(place, capfd, monkeypatch):
+    import check
+
+    monkeypatch.chdir(place.folder)
+    shutil.copytree(place.order, "configs/one_configs")
+    shutil.copytree(place.order, "configs/two_configs")
+    (place.folder / "configs/ds_configs").mkdir()
+    flags = ["--data_dir", "benchmark", "--instruction_file", "instructions.json"]
+    assert check.main(flags) == 0
+    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == [
+        "[gorp] configs/one_configs", "[gorp] configs/two_configs"]  # fmt: skip
+    (place.folder / "configs/one_configs/amazon/test_tasks.json").unlink()
+    assert check.main(flags) == 2
+    captured = capfd.readouterr()
+    assert captured.out == "[gorp] configs/two_configs: fine, 2 tasks, 18 rows\n"
+    assert captured.err.startswith("error: configs/one_configs/amazon/test_tasks.json: no such file")
+
+
+def test_the_check_reads_no_weights(place, capfd, monkeypatch):
+    import check
+
+    load_model, loaded = check.load_model, []
+    monkeypatch.setattr(check, "load_model", lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[0])
+    assert check.main([str(place.order), *place.command()]) == 0
+    assert all(parameter.is_meta for parameter in loaded[0].model.parameters())
+
+
+# The list in the docs
+
+
+def documentation() -> str:
+    lines = [
+        "# Bad input",
+        "",
+        "What is refused, and what the one line says of it. Each ends the run with exit code 2 before anything is",
+        "trained, with earlier results where they were; `python src/check.py` says the same in seconds. This page is",
+        "written from the table in `tests/test_bad_input.py`, which tries every case.",
+    ]
+    for area, cases in CASES.items():
+        lines += ["", f"## {area}", "", "| input | the line says |", "|---|---|"]
+        for case in cases:
+            says = case.says.replace("|", "\\|")
+            lines.append(f"| {case.what} | `` {says} `` |")
+    lines += ["", "## Odd but good", "", "An adapter in another floating-point type, and sentences with"]
+    lines += ["", *(f"* {what}" for what in GOOD)]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_docs_list_the_table():
+    assert DOCS.read_text(encoding="utf-8") == documentation()
+    assert sum(map(len, CASES.values())) >= 40
+
+
+if __name__ == "__main__":
+    sys.stdout.write(documentation())
