@@ -13,6 +13,6 @@
 #     EXTRA="..."      more flags of src/run_uie_lora.py; they win over the script's
 #     DRY_RUN=1        only print the commands
 source "$(dirname "$0")/lib.sh"
-parse_arguments "bash scripts/order.sh [--tiny] NAME" "$@"
+parse_arguments "bash scripts/order.sh [--tiny] [--fresh] NAME" "$@"
 [ ${#names[@]} -eq 1 ] || fail "${#names[@]} orders found; one is allowed: $usage"
 run_order t5 "${names[0]}"

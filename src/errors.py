@@ -1,12 +1,29 @@
-"""The one exception for bad input: everything a user can mend by changing a file or a flag."""
+"""The exceptions that end a run with one line: bad input, and what stops a run that was well begun."""
+
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed")
 
 
 class InputError(Exception):
     """Bad input, said in one line: which file or flag, what was found, what is allowed.
 
-    Entry points print the message after ``error: `` and exit with code 2; nothing else of the project
-    ends a run on purpose.
+    Entry points print the message after ``error: `` and exit with code 2.
     """
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+class RunStopped(Exception):
+    """A run that cannot go on although nothing was wrong with its input; exit code 1."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a write failed for want of space, whichever library said so."""
+    while error is not None:
+        if getattr(error, "errno", None) in DISK_FULL or any(text in str(error) for text in DISK_FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -19,7 +19,7 @@ import datasets
 from filelock import FileLock
 
 from errors import InputError
-from files import check_writable, read_json, whole_folder
+from files import check_writable, digest, read_json, whole_folder
 from order_config import SUBSETS, benchmark_datasets, read_task_config
 
 logger = logging.getLogger("gorp")
@@ -158,6 +158,27 @@ def load_uie_dataset(
         return datasets.load_from_disk(folder)
 
 
+def data_files(
+    data_dir: str | os.PathLike,
+    task_config_dir: str | os.PathLike,
+    instruction_file: str | os.PathLike,
+    *,
+    few_shot: bool = False,
+) -> dict[str, Path]:
+    """Every file from which a step's examples are made, by a name that does not depend on where the folders are.
+
+    Raises:
+        InputError: a task file is bad, or names a dataset that the benchmark does not have.
+    """
+    files = {"instructions": Path(instruction_file)}
+    for subset in SUBSETS:
+        files[f"{subset}_tasks.json"] = Path(task_config_dir) / f"{subset}_tasks.json"
+        for source in _sources(Path(data_dir), Path(task_config_dir), subset):
+            for name in (subset, "labels", *(["train"] if few_shot else [])):
+                files[f"{source.task}/{source.dataset}/{name}.json"] = source.file(name)
+    return files
+
+
 def prompt_parts(example: dict, *, add_task_name: bool, add_dataset_name: bool) -> tuple[str, str, str]:
     """An example as (head, sentence, tail); the prompt is their concatenation, and only the sentence may be cut.
 
@@ -285,19 +306,12 @@ def _cache_key(sources: list[_Source], instruction_file: str | os.PathLike, opti
 
     This module's own text counts as well, so that a change of the code cannot meet rows of its predecessor.
     """
-    parts: list[Any] = [_digest(__file__), _digest(instruction_file), dataclasses.asdict(options)]
+    parts: list[Any] = [digest(__file__), digest(instruction_file), dataclasses.asdict(options)]
     for source in sources:
         names = [source.subset, "labels"] + ["train"] * (options.num_examples > 0)
         parts.append([source.subset, source.task, source.dataset, source.strategy])
-        parts.append([_digest(source.file(name)) for name in names])
+        parts.append([digest(source.file(name)) for name in names])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _digest(path: str | os.PathLike) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _build(sources: list[_Source], instructions: dict[str, list[str]], options: _Options) -> datasets.DatasetDict:

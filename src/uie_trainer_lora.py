@@ -11,10 +11,13 @@ import numpy as np
 import safetensors.torch
 import torch
 from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
+from checkpoints import mark_whole
 from compute_metrics import evaluate_predictions
 from errors import InputError
 from files import whole_file
+from finite import FiniteSteps
 from methods import Method
 
 TRAINABLE_FILE = "trainable.safetensors"
@@ -44,6 +47,9 @@ class UIETrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         self._penalties: list[torch.Tensor] = []
         self._begun = False
+        self.finite_steps = FiniteSteps(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
+        if self.is_deepspeed_enabled and not self.args.do_train:
+            self._evaluate_without_engine()
         if self.is_deepspeed_enabled and self.args.save_strategy != "no":
             raise InputError(
                 f"--save_strategy: found {self.args.save_strategy.value}; only no under DeepSpeed, whose checkpoints "
@@ -54,6 +60,14 @@ class UIETrainer(Seq2SeqTrainer):
                 f"--label_smoothing_factor: found {self.args.label_smoothing_factor}; 0 for a decoder-only model, "
                 "whose logits exist only where there is a target"
             )
+
+    def _evaluate_without_engine(self) -> None:
+        """Evaluation alone needs no ZeRO engine below stage 3 (where Hugging Face would refuse it)."""
+        if self.args.hf_deepspeed_config.is_zero3():
+            return
+        self.is_deepspeed_enabled = False
+        if self.args.bf16 or self.args.fp16:  # as the engine holds the model while it trains
+            self.model.to(torch.bfloat16 if self.args.bf16 else torch.float16)
 
     # Optimizer and loss
 
@@ -73,9 +87,21 @@ class UIETrainer(Seq2SeqTrainer):
         """The parent's step, told to the method first: a sharded projection acts within forward and backward."""
         if not self._begun:
             self.method.begin_training(self.model_wrapped if self.is_deepspeed_enabled else None)
+            if self.is_deepspeed_enabled:
+                self.finite_steps.clean_gradients(self.model)
             self._begun = True
+        rows = inputs.pop("rows", [])
         self.method.begin_micro_batch(self.accelerator.sync_gradients)
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.finite_steps.saw_micro_batch(loss, rows)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient's norm, known right before the optimizer steps; a step that is not finite is left out."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.finite_steps.end_of_step(self.state.global_step + 1, norm):
+            model.zero_grad()
+        return norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy per answer token, plus the method's penalty once an optimizer step.
@@ -159,6 +185,19 @@ class UIETrainer(Seq2SeqTrainer):
         return output._replace(predictions=texts)
 
     # Checkpoints within a task
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """The parent's checkpoint, marked once all of it is on the disk; only then may older ones go."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = self._get_output_dir(trial)
+            mark_whole(Path(folder) / f"checkpoint-{self.state.global_step}")
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """A checkpoint's weights: the parameters that train, by name. The rest is the base and the adapter before."""

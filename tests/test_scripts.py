@@ -24,7 +24,8 @@ from scripts.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("scripts*/*.sh"))
-VARIABLES = ("MODEL", "DATA_DIR", "METHOD", "NPROC", "DS_CONFIG", "SEED", "OUTPUT", "EXTRA", "DRY_RUN", "VIRTUAL_ENV")
+VARIABLES = ("MODEL", "DATA_DIR", "METHOD", "NPROC", "DS_CONFIG", "SEED", "OUTPUT", "EXTRA", "SAVE_STEPS",
+             "DRY_RUN", "VIRTUAL_ENV")
 
 
 def bash(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
@@ -149,6 +150,12 @@ def test_overrides():
     }.items()
 
 
+def test_checkpoints_are_off_unless_asked_for():
+    assert flags(dry_run("scripts/order_1.sh", SAVE_STEPS="50")[0]).items() >= {
+        "save_strategy": "steps", "save_steps": "50", "save_total_limit": "2"}.items()
+    assert "save_steps" not in flags(dry_run("scripts/order_1.sh")[0])
+
+
 def test_extra_is_only_words(tmp_path):
     command = dry_run("scripts/order_1.sh", EXTRA=f"--lora_modules *\n $(touch {tmp_path}/made)")[0]
     assert command[-4:] == ["--lora_modules", "*", "$(touch", f"{tmp_path}/made)"]
@@ -198,6 +205,7 @@ def test_small_models(script, model):
     ("scripts/order.sh ds", {}, "order 'ds'"),
     ("scripts/order_1.sh --tiny", {"NPROC": "two"}, "NPROC=two"),
     ("scripts/order_1.sh --tiny", {"NPROC": "0"}, "NPROC=0"),
+    ("scripts/order_1.sh --tiny", {"SAVE_STEPS": "often"}, "SAVE_STEPS=often"),
     ("scripts/order_1.sh --tiny", {"DS_CONFIG": "none.config"}, "DS_CONFIG=none.config"),
     ("scripts/order_1.sh --tiny", {"DATA_DIR": "none"}, "DATA_DIR=none"),
 ])
@@ -223,8 +231,9 @@ print("[gorp] trained", folder.name)
 if folder.name == os.environ.get("FAIL_AT"):
     print("error: --flag: bad")
     sys.exit(int(os.environ["FAIL_WITH"]))
-(folder / "t5_adapter").mkdir(parents=True)
+(folder / "t5_adapter").mkdir(parents=True, exist_ok=True)
 (folder / "predict_results.json").write_text(json.dumps(sys.argv))
+(folder / "completed.json").touch()
 """
 
 
@@ -277,11 +286,29 @@ def test_a_task_that_fails_ends_the_order(checkout, code):
     assert "trained 3-yahoo" not in done.stdout and "table of" not in done.stdout
 
 
-def test_earlier_results_are_moved_aside(checkout):
+def test_an_order_started_again_goes_on_and_keeps_its_log(checkout):
+    order_1(checkout, FAIL_AT="2-amazon", FAIL_WITH="1")
+    results = checkout / "logs_and_outputs" / "order_1"
+    (results / "outputs" / "1-dbpedia" / "mark").touch()
+    done = order_1(checkout)
+    assert done.returncode == 0 and (results / "outputs" / "1-dbpedia" / "mark").exists()
+    assert (checkout / "logs" / "order_1.log").read_text().count("task 2 of 4") == 2
+    assert not list(results.glob("outputs.*"))
+
+
+def test_a_folder_that_is_no_task_of_the_order(checkout):
+    folder = checkout / "logs_and_outputs" / "order_1" / "outputs" / "2-yelp"
+    folder.mkdir(parents=True)
+    done = order_1(checkout)
+    assert done.returncode == 2 and "2-yelp: no task of order1 as it is now; --fresh starts over" in done.stderr
+
+
+def test_fresh_moves_earlier_results_aside(checkout):
     order_1(checkout)
     results = checkout / "logs_and_outputs" / "order_1"
     (results / "outputs" / "4-agnews" / "mark").touch()
-    done = order_1(checkout)
+    done = bash("scripts/order_1.sh", "--tiny", "--fresh", cwd=checkout)
+    assert len(list(results.glob("outputs.*/order_1.log"))) == 1
     assert "earlier results of order1: moved to logs_and_outputs/order_1/outputs." in done.stdout
     assert not (results / "outputs" / "4-agnews" / "mark").exists()
     assert len(list(results.glob("outputs.*/4-agnews/mark"))) == 1
