@@ -3,7 +3,8 @@
 import errno
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed")
+DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded",
+                   "PytorchStreamWriter failed", "unexpected pos", "iostream error")  # torch.save's words for it
 
 
 class InputError(Exception):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import datasets
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 from transformers import TrainerState, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _end(status: int, line: str) -> int:
-    print(line, file=sys.stderr)
+    tqdm.write(line, file=sys.stderr)  # on a line of its own, also where a bar was running
     return status
 
 

@@ -96,6 +96,13 @@ class UIETrainer(Seq2SeqTrainer):
         self.finite_steps.saw_micro_batch(loss, rows)
         return loss
 
+    def _run_epoch(self, *args, **kwargs):
+        """The parent's epoch, unless the last step is in the checkpoint already: the parent would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradient's norm, known right before the optimizer steps; a step that is not finite is left out."""
         norm = super()._get_grad_norm(model, grad_norm)
