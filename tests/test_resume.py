@@ -305,7 +305,8 @@ def test_a_write_without_space_is_one_line(
 
 def test_what_other_libraries_say_of_a_full_disk():
     assert is_disk_full(safetensors.SafetensorError("I/O error: No space left on device (os error 28)"))
-    for text in ("PytorchStreamWriter failed writing file data/0: file write failed", "basic_ios::clear: iostream error",
+    for text in ("PytorchStreamWriter failed writing file data/0: file write failed",
+                 "basic_ios::clear: iostream error",
                  "[enforce fail at inline_container.cc:672] . unexpected pos 105792 vs 105680"):
         assert is_disk_full(RuntimeError(text))
     nested = ValueError("outer")
