@@ -24,6 +24,7 @@ import run_uie_lora
 from conftest import ROOT
 from errors import RunStopped, is_disk_full
 from finite import FiniteSteps
+from test_recipe import ENVIRONMENT
 from test_run import LLAMA, LLAMA_MODULES, T5, T5_MODULES, arguments, edit, predictions
 from uie_trainer_lora import UIETrainer
 
@@ -277,6 +278,19 @@ def test_under_deepspeed_a_bad_gradient_is_zero_before_it_is_reduced():
     steps.saw_micro_batch(torch.tensor(1.0), ["row 2"])
     with pytest.raises(RunStopped, match="step 5: gradient is not finite.*row 2"):
         steps.end_of_step(5, 1.0)
+
+
+@pytest.mark.recipe
+def test_a_rank_whose_loss_is_nan_ends_the_run_under_zero(mini_benchmark, tmp_path):
+    """Its gradients enter nothing, on any rank, and at the third step in a row it says why it ends."""
+    stage_2 = ["--deepspeed", "configs/ds_configs/stage2.config"]
+    words = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES, *stage_2)
+    launched = ["deepspeed", "--num_accelerators", "2", "--master_port", "29573", "tests/poisoned_entry.py", *words]
+    done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said
+    assert said.count("error: step 6: loss is nan, the 3 steps in a row") == 1 and "not finite after" not in said
+    assert said.count("dbpedia, train row ") == 8
 
 
 # --- full disks ---
