@@ -10,6 +10,7 @@ import os
 import pty
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -462,3 +463,55 @@ def test_a_bar_without_a_total_and_one_that_was_stopped():
 def test_a_long_line_of_digits_takes_no_time():
     log, _ = filtered(["7" * 100_000 + "\n"], show_bars=True)
     assert len(log) == 100_001
+
+
+def through_terminal(log: Path, *pieces: str, between=lambda: None) -> tuple[int, str]:
+    """Exit code and output of terminal.py for pieces of input, the second of which follows what `between` does."""
+    command = [sys.executable, ROOT / "scripts" / "terminal.py", log]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    run.stdin.write(pieces[0])
+    run.stdin.flush()
+    assert run.stdout.readline() == pieces[0]
+    between()
+    out, _ = run.communicate("".join(pieces[1:]))
+    return run.returncode, out
+
+
+def test_a_log_folder_that_is_deleted_is_made_again(tmp_path):
+    log = tmp_path / "logs" / "order.log"
+    status, out = through_terminal(log, "[gorp] one\n", "[gorp] two\n", between=lambda: shutil.rmtree(log.parent))
+    assert (status, out, log.read_text()) == (0, "[gorp] two\n", "[gorp] two\n")
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path):
+    log = tmp_path / "logs" / "order.log"
+
+    def replace():
+        shutil.rmtree(log.parent)
+        log.parent.touch()
+
+    status, out = through_terminal(log, "[gorp] one\n", "[gorp] two\n", "[gorp] three\n", between=replace)
+    assert status == 0 and "two" in out and "three" in out
+    assert out.count("cannot be written (") == 1 and "; the run goes on" in out
+
+
+def test_ctrl_c_in_an_order_is_one_line(checkout):
+    entry = checkout / "src" / "run_uie_lora.py"
+    entry.write_text("import sys, time\nprint('[gorp] begun', flush=True)\n"
+                     "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n")
+    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    run = subprocess.Popen(["bash", "scripts/order_1.sh", "--tiny"], cwd=checkout, env=environment, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while run.stdout.readline() != "[gorp] begun\n":
+        assert run.poll() is None
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=30)
+    assert (run.returncode, err) == (130, "[gorp] order1: interrupted; the same command goes on where it stood\n")
+
+
+def test_a_process_that_was_killed_is_said_with_its_signal(checkout):
+    (checkout / "src" / "run_uie_lora.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    done = order_1(checkout)
+    assert done.returncode == 137
+    assert "stopped with exit code 137 (a process was ended by SIGKILL); its log:" in done.stderr
