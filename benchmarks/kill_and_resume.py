@@ -6,10 +6,12 @@
 Every kill is SIGKILL: of the training process, of everything at once, or of one rank, at a moment drawn from four
 kinds (see MOMENTS). Prints what each kill met and how long the rest then took to end, and at the end whether the
 predictions of all tasks are equal, byte by byte. Exit code 1 if they are not, or if anything outlived a killed rank by
-a minute. An order that finishes before the next kill is compared, thrown away and begun anew.
+a minute. An order that finishes before the next kill is compared, thrown away and begun anew. With `--out`, a second
+call goes on with the orders of the first.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -58,6 +60,7 @@ class Order:
     def __init__(self, folder: Path, options: argparse.Namespace):
         self.folder = folder
         self.ranks = options.ranks
+        self.script: subprocess.Popen | None = None
         self.environment = os.environ | {
             "OUTPUT": str(folder), "NPROC": str(options.ranks), "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix,
             "EXTRA": f"--max_steps {options.steps} --max_predict_samples 8",
@@ -76,6 +79,12 @@ class Order:
         self.start()
         if self.script.wait():
             sys.exit(f"error: the order ended with exit code {self.script.returncode}\n{self.said()}")
+
+    def end(self) -> None:
+        """Leave nothing running."""
+        if self.script is not None and (self.script.poll() is None or self.workers()):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.script.pid, signal.SIGKILL)
 
     def said(self) -> str:
         self.shown.seek(0)
@@ -163,11 +172,19 @@ def main() -> None:
     draw = random.Random(options.seed)
     started = time.monotonic()
     whole, killed = Order(root / "whole", options), Order(root / "killed", options)
-    whole.finish()
-    print(f"left alone: {time.monotonic() - started:.0f} s; both orders in {root}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is reached
+    try:
+        kill_and_compare(whole, killed, draw, options.kills, started)
+    finally:
+        for order in (whole, killed):
+            order.end()
 
+
+def kill_and_compare(whole: Order, killed: Order, draw: random.Random, wanted: int, started: float) -> None:
+    whole.finish()
+    print(f"left alone: {time.monotonic() - started:.0f} s; both orders in {whole.folder.parent}", flush=True)
     kills = 0
-    while kills < options.kills:
+    while kills < wanted:
         moment = draw.choice(list(MOMENTS))
         reached, delay = MOMENTS[moment]
         killed.start()

@@ -19,6 +19,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+import files
 import run_record
 import run_uie_lora
 from conftest import ROOT
@@ -176,6 +177,16 @@ def test_every_part_of_a_record_is_compared(finished):
     assert any(name == "src/finite.py" for name in record["code"])
     assert "model_name_or_path" not in record["configuration"] and "base/model.safetensors" in record["model"]
     assert run_record.differences(record, record | {"git_revision": "other", "machine": {}}) == []
+
+
+def test_a_large_file_is_told_by_its_size_and_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WHOLLY_DIGESTED", 100)
+    monkeypatch.setattr(files, "DIGESTED_END", 10)
+    contents = [bytes(200), bytes(201), b"a" + bytes(199), bytes(199) + b"z", bytes(100)]
+    paths = [tmp_path / str(number) for number in range(len(contents))]
+    for path, content in zip(paths, contents):
+        path.write_bytes(content)
+    assert len({files.digest(path) for path in paths}) == len(paths)
 
 
 def test_results_without_a_record_are_not_touched(finished, mini_benchmark, capfd):
