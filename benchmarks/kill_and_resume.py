@@ -38,7 +38,7 @@ def half_saved(task: Path) -> bool:
 
 
 def begun(task: Path) -> bool:
-    return (task / "run_record.json").exists() and not trained(task)
+    return (task / "run_record.json").exists() and not (task / "t5_adapter").exists()
 
 
 def trained(task: Path) -> bool:
