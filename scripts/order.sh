@@ -2,6 +2,7 @@
 # Any order on T5-large: trains the tasks of configs/NAME_configs/ one after the other (data/make_order.py makes one).
 #
 #   Launch    bash scripts/order.sh NAME          (--tiny: a tiny T5 and made-up data, minutes on a CPU)
+#   Again     the same command goes on where it stood; --fresh moves earlier results aside and starts over
 #   Override  by variables in front of the command:
 #     MODEL=FOLDER     base model: a folder or a hub id    (initial_model/t5-large)
 #     DATA_DIR=FOLDER  benchmark                           (CL_Benchmark; with --tiny data/mini_benchmark)
@@ -9,10 +10,11 @@
 #     NPROC=N          processes, by DeepSpeed's launcher  (1, without the launcher)
 #     DS_CONFIG=FILE   DeepSpeed config                    (one of stage 2 where NPROC is above 1, else none)
 #     SEED=N           random seed                         (42)
+#     SAVE_STEPS=N     a checkpoint every N steps, for going on within a task   (none: an unfinished task starts over)
 #     OUTPUT=FOLDER    results in FOLDER/NAME/, log in FOLDER/NAME.log   (logs_and_outputs/NAME/, logs/NAME.log)
 #     EXTRA="..."      more flags of src/run_uie_lora.py; they win over the script's
 #     DRY_RUN=1        only print the commands
 source "$(dirname "$0")/lib.sh"
-parse_arguments "bash scripts/order.sh [--tiny] NAME" "$@"
+parse_arguments "bash scripts/order.sh [--tiny] [--fresh] NAME" "$@"
 [ ${#names[@]} -eq 1 ] || fail "${#names[@]} orders found; one is allowed: $usage"
 run_order t5 "${names[0]}"

@@ -7,5 +7,5 @@
 #             bash scripts/run.sh --tiny 1    (a tiny T5 and made-up data, minutes on a CPU)
 #   Override  SEED=1 bash scripts/run.sh      (all variables: scripts/order.sh; the settings: scripts/settings.sh)
 source "$(dirname "$0")/lib.sh"
-parse_arguments "bash scripts/run.sh [--tiny] [ORDER ...], ORDER 1 to 6" "$@"
+parse_arguments "bash scripts/run.sh [--tiny] [--fresh] [ORDER ...], ORDER 1 to 6" "$@"
 run_published t5 6

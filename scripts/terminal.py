@@ -1,9 +1,10 @@
 """Pass a program's output on: all of it to a log, what a user follows to the terminal.
 
-    program 2>&1 | python scripts/terminal.py LOG
+    program 2>&1 | python scripts/terminal.py [--all] LOG
 
 LOG (appended to) gets every line, and of each progress bar only its last state. Standard output gets the lines that
-begin with `[gorp] ` or `error: ` and, where it is a terminal, the progress bars, which there overwrite one another.
+begin with `[gorp] ` or `error: ` (with --all, every line) and, where it is a terminal, the progress bars, which there
+overwrite one another. A log that cannot be written is said once, and does not end the program.
 """
 
 import codecs
@@ -22,8 +23,8 @@ BAR = re.compile(r"[^\r\n]*?(\d{1,3}%\|[^|\r\n]*\| *\S+/\S+|\d{1,12} ?[a-z]{1,12
 class Terminal:
     """Splits a stream of text into lines and progress bars, and writes each where it belongs."""
 
-    def __init__(self, log, out, *, show_bars: bool):
-        self.log, self.out, self.show_bars = log, out, show_bars
+    def __init__(self, log, out, *, show_bars: bool, show_all: bool = False):
+        self.log, self.out, self.show_bars, self.show_all = log, out, show_bars, show_all
         self.rest = ""  # text after the last line end
         self.bar = ""  # the bar's state now, still to be logged
 
@@ -57,11 +58,13 @@ class Terminal:
                 self.bar = ""
             else:
                 self.log.write("\n")
+                if self.show_all:
+                    self.out.write("\n")
 
     def _line(self, line: str) -> None:
         self.log.write(line + "\n")
         self.log.flush()
-        if line.startswith(FOR_THE_USER):
+        if self.show_all or line.startswith(FOR_THE_USER):
             self.out.write(f"{CLEAR_LINE}{line}\n" if self.show_bars else f"{line}\n")
             self.out.flush()
 
@@ -73,16 +76,38 @@ class Terminal:
             self.out.flush()
 
 
-def main(path: str) -> None:
+class Log:
+    """A file that is appended to. Its folder is made again if it was deleted; a write that fails is said once."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.file = None
+        self.failed = False
+
+    def write(self, text: str) -> None:
+        try:
+            if self.file is None or not os.path.exists(self.path):
+                os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+                self.file = open(self.path, "a", encoding="utf-8", buffering=1)
+            self.file.write(text)
+        except OSError as error:
+            if not self.failed:
+                print(f"[gorp] {self.path}: cannot be written ({error.strerror}); the run goes on", flush=True)
+            self.failed, self.file = True, None
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def main(path: str, *, show_all: bool = False) -> None:
     """Copy standard input until it ends; Ctrl-C is for the program before the pipe, whose last words still pass."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    with open(path, "a", encoding="utf-8") as log:
-        terminal = Terminal(log, sys.stdout, show_bars=sys.stdout.isatty())
-        while chunk := os.read(sys.stdin.fileno(), 65536):
-            terminal.feed(decoder.decode(chunk))
-        terminal.close()
+    terminal = Terminal(Log(path), sys.stdout, show_bars=sys.stdout.isatty(), show_all=show_all)
+    while chunk := os.read(sys.stdin.fileno(), 65536):
+        terminal.feed(decoder.decode(chunk))
+    terminal.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[-1], show_all="--all" in sys.argv[1:-1])

@@ -6,6 +6,6 @@
 #   Override  by variables in front of the command, as scripts/order.sh says; here the defaults are
 #             MODEL=initial_model/llama, results in logs_and_outputs_llama/NAME/, log in logs_llama/NAME.log
 source "$(dirname "$0")/../scripts/lib.sh"
-parse_arguments "bash scripts_llama/order.sh [--tiny|--small] NAME" "$@"
+parse_arguments "bash scripts_llama/order.sh [--tiny|--small] [--fresh] NAME" "$@"
 [ ${#names[@]} -eq 1 ] || fail "${#names[@]} orders found; one is allowed: $usage"
 run_order llama "${names[0]}"

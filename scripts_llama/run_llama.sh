@@ -8,5 +8,5 @@
 #   Override  SEED=1 bash scripts_llama/run_llama.sh      (all variables: scripts/order.sh; the settings:
 #             scripts/settings.sh)
 source "$(dirname "$0")/../scripts/lib.sh"
-parse_arguments "bash scripts_llama/run_llama.sh [--tiny|--small] [ORDER ...], ORDER 1 to 3" "$@"
+parse_arguments "bash scripts_llama/run_llama.sh [--tiny|--small] [--fresh] [ORDER ...], ORDER 1 to 3" "$@"
 run_published llama 3

@@ -142,10 +142,13 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
     """Hugging Face's arguments; the two flags of this project, and earlier checks of what they contradict."""
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the results that output_dir already holds."}
+        default=False, metadata={"help": "Start over where output_dir already holds results, and replace them."}
     )
     denser_evaluation: bool = field(
         default=False, metadata={"help": "Also log and evaluate at steps 1, 50, 100 and 200."}
+    )
+    max_non_finite_steps: int = field(
+        default=3, metadata={"help": "End the run at this many steps in a row whose loss or gradient is not finite."}
     )
     optim_target_modules: list[str] | None = field(
         default=None,
@@ -159,6 +162,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         if self.deepspeed is not None:
             check_deepspeed_file(self.deepspeed, bf16=bool(self.bf16), fp16=bool(self.fp16), numbers=self.batch())
         self.remove_unused_columns = False  # the collator reads the whole row
+        _check(self.max_non_finite_steps > 0, "max_non_finite_steps", self.max_non_finite_steps, "a number above 0")
         if self.output_dir is None:
             raise InputError("--output_dir: missing; a folder for the results")
         check_writable(self.output_dir)
@@ -256,6 +260,8 @@ def parse_arguments(
         raise InputError(f"command line: {error}") from None
     model, data, method, training = groups
     method.optim_target_modules = training.optim_target_modules or []
+    if method.galore_svd == "sketch" and training.do_train and not training.deepspeed:
+        raise InputError("--galore_svd: found sketch without --deepspeed; exact or lowrank")
     if training.deepspeed is not None and training.do_train:
         check_sharded(method, training.deepspeed, training.weight_decay)
     return model, data, method, training

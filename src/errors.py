@@ -1,4 +1,10 @@
-"""The one exception for bad input: everything a user can mend by changing a file or a flag."""
+"""The exceptions that end a run with one line: bad input, and what stops a run that was well begun."""
+
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded",
+                   "PytorchStreamWriter failed", "unexpected pos", "iostream error")  # torch.save's words for it
 
 MOST = 2000  # characters of a message; a label of a megabyte is not repeated whole
 
@@ -6,12 +12,25 @@ MOST = 2000  # characters of a message; a label of a megabyte is not repeated wh
 class InputError(Exception):
     """Bad input, said in one line: which file or flag, what was found, what is allowed.
 
-    Entry points print the message after ``error: `` and exit with code 2; nothing else of the project
-    ends a run on purpose. What a file brings into the message cannot act on a terminal: characters without a shape of
-    their own (control codes, changes of direction, halves of surrogate pairs) are written as escapes.
+    Entry points print the message after ``error: `` and exit with code 2. What a file brings into the message cannot
+    act on a terminal: characters without a shape of their own (control codes, changes of direction, halves of
+    surrogate pairs) are written as escapes.
     """
 
     def __init__(self, message: str):
         line = " ".join(str(message).split())
         line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
         super().__init__(line if len(line) <= MOST else f"{line[: MOST // 2]} ... {line[-MOST // 2 :]}")
+
+
+class RunStopped(Exception):
+    """A run that cannot go on although nothing was wrong with its input; exit code 1."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a write failed for want of space, whichever library said so."""
+    while error is not None:
+        if getattr(error, "errno", None) in DISK_FULL or any(text in str(error) for text in DISK_FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,6 +1,7 @@
 """Reading and writing the project's files: JSON that explains its faults, and writes that are whole or not there."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from errors import InputError
+
+WHOLLY_DIGESTED = 2**30  # bytes
+DIGESTED_END = 2**26
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -67,9 +71,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield Path(name)
         os.chmod(name, 0o666 & ~_umask())  # here, as a writer may have put another file in its place
-        with open(name, "rb") as written:
-            os.fsync(written.fileno())
+        sync(name)
         os.replace(name, path)
+        sync(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
@@ -85,6 +89,8 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     os.chmod(partial, 0o777 & ~_umask())
     try:
         yield partial
+        for written in [*partial.rglob("*"), partial]:
+            sync(written)
         if path.exists():
             retired = partial.with_suffix(".old")
             os.rename(path, retired)
@@ -92,9 +98,39 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(retired)
         else:
             os.rename(partial, path)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Have a file's content, or a folder's entries, on the disk before this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file; of a file above 1 GiB, of its size, its first and its last 64 MiB.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            if size <= WHOLLY_DIGESTED:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            parts = hashlib.sha256(str(size).encode())
+            parts.update(file.read(DIGESTED_END))
+            file.seek(-DIGESTED_END, os.SEEK_END)
+            parts.update(file.read(DIGESTED_END))
+            return parts.hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def check_writable(folder: str | os.PathLike) -> None:

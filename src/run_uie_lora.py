@@ -7,15 +7,18 @@ The scripts in `scripts/` and `scripts_llama/` chain the tasks of an order. Line
 run's own account of what it trains, projects and protects, and of how well it then does.
 """
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-from transformers import set_seed
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers import TrainerState, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 
 from arguments import (
     DataArguments,
@@ -25,40 +28,69 @@ from arguments import (
     check_data_arguments,
     parse_arguments,
 )
+from checkpoints import latest_whole
 from compute_metrics import accuracy_line
-from errors import InputError
+from errors import InputError, RunStopped, is_disk_full
 from files import whole_file, whole_folder, write_json
 from methods import find_method
 from model.loading import LoadedModel, load_model_and_tokenizer
+from run_record import Progress, begin, complete, find_adapter, find_progress, make_record
 from uie_collator import DataCollatorForUIE
-from uie_dataset_lora import load_uie_dataset
+from uie_dataset_lora import data_files, load_uie_dataset
 from uie_trainer_lora import DenserEvaluation, UIETrainer
 
 logger = logging.getLogger("gorp")
-RESULT_FILES = ("train_results.json", "predict_results.json", "eval_results.json", "all_results.json",
-                "predict_eval_predictions.jsonl", "trainer_state.json")
+INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one task; 0, or 2 after one line about bad input."""
+    """Run one task; 0, or after one line 2 for bad input, 1 for what stopped a good run, 130 for Ctrl-C."""
     try:
-        run(*parse_arguments(argv))
+        groups = parse_arguments(argv)
+        with only_run_in(groups[-1]):
+            run(*groups)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _end(2, f"error: {error}")
+    except RunStopped as error:
+        return _end(1, f"error: {error}")
+    except KeyboardInterrupt:
+        return _end(INTERRUPTED, "interrupted; the same command goes on where it stood")
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        return _end(1, f"error: a disk is full ({reason}); what was finished is whole, the same command goes on there")
     return 0
+
+
+def _end(status: int, line: str) -> int:
+    tqdm.write(line, file=sys.stderr)  # on a line of its own, also where a bar was running
+    return status
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments,
         training_args: UIETrainingArguments) -> None:
-    """Train and evaluate as the arguments say.
+    """Train and evaluate as the arguments say, from where an earlier run of the same record stood.
 
     Raises:
-        InputError: anything a user can mend; before training wherever it can be known.
+        InputError: anything a user can mend; before training wherever it can be known, and before anything that an
+            earlier run left is touched.
+        RunStopped: training met losses or gradients that are not finite.
     """
     set_up_logging(training_args)
     check_data_arguments(data_args)
     method_class = find_method(method_args.method)
+    output_dir = Path(training_args.output_dir)
+    files = data_files(task_config_dir=data_args.task_config_dir, **row_options(data_args, training_args))
+    run_record = make_record(files, model_args, data_args, method_args, training_args)
+    progress = find_progress(output_dir, run_record, start_over=training_args.overwrite_output_dir)
+    if progress is Progress.COMPLETED:
+        logger.info("%s: finished before with the same settings, data and code; nothing is left to do", output_dir)
+        return
+    if progress is Progress.TRAINED:
+        logger.info("%s: trained before; only what is left is evaluated", output_dir)
+        training_args.do_train = False
+        model_args.model_name_or_path = str(find_adapter(output_dir))
     set_seed(training_args.seed)
     rows = load_rows(data_args, training_args)
 
@@ -71,19 +103,40 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     if training_args.deepspeed:
         set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
-    output_dir = claim_output_dir(training_args)  # after every check: what is refused must not cost earlier results
+    claim_output_dir(trainer, run_record, progress)  # after every check: what is refused must not cost earlier results
 
     if training_args.do_train:
         for line in method.summary():
             logger.info(line)
-        metrics = train(trainer, len(rows["train"]))
+        record(output_dir, "train", train(trainer, len(rows["train"]), progress), trainer)
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
-        leave_behind(trainer, adapter, loaded.tokenizer)
-        record(output_dir, "train", metrics, trainer)
+        leave_behind(trainer, adapter, loaded.tokenizer)  # from here on the task counts as trained
+    elif progress is Progress.TRAINED:
+        trainer.state = TrainerState.load_from_json(str(output_dir / "trainer_state.json"))
     if training_args.do_eval:
         record(output_dir, "eval", trainer.evaluate(), trainer)
     if training_args.do_predict:
         predict(trainer, rows["test"], output_dir)
+    if trainer.is_world_process_zero():
+        complete(output_dir)
+
+
+@contextlib.contextmanager
+def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
+    """Hold the output folder: a process that outlived its script must not write beside the one started after it.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    if training_args.process_index:
+        yield
+        return
+    folder = Path(training_args.output_dir)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or end it") from None
 
 
 def load_rows(data_args: DataArguments, training_args: UIETrainingArguments) -> datasets.DatasetDict:
@@ -163,6 +216,7 @@ def build_collator(loaded: LoadedModel, data_args: DataArguments,
         add_dataset_name=data_args.add_dataset_name,
         pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
         input_record_file=data_args.input_record_file,
+        name_rows=True,
     )
 
 
@@ -193,11 +247,15 @@ def build_trainer(model, method, loaded, rows, data_args: DataArguments,
     )
 
 
-def train(trainer: UIETrainer, samples: int) -> dict:
-    """Train the task, going on from `--resume_from_checkpoint` only where it is asked for."""
-    wanted = trainer.args.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(trainer.args.output_dir) if wanted in ("True", "true") else wanted
-    return trainer.train(resume_from_checkpoint=checkpoint).metrics | {"train_samples": samples}
+def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
+    """Train the task, from the last whole checkpoint of the same run, or from one that `--resume_from_checkpoint`
+    names ("True": the last in the output folder)."""
+    checkpoint = trainer.args.resume_from_checkpoint
+    if checkpoint in ("True", "true") or (checkpoint is None and progress is Progress.BEGUN):
+        checkpoint = latest_whole(Path(trainer.args.output_dir))
+    if checkpoint is not None:
+        logger.info("going on from %s", checkpoint)
+    return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics | {"train_samples": samples}
 
 
 def leave_behind(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
@@ -242,20 +300,13 @@ def record(output_dir: Path, split: str, metrics: dict, trainer: UIETrainer) -> 
         trainer.state.save_to_json(str(partial))
 
 
-def claim_output_dir(training_args: UIETrainingArguments) -> Path:
-    """The results folder, without results of an earlier run.
-
-    Raises:
-        InputError: it holds results and `--overwrite_output_dir` is not given.
-    """
-    output_dir = Path(training_args.output_dir)
-    stale = [output_dir / name for name in RESULT_FILES if (output_dir / name).exists()]
-    if stale and not training_args.overwrite_output_dir:
-        raise InputError(f"--output_dir: {output_dir} holds {stale[0].name}; another folder, or --overwrite_output_dir")
-    if training_args.process_index == 0:
-        for path in stale:
-            path.unlink()
-    return output_dir
+def claim_output_dir(trainer: UIETrainer, run_record: dict, progress: Progress) -> None:
+    """Make the folder this run's, now that nothing about its input can be wrong any more. Collective."""
+    trainer.accelerator.wait_for_everyone()  # until here every rank has read what the first one may now remove
+    if trainer.is_world_process_zero():
+        keep = trainer.args.resume_from_checkpoint is not None
+        begin(Path(trainer.args.output_dir), run_record, progress, keep_checkpoints=keep)
+    trainer.accelerator.wait_for_everyone()
 
 
 def set_up_logging(training_args: UIETrainingArguments) -> None:

@@ -44,6 +44,7 @@ class DataCollatorForUIE:
         add_task_name, add_dataset_name: prompt prefixes, see `prompt_parts`.
         pad_to_multiple_of: round every width up to a multiple, with padding on the side that is padded anyway.
         label_pad_token_id: the label that the loss leaves out.
+        name_rows: add the rows' names to a training batch, as a list `rows` of strings.
         input_record_file: append each batch to this file, a JSON object {"source", "label"} a line; rank 0 only.
 
     Raises:
@@ -60,6 +61,7 @@ class DataCollatorForUIE:
     add_dataset_name: bool = False
     pad_to_multiple_of: int | None = None
     label_pad_token_id: int = -100
+    name_rows: bool = False
     input_record_file: str | os.PathLike | None = None
 
     def __post_init__(self) -> None:
@@ -93,11 +95,14 @@ class DataCollatorForUIE:
             inputs = [prompt + answer for prompt, answer in zip(inputs, labels)]
             labels = [mask + answer for mask, answer in zip(masks, labels)]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        return {
+        batch = {
             "input_ids": self._pad(inputs, pad, left=self.decoder_only),
             "attention_mask": self._pad([[1] * len(ids) for ids in inputs], 0, left=self.decoder_only),
             "labels": self._pad(labels, self.label_pad_token_id, left=answer_in_input),
         }
+        if self.name_rows and _are_training(examples):
+            batch["rows"] = [_name(example) for example in examples]
+        return batch
 
     def _prompts(self, examples: list[dict]) -> tuple[list[str], list[list[int]]]:
         """Each example's prompt, cut where it must be, as text and as ids."""

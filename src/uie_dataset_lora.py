@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from compute_metrics import normalise
 from errors import InputError
-from files import check_writable, read_json, whole_folder
+from files import check_writable, digest, read_json, whole_folder
 from order_config import SUBSETS, benchmark_datasets, read_task_config
 
 logger = logging.getLogger("gorp")
@@ -186,6 +186,23 @@ def read_examples(
     instructions = _choose_instructions(instruction_file, {source.task: None for source in listed}, chosen)
     for source in dict.fromkeys(listed):
         yield from _examples(source, instructions[source.task], chosen)
+def data_files(
+    data_dir: str | os.PathLike, task_config_dir: str | os.PathLike, instruction_file: str | os.PathLike, **options
+) -> dict[str, Path]:
+    """Every file from which a step's examples are made, by a name that does not depend on where the folders are.
+
+    Args:
+        options: those of `load_uie_dataset` that are not about its cache.
+
+    Raises:
+        InputError: a task file is bad, or names a dataset that the benchmark does not have.
+    """
+    chosen, files = _Options(**options), {"instructions": Path(instruction_file)}
+    for subset in SUBSETS:
+        files[f"{subset}_tasks.json"] = Path(task_config_dir) / f"{subset}_tasks.json"
+        for source in _sources(Path(data_dir), Path(task_config_dir), subset, chosen):
+            files |= {f"{source.task}/{source.dataset}/{path.name}": path for path in source.files(chosen)}
+    return files
 
 
 def prompt_parts(example: dict, *, add_task_name: bool, add_dataset_name: bool) -> tuple[str, str, str]:
@@ -337,18 +354,11 @@ def _cache_key(sources: list[_Source], instruction_file: str | os.PathLike, opti
 
     This module's own text counts as well, so that a change of the code cannot meet rows of its predecessor.
     """
-    parts: list[Any] = [_digest(__file__), _digest(instruction_file), dataclasses.asdict(options)]
+    parts: list[Any] = [digest(__file__), digest(instruction_file), dataclasses.asdict(options)]
     for source in sources:
         parts.append([source.subset, source.task, source.dataset, source.strategy])
-        parts.append([_digest(path) for path in source.files(options)])
+        parts.append([digest(path) for path in source.files(options)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _digest(path: str | os.PathLike) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _build(sources: list[_Source], instructions: dict[str, list[str]], options: _Options) -> datasets.DatasetDict:

@@ -11,10 +11,13 @@ import numpy as np
 import safetensors.torch
 import torch
 from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
+from checkpoints import mark_whole
 from compute_metrics import evaluate_predictions
 from errors import InputError
 from files import whole_file
+from finite import FiniteSteps
 from methods import Method
 from Proj_torch.sharded_state import start_moments
 
@@ -45,11 +48,22 @@ class UIETrainer(Seq2SeqTrainer):
         # Have the answer tokens of a global batch counted for every model; compute_loss uses the count.
         self.model_accepts_loss_kwargs = True
         self._penalties: list[torch.Tensor] = []
+        self.finite_steps = FiniteSteps(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
+        if self.is_deepspeed_enabled and not self.args.do_train:
+            self._evaluate_without_engine()
         if decoder_only and self.args.label_smoothing_factor:
             raise InputError(
                 f"--label_smoothing_factor: found {self.args.label_smoothing_factor}; 0 for a decoder-only model, "
                 "whose logits exist only where there is a target"
             )
+
+    def _evaluate_without_engine(self) -> None:
+        """Evaluation alone needs no ZeRO engine below stage 3 (where Hugging Face would refuse it)."""
+        if self.args.hf_deepspeed_config.is_zero3():
+            return
+        self.is_deepspeed_enabled = False
+        if self.args.bf16 or self.args.fp16:  # as the engine holds the model while it trains
+            self.model.to(torch.bfloat16 if self.args.bf16 else torch.float16)
 
     # Optimizer and loss
 
@@ -67,8 +81,25 @@ class UIETrainer(Seq2SeqTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The parent's step, told to the method first: a sharded projection acts within forward and backward."""
+        rows = inputs.pop("rows", [])
         self.method.begin_micro_batch(self.accelerator.sync_gradients)
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.finite_steps.saw_micro_batch(loss, rows)
+        return loss
+
+    def _run_epoch(self, *args, **kwargs):
+        """The parent's epoch, unless the last step is in the checkpoint already: the parent would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient's norm, known right before the optimizer steps; a step that is not finite is left out."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.finite_steps.end_of_step(self.state.global_step + 1, norm):
+            model.zero_grad()
+        return norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy per answer token, plus the method's penalty once an optimizer step.
@@ -160,6 +191,19 @@ class UIETrainer(Seq2SeqTrainer):
         else:
             super().save_model(output_dir, _internal_call)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        """The parent's checkpoint, marked once all of it is on the disk; only then may older ones go."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = self._get_output_dir(trial)
+            mark_whole(Path(folder) / f"checkpoint-{self.state.global_step}")
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """What trains, by name; under DeepSpeed with its moments. The rest is the base and the adapter before."""
         if not self.args.should_save:
@@ -181,6 +225,8 @@ class UIETrainer(Seq2SeqTrainer):
             max_steps, train_dataloader, None if sharded else resume_from_checkpoint
         )
         self.method.begin_training(self.model_wrapped if sharded else None)
+        if sharded:
+            self.finite_steps.clean_gradients(self.model)
         if sharded and resume_from_checkpoint is not None:
             self._start_moments()
             self._load_sharded(Path(resume_from_checkpoint))
@@ -212,6 +258,7 @@ class UIETrainer(Seq2SeqTrainer):
         """Have DeepSpeed make its optimizer state; a run that goes on must draw the random numbers it would have."""
         with torch.random.fork_rng():
             inputs = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+            inputs.pop("rows", None)
             start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
 
     def _load_best_model(self) -> None:

@@ -195,10 +195,14 @@ def test_evaluation_during_training_and_denser(mini_benchmark, tmp_path):
     assert all(entry["penalty"] > 0 for entry in history if "loss" in entry)
 
 
-def test_results_of_an_earlier_run_are_not_replaced_unasked(two_tasks, mini_benchmark, capfd):
+def test_results_of_an_earlier_run_are_kept_and_what_changed_is_said(two_tasks, mini_benchmark, capfd):
     adapter_name, first, _ = two_tasks
     model, modules = PREFIX[adapter_name]
-    before = (first / "predict_results.json").read_bytes()
-    assert run_uie_lora.main(arguments(mini_benchmark, first, "dbpedia", model, modules)) == 2
-    assert "--overwrite_output_dir" in capfd.readouterr().err
-    assert (first / "predict_results.json").read_bytes() == before
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*.json*")}
+    same = arguments(mini_benchmark, first, "dbpedia", model, modules)
+    assert run_uie_lora.main(same) == 0
+    assert "finished before with the same settings" in capfd.readouterr().out
+    assert run_uie_lora.main([*same, "--seed", "7", "--galore_rank", "4"]) == 2
+    said = capfd.readouterr().err
+    assert "--galore_rank was 8, is 4; --seed was 42, is 7" in said and "--overwrite_output_dir" in said
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*.json*")} == before

@@ -10,6 +10,7 @@ import os
 import pty
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -24,7 +25,8 @@ from scripts.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("scripts*/*.sh"))
-VARIABLES = ("MODEL", "DATA_DIR", "METHOD", "NPROC", "DS_CONFIG", "SEED", "OUTPUT", "EXTRA", "DRY_RUN", "VIRTUAL_ENV")
+VARIABLES = ("MODEL", "DATA_DIR", "METHOD", "NPROC", "DS_CONFIG", "SEED", "OUTPUT", "EXTRA", "SAVE_STEPS",
+             "DRY_RUN", "VIRTUAL_ENV")
 
 
 def bash(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
@@ -149,6 +151,12 @@ def test_overrides():
     }.items()
 
 
+def test_checkpoints_are_off_unless_asked_for():
+    assert flags(dry_run("scripts/order_1.sh", SAVE_STEPS="50")[0]).items() >= {
+        "save_strategy": "steps", "save_steps": "50", "save_total_limit": "2"}.items()
+    assert "save_steps" not in flags(dry_run("scripts/order_1.sh")[0])
+
+
 def test_extra_is_only_words(tmp_path):
     command = dry_run("scripts/order_1.sh", EXTRA=f"--lora_modules *\n $(touch {tmp_path}/made)")[0]
     assert command[-4:] == ["--lora_modules", "*", "$(touch", f"{tmp_path}/made)"]
@@ -198,6 +206,7 @@ def test_small_models(script, model):
     ("scripts/order.sh ds", {}, "order 'ds'"),
     ("scripts/order_1.sh --tiny", {"NPROC": "two"}, "NPROC=two"),
     ("scripts/order_1.sh --tiny", {"NPROC": "0"}, "NPROC=0"),
+    ("scripts/order_1.sh --tiny", {"SAVE_STEPS": "often"}, "SAVE_STEPS=often"),
     ("scripts/order_1.sh --tiny", {"DS_CONFIG": "none.config"}, "DS_CONFIG=none.config"),
     ("scripts/order_1.sh --tiny", {"DATA_DIR": "none"}, "DATA_DIR=none"),
 ])
@@ -223,8 +232,9 @@ print("[gorp] trained", folder.name)
 if folder.name == os.environ.get("FAIL_AT"):
     print("error: --flag: bad")
     sys.exit(int(os.environ["FAIL_WITH"]))
-(folder / "t5_adapter").mkdir(parents=True)
+(folder / "t5_adapter").mkdir(parents=True, exist_ok=True)
 (folder / "predict_results.json").write_text(json.dumps(sys.argv))
+(folder / "completed.json").touch()
 """
 
 
@@ -285,11 +295,29 @@ def test_a_task_that_fails_ends_the_order(checkout, code):
     assert "trained 3-yahoo" not in done.stdout and "table of" not in done.stdout
 
 
-def test_earlier_results_are_moved_aside(checkout):
+def test_an_order_started_again_goes_on_and_keeps_its_log(checkout):
+    order_1(checkout, FAIL_AT="2-amazon", FAIL_WITH="1")
+    results = checkout / "logs_and_outputs" / "order_1"
+    (results / "outputs" / "1-dbpedia" / "mark").touch()
+    done = order_1(checkout)
+    assert done.returncode == 0 and (results / "outputs" / "1-dbpedia" / "mark").exists()
+    assert (checkout / "logs" / "order_1.log").read_text().count("task 2 of 4") == 2
+    assert not list(results.glob("outputs.*"))
+
+
+def test_a_folder_that_is_no_task_of_the_order(checkout):
+    folder = checkout / "logs_and_outputs" / "order_1" / "outputs" / "2-yelp"
+    folder.mkdir(parents=True)
+    done = order_1(checkout)
+    assert done.returncode == 2 and "2-yelp: no task of order1 as it is now; --fresh starts over" in done.stderr
+
+
+def test_fresh_moves_earlier_results_aside(checkout):
     order_1(checkout)
     results = checkout / "logs_and_outputs" / "order_1"
     (results / "outputs" / "4-agnews" / "mark").touch()
-    done = order_1(checkout)
+    done = bash("scripts/order_1.sh", "--tiny", "--fresh", cwd=checkout)
+    assert len(list(results.glob("outputs.*/order_1.log"))) == 1
     assert "earlier results of order1: moved to logs_and_outputs/order_1/outputs." in done.stdout
     assert not (results / "outputs" / "4-agnews" / "mark").exists()
     assert len(list(results.glob("outputs.*/4-agnews/mark"))) == 1
@@ -460,3 +488,55 @@ def test_a_bar_without_a_total_and_one_that_was_stopped():
 def test_a_long_line_of_digits_takes_no_time():
     log, _ = filtered(["7" * 100_000 + "\n"], show_bars=True)
     assert len(log) == 100_001
+
+
+def through_terminal(log: Path, *pieces: str, between=lambda: None) -> tuple[int, str]:
+    """Exit code and output of terminal.py for pieces of input, the second of which follows what `between` does."""
+    command = [sys.executable, ROOT / "scripts" / "terminal.py", log]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    run.stdin.write(pieces[0])
+    run.stdin.flush()
+    assert run.stdout.readline() == pieces[0]
+    between()
+    out, _ = run.communicate("".join(pieces[1:]))
+    return run.returncode, out
+
+
+def test_a_log_folder_that_is_deleted_is_made_again(tmp_path):
+    log = tmp_path / "logs" / "order.log"
+    status, out = through_terminal(log, "[gorp] one\n", "[gorp] two\n", between=lambda: shutil.rmtree(log.parent))
+    assert (status, out, log.read_text()) == (0, "[gorp] two\n", "[gorp] two\n")
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path):
+    log = tmp_path / "logs" / "order.log"
+
+    def replace():
+        shutil.rmtree(log.parent)
+        log.parent.touch()
+
+    status, out = through_terminal(log, "[gorp] one\n", "[gorp] two\n", "[gorp] three\n", between=replace)
+    assert status == 0 and "two" in out and "three" in out
+    assert out.count("cannot be written (") == 1 and "; the run goes on" in out
+
+
+def test_ctrl_c_in_an_order_is_one_line(checkout):
+    entry = checkout / "src" / "run_uie_lora.py"
+    entry.write_text("import sys, time\nprint('[gorp] begun', flush=True)\n"
+                     "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n")
+    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    run = subprocess.Popen(["bash", "scripts/order_1.sh", "--tiny"], cwd=checkout, env=environment, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while run.stdout.readline() != "[gorp] begun\n":
+        assert run.poll() is None
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=30)
+    assert (run.returncode, err) == (130, "[gorp] order1: interrupted; the same command goes on where it stood\n")
+
+
+def test_a_process_that_was_killed_is_said_with_its_signal(checkout):
+    (checkout / "src" / "run_uie_lora.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    done = order_1(checkout)
+    assert done.returncode == 137
+    assert "stopped with exit code 137 (a process was ended by SIGKILL); its log:" in done.stderr

@@ -13,6 +13,7 @@ Conventions, for a weight W and its gradient G, both (out, in):
 * Everything is computed in float32 at least, whatever the dtype of the gradient (bfloat16 has no SVD).
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -49,8 +50,8 @@ def truncated_svd(M: Tensor, rank: int, svd: str = "exact") -> tuple[Tensor, Ten
     """Leading singular triplets of a matrix, in float32 at least.
 
     A tiny or huge M is scaled by a power of two (which rounds nothing) to entries below 2 first, so that nothing
-    under- or overflows. When the chosen method does not converge, the eigenvectors of the Gram matrix in
-    float64 replace it.
+    under- or overflows. When the chosen method does not converge, which is said once, safer ones replace it: on a GPU
+    the QR iteration (gesvd), then the eigenvectors of the Gram matrix in float64.
 
     Args:
         M: (m, n), finite.
@@ -69,14 +70,22 @@ def truncated_svd(M: Tensor, rank: int, svd: str = "exact") -> tuple[Tensor, Ten
     if not SAFE_PEAKS[0] < peak < SAFE_PEAKS[1]:
         unit = peak / (2 * torch.frexp(peak).mantissa)
         scaled = M / unit
-    for decompose in (_exact_svd if svd == "exact" else _sketched_svd, _gram_svd):
+    chosen = _exact_svd if svd == "exact" else _sketched_svd
+    safer = functools.partial(_exact_svd, driver="gesvd")  # only CUDA has a choice of drivers
+    for decompose in (chosen, safer, _gram_svd) if M.is_cuda else (chosen, _gram_svd):
         try:
             U, s, V = decompose(scaled, rank)
         except torch.linalg.LinAlgError:
+            _warn_once(f"{svd} SVD did not converge on a {tuple(M.shape)} matrix; a safer one takes its place")
             continue
         if U.isfinite().all() and V.isfinite().all():
             return U, s * unit, V
     raise torch.linalg.LinAlgError(f"no singular vectors of a {tuple(M.shape)} matrix: nothing converged")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning("%s (said once)", text)
 
 
 def _largest(X: Tensor) -> Tensor:
@@ -85,8 +94,8 @@ def _largest(X: Tensor) -> Tensor:
     return torch.maximum(-low, high)
 
 
-def _exact_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
+def _exact_svd(M: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False, driver=driver)
     return U[:, :rank].contiguous(), s[:rank], Vh[:rank].mT.contiguous()
 
 
@@ -190,7 +199,7 @@ def next_bases(
         try:
             return compute(G, ranks, svd)
         except torch.linalg.LinAlgError as error:
-            log.warning("%s; the previous basis stays", error)
+            _warn_once(f"{error}; the previous basis stays")
     return previous if previous is not None else _unit_bases(G, ranks)
 
 

@@ -31,8 +31,6 @@ class Gorp(Method):
 
     def prepare(self, model, previous: Path | None, *, decoder_only: bool, sharded: bool = False):
         options = self.options
-        if options.galore_svd == "sketch" and not sharded:
-            raise InputError("--galore_svd: found sketch without --deepspeed; exact or lowrank")
         self.targets = full_rank.match_linear(model, options.optim_target_modules, "optim_target_modules")
         full_rank.check_rank(self.targets, options.galore_rank, "galore_rank")
         model = super().prepare(model, previous, decoder_only=decoder_only)
@@ -43,12 +41,12 @@ class Gorp(Method):
                 "--method gorp: neither --optim_target_modules nor --proj_lora_modules is given, so nothing would be "
                 "projected or protected; give one, or use --method inclora"
             )
-        if options.lamda_3:
-            self.start = {name: layer.weight.detach().clone() for name, layer in self.targets.items()}
         self.space = self._load_space(previous)
         if options.protect == "structural":
             # The new LoRA sees x - S S^T x, so that its change is orthogonal to S exactly.
             set_input_space(model, {name: self.space.get(f"{name}.loranew_A") for name in loranew_layers(model)})
+        if options.lamda_3:  # before a checkpoint is loaded: the change counts from the task's start
+            self.start = {name: layer.weight.detach().clone() for name, layer in self.targets.items()}
         self.cores = self._core_engine() if sharded else None
         if self.cores is None:
             for layer in self.targets.values():
@@ -59,6 +57,9 @@ class Gorp(Method):
 
     def create_optimizer(self, *, lr, betas, eps, weight_decay):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        if self.options.lamda_3:
+            device = next(self.model.parameters()).device
+            self.start = {name: weight.to(device) for name, weight in self.start.items()}
         factors = dict(self.factors())
         if self.cores is not None:
             cores = self.cores.core_groups(self.options.galore_lr, weight_decay) if self.targets else []

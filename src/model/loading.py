@@ -105,6 +105,25 @@ def load_model_and_tokenizer(
     return LoadedModel(model, tokenizer, decoder_only, previous, base_name)
 
 
+def model_files(model_name_or_path: str) -> dict[str, Path]:
+    """The files that decide what is loaded, by name: the adapter folder's, if it is one, and the base model's.
+
+    A base model on the hub has none here; its id and revision are part of the command line.
+
+    Raises:
+        InputError: the model is not there.
+    """
+    previous, base_name = _find_base(model_name_or_path)
+    folders = {"adapter": previous, "base": Path(base_name)}
+    return {
+        f"{kind}/{path.name}": path
+        for kind, folder in folders.items()
+        if folder is not None and folder.is_dir()
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".json", ".safetensors", ".model") and not path.name.startswith(".")
+    }
+
+
 # Where the base model is
 
 

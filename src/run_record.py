@@ -1,0 +1,193 @@
+"""What a run is made of and how far it came: the files that let an order go on where it stood.
+
+In a task's output folder,
+
+* `run_record.json` is written before training begins: every option that can change a result, digests of the data, the
+  model and the code, the packages' versions; and for the reader the git revision and the machine.
+* The adapter folder appears, whole, when training is done.
+* `completed.json` is written last, with digests of the results.
+
+A run that is started again compares its own record with the one it finds. If they are equal, it goes on; if not, it is
+refused with what changed, for its results would belong to neither.
+"""
+
+import enum
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from checkpoints import checkpoint_folders, is_whole
+from errors import InputError
+from files import digest, read_json, write_json
+from model.loading import model_files
+
+RECORD = "run_record.json"
+COMPLETED = "completed.json"
+ADAPTERS = ("t5_adapter", "llama_adapter")
+RESULT_FILES = ("train_results.json", "predict_results.json", "eval_results.json", "all_results.json",
+                "predict_eval_predictions.jsonl", "trainer_state.json")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "numpy",
+            "deepspeed")
+SOURCE = Path(__file__).resolve().parent
+
+# Options that change no result: where things are, what is shown, how often is saved. Where a path is left out, the
+# content of the files takes its place.
+NOT_COMPARED = {
+    "output_dir", "run_name", "data_dir", "task_config_dir", "instruction_file", "cache_dir", "deepspeed",
+    "input_record_file", "use_auth_token", "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint",
+    "local_rank", "disable_tqdm", "report_to", "project", "push_to_hub", "ddp_timeout", "debug", "skip_memory_metrics",
+    "max_non_finite_steps",
+}
+NOT_COMPARED_PREFIXES = ("save_", "logging_", "log_", "hub_", "trackio_", "dataloader_pin", "dataloader_persistent",
+                         "dataloader_prefetch", "dataloader_num")
+COMPARED = ("configuration", "data", "model", "code", "versions")
+NO_PART_OF_A_RUN = ("report", "plan_memory.py", "check.py")  # below src/
+SHOWN = 3  # differences named in a refusal
+
+
+class Progress(enum.Enum):
+    """How far the run in an output folder came."""
+
+    NEW = "nothing is kept"
+    BEGUN = "training has begun"
+    TRAINED = "training is done, evaluation is not"
+    COMPLETED = "everything is done"
+
+
+def make_record(data: Mapping[str, Path], model_args, data_args, method_args, training_args) -> dict:
+    """The record of the run that these arguments describe, made from the files of `data_files`.
+
+    Raises:
+        InputError: a file that belongs to it is missing or cannot be read.
+    """
+    options = training_args.to_dict() | vars(method_args) | vars(data_args) | vars(model_args)
+    if isinstance(training_args.deepspeed, str):
+        data = {**data, "DeepSpeed config": Path(training_args.deepspeed)}
+    model = model_files(model_args.model_name_or_path)
+    if model or os.path.exists(model_args.model_name_or_path):
+        options.pop("model_name_or_path")
+    compared = {
+        "configuration": {name: value for name, value in sorted(options.items()) if _is_compared(name)}
+        | {"ranks": training_args.world_size},
+        "data": {name: digest(path) for name, path in data.items()},
+        "model": {name: digest(path) for name, path in model.items()},
+        "code": {f"src/{path.relative_to(SOURCE)}": digest(path) for path in _code()},
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    shown = {"git_revision": _git_revision(), "machine": _machine(training_args)}
+    return json.loads(json.dumps(compared | shown, default=str))
+
+
+def find_progress(output_dir: Path, record: dict, *, start_over: bool) -> Progress:
+    """How far an earlier run with the same record came. Only reads, so that all ranks find the same.
+
+    Raises:
+        InputError: the folder holds results of a run with another record, or with none, unless `start_over`.
+    """
+    kept = _kept(output_dir)
+    if start_over or not kept:
+        return Progress.NEW
+    ways_on = "another folder, or start over: --fresh of the scripts, --overwrite_output_dir here"
+    if not (output_dir / RECORD).exists():
+        raise InputError(f"--output_dir: {output_dir} holds {kept[0].name} and no {RECORD}; {ways_on}")
+    if changes := differences(read_json(output_dir / RECORD), record):
+        more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+        raise InputError(f"--output_dir: {output_dir} holds a run that differs: {'; '.join(changes[:SHOWN])}{more}; "
+                         f"as it was, {ways_on}")
+    if (output_dir / COMPLETED).exists():
+        return Progress.COMPLETED
+    return Progress.BEGUN if find_adapter(output_dir) is None else Progress.TRAINED
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """What changed between two records, one entry for each option, file or package."""
+    changes = []
+    for section in COMPARED:
+        old, new = (record.get(section, {}) for record in (before, now))
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                changes.append(_change(section, name, old.get(name), new.get(name)))
+    return changes
+
+
+def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoints: bool) -> None:
+    """Clear away what does not belong to the run, and leave its record. Of one rank only."""
+    if progress is Progress.NEW:
+        for path in _kept(output_dir, checkpoints=not keep_checkpoints):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in checkpoint_folders(output_dir):
+        if not (is_whole(folder) or keep_checkpoints):
+            shutil.rmtree(folder)
+    for partial in output_dir.glob(".*.partial"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    if progress is Progress.NEW:
+        write_json(output_dir / RECORD, record)
+
+
+def complete(output_dir: Path) -> None:
+    """Say that everything is done; the last thing a run writes."""
+    results = [output_dir / name for name in RESULT_FILES]
+    if adapter := find_adapter(output_dir):
+        results += sorted(path for path in adapter.iterdir() if path.is_file())
+    digests = {str(path.relative_to(output_dir)): digest(path) for path in results if path.exists()}
+    write_json(output_dir / COMPLETED, {"results": digests})
+
+
+def find_adapter(output_dir: Path) -> Path | None:
+    """The adapter folder that a finished training left."""
+    return next((output_dir / name for name in ADAPTERS if (output_dir / name).is_dir()), None)
+
+
+def _kept(output_dir: Path, *, checkpoints: bool = True) -> list[Path]:
+    """What an earlier run left that would be lost, the mark of its completion first."""
+    kept = [output_dir / name for name in (COMPLETED, *RESULT_FILES, *ADAPTERS)]
+    if checkpoints and (output_dir / RECORD).exists():
+        kept += filter(is_whole, checkpoint_folders(output_dir))
+    return [path for path in kept if path.exists()]
+
+
+def _is_compared(name: str) -> bool:
+    return name not in NOT_COMPARED and not name.startswith(NOT_COMPARED_PREFIXES)
+
+
+def _change(section: str, name: str, before, now) -> str:
+    if section in ("configuration", "versions"):
+        return f"{'--' if section == 'configuration' else ''}{name} was {before}, is {now}"
+    return f"{name} " + ("is new" if before is None else "is gone" if now is None else "has changed")
+
+
+def _code() -> list[Path]:
+    paths = sorted(SOURCE.rglob("*.py"))
+    return [path for path in paths if path.relative_to(SOURCE).parts[0] not in NO_PART_OF_A_RUN]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def _machine(training_args) -> dict:
+    cuda = training_args.device.type == "cuda"
+    return {"device": torch.cuda.get_device_name() if cuda else platform.machine(), "threads": torch.get_num_threads()}
+
+
+def _git_revision() -> str | None:
+    """The commit of the code, with `-dirty` where files differ from it; None outside a repository."""
+    command = ["git", "-C", str(SOURCE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
