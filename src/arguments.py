@@ -6,13 +6,18 @@ here, before any data or model is read.
 
 import json
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from errors import InputError
 from files import check_writable, read_json
+
+NOTHING = "none"
+"""What `--optim_target_modules` and `--proj_lora_modules` say to name nothing, where a script names something."""
 
 
 @dataclass
@@ -71,11 +76,39 @@ class DataArguments:
     )
 
 
+# What `--preset` sets where a flag does not: the published settings that depend neither on the model nor on the order
+# (those that do are in scripts/settings.sh).
+PRESETS = {
+    "default": {},
+    "published": {
+        "lora_dim": 8,
+        "lora_alpha": 32,
+        "lora_dropout": 0.1,
+        "galore_update_proj_gap": 10,
+        "galore_proj_type": "std",
+        "galore_svd": "exact",
+        "protect": "gp_first",
+        "protect_side": "output",
+        "space_energy": 0.9,
+        "lamda_1": 0.5,
+    },
+}
+
+
 @dataclass
 class MethodArguments:
-    """The continual-learning method and its settings (PROTOCOL names; see the README's table for published values)."""
+    """The continual-learning method and its settings (PROTOCOL names; see the README's table for published values).
+
+    A method that has options of its own declares them in a subclass, in its own file.
+    """
+
+    uses_lora: ClassVar[bool] = True
 
     method: str = field(default="gorp", metadata={"help": "A file name of src/methods, without .py."})
+    preset: str = field(
+        default="default",
+        metadata={"help": "published: the published settings, where no flag says otherwise.", "choices": [*PRESETS]},
+    )
     lora_dim: int = field(default=8, metadata={"help": "Rank of the LoRA that a task adds."})
     lora_alpha: float = field(default=32, metadata={"help": "LoRA scale times rank: s = lora_alpha / lora_dim."})
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the LoRA that trains."})
@@ -120,16 +153,18 @@ class MethodArguments:
     lamda_3: float = field(default=0.0, metadata={"help": "Weight of ||dW dW^T - I||, full-rank weights; 0: off."})
 
     def __post_init__(self):
-        if self.lora_modules is None:
+        if self.proj_lora_modules == NOTHING:
+            self.proj_lora_modules = None
+        if self.uses_lora and self.lora_modules is None:
             raise InputError("--lora_modules: missing; a regular expression such as '.*SelfAttention.(q|v).*'")
         positive = ("lora_dim", "lora_alpha", "galore_rank", "galore_update_proj_gap")
         not_negative = ("galore_scale", "galore_lr", "lamda_1", "lamda_2", "lamda_3")
         for name in positive:
-            _check(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+            check(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         for name in not_negative:
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 up to, not including, 1")
-        _check(0 < self.space_energy <= 1, "space_energy", self.space_energy, "above 0, at most 1")
+            check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 up to, not including, 1")
+        check(0 < self.space_energy <= 1, "space_energy", self.space_energy, "above 0, at most 1")
         if self.protect == "structural" and self.protect_side != "input":
             raise InputError("--protect structural: found --protect_side output; it needs --protect_side input")
 
@@ -189,33 +224,68 @@ def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool) -> None:
 def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, MethodArguments, UIETrainingArguments]:
-    """The four groups of arguments, from flags or from one JSON file.
+    """The four groups of arguments, from flags or from one JSON file; the third is what the method declares.
 
     Raises:
-        InputError: an unknown flag, or values that contradict each other.
+        InputError: an unknown flag or method, or values that contradict each other.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, MethodArguments, UIETrainingArguments))
+    from methods import find_method  # the methods take their options from this module
+
     argv = sys.argv[1:] if argv is None else argv
+    content = read_json(argv[0]) if len(argv) == 1 and argv[0].endswith(".json") else None
+    if not isinstance(content, dict | None):
+        raise InputError(f"{argv[0]}: found a JSON {type(content).__name__}; an object of options is needed")
+    chosen = _early_choices(argv) if content is None else content
+    method_class = find_method(chosen.get("method") or "gorp")
+    name = str(chosen.get("preset") or "default")
+    check(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    parser = HfArgumentParser((ModelArguments, DataArguments, method_class.Arguments, UIETrainingArguments))
     try:
-        if len(argv) == 1 and argv[0].endswith(".json"):
-            groups = parser.parse_dict(read_json(argv[0]))
+        if content is not None:
+            groups = parser.parse_dict(preset | content)
         else:
+            parser.set_defaults(**preset)
             groups = parser.parse_args_into_dataclasses(args=argv)
     except ValueError as error:
         raise InputError(f"command line: {error}") from None
     model, data, method, training = groups
+    if training.optim_target_modules == [NOTHING]:
+        training.optim_target_modules = None
     method.optim_target_modules = training.optim_target_modules or []
     if isinstance(training.deepspeed, str) and training.do_train:
+        _check_stage(method_class, training.deepspeed)
         _check_penalties(method, training.deepspeed)
     return model, data, method, training
 
 
+def _early_choices(argv: list[str]) -> dict:
+    """The flags that decide which other flags there are and what they are by default."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    parser.add_argument("--preset")
+    return vars(parser.parse_known_args(argv)[0])
+
+
+def _check_stage(method_class, deepspeed_file: str) -> None:
+    """Refuse a method where ZeRO leaves it less than it needs."""
+    name, most = method_class.__name__.lower(), method_class.zero_stage
+    if most is None:
+        raise InputError(f"--method {name}: found --deepspeed {deepspeed_file}; {name} runs in one process without it")
+    if _zero_stage(deepspeed_file) > most:
+        raise InputError(f"--method {name}: found ZeRO stage 3 ({deepspeed_file}); at most stage {most}")
+
+
 def _check_penalties(method: MethodArguments, deepspeed_file: str) -> None:
     """At ZeRO-3 a rank has no whole factor or weight from which a penalty could be computed."""
-    zero = read_json(deepspeed_file).get("zero_optimization", {})
-    if isinstance(zero, dict) and zero.get("stage") == 3:
+    if _zero_stage(deepspeed_file) == 3:
         for flag in ("lamda_1", "lamda_2", "lamda_3"):
-            _check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
+            check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
+
+
+def _zero_stage(deepspeed_file: str) -> int:
+    zero = read_json(deepspeed_file).get("zero_optimization", {})
+    return zero.get("stage", 0) if isinstance(zero, dict) else 0
 
 
 def check_data_arguments(data: DataArguments) -> None:
@@ -231,12 +301,13 @@ def check_data_arguments(data: DataArguments) -> None:
         if not Path(value).is_dir():
             raise InputError(f"--{flag}: {value} is no folder")
     for flag in ("max_source_length", "max_target_length", "num_beams"):
-        _check(getattr(data, flag) > 0, flag, getattr(data, flag), "a number above 0")
+        check(getattr(data, flag) > 0, flag, getattr(data, flag), "a number above 0")
     for flag in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
         value = getattr(data, flag)
-        _check(value is None or value > 0, flag, value, "a number above 0, or the flag left out")
+        check(value is None or value > 0, flag, value, "a number above 0, or the flag left out")
 
 
-def _check(holds: bool, flag: str, found, allowed: str) -> None:
+def check(holds: bool, flag: str, found, allowed: str) -> None:
+    """Refuse the value of a flag, saying what is allowed."""
     if not holds:
         raise InputError(f"--{flag}: found {found}; {allowed}")

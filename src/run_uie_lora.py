@@ -9,6 +9,7 @@ run's own account of what it trains, projects and protects, and of how well it t
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from arguments import (
 from compute_metrics import accuracy_line
 from errors import InputError
 from files import whole_file, whole_folder, write_json
-from methods import find_method
+from methods import Method, find_method
 from model.loading import load_model_and_tokenizer
+from order_rows import OrderRows
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import load_uie_dataset
 from uie_trainer_lora import DenserEvaluation, UIETrainer
@@ -58,9 +60,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     """
     set_up_logging(training_args)
     check_data_arguments(data_args)
-    method_class = find_method(method_args.method)
+    method = find_method(method_args.method)(method_args)
     set_seed(training_args.seed)
-    rows = load_rows(data_args, training_args)
+    rows = load_rows(data_args, training_args, method)
     output_dir = claim_output_dir(training_args)
 
     # ZeRO-3 would cut the model up while it is read; it is cut up when training begins, after the method is attached.
@@ -76,7 +78,6 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         resize_position_embeddings=model_args.resize_position_embeddings,
         max_source_length=data_args.max_source_length,
     )
-    method = method_class(method_args)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:
@@ -86,9 +87,12 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     if training_args.do_train:
         for line in method.summary():
             logger.info(line)
-        metrics = train(trainer, len(rows["train"]))
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
-        leave_behind(trainer, adapter, loaded.tokenizer)
+        if len(rows["train"]):
+            metrics = train(trainer, len(rows["train"]))
+            leave_behind(trainer, adapter, loaded.tokenizer)
+        else:
+            metrics = pass_on(trainer, loaded.previous, adapter)
         record(output_dir, "train", metrics, trainer)
     if training_args.do_eval:
         record(output_dir, "eval", trainer.evaluate(), trainer)
@@ -96,11 +100,36 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         predict(trainer, rows["test"], output_dir)
 
 
-def load_rows(data_args: DataArguments, training_args: UIETrainingArguments) -> datasets.DatasetDict:
-    """The step's examples, cut to the sample limits; every split that the run needs has rows."""
+def load_rows(data_args: DataArguments, training_args: UIETrainingArguments, method: Method) -> datasets.DatasetDict:
+    """The step's examples, cut to the sample limits; every split that the run needs has rows.
+
+    The training rows are those that the method chooses, and `--max_steps` becomes the number of steps that it takes.
+    """
+    rows = read_step(data_args.task_config_dir, data_args, training_args)
+    needed = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
+    for split, is_needed in needed.items():
+        if is_needed and len(rows[split]) == 0:
+            raise InputError(f"--task_config_dir: {data_args.task_config_dir} has no dataset for {split}; one at least")
+    rows["validation"] = first_rows(rows["validation"], data_args.max_eval_samples)
+    rows["test"] = first_rows_of_each(rows["test"], data_args.max_predict_samples)
+    if training_args.do_train:
+        order = OrderRows(
+            data_args.task_config_dir,
+            lambda folder: read_step(folder, data_args, training_args)["train"],
+            seed=training_args.seed,
+            fixed_steps=training_args.max_steps > 0,
+        )
+        rows["train"] = method.training_rows(rows["train"], order)
+        if training_args.max_steps > 0:
+            training_args.max_steps *= method.step_factor
+    return rows
+
+
+def read_step(config_dir, data_args: DataArguments, training_args: UIETrainingArguments) -> datasets.DatasetDict:
+    """The examples of the step of `config_dir`, its training rows cut to `--max_train_samples`."""
     rows = load_uie_dataset(
         data_args.data_dir,
-        data_args.task_config_dir,
+        config_dir,
         data_args.instruction_file,
         instruction_strategy=data_args.instruction_strategy,
         max_num_instances_per_task=data_args.max_num_instances_per_task,
@@ -110,13 +139,7 @@ def load_rows(data_args: DataArguments, training_args: UIETrainingArguments) -> 
         seed=training_args.seed,
         overwrite_cache=data_args.overwrite_cache,
     )
-    needed = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
-    for split, is_needed in needed.items():
-        if is_needed and len(rows[split]) == 0:
-            raise InputError(f"--task_config_dir: {data_args.task_config_dir} has no dataset for {split}; one at least")
     rows["train"] = first_rows(rows["train"], data_args.max_train_samples)
-    rows["validation"] = first_rows(rows["validation"], data_args.max_eval_samples)
-    rows["test"] = first_rows_of_each(rows["test"], data_args.max_predict_samples)
     return rows
 
 
@@ -152,7 +175,8 @@ def build_trainer(model, method, loaded, rows, data_args: DataArguments,
         input_record_file=data_args.input_record_file,
     )
     for split in ("train", "test"):
-        collator.check(rows[split])
+        if len(rows[split]):  # there is nothing to train where a method passes on what it has
+            collator.check(rows[split])
     return UIETrainer(
         model=model,
         args=training_args,
@@ -191,6 +215,16 @@ def leave_behind(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
             trainer.method.save(partial)
             tokenizer.save_pretrained(partial)
     trainer.accelerator.wait_for_everyone()
+
+
+def pass_on(trainer: UIETrainer, previous: Path, adapter: Path) -> dict:
+    """The folder that the task before left, for a task in which the method trains nothing."""
+    logger.info("nothing trains in this task: %s is passed on", previous)
+    if trainer.is_world_process_zero():
+        with whole_folder(adapter) as partial:
+            shutil.copytree(previous, partial, dirs_exist_ok=True)
+    trainer.accelerator.wait_for_everyone()
+    return {"train_samples": 0, "train_runtime": 0.0}
 
 
 def predict(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path) -> None:

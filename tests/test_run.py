@@ -196,7 +196,7 @@ def test_evaluation_during_training_and_denser(mini_benchmark, tmp_path):
 BAD = {
     "no such model": (["--model_name_or_path", "initial_model/none"], "initial_model/none"),
     "unknown flag": (["--lamda_4", "1"], "--lamda_4"),
-    "unknown method": (["--method", "magic"], "one of gorp, inclora, olora"),
+    "unknown method": (["--method", "magic"], "one of galore, gorp, inclora"),
     "lora matches nothing": (["--lora_modules", ".*nothing.*"], "matches no module"),
     "lora on no linear layer": (["--lora_modules", ".*SelfAttention"], "only linear layers"),
     "targets match nothing": (["--optim_target_modules", ".*nothing.*"], "matches no module"),
