@@ -68,6 +68,14 @@ class DataArguments:
     max_predict_samples: int | None = field(
         default=None, metadata={"help": "Test on this many rows of each dataset at most."}
     )
+    zero_shot: bool = field(
+        default=False,
+        metadata={"help": "Before training, test on the order's tasks that are not trained yet (forward transfer)."},
+    )
+    unseen_config_dir: str | None = field(
+        default=None,
+        metadata={"help": "A step's folder of any order: test also on its test datasets that this order never trains."},
+    )
     num_examples: int = field(default=0, metadata={"help": "Solved examples shown in each prompt (few-shot)."})
     add_task_name: bool = field(default=False, metadata={"help": "Begin the prompt with the task's name."})
     add_dataset_name: bool = field(default=False, metadata={"help": "Begin the prompt with the dataset's name."})
@@ -254,6 +262,8 @@ def parse_arguments(
         training.optim_target_modules = None
     method.optim_target_modules = training.optim_target_modules or []
     if isinstance(training.deepspeed, str) and training.do_train:
+        check(not data.zero_shot, "zero_shot", "true", f"only without --deepspeed {training.deepspeed}, which has "
+              "nothing to predict with before it trains")
         _check_stage(method_class, training.deepspeed)
         _check_penalties(method, training.deepspeed)
     return model, data, method, training

@@ -7,13 +7,16 @@ The scripts in `scripts/` and `scripts_llama/` chain the tasks of an order. Line
 run's own account of what it trains, projects and protects, and of how well it then does.
 """
 
+import dataclasses
 import json
 import logging
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import torch
 from transformers import set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
@@ -37,8 +40,9 @@ from uie_dataset_lora import load_uie_dataset
 from uie_trainer_lora import DenserEvaluation, UIETrainer
 
 logger = logging.getLogger("gorp")
-RESULT_FILES = ("train_results.json", "predict_results.json", "eval_results.json", "all_results.json",
-                "predict_eval_predictions.jsonl", "trainer_state.json")
+PARTS = ("zero_shot", "train", "eval", "predict", "unseen")
+RESULT_FILES = (*(f"{part}_results.json" for part in PARTS), "all_results.json", "predict_eval_predictions.jsonl",
+                "trainer_state.json", "run.json")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,6 +88,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
 
+    describe_run(output_dir, trainer, loaded.base_name, data_args)
+    if "zero_shot" in rows:
+        with torch.random.fork_rng():  # what is measured must not change what is trained
+            score(trainer, rows["zero_shot"], output_dir, "zero_shot")
     if training_args.do_train:
         for line in method.summary():
             logger.info(line)
@@ -93,11 +101,13 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
             leave_behind(trainer, adapter, loaded.tokenizer)
         else:
             metrics = pass_on(trainer, loaded.previous, adapter)
-        record(output_dir, "train", metrics, trainer)
+        record(output_dir, "train", metrics | stored_bytes(adapter), trainer)
     if training_args.do_eval:
         record(output_dir, "eval", trainer.evaluate(), trainer)
     if training_args.do_predict:
         predict(trainer, rows["test"], output_dir)
+    if "unseen" in rows:
+        score(trainer, rows["unseen"], output_dir, "unseen")
 
 
 def load_rows(data_args: DataArguments, training_args: UIETrainingArguments, method: Method) -> datasets.DatasetDict:
@@ -112,13 +122,23 @@ def load_rows(data_args: DataArguments, training_args: UIETrainingArguments, met
             raise InputError(f"--task_config_dir: {data_args.task_config_dir} has no dataset for {split}; one at least")
     rows["validation"] = first_rows(rows["validation"], data_args.max_eval_samples)
     rows["test"] = first_rows_of_each(rows["test"], data_args.max_predict_samples)
-    if training_args.do_train:
-        order = OrderRows(
-            data_args.task_config_dir,
-            lambda folder: read_step(folder, data_args, training_args)["train"],
-            seed=training_args.seed,
-            fixed_steps=training_args.max_steps > 0,
+    order = OrderRows(
+        data_args.task_config_dir,
+        lambda folder: read_step(folder, data_args, training_args)["train"],
+        seed=training_args.seed,
+        fixed_steps=training_args.max_steps > 0,
+    )
+    if data_args.zero_shot:
+        waiting = {step.dataset for step in order.steps()[order.index() :]}
+        rows["zero_shot"] = read_test_rows(order.steps()[-1].folder, waiting.__contains__, data_args, training_args)
+    if data_args.unseen_config_dir:
+        trained = {step.dataset for step in order.steps()}
+        rows["unseen"] = read_test_rows(
+            data_args.unseen_config_dir, lambda dataset: dataset not in trained, data_args, training_args
         )
+        if len(rows["unseen"]) == 0:
+            raise InputError(f"--unseen_config_dir: {data_args.unseen_config_dir} tests only what this order trains")
+    if training_args.do_train:
         rows["train"] = method.training_rows(rows["train"], order)
         if training_args.max_steps > 0:
             training_args.max_steps *= method.step_factor
@@ -141,6 +161,14 @@ def read_step(config_dir, data_args: DataArguments, training_args: UIETrainingAr
     )
     rows["train"] = first_rows(rows["train"], data_args.max_train_samples)
     return rows
+
+
+def read_test_rows(config_dir, wanted: Callable[[str], bool], data_args: DataArguments,
+                   training_args: UIETrainingArguments) -> datasets.Dataset:
+    """The test rows of the step of `config_dir`, of the datasets that are wanted, cut to `--max_predict_samples`."""
+    rows = read_step(config_dir, data_args, training_args)["test"]
+    rows = rows.select([index for index, dataset in enumerate(rows["Dataset"]) if wanted(dataset)])
+    return first_rows_of_each(rows, data_args.max_predict_samples)
 
 
 def first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
@@ -174,7 +202,7 @@ def build_trainer(model, method, loaded, rows, data_args: DataArguments,
         pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
         input_record_file=data_args.input_record_file,
     )
-    for split in ("train", "test"):
+    for split in rows.keys() - {"validation"}:
         if len(rows[split]):  # there is nothing to train where a method passes on what it has
             collator.check(rows[split])
     return UIETrainer(
@@ -242,13 +270,51 @@ def predict(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path) -> No
     logger.info(accuracy_line(metrics, list(dict.fromkeys(rows["Dataset"])), output_dir.name, prefix="predict_"))
 
 
+def score(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path, part: str) -> None:
+    """Test on rows beyond those of the tasks so far: the scores only."""
+    datasets_tested = list(dict.fromkeys(rows["Dataset"]))
+    counted = {f"{part}_samples": len(rows), f"{part}_datasets": datasets_tested}
+    metrics = trainer.predict(rows, metric_key_prefix=part).metrics | counted
+    record(output_dir, part, metrics, trainer)
+    logger.info("%s: %s", part.replace("_", "-"), accuracy_line(metrics, datasets_tested, prefix=f"{part}_"))
+
+
+def describe_run(output_dir: Path, trainer: UIETrainer, base_name: str, data_args: DataArguments) -> None:
+    """Write `run.json`: what a report needs to know about the run beside its scores."""
+    if not trainer.is_world_process_zero():
+        return
+    args, options, config = trainer.args, dataclasses.asdict(trainer.method.options), Path(data_args.task_config_dir)
+    parameters = list(trainer.model.parameters())
+    settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
+                "gradient_accumulation_steps")
+    content = {
+        "method": options.pop("method"),
+        "seed": args.seed,
+        "base_model": base_name,
+        "order": config.resolve().parent.name.removesuffix("_configs"),
+        "dataset": config.name,
+        "processes": args.world_size,
+        "values": sum(parameter.numel() for parameter in parameters),
+        "trained_values": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "options": options | {name: getattr(args, name) for name in settings} | {
+            name: getattr(data_args, name) for name in ("data_dir", "max_train_samples", "max_predict_samples")
+        },
+    }
+    write_json(output_dir / "run.json", content)
+
+
+def stored_bytes(adapter: Path) -> dict:
+    """Size of what the task leaves for the next one, without the tokenizer's files."""
+    return {"stored_bytes": sum(path.stat().st_size for path in adapter.glob("*.safetensors"))}
+
+
 def record(output_dir: Path, split: str, metrics: dict, trainer: UIETrainer) -> None:
     """Write `<split>_results.json`, bring all_results.json and trainer_state.json up to date."""
     if not trainer.is_world_process_zero():
         return
     write_json(output_dir / f"{split}_results.json", metrics, sort_keys=True)
     together = {}
-    for part in ("train", "eval", "predict"):
+    for part in PARTS:
         path = output_dir / f"{part}_results.json"
         if path.exists():
             together |= json.loads(path.read_text(encoding="utf-8"))

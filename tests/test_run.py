@@ -177,6 +177,26 @@ def test_checkpoint_resumes_to_the_same_bits(mini_benchmark, tmp_path):
         assert all(torch.equal(once[key], again[key]) for key in once)
 
 
+def test_zero_shot_and_unseen_datasets_are_scored_and_change_nothing(two_tasks, mini_benchmark, tmp_path):
+    adapter_name, first, second = two_tasks
+    model, modules = PREFIX[adapter_name]
+    flags = ["--zero_shot", "--unseen_config_dir", str(ROOT / "configs" / "order4_configs" / "COPA")]
+    out = tmp_path / "out"
+    assert run_uie_lora.main(arguments(mini_benchmark, out, "amazon", first / adapter_name, modules, *flags)) == 0
+    parts = {part: json.loads((out / f"{part}_results.json").read_text()) for part in ("zero_shot", "unseen", "train")}
+    assert set(parts["zero_shot"]["zero_shot_datasets"]) == {"amazon", "yahoo", "agnews"}
+    assert set(parts["unseen"]["unseen_datasets"]) == {"MNLI", "CB", "WiC", "COPA"}
+    assert parts["unseen"]["unseen_samples"] == 4 * 12 and "unseen_exact_match_for_CB" in parts["unseen"]
+    for name in ("adapter_model", "full_rank_weights", "gradient_space"):
+        once, again = (load_file(folder / adapter_name / f"{name}.safetensors") for folder in (second, out))
+        assert all(torch.equal(once[key], again[key]) for key in once)
+    stored = sum(path.stat().st_size for path in (out / adapter_name).glob("*.safetensors"))
+    assert parts["train"]["stored_bytes"] == stored
+    run = json.loads((out / "run.json").read_text())
+    assert (run["method"], run["order"], run["seed"], run["base_model"]) == ("gorp", "order1", 42, str(model))
+    assert 0 < run["trained_values"] < run["values"]
+
+
 def test_evaluation_during_training_and_denser(mini_benchmark, tmp_path):
     step = tmp_path / "step"
     shutil.copytree(ROOT / "configs" / "order1_configs" / "dbpedia", step)
@@ -210,6 +230,8 @@ BAD = {
     "structural on the output side": (["--protect", "structural"], "needs --protect_side input"),
     "no such benchmark": (["--data_dir", "/nonexistent"], "--data_dir"),
     "no such step": (["--task_config_dir", "configs/order1_configs/none"], "--task_config_dir"),
+    "nothing unseen": (["--unseen_config_dir", "configs/order1_configs/agnews"], "tests only what this order trains"),
+    "zero-shot under DeepSpeed": (["--zero_shot", "--deepspeed", "configs/ds_configs/stage2.config"], "--zero_shot"),
     "prompt does not fit": (["--max_source_length", "5"], "max_source_length"),
     "answer does not fit": (["--max_target_length", "1"], "max_target_length"),
 }

@@ -1,6 +1,9 @@
-"""Print an order's accuracy matrix, average performance and backward transfer, and write `order_results.json`.
+"""What an order's runs add up to: its accuracy matrix, and methods, orders and seeds side by side.
 
-    python src/report logs_and_outputs/order_1
+    python src/report logs_and_outputs/order_1                    one order: prints its table
+    python src/report logs_and_outputs --out report --baseline olora      all orders below: writes a report as well
+
+An order's folder holds `outputs/<i>-<dataset>/`; its measures are written there as `order_results.json`.
 """
 
 import argparse
@@ -12,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a folder run as 
 
 from errors import InputError
 from files import write_json
-from report.matrix import accuracy_matrix, format_table, order_results
+from report.matrix import accuracy_matrix, format_table, measure, order_results
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,11 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         tasks, matrix = accuracy_matrix(options.order_dir)
+        measures = measure(options.order_dir, tasks, matrix)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
-    print(format_table(tasks, matrix))
+    print(format_table(tasks, matrix, measures))
     try:
-        write_json(options.order_dir / "order_results.json", order_results(tasks, matrix))
+        write_json(options.order_dir / "order_results.json", order_results(tasks, matrix, measures))
     except OSError as error:
         parser.exit(2, f"error: {options.order_dir}: cannot be written ({error.strerror})\n")
 
