@@ -20,6 +20,7 @@ from report.runs import (
     Summary,
     distinct,
     mean_matrix,
+    natural,
     paired_difference,
     ranked_methods,
     select,
@@ -33,7 +34,8 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; mar
        padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; text-align: right;
         border-bottom: 1px solid #ddd; white-space: nowrap } td:first-child, th:first-child { text-align: left }
-p.answer { font-size: 1.15rem } figure { margin: 1rem 0; overflow-x: auto } div.wide { overflow-x: auto }
+p.answer { font-size: 1.15rem } figure { display: inline-block; vertical-align: top; margin: .5rem 1.5rem .5rem 0;
+         max-width: 100%; overflow-x: auto } div.wide { overflow-x: auto }
 """
 
 
@@ -111,7 +113,7 @@ def _model_blocks(runs: Sequence[Run], figures: dict[str, str]) -> list[Block]:
     if rows:
         blocks.append(_figure(figures, f"{model}-methods", svg.bars(rows, f"{model}: average performance, per cent")))
     blocks += [("heading", f"{model}: method by order"), ("table", _order_table(runs, methods))]
-    for order in distinct(sorted(runs, key=lambda run: run.order), "order"):
+    for order in sorted(distinct(runs, "order"), key=natural):
         blocks += _order_blocks(select(runs, order=order), [m for m in methods if select(runs, order=order, method=m)],
                                 figures)
     unfinished = [run for run in runs if run.unfinished]
@@ -123,8 +125,8 @@ def _model_blocks(runs: Sequence[Run], figures: dict[str, str]) -> list[Block]:
 
 NOTE = (
     "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
-    "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Behind the best' pairs runs of the same "
-    "order and seed; ± is there the standard error of the mean difference. Definitions: docs/METRICS.md."
+    "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against' pairs runs of the same order "
+    "and seed; ± is there the standard error of the mean difference. Definitions: docs/METRICS.md."
 )
 
 
@@ -133,7 +135,7 @@ def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]
     optional = [name for name in ("average_over_rows", "forward_transfer", "unseen_accuracy")
                 if any(run.measures.get(name) is not None for run in runs)]
     names = {"average_over_rows": "over rows", "forward_transfer": "FWT", "unseen_accuracy": "unseen"}
-    rows = [["method", "AP", "behind the best", "BWT", "F", *(names[name] for name in optional), "training", "trained",
+    rows = [["method", "AP", f"against {best}", "BWT", "F", *(names[name] for name in optional), "training", "trained",
              "stored", "runs"]]
     for method in methods:
         own = select(runs, method=method)
@@ -146,7 +148,7 @@ def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]
 
 
 def _order_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]]:
-    orders = distinct(sorted(runs, key=lambda run: run.order), "order")
+    orders = sorted(distinct(runs, "order"), key=natural)
     rows = [["AP", *orders]]
     for method in methods:
         results = [summarise(select(runs, method=method, order=order), "average_performance") for order in orders]

@@ -62,7 +62,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
             raise InputError(f"{folder}: no task has results; expected outputs/<i>-<dataset>/predict_results.json")
         runs += found
     _name_variants(runs)
-    return sorted(runs, key=lambda run: (run.model, run.method, _natural(run.order), _natural(run.seed)))
+    return sorted(runs, key=lambda run: (run.model, run.method, natural(run.order), natural(run.seed)))
 
 
 def is_order(folder: Path) -> bool:
@@ -184,6 +184,6 @@ def _total(values: Sequence[float | None]) -> float | None:
     return None if None in values or not values else sum(values)
 
 
-def _natural(text: str) -> list:
+def natural(text: str) -> list:
     """A sort key under which 10 follows 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]

@@ -43,12 +43,15 @@ def curves(tasks: Sequence[str], matrices: Mapping[str, Matrix], title: str) -> 
     Args:
         matrices: method -> its accuracy matrix over `tasks`; the order of the methods decides their colours.
     """
-    width, height, columns, top = 200, 130, min(4, len(tasks)), 34 + 18 * len(matrices)
+    width, height, columns = 200, 130, min(4, len(tasks))
     rows = -(-len(tasks) // columns)
+    entry = 48 + 7 * max(map(len, matrices), default=0)  # width of a method in the legend
+    beside = max(1, columns * (width + 20) // entry)
+    top = 34 + 18 * -(-len(matrices) // beside)
     parts = [_text(4, 16, title, weight="bold")]
     for index, method in enumerate(matrices):
-        y = 34 + 18 * index
-        parts += [_line([(4, y - 4), (28, y - 4)], index), _text(34, y, method)]
+        x, y = 4 + index % beside * entry, 38 + 18 * (index // beside)
+        parts += [_line([(x, y - 4), (x + 24, y - 4)], index), _text(x + 30, y, method)]
     for j, task in enumerate(tasks):
         x0, y0 = 34 + (j % columns) * (width + 20), top + 20 + (j // columns) * (height + 44)
         parts += _panel(x0, y0, width - 24, height, task, len(tasks))
@@ -59,8 +62,7 @@ def curves(tasks: Sequence[str], matrices: Mapping[str, Matrix], title: str) -> 
                 if matrix[i][j] is not None
             ]
             parts.append(_line(points, index))
-    legend = max((34 + 7 * len(method) for method in matrices), default=0)
-    return _svg(max(34 + columns * (width + 20), legend, 8 + 7 * len(title)), top + 20 + rows * (height + 44), parts)
+    return _svg(max(34 + columns * (width + 20), entry, 8 + 7 * len(title)), top + 20 + rows * (height + 44), parts)
 
 
 def bars(rows: Sequence[tuple[str, float, float | None]], title: str) -> str:
@@ -89,9 +91,8 @@ def _panel(x: float, y: float, width: float, height: float, task: str, count: in
         level = y + height * (1 - value / 100)
         parts.append(f'<path d="M{x} {level:.1f}h{width}" stroke="#ddd"/>')
         parts.append(_text(x - 4, level + 4, str(value), anchor="end", fill=GREY))
-    for number in {1, count}:
-        place = x + width * (number - 1) / max(1, count - 1)
-        parts.append(_text(place, y + height + 14, f"after {number}", anchor="middle", fill=GREY))
+    parts.append(_text(x, y + height + 14, "after 1", fill=GREY))
+    parts.append(_text(x + width, y + height + 14, f"after {count}", anchor="end", fill=GREY))
     return parts
 
 
