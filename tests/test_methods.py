@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
+import methods
 import run_uie_lora
 from arguments import parse_arguments
 from conftest import ROOT
@@ -292,3 +293,36 @@ def test_ablations_of_gorp_by_flags(tmp_path):
     space = method_of("gorp", "--optim_target_modules", "none", output=tmp_path)
     space.prepare(tiny_t5(), None, decoder_only=False)
     assert space.protected and not space.targets
+
+
+def test_the_example_of_the_docs_is_a_method(mini_benchmark, tmp_path, monkeypatch):
+    """The file from docs/METHODS.md, found beside the other methods, runs by name and pulls the LoRA back."""
+    text = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")
+    example = text.split("```python\n")[1].split("```")[0]
+    assert 25 <= len(example.splitlines()) <= 35
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "pull.py").write_text(example, encoding="utf-8")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "more")])
+
+    def task(folder: str, dataset: str, start: Path, pull: str) -> dict:
+        flags = [*SHORT, "--method", "pull", "--pull", pull]
+        assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / folder, dataset, start, T5_MODULES, *flags)) == 0
+        return load_file(tmp_path / folder / "t5_adapter" / "adapter_model.safetensors")
+
+    start = task("first", "dbpedia", T5, "0")
+    moved = {}
+    for pull in ("0", "10"):
+        factors = task(f"second{pull}", "amazon", tmp_path / "first" / "t5_adapter", pull)
+        moved[pull] = sum((factors[name] - start[name]).square().sum().item() for name in start)
+    assert moved["10"] < 0.7 * moved["0"]
+
+
+def test_tensorboard_gets_loss_and_penalty(mini_benchmark, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--method", "olora", "--lamda_2", "0.1", *SHORT, "--report_to", "tensorboard"]
+    command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *flags)
+    assert run_uie_lora.main(command) == 0
+    (events,) = (tmp_path / "out" / "runs").glob("*/events.*")
+    tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {"train/loss", "train/penalty", "train/learning_rate"} <= set(tags)
