@@ -92,7 +92,7 @@ def test_multitask_trains_all_tasks_first_and_passes_its_folder_on(mini_benchmar
         arguments(mini_benchmark, second, "amazon", first / "t5_adapter", T5_MODULES, *method)
     ) == 0
     results = json.loads((second / "train_results.json").read_text())
-    assert results == {"train_samples": 0, "train_runtime": 0.0}
+    assert (results["train_samples"], results["train_runtime"]) == (0, 0.0)
     late = arguments(mini_benchmark, tmp_path / "late", "amazon", T5, T5_MODULES, *method)
     assert run_uie_lora.main(late) == 2
     assert "multitask goes on from its first step's folder" in capfd.readouterr().err
