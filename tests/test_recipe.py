@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_two_ranks_train_other_methods_too(method, mini_benchmark, tmp_path):
     sharded = ["--deepspeed", "configs/ds_configs/stage2.config", "--per_device_train_batch_size", "4"]
     for dataset in ("dbpedia", "amazon"):
         command = arguments(mini_benchmark, tmp_path / dataset, dataset, model, modules, *short, *sharded)
-        launched = ["deepspeed", "--num_accelerators", "2", "--master_port", "29573", "src/run_uie_lora.py", *command]
+        launched = ["deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "src/run_uie_lora.py", *command]
         done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         model = tmp_path / dataset / "t5_adapter"
@@ -121,6 +122,12 @@ def test_two_ranks_train_other_methods_too(method, mini_benchmark, tmp_path):
     again.remove("--do_train")
     subprocess.run([sys.executable, "src/run_uie_lora.py", *again], cwd=ROOT, env=ENVIRONMENT, check=True)
     assert predictions(tmp_path / "again") == predictions(tmp_path / "amazon")
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
 
 
 def losses(folder: Path) -> list[float]:
