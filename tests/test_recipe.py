@@ -114,7 +114,8 @@ def test_two_ranks_train_other_methods_too(method, mini_benchmark, tmp_path):
     sharded = ["--deepspeed", "configs/ds_configs/stage2.config", "--per_device_train_batch_size", "4"]
     for dataset in ("dbpedia", "amazon"):
         command = arguments(mini_benchmark, tmp_path / dataset, dataset, model, modules, *short, *sharded)
-        launched = ["deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "src/run_uie_lora.py", *command]
+        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", free_port()]
+        launched = [*launcher, "src/run_uie_lora.py", *command]
         done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         model = tmp_path / dataset / "t5_adapter"
