@@ -227,6 +227,15 @@ def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool) -> None:
         flag = f"--{name}" if wanted else f"no --{name}"
         raise InputError(f"{path}, key {name}.enabled: found {json.dumps(enabled)} against {flag} on the command line; "
                          "both the same, or \"auto\" in the file")
+    if fp16 and _zero_stage(config) == 0:
+        # deepspeedai/DeepSpeed 8393: gradients are divided by a loss scale that no loss was multiplied by.
+        raise InputError(f"{path}, key zero_optimization.stage: found 0 with --fp16, where DeepSpeed 0.19 trains with "
+                         "wrong gradients; 1 to 3, or --bf16")
+
+
+def _zero_stage(config: dict) -> int:
+    zero = config.get("zero_optimization", {})
+    return zero.get("stage", 0) if isinstance(zero, dict) else 0
 
 
 def parse_arguments(
@@ -265,7 +274,7 @@ def parse_arguments(
         check(not data.zero_shot, "zero_shot", "true", f"only without --deepspeed {training.deepspeed}, which has "
               "nothing to predict with before it trains")
         _check_stage(method_class, training.deepspeed)
-        _check_penalties(method, training.deepspeed)
+        _check_sharded(method, training)
     return model, data, method, training
 
 
@@ -282,20 +291,19 @@ def _check_stage(method_class, deepspeed_file: str) -> None:
     name, most = method_class.__name__.lower(), method_class.zero_stage
     if most is None:
         raise InputError(f"--method {name}: found --deepspeed {deepspeed_file}; {name} runs in one process without it")
-    if _zero_stage(deepspeed_file) > most:
+    if _zero_stage(read_json(deepspeed_file)) > most:
         raise InputError(f"--method {name}: found ZeRO stage 3 ({deepspeed_file}); at most stage {most}")
 
 
-def _check_penalties(method: MethodArguments, deepspeed_file: str) -> None:
-    """At ZeRO-3 a rank has no whole factor or weight from which a penalty could be computed."""
-    if _zero_stage(deepspeed_file) == 3:
+def _check_sharded(method: MethodArguments, training: UIETrainingArguments) -> None:
+    if _zero_stage(read_json(training.deepspeed)) == 3:
         for flag in ("lamda_1", "lamda_2", "lamda_3"):
-            check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
-
-
-def _zero_stage(deepspeed_file: str) -> int:
-    zero = read_json(deepspeed_file).get("zero_optimization", {})
-    return zero.get("stage", 0) if isinstance(zero, dict) else 0
+            # A rank has no whole factor or weight from which a penalty could be computed.
+            allowed = f"only 0 at stage 3 ({training.deepspeed})"
+            check(not getattr(method, flag), flag, getattr(method, flag), allowed)
+    # Decay would also move the part of a factor that `GuardedLinear` keeps.
+    decays = method.protect == "gp_second" and training.weight_decay
+    check(not decays, "weight_decay", training.weight_decay, "only 0 with --protect gp_second under DeepSpeed")
 
 
 def check_data_arguments(data: DataArguments) -> None:

@@ -40,9 +40,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
-    os.chmod(name, 0o666 & ~_umask())
     try:
         yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())  # here, as a writer may have put another file in its place
         with open(name, "rb") as written:
             os.fsync(written.fileno())
         os.replace(name, path)

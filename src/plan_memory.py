@@ -52,7 +52,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, Pretrai
 import full_rank
 from errors import InputError
 from model.llama import LlamaForCausalLM_with_lossmask
-from Proj_torch.layer_gradient import OVERSAMPLING
+from Proj_torch.layer_gradient import OVERSAMPLING, PROBES
 from Proj_torch.proj_projector import PROJ_TYPES, mode_ranks
 from Proj_torch.zero_core import REFRESHES
 
@@ -122,7 +122,7 @@ class Target:
             return self.weight + self.bases
         out, inp = self.shape if self.ranks[1] is not None else self.shape[::-1]
         width = min((self.ranks[1] or self.ranks[0]) + OVERSAMPLING, out, inp)
-        return out * (2 * width + OVERSAMPLING) + inp * 2 * width + self.bases  # the products in `sketched_bases`
+        return out * (2 * width + PROBES) + inp * 2 * width + self.bases  # the products in `sketched_bases`
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from compute_metrics import evaluate_predictions
 from errors import InputError
 from files import whole_file
 from methods import Method
+from Proj_torch.sharded_state import start_moments
 
 TRAINABLE_FILE = "trainable.safetensors"
+SCHEDULER_NAME = "scheduler.pt"  # as the parent calls it
 
 
 class UIETrainer(Seq2SeqTrainer):
@@ -43,12 +45,6 @@ class UIETrainer(Seq2SeqTrainer):
         # Have the answer tokens of a global batch counted for every model; compute_loss uses the count.
         self.model_accepts_loss_kwargs = True
         self._penalties: list[torch.Tensor] = []
-        self._begun = False
-        if self.is_deepspeed_enabled and self.args.save_strategy != "no":
-            raise InputError(
-                f"--save_strategy: found {self.args.save_strategy.value}; only no under DeepSpeed, whose checkpoints "
-                "would lack the full-rank weights"
-            )
         if decoder_only and self.args.label_smoothing_factor:
             raise InputError(
                 f"--label_smoothing_factor: found {self.args.label_smoothing_factor}; 0 for a decoder-only model, "
@@ -71,9 +67,6 @@ class UIETrainer(Seq2SeqTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The parent's step, told to the method first: a sharded projection acts within forward and backward."""
-        if not self._begun:
-            self.method.begin_training(self.model_wrapped if self.is_deepspeed_enabled else None)
-            self._begun = True
         self.method.begin_micro_batch(self.accelerator.sync_gradients)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -160,32 +153,87 @@ class UIETrainer(Seq2SeqTrainer):
 
     # Checkpoints within a task
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint's weights, under DeepSpeed from all ranks."""
+        if self.is_deepspeed_enabled:
+            self._save(output_dir, self.method.training_state() | self._loss_scale())
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """A checkpoint's weights: the parameters that train, by name. The rest is the base and the adapter before."""
-        folder = Path(output_dir or self.args.output_dir)
-        trained = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
-        with whole_file(folder / TRAINABLE_FILE) as partial:
+        """What trains, by name; under DeepSpeed with its moments. The rest is the base and the adapter before."""
+        if not self.args.should_save:
+            return
+        trained = state_dict or {name: value.detach().cpu().contiguous() for name, value in self._trained().items()}
+        with whole_file(Path(output_dir or self.args.output_dir) / TRAINABLE_FILE) as partial:
             safetensors.torch.save_file(trained, partial, metadata={"format": "pt"})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:  # DeepSpeed's own checkpoint would be a pickle, and for this number of ranks only
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """The parent's; then the method meets the engine, and under DeepSpeed the checkpoint is read by us."""
+        sharded = self.is_deepspeed_enabled
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, None if sharded else resume_from_checkpoint
+        )
+        self.method.begin_training(self.model_wrapped if sharded else None)
+        if sharded and resume_from_checkpoint is not None:
+            self._start_moments()
+            self._load_sharded(Path(resume_from_checkpoint))
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         path = Path(resume_from_checkpoint) / TRAINABLE_FILE
-        try:
-            saved = safetensors.torch.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path}: no readable checkpoint ({error})") from None
-        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        saved, trained = _read_tensors(path), self._trained()
         if saved.keys() != trained.keys():
             raise InputError(f"{path}: holds other parameters than the {len(trained)} that train in this run")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
 
+    def _load_sharded(self, folder: Path) -> None:
+        saved = _read_tensors(folder / TRAINABLE_FILE)
+        try:
+            self.method.load_training_state(saved)
+        except (InputError, KeyError) as error:
+            path = folder / TRAINABLE_FILE
+            raise InputError(f"{path}: not of a run like this one under DeepSpeed ({error})") from None
+        self._load_optimizer_and_scheduler(str(folder))  # under DeepSpeed the schedule alone
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if "loss_scale" in saved:
+            self.model_wrapped.optimizer.loss_scale = saved["loss_scale"].item()
+
+    def _start_moments(self) -> None:
+        """Have DeepSpeed make its optimizer state; a run that goes on must draw the random numbers it would have."""
+        with torch.random.fork_rng():
+            inputs = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+            start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
+
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            self._load_sharded(Path(self.state.best_model_checkpoint))
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def _loss_scale(self) -> dict[str, torch.Tensor]:
+        """fp16's scale, which DeepSpeed finds by trial."""
+        scale = getattr(self.model_wrapped.optimizer, "loss_scale", None)
+        return {} if scale is None else {"loss_scale": torch.tensor(float(scale))}
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: no readable checkpoint ({error})") from None
 
 
 class DenserEvaluation(TrainerCallback):

@@ -343,6 +343,19 @@ def test_deepspeed_precision_must_agree(mini_benchmark, tmp_path, capfd):
     assert "half.json, key bf16.enabled: found false against --bf16" in capfd.readouterr().err
 
 
+def test_fp16_at_stage_0_is_refused(mini_benchmark, tmp_path, capfd):
+    stage_0 = ["--fp16", "--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage0.config")]
+    assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *stage_0)) == 2
+    assert "stage0.config, key zero_optimization.stage: found 0 with --fp16" in capfd.readouterr().err
+
+
+def test_decay_of_guarded_factors_is_refused(mini_benchmark, tmp_path, capfd):
+    stage_2 = ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")]
+    flags = ["--protect", "gp_second", "--weight_decay", "0.1", *stage_2]
+    assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *flags)) == 2
+    assert "--weight_decay: found 0.1; only 0 with --protect gp_second under DeepSpeed" in capfd.readouterr().err
+
+
 def test_a_penalty_at_stage_3_is_refused(mini_benchmark, tmp_path, capfd):
     stage_3 = ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage3.config")]
     assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *stage_3)) == 2

@@ -54,6 +54,7 @@ class Case:
     bad_step: int = -1  # the loss of this step is infinite, and the step is skipped
     eps: float = 1e-8
     penalty: float = 0.0  # on the change of a weight
+    factor: bool = False  # the head's weight is protected too, as a LoRA factor is
 
 
 class Net(nn.Module):
@@ -127,6 +128,11 @@ def spaces(case: Case, net: nn.Module) -> dict[str, torch.Tensor | None]:
     return {name: torch.linalg.qr(torch.randn(n, 2, generator=generator)).Q for name, n in sizes.items()}
 
 
+def factor_space(case: Case) -> torch.Tensor:
+    size = {"output": 5, "input": 12}[case.side]
+    return torch.linalg.qr(torch.randn(size, 2, generator=torch.Generator().manual_seed(4))).Q
+
+
 def penalty(case: Case, weights: list[torch.Tensor], starts: list[torch.Tensor]) -> torch.Tensor | float:
     """A penalty on the change of the first target, zero nowhere near the start."""
     return case.penalty * (weights[0] - starts[0] + 0.1).square().sum() if case.penalty else 0.0
@@ -143,7 +149,12 @@ def dense(case: Case) -> dict:
     if case.side:
         group |= {"scale_mats": list(spaces(case, net).values()), "protect_side": case.side,
                   "gp_first": case.gp_first, "gp_second": case.gp_second}
-    optimizer = ProjAdamW([group, {"params": others, "lr": LR}], lr=LR, eps=case.eps)
+    groups = [group, {"params": others, "lr": LR}]
+    if case.factor:
+        groups[1]["params"] = [p for p in others if p is not net.head.weight]
+        groups.append({"params": [net.head.weight], "lr": LR, "scale_mats": [factor_space(case)],
+                       "protect_side": case.side, "gp_first": case.gp_first, "gp_second": case.gp_second})
+    optimizer = ProjAdamW(groups, lr=LR, eps=case.eps)
     starts = [w.detach().clone() for w in weights]
     losses = []
     for step in range(case.steps):
@@ -176,6 +187,7 @@ class Run:
             update_proj_gap=case.gap, scale=case.scale, proj_type=case.proj_type, refresh=case.refresh,
             spaces=spaces(case, self.net), protect_side=case.side or "output",
             gp_first=case.gp_first, gp_second=case.gp_second,
+            factor_spaces={"head": (self.net.head.weight, factor_space(case))} if case.factor else None,
         )
         cores = {layer.core for layer in self.cores.layers.values()}
         others = [p for p in self.net.parameters() if p.requires_grad and p not in cores]
@@ -201,8 +213,10 @@ class Run:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0},
         }
-        if case.precision != "fp32":
-            config[case.precision] = {"enabled": True, "check_grad_overflow": True}
+        if case.precision == "bf16":
+            config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        elif case.precision == "fp16":
+            config["fp16"] = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
         self.engine, *_ = deepspeed.initialize(model=self.net, optimizer=self.optimizer, config=config)
         self.model = self.engine
 
@@ -258,7 +272,7 @@ class Run:
     def load(self, state: dict[str, torch.Tensor]) -> None:
         if self.engine is not None:
             x, y = self.micro_batches(0)[0]
-            start_moments(self.engine, self.optimizer, loss_of(self.case, self.model, x, y))
+            start_moments(self.engine, self.optimizer, lambda: loss_of(self.case, self.model, x, y))
         moments = {}
         for name, param in self.net.named_parameters():
             if f"rest.{name}" in state:
@@ -283,8 +297,21 @@ def run(case: Case) -> dict:
     return one.result(losses + one.train(case.stop_at, case.steps)) | {"state": state}
 
 
+def allow_fp16_on_a_cpu() -> None:
+    """DeepSpeed refuses fp16 on a CPU without fast kernels for it; PyTorch computes it on any, slowly."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class AnyCPU(CPU_Accelerator):
+        def is_fp16_supported(self) -> bool:
+            return True
+
+    set_accelerator(AnyCPU())
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    allow_fp16_on_a_cpu()
     cases = [Case(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
     if any(isinstance(case.stage, int) for case in cases):
         import deepspeed

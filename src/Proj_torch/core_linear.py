@@ -1,4 +1,7 @@
-"""A frozen linear layer with a small trainable core; `zero_core` says what it is for and drives it."""
+"""Linear layers whose weights are kept in a form that ZeRO may cut up; `zero_core` says why, and drives them.
+
+`CoreLinear` is frozen and trains a small core; `GuardedLinear` trains whole, but for its component in a space.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -117,6 +120,52 @@ class CoreLinear(nn.Linear):
         W = W if self.rounding is None else W + self.rounding.float()
         W = W * self.decay
         return W if self.bases is None else W + self.update(core)
+
+
+class GuardedLinear(nn.Linear):
+    """A trainable linear layer that keeps its weight's component in S, whatever the optimizer does (`gp_second`).
+
+    y = (W - S S^T W + C) x, with C = S S^T W as it was at the start (or the same from the right). The gradient of W is
+    that of y = W x. So an optimizer that sees slices of W moves W as it always would, and the layer moves by that
+    update without its component in S, as ProjAdamW does it with the whole update at hand. Not for weight decay, which
+    would move C.
+
+    Args:
+        linear: the layer whose weight and bias this one takes over.
+        space: S, orthonormal columns.
+        side: "output" for S (out, c), "input" for S (in, c).
+    """
+
+    def __init__(self, linear: nn.Linear, space: Tensor, side: str):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias, self.space, self.side = linear.weight, linear.bias, space, side
+        W = linear.weight.detach().float()
+        self.kept = W - remove(W, space, side)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., out) for x (..., in)."""
+        return F.linear(x, _Guarded.apply(self.weight, self), self.bias)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let the weight itself hold what the layer computes with. The weight must be whole (see `gathered`)."""
+        self.weight.copy_(self.guarded(self.weight))
+
+    def guarded(self, weight: Tensor) -> Tensor:
+        """W - S S^T W + C, float32."""
+        return remove(weight, self.space.to(weight.device), self.side) + self.kept.to(weight.device)
+
+
+class _Guarded(torch.autograd.Function):
+    """The guarded weight, whose gradient goes to the weight as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, layer: GuardedLinear) -> Tensor:
+        return layer.guarded(weight).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad, None
 
 
 class _Tap(torch.autograd.Function):

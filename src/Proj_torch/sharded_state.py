@@ -6,6 +6,7 @@ Only DeepSpeed's public calls are used. Every method is collective: all ranks ca
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,52 @@ from torch.optim import Optimizer
 from errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def optimizer_state_of(optimizer: Optimizer, engine: Any) -> "LocalState | ZeroState":
+    """Access to the state of the `torch.optim.AdamW` that steps, with or without DeepSpeed's engine."""
+    sharded = engine is not None and engine.zero_optimization_stage() > 0
+    return ZeroState(optimizer, engine) if sharded else LocalState(optimizer, engine)
+
+
+def read_parameters(state: "LocalState | ZeroState", params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Float32 values and moments of parameters by name, on the CPU, as `write_parameters` takes them; collective."""
+    saved = {}
+    for name, param in params.items():
+        saved[name] = state.read_master(param)
+        saved |= {f"{name}.{key}": state.read_moment(param, key) for key in MOMENTS}
+    return {name: value.to("cpu", copy=True).contiguous() for name, value in saved.items()}
+
+
+def write_parameters(
+    state: "LocalState | ZeroState", params: dict[str, nn.Parameter], saved: dict[str, Tensor], step: int
+) -> None:
+    """Go on with values and moments from `read_parameters`, `step` steps after the start; collective.
+
+    Raises:
+        InputError: a tensor is missing or of another shape; nothing has changed then.
+    """
+    for name, param in params.items():
+        for key in (name, *(f"{name}.{moment}" for moment in MOMENTS)):
+            found = None if key not in saved else tuple(saved[key].shape)
+            if found != _whole_shape(param):
+                raise InputError(f"{key}: found {found or 'nothing'}; allowed is {_whole_shape(param)}")
+    for name, param in params.items():
+        state.write_master(param, saved[name].to(param.device))
+    moments = {
+        param: {key: saved[f"{name}.{key}"].to(param.device) for key in MOMENTS} for name, param in params.items()
+    }
+    if step:
+        state.write_moments(moments, step)
+
+
+def steps_taken(optimizer: Optimizer) -> int:
+    """Steps that Adam's bias correction has counted, skipped ones left out."""
+    return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
+
+
+def _whole_shape(param: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(param, "ds_shape", param.shape))  # DeepSpeed's stage 3 leaves an empty tensor in its place
 
 
 class LocalState:
@@ -155,20 +202,20 @@ class ZeroState:
         return nn.functional.pad(flat, (0, padding))[start : start + like.numel()]
 
 
-def start_moments(engine: Any, optimizer: Optimizer, loss: Tensor) -> None:
+def start_moments(engine: Any, optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
     """Make DeepSpeed create its optimizer state, all zero, without changing a weight.
 
     ZeRO creates the moments in its first step, and only then can they be set; this is that step, with no gradient
     and no learning rate. It counts in the engine's own step and schedule, which the caller sets afterwards.
 
     Args:
-        loss: of one micro-batch, through the engine.
+        loss: computes that of a micro-batch, through the engine.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    engine.set_gradient_accumulation_boundary(True)
-    engine.backward(loss * 0.0)
-    engine.step()
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(loss() * 0.0)
+        engine.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

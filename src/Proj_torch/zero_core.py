@@ -37,10 +37,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from errors import InputError
-from Proj_torch.core_linear import CoreLinear
+from Proj_torch.core_linear import CoreLinear, GuardedLinear
 from Proj_torch.layer_gradient import sketched_bases
 from Proj_torch.proj_projector import SIDES, Bases, mode_ranks, next_bases, project, project_back, remove
-from Proj_torch.sharded_state import MOMENTS, LocalState, ZeroState
+from Proj_torch.sharded_state import MOMENTS, LocalState, ZeroState, optimizer_state_of
 
 log = logging.getLogger("gorp")
 
@@ -71,8 +71,9 @@ class CoreEngine:
         spaces: module name -> S (out, c) or (in, c), or None.
         protect_side: "output" or "input".
         gp_first, gp_second: remove S from the gradient, from the update.
-        factor_spaces: parameter name -> (parameter, S or None), further parameters that the optimizer trains
-            directly (LoRA factors); with `gp_first` a hook removes S from their gradient before it is reduced.
+        factor_spaces: parameter name -> (parameter, S or None), weights of linear layers that the optimizer trains
+            directly (LoRA factors). With `gp_first` a hook removes S from their gradient before it is reduced,
+            with `gp_second` a `GuardedLinear` takes the layer's place.
 
     Raises:
         InputError: a target is not a linear layer or shares its weight, or a setting or a space does not fit.
@@ -110,7 +111,8 @@ class CoreEngine:
             _replace(model, name, layer)
             self.layers[name] = layer
         self.factors = {name: param for name, (param, _) in factor_spaces.items()}
-        self._protect_factors(factor_spaces, protect_side, gp_first, gp_second)
+        self.guarded: dict[str, GuardedLinear] = {}
+        self._protect_factors(model, factor_spaces, protect_side, gp_first, gp_second)
         for index, layer in enumerate(self.layers.values()):
             layer.core.register_hook(lambda grad, layer=layer, index=index: self._on_core_gradient(layer, index, grad))
         self.step = 0  # optimizer steps taken
@@ -134,24 +136,29 @@ class CoreEngine:
         """
         if not any(group.get(CORE_GROUP) for group in optimizer.param_groups):
             raise InputError("optimizer: it has no group from core_groups, so the projected weights would not train")
-        sharded = engine is not None and engine.zero_optimization_stage() > 0
-        self.optimizer_state = ZeroState(optimizer, engine) if sharded else LocalState(optimizer, engine)
+        self.optimizer_state = optimizer_state_of(optimizer, engine)
         optimizer.register_step_post_hook(self._on_step)
         for layer in self.layers.values():
             layer.space = None if layer.space is None else layer.space.to(layer.core.device)
 
     def _protect_factors(
-        self, factor_spaces: dict[str, tuple[nn.Parameter, Tensor | None]], side: str, first: bool, second: bool
+        self,
+        model: nn.Module,
+        spaces: dict[str, tuple[nn.Parameter, Tensor | None]],
+        side: str,
+        first: bool,
+        second: bool,
     ) -> None:
-        for name, (param, space) in factor_spaces.items():
+        for name, (param, space) in spaces.items():
             if space is None:
                 continue
-            if second:
-                raise InputError(f"gp_second: {name} is trained by a sharded optimizer, whose update cannot lose its "
-                                 "component in a space; allowed is gp_first")
             S = space.detach().float()
             if first:
                 param.register_hook(lambda grad, S=S: remove(grad, S.to(grad.device), side).to(grad.dtype))
+            if second:
+                owner = next(path for path, module in model.named_modules() if getattr(module, "weight", None) is param)
+                self.guarded[name] = GuardedLinear(model.get_submodule(owner), S, side)
+                _replace(model, owner, self.guarded[name])
 
     # ---------------------------------------------------------------------------------- training
 
@@ -176,6 +183,9 @@ class CoreEngine:
         """Fold the cores, so that the weights hold what was trained; collective. Training may go on after it."""
         self._settle()
         self._fold()
+        for layer in self.guarded.values():
+            with self.optimizer_state.gathered([layer.weight]):
+                layer.settle()
 
     def detach(self, model: nn.Module) -> None:
         """`finish`, and plain linear layers in the model again. Not while DeepSpeed's stage 3 owns the model."""
@@ -301,6 +311,7 @@ class CoreEngine:
             if layer.rounding is not None:
                 state[f"{name}.rounding"] = layer.rounding
             state[f"{name}.counts"] = torch.tensor([layer.decay, *layer.counts.values()], dtype=torch.float64)
+        state |= {f"{name}.kept": layer.kept for name, layer in self.guarded.items()}
         return {key: value.cpu().contiguous() for key, value in state.items()}
 
     @torch.no_grad()
@@ -327,19 +338,21 @@ class CoreEngine:
                 for value in (state.get(f"{name}.{key}") for key in ("left", "right", "rounding"))
             )
             layer.bases = (left, right) if layer.counts["refreshes"] else None
+        for name, layer in self.guarded.items():
+            layer.kept = state[f"{name}.kept"].to(layer.weight.device)
         if self.step:
             self.optimizer_state.write_moments(moments, self.step)
         self._between_steps, self._is_last, self._open = True, True, False
 
     def _check_state(self, state: dict[str, Tensor]) -> None:
+        shapes = {f"{name}.kept": tuple(layer.kept.shape) for name, layer in self.guarded.items()}
         for name, layer in self.layers.items():
-            shapes = {"weight": layer.shape, "core": layer.core_shape, "counts": (4,)}
-            shapes |= {key: layer.core_shape for key in MOMENTS}
-            for key, shape in shapes.items():
-                found = state.get(f"{name}.{key}")
-                if found is None or found.shape != torch.Size(shape):
-                    what = "missing" if found is None else f"of shape {tuple(found.shape)}"
-                    raise InputError(f"core engine's state: {name}.{key} is {what}; allowed is {tuple(shape)}")
+            shapes |= {f"{name}.weight": layer.shape, f"{name}.core": layer.core_shape, f"{name}.counts": (4,)}
+            shapes |= {f"{name}.{key}": layer.core_shape for key in MOMENTS}
+        for key, shape in shapes.items():
+            if key not in state or tuple(state[key].shape) != tuple(shape):
+                found = f"of shape {tuple(state[key].shape)}" if key in state else "missing"
+                raise InputError(f"core engine's state: {key} is {found}; allowed is {tuple(shape)}")
 
 
 # -------------------------------------------------------------------------------------------- refresh

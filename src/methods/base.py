@@ -28,6 +28,7 @@ from loranew import (
 )
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
 from order_rows import OrderRows
+from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
 
 
 class Method:
@@ -49,6 +50,7 @@ class Method:
     def __init__(self, options: MethodArguments):
         self.options = options
         self.model: nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
         # Weights of the base that differ from the base model on disk, by module name: earlier tasks' and this one's.
         self.changed: dict[str, nn.Linear] = {}
 
@@ -76,7 +78,8 @@ class Method:
     def create_optimizer(self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         """Optimizer of everything that trains."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        return self.optimizer
 
     def begin_training(self, engine) -> None:
         """Called once before the first step, with the DeepSpeed engine that trains the model, or None."""
@@ -154,6 +157,22 @@ class LoraMethod(Method):
 
     def begin_training(self, engine) -> None:
         self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
+        self.optimizer_state = None if engine is None else optimizer_state_of(self.optimizer, engine)
+
+    # Checkpoints of a run under DeepSpeed
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What such a run needs to go on, on the same or another number of ranks: CPU tensors by name; collective."""
+        step = torch.tensor(steps_taken(self.optimizer))
+        return {"step": step} | read_parameters(self.optimizer_state, dict(self.factors()))
+
+    def load_training_state(self, saved: dict[str, torch.Tensor]) -> None:
+        """Go on where `training_state` was taken; collective, once DeepSpeed has moments (`start_moments`).
+
+        Raises:
+            InputError: a tensor is missing or does not fit.
+        """
+        write_parameters(self.optimizer_state, dict(self.factors()), saved, int(saved["step"]))
 
     def end_task(self) -> None:
         """Turn what was trained into memory: the new LoRA joins the old one.

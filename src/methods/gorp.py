@@ -43,6 +43,8 @@ class Gorp(LoraMethod):
                 "--method gorp: neither --optim_target_modules nor --proj_lora_modules is given, so nothing would be "
                 "projected or protected; give one, or use --method inclora"
             )
+        if options.lamda_3:
+            self.start = {name: layer.weight.detach().clone() for name, layer in self.targets.items()}
         self.space = self._load_space(previous)
         if options.protect == "structural":
             # The new LoRA sees x - S S^T x, so that its change is orthogonal to S exactly.
@@ -57,8 +59,6 @@ class Gorp(LoraMethod):
 
     def create_optimizer(self, *, lr, betas, eps, weight_decay):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        if self.options.lamda_3:
-            self.start = {name: layer.weight.detach().clone() for name, layer in self.targets.items()}
         factors = dict(self.factors())
         if self.cores is not None:
             cores = self.cores.core_groups(self.options.galore_lr, weight_decay) if self.targets else []
@@ -89,6 +89,16 @@ class Gorp(LoraMethod):
     def begin_micro_batch(self, is_last: bool) -> None:
         if self.cores is not None:
             self.cores.begin_micro_batch(is_last)
+
+    def training_state(self):
+        cores = {} if self.cores is None else self.cores.state_dict()
+        return super().training_state() | {f"cores.{name}": value for name, value in cores.items()}
+
+    def load_training_state(self, saved):
+        super().load_training_state(saved)
+        if self.cores is not None:
+            prefix = "cores."
+            self.cores.load_state_dict({n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)})
 
     def penalty(self):
         terms = self.lora_penalties()
