@@ -10,12 +10,16 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from errors import InputError
 from files import check_writable, read_json
+
+NOTHING = "none"
+"""What `--optim_target_modules` and `--proj_lora_modules` say to name nothing, where a script names something."""
 
 
 @dataclass
@@ -66,6 +70,14 @@ class DataArguments:
     max_predict_samples: int | None = field(
         default=None, metadata={"help": "Test on this many rows of each dataset at most."}
     )
+    zero_shot: bool = field(
+        default=False,
+        metadata={"help": "Before training, test on the order's tasks that are not trained yet (forward transfer)."},
+    )
+    unseen_config_dir: str | None = field(
+        default=None,
+        metadata={"help": "A step's folder of any order: test also on its test datasets that this order never trains."},
+    )
     num_examples: int = field(default=0, metadata={"help": "Solved examples shown in each prompt (few-shot)."})
     add_task_name: bool = field(default=False, metadata={"help": "Begin the prompt with the task's name."})
     add_dataset_name: bool = field(default=False, metadata={"help": "Begin the prompt with the dataset's name."})
@@ -74,11 +86,39 @@ class DataArguments:
     )
 
 
+# What `--preset` sets where a flag does not: the published settings that depend neither on the model nor on the order
+# (those that do are in scripts/settings.sh).
+PRESETS = {
+    "default": {},
+    "published": {
+        "lora_dim": 8,
+        "lora_alpha": 32,
+        "lora_dropout": 0.1,
+        "galore_update_proj_gap": 10,
+        "galore_proj_type": "std",
+        "galore_svd": "exact",
+        "protect": "gp_first",
+        "protect_side": "output",
+        "space_energy": 0.9,
+        "lamda_1": 0.5,
+    },
+}
+
+
 @dataclass
 class MethodArguments:
-    """The continual-learning method and its settings (PROTOCOL names; see the README's table for published values)."""
+    """The continual-learning method and its settings (PROTOCOL names; see the README's table for published values).
+
+    A method that has options of its own declares them in a subclass, in its own file.
+    """
+
+    uses_lora: ClassVar[bool] = True
 
     method: str = field(default="gorp", metadata={"help": "A file name of src/methods, without .py."})
+    preset: str = field(
+        default="default",
+        metadata={"help": "published: the published settings, where no flag says otherwise.", "choices": [*PRESETS]},
+    )
     lora_dim: int = field(default=8, metadata={"help": "Rank of the LoRA that a task adds."})
     lora_alpha: float = field(default=32, metadata={"help": "LoRA scale times rank: s = lora_alpha / lora_dim."})
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the LoRA that trains."})
@@ -123,7 +163,9 @@ class MethodArguments:
     lamda_3: float = field(default=0.0, metadata={"help": "Weight of ||dW dW^T - I||, full-rank weights; 0: off."})
 
     def __post_init__(self):
-        if self.lora_modules is None:
+        if self.proj_lora_modules == NOTHING:
+            self.proj_lora_modules = None
+        if self.uses_lora and self.lora_modules is None:
             raise InputError("--lora_modules: missing; a regular expression such as '.*SelfAttention.(q|v).*'")
         positive = ("lora_dim", "lora_alpha", "galore_rank", "galore_update_proj_gap")
         not_negative = ("galore_scale", "galore_lr", "lamda_1", "lamda_2", "lamda_3")
@@ -131,8 +173,8 @@ class MethodArguments:
             _check_number(self, name, above=0)
         for name in not_negative:
             _check_number(self, name, least=0)
-        _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 up to, not including, 1")
-        _check(0 < self.space_energy <= 1, "space_energy", self.space_energy, "above 0, at most 1")
+        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 up to, not including, 1")
+        check(0 < self.space_energy <= 1, "space_energy", self.space_energy, "above 0, at most 1")
         if self.protect == "structural" and self.protect_side != "input":
             raise InputError("--protect structural: found --protect_side output; it needs --protect_side input")
 
@@ -162,14 +204,14 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         if self.deepspeed is not None:
             check_deepspeed_file(self.deepspeed, bf16=bool(self.bf16), fp16=bool(self.fp16), numbers=self.batch())
         self.remove_unused_columns = False  # the collator reads the whole row
-        _check(self.max_non_finite_steps > 0, "max_non_finite_steps", self.max_non_finite_steps, "a number above 0")
+        check(self.max_non_finite_steps > 0, "max_non_finite_steps", self.max_non_finite_steps, "a number above 0")
         if self.output_dir is None:
             raise InputError("--output_dir: missing; a folder for the results")
         check_writable(self.output_dir)
         super().__post_init__()
         known = get_available_reporting_integrations()
         for name in self.report_to:
-            _check(name in known, "report_to", name, ", ".join(["none", *known]))
+            check(name in known, "report_to", name, ", ".join(["none", *known]))
 
     def batch(self) -> dict[str, float]:
         """What a DeepSpeed file may repeat of the command line, by its key there."""
@@ -185,7 +227,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "seed"):
             _check_number(self, name, least=0)
         for name in ("adam_beta1", "adam_beta2"):
-            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 up to, not including, 1")
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 up to, not including, 1")
         if self.max_steps <= 0:
             _check_number(self, "num_train_epochs", above=0)
         if self.generation_max_length is not None:
@@ -235,8 +277,8 @@ def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool, numbers: Mapping[
 class Parser(HfArgumentParser):
     """Flags by their whole names; what is wrong with one is an InputError, not a page of usage."""
 
-    def __init__(self, *groups: type):
-        super().__init__(groups, allow_abbrev=False)
+    def __init__(self, *groups: type, **options):
+        super().__init__(groups, allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise InputError(f"command line: {message}")
@@ -245,26 +287,45 @@ class Parser(HfArgumentParser):
 def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, MethodArguments, UIETrainingArguments]:
-    """The four groups of arguments, from flags or from one JSON file.
+    """The four groups of arguments, from flags or from one JSON file; the third is what the method declares.
 
     Raises:
-        InputError: an unknown flag, or values that contradict each other.
+        InputError: an unknown flag or method, or values that contradict each other.
     """
-    parser = Parser(ModelArguments, DataArguments, MethodArguments, UIETrainingArguments)
+    from methods import find_method  # the methods take their options from this module
+
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) == 1 and argv[0].endswith(".json"):
         argv = _flags(argv[0])
+    chosen = _early_choices(argv)
+    method_class = find_method(chosen["method"])
+    parser = Parser(ModelArguments, DataArguments, method_class.Arguments, UIETrainingArguments)
+    parser.set_defaults(**PRESETS[chosen["preset"]])
     try:
         groups = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     except (ValueError, TypeError, OSError, ImportError) as error:  # Hugging Face's own checks of its arguments
         raise InputError(f"command line: {error}") from None
     model, data, method, training = groups
+    if training.optim_target_modules == [NOTHING]:
+        training.optim_target_modules = None
     method.optim_target_modules = training.optim_target_modules or []
     if method.galore_svd == "sketch" and training.do_train and not training.deepspeed:
         raise InputError("--galore_svd: found sketch without --deepspeed; exact or lowrank")
     if training.deepspeed is not None and training.do_train:
-        check_sharded(method, training.deepspeed, training.weight_decay)
+        check(not data.zero_shot, "zero_shot", "true", f"only without --deepspeed {training.deepspeed}, which has "
+              "nothing to predict with before it trains")
+        check_sharded(method_class, method, training.deepspeed, training.weight_decay)
     return model, data, method, training
+
+
+def _early_choices(argv: list[str]) -> dict[str, str]:
+    """The flags that decide which other flags there are and what they are by default."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--method", default="gorp")
+    parser.add_argument("--preset", default="default")
+    chosen = vars(parser.parse_known_args(argv)[0])
+    check(chosen["preset"] in PRESETS, "preset", chosen["preset"], f"one of {', '.join(PRESETS)}")
+    return chosen
 
 
 def _flags(path: str) -> list[str]:
@@ -281,19 +342,26 @@ def _flags(path: str) -> list[str]:
     return argv
 
 
-def check_sharded(method: MethodArguments, deepspeed_file: str, weight_decay: float) -> None:
+def check_sharded(method_class, method: MethodArguments, deepspeed_file: str, weight_decay: float) -> None:
     """What the method cannot do when DeepSpeed cuts up its parameters.
 
     Raises:
-        InputError: a penalty at stage 3, where no rank has whole weights to compute it from; or decay of factors whose
-            component in a space is kept, which it would move.
+        InputError: a stage of ZeRO that leaves the method less than it needs; a penalty at stage 3, where no rank has
+            whole weights to compute it from; or decay of factors whose component in a space is kept, which it would
+            move.
     """
+    name, most = method_class.__name__.lower(), method_class.zero_stage
+    if most is None:
+        raise InputError(f"--method {name}: found --deepspeed {deepspeed_file}; {name} runs in one process without it")
     zero = read_json(deepspeed_file).get("zero_optimization", {})
-    if isinstance(zero, dict) and zero.get("stage") == 3:
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if stage > most:
+        raise InputError(f"--method {name}: found ZeRO stage {stage} ({deepspeed_file}); at most stage {most}")
+    if stage == 3:
         for flag in ("lamda_1", "lamda_2", "lamda_3"):
-            _check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
+            check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
     decays = method.protect == "gp_second" and weight_decay
-    _check(not decays, "weight_decay", weight_decay, "only 0 with --protect gp_second under DeepSpeed")
+    check(not decays, "weight_decay", weight_decay, "only 0 with --protect gp_second under DeepSpeed")
 
 
 def check_data_arguments(data: DataArguments) -> None:
@@ -312,13 +380,14 @@ def check_data_arguments(data: DataArguments) -> None:
         _check_number(data, flag, above=0)
     _check_number(data, "repetition_penalty", above=0)
     for flag in ("max_num_instances_per_task", "max_num_instances_per_eval_task"):
-        _check(getattr(data, flag) != 0, flag, 0, "a number above 0, or -1 for all")
+        check(getattr(data, flag) != 0, flag, 0, "a number above 0, or -1 for all")
     for flag in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
         value = getattr(data, flag)
-        _check(value is None or value > 0, flag, value, "a number above 0, or the flag left out")
+        check(value is None or value > 0, flag, value, "a number above 0, or the flag left out")
 
 
-def _check(holds: bool, flag: str, found, allowed: str) -> None:
+def check(holds: bool, flag: str, found, allowed: str) -> None:
+    """Refuse the value of a flag, saying what is allowed."""
     if not holds:
         raise InputError(f"--{flag}: found {found}; {allowed}")
 
@@ -327,4 +396,4 @@ def _check_number(group, flag: str, *, above: float | None = None, least: float 
     """A finite number above, or at least, a limit."""
     found = getattr(group, flag)
     holds = math.isfinite(found) and (found > above if above is not None else found >= least)
-    _check(holds, flag, found, f"a number above {above}" if above is not None else f"{least} or more")
+    check(holds, flag, found, f"a number above {above}" if above is not None else f"{least} or more")

@@ -23,7 +23,8 @@ from arguments import Parser, check_data_arguments, check_deepspeed_file, check_
 from errors import InputError
 from methods import find_method
 from order_config import read_order
-from run_uie_lora import build_collator, load_model, row_options
+from order_rows import row_options
+from run_uie_lora import build_collator, load_model
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import read_examples
 
@@ -83,7 +84,7 @@ def check_flags(flags: list[str]) -> tuple[dict, DataCollatorForUIE | None]:
     if launch.deepspeed is not None:
         precision = {"bf16": bool(training_args.bf16), "fp16": bool(training_args.fp16)}
         check_deepspeed_file(launch.deepspeed, **precision, numbers=training_args.batch())
-        check_sharded(method_args, launch.deepspeed, training_args.weight_decay)
+        check_sharded(method_class, method_args, launch.deepspeed, training_args.weight_decay)
     collator = None
     if with_model:
         loaded = load_model(model_args, data_args, weights=False)

@@ -31,8 +31,9 @@ from model.loading import model_files
 RECORD = "run_record.json"
 COMPLETED = "completed.json"
 ADAPTERS = ("t5_adapter", "llama_adapter")
-RESULT_FILES = ("train_results.json", "predict_results.json", "eval_results.json", "all_results.json",
-                "predict_eval_predictions.jsonl", "trainer_state.json")
+PARTS = ("zero_shot", "train", "eval", "predict", "unseen")  # of a task, each with a file of results
+RESULT_FILES = (*(f"{part}_results.json" for part in PARTS), "all_results.json", "predict_eval_predictions.jsonl",
+                "trainer_state.json", "run.json")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "numpy",
             "deepspeed")
 SOURCE = Path(__file__).resolve().parent

@@ -8,13 +8,16 @@ run's own account of what it trains, projects and protects, and of how well it t
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import TrainerState, set_seed
@@ -34,9 +37,10 @@ from errors import InputError, RunStopped, is_disk_full
 from files import whole_file, whole_folder, write_json
 from methods import find_method
 from model.loading import LoadedModel, load_model_and_tokenizer
-from run_record import Progress, begin, complete, find_adapter, find_progress, make_record
+from order_rows import load_rows, row_options
+from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
 from uie_collator import DataCollatorForUIE
-from uie_dataset_lora import data_files, load_uie_dataset
+from uie_dataset_lora import data_files
 from uie_trainer_lora import DenserEvaluation, UIETrainer
 
 logger = logging.getLogger("gorp")
@@ -79,7 +83,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     """
     set_up_logging(training_args)
     check_data_arguments(data_args)
-    method_class = find_method(method_args.method)
+    method = find_method(method_args.method)(method_args)
     output_dir = Path(training_args.output_dir)
     files = data_files(task_config_dir=data_args.task_config_dir, **row_options(data_args, training_args))
     run_record = make_record(files, model_args, data_args, method_args, training_args)
@@ -89,15 +93,14 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         return
     if progress is Progress.TRAINED:
         logger.info("%s: trained before; only what is left is evaluated", output_dir)
-        training_args.do_train = False
+        training_args.do_train = data_args.zero_shot = False
         model_args.model_name_or_path = str(find_adapter(output_dir))
     set_seed(training_args.seed)
-    rows = load_rows(data_args, training_args)
+    rows = load_rows(data_args, training_args, method)
 
     # ZeRO-3 would cut the model up while it is read; it is cut up when training begins, after the method is attached.
     unset_hf_deepspeed_config()
     loaded = load_model(model_args, data_args)
-    method = method_class(method_args)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:
@@ -105,18 +108,29 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
     claim_output_dir(trainer, run_record, progress)  # after every check: what is refused must not cost earlier results
 
+    if progress is not Progress.TRAINED:
+        describe_run(output_dir, trainer, loaded.base_name, data_args)
+    if "zero_shot" in rows:
+        with torch.random.fork_rng():  # what is measured must not change what is trained
+            score(trainer, rows["zero_shot"], output_dir, "zero_shot")
     if training_args.do_train:
         for line in method.summary():
             logger.info(line)
-        record(output_dir, "train", train(trainer, len(rows["train"]), progress), trainer)
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
-        leave_behind(trainer, adapter, loaded.tokenizer)  # from here on the task counts as trained
+        if len(rows["train"]):
+            record(output_dir, "train", train(trainer, len(rows["train"]), progress), trainer)
+            leave_behind(trainer, adapter, loaded.tokenizer)  # from here on the task counts as trained
+        else:
+            record(output_dir, "train", {"train_samples": 0, "train_runtime": 0.0}, trainer)
+            pass_on(trainer, loaded.previous, adapter)
     elif progress is Progress.TRAINED:
         trainer.state = TrainerState.load_from_json(str(output_dir / "trainer_state.json"))
     if training_args.do_eval:
         record(output_dir, "eval", trainer.evaluate(), trainer)
     if training_args.do_predict:
         predict(trainer, rows["test"], output_dir)
+    if "unseen" in rows:
+        score(trainer, rows["unseen"], output_dir, "unseen")
     if trainer.is_world_process_zero():
         complete(output_dir)
 
@@ -137,55 +151,6 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
             yield
     except Timeout:
         raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or end it") from None
-
-
-def load_rows(data_args: DataArguments, training_args: UIETrainingArguments) -> datasets.DatasetDict:
-    """The step's examples, cut to the sample limits; every split that the run needs has rows."""
-    rows = load_uie_dataset(
-        task_config_dir=data_args.task_config_dir,
-        overwrite_cache=data_args.overwrite_cache,
-        **row_options(data_args, training_args),
-    )
-    needed = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
-    for split, is_needed in needed.items():
-        if is_needed and len(rows[split]) == 0:
-            raise InputError(f"--task_config_dir: {data_args.task_config_dir} has no dataset for {split}; one at least")
-    rows["train"] = first_rows(rows["train"], data_args.max_train_samples)
-    rows["validation"] = first_rows(rows["validation"], data_args.max_eval_samples)
-    rows["test"] = first_rows_of_each(rows["test"], data_args.max_predict_samples)
-    return rows
-
-
-def row_options(data_args: DataArguments, training_args: UIETrainingArguments) -> dict:
-    """What decides an example beside the step: the options that `load_uie_dataset` and `read_examples` share."""
-    return {
-        "data_dir": data_args.data_dir,
-        "instruction_file": data_args.instruction_file,
-        "instruction_strategy": data_args.instruction_strategy,
-        "max_num_instances_per_task": data_args.max_num_instances_per_task,
-        "max_num_instances_per_eval_task": data_args.max_num_instances_per_eval_task,
-        "num_examples": data_args.num_examples,
-        "over_sampling": data_args.over_sampling,
-        "seed": training_args.seed,
-    }
-
-
-def first_rows(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """At most `limit` rows, the first ones."""
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def first_rows_of_each(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """At most `limit` rows of each dataset, the first ones: a limit must not drop whole tasks of the past."""
-    if limit is None:
-        return rows
-    seen: dict[str, int] = {}
-    kept = []
-    for index, dataset in enumerate(rows["Dataset"]):
-        seen[dataset] = seen.get(dataset, 0) + 1
-        if seen[dataset] <= limit:
-            kept.append(index)
-    return rows.select(kept)
 
 
 def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True) -> LoadedModel:
@@ -224,8 +189,9 @@ def build_trainer(model, method, loaded, rows, data_args: DataArguments,
                   training_args: UIETrainingArguments) -> UIETrainer:
     """The trainer of this task, with its collator, generation settings and callbacks."""
     collator = build_collator(loaded, data_args, training_args)
-    for split in ("train", "test"):
-        collator.check(rows[split])
+    for split in rows.keys() - {"validation"}:
+        if len(rows[split]):  # there is nothing to train where a method passes on what it has
+            collator.check(rows[split])
     return UIETrainer(
         model=model,
         args=training_args,
@@ -270,6 +236,15 @@ def leave_behind(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def pass_on(trainer: UIETrainer, previous: Path, adapter: Path) -> None:
+    """The folder that the task before left, for a task in which the method trains nothing."""
+    logger.info("nothing trains in this task: %s is passed on", previous)
+    if trainer.is_world_process_zero():
+        with whole_folder(adapter) as partial:
+            shutil.copytree(previous, partial, dirs_exist_ok=True)
+    trainer.accelerator.wait_for_everyone()
+
+
 def predict(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path) -> None:
     """Answer the test rows of every task so far; predictions as JSON lines, then the scores."""
     output = trainer.predict(rows, metric_key_prefix="predict")
@@ -285,13 +260,46 @@ def predict(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path) -> No
     logger.info(accuracy_line(metrics, list(dict.fromkeys(rows["Dataset"])), output_dir.name, prefix="predict_"))
 
 
+def score(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path, part: str) -> None:
+    """Test on rows beyond those of the tasks so far: the scores only."""
+    datasets_tested = list(dict.fromkeys(rows["Dataset"]))
+    counted = {f"{part}_samples": len(rows), f"{part}_datasets": datasets_tested}
+    metrics = trainer.predict(rows, metric_key_prefix=part).metrics | counted
+    record(output_dir, part, metrics, trainer)
+    logger.info("%s: %s", part.replace("_", "-"), accuracy_line(metrics, datasets_tested, prefix=f"{part}_"))
+
+
+def describe_run(output_dir: Path, trainer: UIETrainer, base_name: str, data_args: DataArguments) -> None:
+    """Write `run.json`: what a report needs to know about the run beside its scores."""
+    if not trainer.is_world_process_zero():
+        return
+    args, options, config = trainer.args, dataclasses.asdict(trainer.method.options), Path(data_args.task_config_dir)
+    parameters = list(trainer.model.parameters())
+    settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
+                "gradient_accumulation_steps")
+    content = {
+        "method": options.pop("method"),
+        "seed": args.seed,
+        "base_model": base_name,
+        "order": config.resolve().parent.name.removesuffix("_configs"),
+        "dataset": config.name,
+        "processes": args.world_size,
+        "values": sum(parameter.numel() for parameter in parameters),
+        "trained_values": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "options": options | {name: getattr(args, name) for name in settings} | {
+            name: getattr(data_args, name) for name in ("data_dir", "max_train_samples", "max_predict_samples")
+        },
+    }
+    write_json(output_dir / "run.json", content)
+
+
 def record(output_dir: Path, split: str, metrics: dict, trainer: UIETrainer) -> None:
     """Write `<split>_results.json`, bring all_results.json and trainer_state.json up to date."""
     if not trainer.is_world_process_zero():
         return
     write_json(output_dir / f"{split}_results.json", metrics, sort_keys=True)
     together = {}
-    for part in ("train", "eval", "predict"):
+    for part in PARTS:
         path = output_dir / f"{part}_results.json"
         if path.exists():
             together |= json.loads(path.read_text(encoding="utf-8"))

@@ -122,6 +122,24 @@ def test_two_ranks_under_zero_train_what_one_process_trains(adapter_name, stage,
         assert moved > 0 and moved_sharded == pytest.approx(moved, rel=0.1), name
 
 
+@pytest.mark.parametrize("method", ["nlora", "replay"])
+def test_two_ranks_train_other_methods_too(method, mini_benchmark, tmp_path):
+    model, modules = PREFIX["t5_adapter"]
+    short = ["--method", method, "--max_steps", "4", "--max_predict_samples", "4"]
+    sharded = ["--deepspeed", "configs/ds_configs/stage2.config", "--per_device_train_batch_size", "4"]
+    for dataset in ("dbpedia", "amazon"):
+        command = arguments(mini_benchmark, tmp_path / dataset, dataset, model, modules, *short, *sharded)
+        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+        launched = [*launcher, "src/run_uie_lora.py", *command]
+        done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        model = tmp_path / dataset / "t5_adapter"
+    again = arguments(mini_benchmark, tmp_path / "again", "amazon", model, modules, *short)
+    again.remove("--do_train")
+    subprocess.run([sys.executable, "src/run_uie_lora.py", *again], cwd=ROOT, env=ENVIRONMENT, check=True)
+    assert predictions(tmp_path / "again") == predictions(tmp_path / "amazon")
+
+
 @pytest.mark.parametrize(("adapter_name", "stage"), [("t5_adapter", 2), ("llama_adapter", 3)])
 def test_a_sharded_run_goes_on_from_its_checkpoint(adapter_name, stage, mini_benchmark, tmp_path):
     """On as many ranks bit by bit, with a schedule; in one process with other last digits."""

@@ -9,7 +9,17 @@ import pytest
 
 from errors import InputError
 from report import matrix as module
-from report.matrix import accuracy_matrix, average_performance, backward_transfer, format_table
+from report.matrix import (
+    accuracy_matrix,
+    average_performance,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    format_table,
+    measure,
+    unseen_accuracy,
+    zero_shot_matrix,
+)
 
 REPORT = Path(module.__file__).parent
 DONE = [{"dbpedia": 98.0}, {"dbpedia": 90.0, "amazon": 50.0}, {"dbpedia": 95.0, "amazon": 44.5, "yahoo": 70.0}]
@@ -38,17 +48,58 @@ def test_matrix_of_a_finished_order(order):
     assert backward_transfer(matrix) == pytest.approx(((95 - 98) + (44.5 - 50)) / 2)
 
 
+def table(folder):
+    tasks, matrix = accuracy_matrix(folder)
+    return format_table(tasks, matrix, measure(folder, tasks, matrix))
+
+
+def write_part(folder, step, part, values, **more):
+    results = {f"{part}_exact_match_for_{name}": value for name, value in values.items()}
+    (folder / "outputs" / step / f"{part}_results.json").write_text(json.dumps(results | more))
+
+
+def test_forgetting_counts_from_the_best_value_ever_reached():
+    matrix = [[80.0, None, None], [90.0, 50.0, None], [60.0, 55.0, 70.0]]
+    assert forgetting(matrix) == pytest.approx(((90 - 60) + (50 - 55)) / 2)
+    assert forgetting(matrix[:1]) is None
+    assert forgetting([[80.0, None], [None, 50.0]]) is None
+
+
+def test_forward_transfer_is_the_gain_over_the_untrained_model(order):
+    folder = order(DONE)
+    write_part(folder, "1-dbpedia", "zero_shot", {"dbpedia": 5.0, "amazon": 10.0, "yahoo": 20.0})
+    write_part(folder, "2-amazon", "zero_shot", {"amazon": 16.0, "yahoo": 1.0})
+    before = zero_shot_matrix(folder, TASKS)
+    assert before == [[5.0, 10.0, 20.0], [None, 16.0, 1.0], [None] * 3]
+    assert (forward_transfer(before, 1), forward_transfer(before, 3)) == (None, None)
+    assert forward_transfer(before, 2) == 6.0
+    write_part(folder, "3-yahoo", "zero_shot", {"yahoo": 23.0})
+    assert forward_transfer(zero_shot_matrix(folder, TASKS), 3) == pytest.approx((6 + 3) / 2)
+
+
+def test_unseen_datasets_are_those_listed_whatever_their_kind_is_called(order):
+    folder = order(DONE)
+    step = folder / "outputs" / "3-yahoo"
+    assert unseen_accuracy(step) == {}
+    scores = {"BoolQA": 60.0, "NLI": 30.0, "CB": 20.0}
+    write_part(folder, "3-yahoo", "unseen", scores, unseen_datasets=["BoolQA", "CB"])
+    assert unseen_accuracy(step) == {"BoolQA": 60.0, "CB": 20.0}
+    tasks, matrix = accuracy_matrix(folder)
+    assert measure(folder, tasks, matrix)["unseen_accuracy"] == 40.0
+
+
 def test_steps_are_sorted_as_numbers(order):
     tasks = [f"task-{i}" for i in range(1, 12)]
     assert accuracy_matrix(order([{task: 1.0} for task in tasks], tasks))[0] == tasks
 
 
 def test_unfinished_order_has_the_measures_of_its_latest_task(order):
-    tasks, matrix = accuracy_matrix(order([DONE[0], DONE[1], None]))
+    folder = order([DONE[0], DONE[1], None])
+    _, matrix = accuracy_matrix(folder)
     assert matrix[2] == [None, None, None]
     assert average_performance(matrix) == 70.0
     assert backward_transfer(matrix) == -8.0
-    assert "not finished: no results of 3-yahoo; AP and BWT are those after 2-amazon" in format_table(tasks, matrix)
+    assert "not finished: no results of 3-yahoo; the measures are those after 2-amazon" in table(folder)
 
 
 def test_one_task_has_no_backward_transfer(order):
@@ -67,14 +118,16 @@ def test_nothing_measured():
 
 
 def test_table(order):
-    assert format_table(*accuracy_matrix(order(DONE))).splitlines() == [
+    assert table(order(DONE)).splitlines() == [
         "after      dbpedia  amazon  yahoo",
         "1-dbpedia    98.00       -      -",
         "2-amazon     90.00   50.00      -",
         "3-yahoo      95.00   44.50  70.00",
         "",
         "average performance (AP)  69.83",
+        "the same over rows        1.00",
         "backward transfer (BWT)   -4.25",
+        "forgetting (F)            4.25",
     ]
 
 
@@ -122,12 +175,16 @@ def test_command_prints_the_table_and_writes_the_results(order):
     folder = order([*DONE[:2], None])
     done = run(folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == format_table(*accuracy_matrix(folder)) + "\n"
+    assert done.stdout == table(folder) + "\n"
     assert json.loads((folder / "order_results.json").read_text()) == {
         "tasks": TASKS,
         "accuracy": [[98.0, None, None], [90.0, 50.0, None], [None, None, None]],
         "average_performance": 70.0,
+        "average_over_rows": 1.0,
         "backward_transfer": -8.0,
+        "forgetting": 8.0,
+        "forward_transfer": None,
+        "unseen_accuracy": None,
         "unfinished": ["3-yahoo"],
     }
 

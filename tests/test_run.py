@@ -179,6 +179,24 @@ def test_checkpoint_resumes_to_the_same_bits(mini_benchmark, tmp_path):
         assert all(torch.equal(once[key], again[key]) for key in once)
 
 
+def test_zero_shot_and_unseen_datasets_are_scored_and_change_nothing(two_tasks, mini_benchmark, tmp_path):
+    adapter_name, first, second = two_tasks
+    model, modules = PREFIX[adapter_name]
+    flags = ["--zero_shot", "--unseen_config_dir", str(ROOT / "configs" / "order4_configs" / "COPA")]
+    out = tmp_path / "out"
+    assert run_uie_lora.main(arguments(mini_benchmark, out, "amazon", first / adapter_name, modules, *flags)) == 0
+    parts = {part: json.loads((out / f"{part}_results.json").read_text()) for part in ("zero_shot", "unseen")}
+    assert set(parts["zero_shot"]["zero_shot_datasets"]) == {"amazon", "yahoo", "agnews"}
+    assert set(parts["unseen"]["unseen_datasets"]) == {"MNLI", "CB", "WiC", "COPA"}
+    assert parts["unseen"]["unseen_samples"] == 4 * 12 and "unseen_exact_match_for_CB" in parts["unseen"]
+    for name in ("adapter_model", "full_rank_weights", "gradient_space"):
+        once, again = (load_file(folder / adapter_name / f"{name}.safetensors") for folder in (second, out))
+        assert all(torch.equal(once[key], again[key]) for key in once)
+    run = json.loads((out / "run.json").read_text())
+    assert (run["method"], run["order"], run["seed"], run["base_model"]) == ("gorp", "order1", 42, str(model))
+    assert 0 < run["trained_values"] < run["values"]
+
+
 def test_evaluation_during_training_and_denser(mini_benchmark, tmp_path):
     step = tmp_path / "step"
     shutil.copytree(ROOT / "configs" / "order1_configs" / "dbpedia", step)

@@ -47,8 +47,8 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
             model: naming the file, the tensor, what was found and what is needed.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    tensors = _read_tensors(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder)
     _check_memory(config, tensors, folder / WEIGHTS_FILE)
     config.inference_mode = not trainable
     # The model's own name is right: the base may have moved since the adapter was written.
@@ -150,7 +150,12 @@ def _check_targets(model: nn.Module, config: LoraNewConfig) -> None:
             raise InputError(f"r: found {config.r}, which is above the rank of {name}, a {shape} matrix")
 
 
-def _read_config(folder: Path) -> LoraNewConfig:
+def read_config(folder: Path) -> LoraNewConfig:
+    """The configuration of an adapter folder.
+
+    Raises:
+        InputError: the file is missing, or describes no LoRA that is known here.
+    """
     path = folder / CONFIG_FILE
     content = read_json(path)
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
@@ -165,7 +170,12 @@ def _read_config(folder: Path) -> LoraNewConfig:
         raise InputError(f"{path}: {error}") from None
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The factors that an adapter folder holds, by name.
+
+    Raises:
+        InputError: the file is missing, damaged or a pickle.
+    """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         if (folder / PICKLE_FILE).is_file():

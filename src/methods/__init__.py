@@ -1,7 +1,7 @@
 """Continual-learning methods, one file each; `--method NAME` finds the file of that name here."""
 
 import importlib
-from pathlib import Path
+import pkgutil
 
 from errors import InputError
 from methods.base import Method
@@ -9,7 +9,7 @@ from methods.base import Method
 
 def method_names() -> list[str]:
     """Names that `--method` takes: the files of this folder, but for this one and the base."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
 def find_method(name: str) -> type[Method]:

@@ -1,18 +1,22 @@
-"""What every method shares: a LoRA that remembers, and carrying what earlier tasks left behind.
+"""What methods share: the hooks of `Method`, and the two kinds of weights that one can train.
 
-A method is a subclass in a file of its own that overrides the few hooks in which it differs. As it stands, this
-class adds a new LoRA for each task and puts no constraint on it.
+A method is a subclass in a file of its own that overrides the few hooks in which it differs. `LoraMethod` adds a new
+LoRA for each task and puts no constraint on it; `FullRankMethod` trains weights of the base model and no LoRA.
+Options of a method's own are fields of a subclass of `MethodArguments`, named by the method's `Arguments`.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, TaskType
 from torch import nn
 
 import full_rank
 from arguments import MethodArguments
+from errors import InputError
+from files import write_json
 from loranew import (
     LoraNewConfig,
     add_loranew,
@@ -22,33 +26,44 @@ from loranew import (
     loranew_layers,
     save_folded,
 )
+from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
+from order_rows import OrderRows
 from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
 
 
 class Method:
     """One task's training by one method.
 
-    Life of an instance: `prepare` once, then `create_optimizer`; `penalty` in every training step; `end_task` after
-    the last one; `save` to leave the adapter folder from which the next task's `prepare` starts.
+    Life of an instance: `training_rows`, then `prepare` once, then `create_optimizer`; `penalty` in every training
+    step; `end_task` after the last one; `save` to leave the adapter folder from which the next task's `prepare` starts.
+
+    Attributes:
+        Arguments: the method's group of command-line options.
+        zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
+        step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_rows` may set it.
     """
+
+    Arguments: type[MethodArguments] = MethodArguments
+    zero_stage: int | None = 3
+    step_factor = 1
 
     def __init__(self, options: MethodArguments):
         self.options = options
-        self.model: PeftModel | None = None
+        self.model: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         # Weights of the base that differ from the base model on disk, by module name: earlier tasks' and this one's.
         self.changed: dict[str, nn.Linear] = {}
-        # Of a model that DeepSpeed has cut up: what `end_task` has gathered to be saved.
-        self.partitioned = False
-        self.left_behind: dict[str, torch.Tensor] | None = None
-        self.whole: dict[str, torch.Tensor] = {}
 
     # Setting up
 
+    def training_rows(self, own: Dataset, order: OrderRows) -> Dataset:
+        """The rows to train on: the task's `own`. Without rows nothing trains, and the folder before is passed on."""
+        return own
+
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
-    ) -> PeftModel:
-        """Attach the LoRA to `model`, load what the task before left in `previous`, freeze everything else.
+    ) -> nn.Module:
+        """Attach what trains to `model`, load what the task before left in `previous`, freeze everything else.
 
         `sharded` says that DeepSpeed will train the model, so that the optimizer sees flat pieces of the parameters.
 
@@ -56,6 +71,70 @@ class Method:
             InputError: a regular expression that matches nothing or not linear layers, a rank above a matrix, or an
                 adapter folder that does not fit the model.
         """
+        raise NotImplementedError
+
+    # Training
+
+    def create_optimizer(self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+        """Optimizer of everything that trains."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        return self.optimizer
+
+    def begin_training(self, engine) -> None:
+        """Called once before the first step, with the DeepSpeed engine that trains the model, or None."""
+
+    def begin_micro_batch(self, is_last: bool) -> None:
+        """Called before each forward pass in training; `is_last` where an optimizer step follows."""
+
+    def penalty(self) -> torch.Tensor | None:
+        """A scalar to add to the loss once an optimizer step, or None where there is nothing to add."""
+        return None
+
+    # Finishing
+
+    def end_task(self) -> None:
+        """Turn what was trained into what is saved. Collective."""
+
+    def save(self, folder: Path) -> None:
+        """Write what the next task needs to `folder`: here every changed full-rank weight."""
+        if self.changed:
+            full_rank.save_weights(self.changed_weights(), folder)
+
+    def changed_weights(self) -> dict[str, torch.Tensor]:
+        """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
+        return {name: layer.weight for name, layer in self.changed.items()}
+
+    # Saying what the run does
+
+    def summary(self) -> list[str]:
+        """Lines for the start of a run: how many values train, and where."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return [f"method {type(self).__name__.lower()}: {trained:,} of {total:,} values train; {self.describe()}"]
+
+    def describe(self) -> str:
+        """Where the values that train are, for `summary`."""
+        raise NotImplementedError
+
+    def closing_summary(self) -> list[str]:
+        """Lines for the end of training: what the method did."""
+        return []
+
+
+class LoraMethod(Method):
+    """A new LoRA for each task, which joins the frozen LoRA of all earlier tasks when its task ends."""
+
+    def __init__(self, options: MethodArguments):
+        super().__init__(options)
+        # Of a model that DeepSpeed has cut up: what `end_task` has gathered to be saved.
+        self.partitioned = False
+        self.left_behind: dict[str, torch.Tensor] | None = None
+        self.whole: dict[str, torch.Tensor] = {}
+
+    def prepare(
+        self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
+    ) -> PeftModel:
         layers = full_rank.match_linear(model, [self.options.lora_modules], "lora_modules")
         full_rank.check_rank(layers, self.options.lora_dim, "lora_dim")
         model.requires_grad_(False)
@@ -76,25 +155,9 @@ class Method:
             task_type=TaskType.CAUSAL_LM if decoder_only else TaskType.SEQ_2_SEQ_LM,
         )
 
-    # Training
-
-    def create_optimizer(self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
-        """Optimizer of everything that trains."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        return self.optimizer
-
     def begin_training(self, engine) -> None:
-        """Called once before the first step, with the DeepSpeed engine that trains the model, or None."""
         self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
         self.optimizer_state = None if engine is None else optimizer_state_of(self.optimizer, engine)
-
-    def begin_micro_batch(self, is_last: bool) -> None:
-        """Called before each forward pass in training; `is_last` where an optimizer step follows."""
-
-    def penalty(self) -> torch.Tensor | None:
-        """A scalar to add to the loss once an optimizer step, or None where there is nothing to add."""
-        return None
 
     # Checkpoints of a run under DeepSpeed
 
@@ -111,10 +174,8 @@ class Method:
         """
         write_parameters(self.optimizer_state, dict(self.factors()), saved, int(saved["step"]))
 
-    # Finishing
-
     def end_task(self) -> None:
-        """Turn what was trained into memory: the new LoRA joins the old one. Collective.
+        """Turn what was trained into memory: the new LoRA joins the old one.
 
         At ZeRO-3 the model stays as DeepSpeed has it, and only what is saved is gathered.
         """
@@ -129,33 +190,19 @@ class Method:
             fold_loranew(self.model)
 
     def save(self, folder: Path) -> None:
-        """Write what the next task needs to `folder`: the LoRA factors and every changed full-rank weight."""
+        """Write the LoRA factors and every changed full-rank weight to `folder`."""
         if self.left_behind is None:
             self.model.save_pretrained(folder, save_embedding_layers=False)  # the base's are never changed
         else:
             save_folded(self.model, self.left_behind, folder)
-        if self.changed:
-            full_rank.save_weights(self.changed_weights(), folder)
+        super().save(folder)
 
     def changed_weights(self) -> dict[str, torch.Tensor]:
-        """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
-        return {name: layer.weight for name, layer in self.changed.items()} | self.whole
+        return super().changed_weights() | self.whole
 
-    # Saying what the run does
-
-    def summary(self) -> list[str]:
-        """Lines for the start of a run: how many values train, and where."""
+    def describe(self) -> str:
         new = sum(parameter.numel() for _, parameter in self.factors())
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        return [
-            f"method {type(self).__name__.lower()}: {trained:,} of {total:,} values train; "
-            f"{new:,} in the new LoRA of {len(loranew_layers(self.model))} layers"
-        ]
-
-    def closing_summary(self) -> list[str]:
-        """Lines for the end of training: what the method did."""
-        return []
+        return f"{new:,} in the new LoRA of {len(loranew_layers(self.model))} layers"
 
     # Access for subclasses
 
@@ -181,3 +228,42 @@ class Method:
         for name, parameter in self.model.named_parameters():
             if ".loranew_" in name:
                 yield name.removeprefix("base_model.model.").replace(".default.", "."), parameter
+
+
+class FullRankArguments(MethodArguments):
+    """The options of a method without a LoRA."""
+
+    uses_lora = False
+
+
+class FullRankMethod(Method):
+    """The weights of the base model that `--optim_target_modules` names train themselves; there is no LoRA."""
+
+    Arguments = FullRankArguments
+    zero_stage = None  # the optimizer, or the hooks on gradients, need whole weights
+
+    def prepare(
+        self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
+    ) -> nn.Module:
+        name = type(self).__name__.lower()
+        if not self.options.optim_target_modules:
+            raise InputError(f"--method {name}: --optim_target_modules is missing; it names the weights that train")
+        self.targets = full_rank.match_linear(model, self.options.optim_target_modules, "optim_target_modules")
+        if previous is not None:
+            if (previous / WEIGHTS_FILE).exists():
+                raise InputError(f"--method {name}: {previous} holds a LoRA; only a folder that {name} left is loaded")
+            self.changed = full_rank.load_weights(model, previous)
+        self.changed |= self.targets
+        model.requires_grad_(False)
+        self.base_name = model.name_or_path
+        self.model = model
+        return model
+
+    def save(self, folder: Path) -> None:
+        """Write the changed weights, and a file that makes the folder one to go on from: it names the base model."""
+        write_json(folder / CONFIG_FILE, {"base_model_name_or_path": self.base_name, "peft_type": None})
+        super().save(folder)
+
+    def describe(self) -> str:
+        weights = sum(layer.weight.numel() for layer in self.targets.values())
+        return f"{len(self.targets)} weights of the base with {weights:,} values"

@@ -17,7 +17,7 @@ from torch import nn
 import full_rank
 from errors import InputError
 from loranew import loranew_layers, set_input_space
-from methods.base import Method
+from methods.base import LoraMethod
 from Proj_torch import ProjAdamW
 from Proj_torch.zero_core import CoreEngine
 from subspace import GradientSpace
@@ -26,7 +26,7 @@ detail = logging.getLogger("gorp.detail")
 SPACE_FILE = "gradient_space.safetensors"
 
 
-class Gorp(Method):
+class Gorp(LoraMethod):
     """The published method; what its options switch is in `MethodArguments`."""
 
     def prepare(self, model, previous: Path | None, *, decoder_only: bool, sharded: bool = False):

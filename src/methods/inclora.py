@@ -1,7 +1,7 @@
 """IncLoRA: a new LoRA for each task, and nothing that keeps it from disturbing the old ones."""
 
-from methods.base import Method
+from methods.base import LoraMethod
 
 
-class Inclora(Method):
+class Inclora(LoraMethod):
     """The base method as it stands."""

@@ -2,10 +2,10 @@
 
 import torch
 
-from methods.base import Method
+from methods.base import LoraMethod
 
 
-class Olora(Method):
+class Olora(LoraMethod):
     """The base method with the penalties `lamda_1` (overlap with the old factors) and `lamda_2` (size)."""
 
     def penalty(self):

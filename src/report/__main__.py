@@ -1,6 +1,10 @@
-"""Print an order's accuracy matrix, average performance and backward transfer, and write `order_results.json`.
+"""What runs add up to: an order's accuracy matrix, or methods, orders and seeds side by side.
 
-    python src/report logs_and_outputs/order_1
+    python src/report logs_and_outputs/order_1                 one order: prints its table, writes order_results.json
+    python src/report logs_and_outputs more_runs --out report  every order below: writes a report into that folder
+
+An order's folder holds `outputs/<i>-<dataset>/`. The report is `report.html` (one file, opens offline), `report.md`,
+`figures/*.svg`, `measures.csv` and `accuracy.csv`.
 """
 
 import argparse
@@ -12,22 +16,49 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a folder run as 
 
 from errors import InputError
 from files import write_json
-from report.matrix import accuracy_matrix, format_table, order_results
+from report.matrix import accuracy_matrix, format_table, measure, order_results
+from report.page import answer, write_report
+from report.runs import distinct, find_runs, is_order, select
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="report", description="The accuracy of every task after every task.")
-    parser.add_argument("order_dir", type=Path, help="output folder of an order, with outputs/<i>-<dataset>/ in it")
+    parser = argparse.ArgumentParser(prog="report", description=__doc__.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="an order's output folder, or folders with orders below")
+    parser.add_argument("--out", type=Path, help="folder of the report; default: report/ in the first folder")
     options = parser.parse_args(arguments)
+    first = options.folders[0]
     try:
-        tasks, matrix = accuracy_matrix(options.order_dir)
+        if len(options.folders) == 1 and options.out is None and is_order(first):
+            report_order(first)
+        else:
+            report_runs(options.folders, options.out or first / "report")
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
-    print(format_table(tasks, matrix))
-    try:
-        write_json(options.order_dir / "order_results.json", order_results(tasks, matrix))
     except OSError as error:
-        parser.exit(2, f"error: {options.order_dir}: cannot be written ({error.strerror})\n")
+        parser.exit(2, f"error: {error.filename or options.out or first}: cannot be written ({error.strerror})\n")
+
+
+def report_order(order_dir: Path) -> None:
+    """Print an order's table, and write its measures beside its outputs."""
+    tasks, matrix = accuracy_matrix(order_dir)
+    measures = measure(order_dir, tasks, matrix)
+    print(format_table(tasks, matrix, measures))
+    write_json(order_dir / "order_results.json", order_results(tasks, matrix, measures))
+
+
+def report_runs(folders: Sequence[Path], out: Path) -> None:
+    """Write the report over every order below the folders, and print its answers.
+
+    Raises:
+        InputError: there are no results, or `out` is a folder with something else in it.
+    """
+    if out.exists() and not (out.is_dir() and ((out / "report.html").exists() or not any(out.iterdir()))):
+        raise InputError(f"--out: {out} holds something other than a report; a new folder, or an earlier report's")
+    runs = find_runs(folders)
+    write_report(runs, out)
+    for model in distinct(runs, "model"):
+        print(f"{model}: {answer(select(runs, model=model))}")
+    print(f"report: {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
 """The accuracy of every task after every task, and what continual learning measures in it.
 
 Row i, column j of the matrix is a[i][j], the exact match in per cent on task j after training on task i, None where
-it was not measured. With T tasks, the last row being T:
+it was not measured; b[i][j], j >= i, is the same before training on task i (`--zero_shot`). With T tasks, the last
+row being T, and n[j] test rows of task j:
 
-    average performance  AP  = 1/T sum_j a[T][j]                        (Lopez-Paz & Ranzato, 2017, there ACC;
-                                                                         Chaudhry et al., 2018, there A_T)
-    backward transfer    BWT = 1/(T-1) sum_{i<T} (a[T][i] - a[i][i])    (Lopez-Paz & Ranzato, 2017)
+    average performance        AP  = 1/T sum_j a[T][j]                       (Lopez-Paz & Ranzato, 2017, there ACC;
+                                                                              Chaudhry et al., 2018, there A_T)
+    the same over rows               sum_j n[j] a[T][j] / sum_j n[j]         (the published code's exact_match)
+    backward transfer          BWT = 1/(T-1) sum_{j<T} (a[T][j] - a[j][j])   (Lopez-Paz & Ranzato, 2017)
+    forgetting                 F   = 1/(T-1) sum_{j<T} (max_{j<=i<T} a[i][j] - a[T][j])     (Chaudhry et al., 2018)
+    forward transfer           FWT = 1/(T-1) sum_{j>1} (b[j][j] - b[1][j])   (Lopez-Paz & Ranzato, 2017; their
+                                                                              untrained model is the base model here)
+    accuracy on unseen data          the mean over the datasets of `--unseen_config_dir` after task T
 
 BWT below zero is forgetting. An order that is not finished has the measures of its latest finished task.
 """
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from errors import InputError
@@ -57,9 +63,66 @@ def backward_transfer(matrix: Matrix) -> float | None:
     return _mean([None if None in pair else pair[0] - pair[1] for pair in pairs])
 
 
-def order_results(tasks: Sequence[str], matrix: Matrix) -> dict:
+def forgetting(matrix: Matrix) -> float | None:
+    """F after the latest finished task; None after the first one, or if a value that it needs is missing."""
+    last = last_finished(matrix)
+    if not last:
+        return None
+    columns = [[matrix[i][j] for i in range(j, last + 1)] for j in range(last)]
+    return _mean([None if None in column else max(column[:-1]) - column[-1] for column in columns])
+
+
+def forward_transfer(before: Matrix, tasks_finished: int) -> float | None:
+    """FWT over the first `tasks_finished` tasks; None below two, or if a value that it needs is missing.
+
+    Args:
+        before: b, what `zero_shot_matrix` reads.
+    """
+    pairs = [(before[j][j], before[0][j]) for j in range(1, tasks_finished)]
+    return _mean([None if None in pair else pair[0] - pair[1] for pair in pairs]) if pairs else None
+
+
+def zero_shot_matrix(order_dir: str | os.PathLike, tasks: Sequence[str]) -> Matrix:
+    """b[i][j]: exact match on task j before training on task i, None where `--zero_shot` did not measure it."""
+    folders = _step_folders(Path(order_dir) / "outputs")
+    return [_row(folder / "zero_shot_results.json", tasks, "zero_shot") for folder in folders]
+
+
+def unseen_accuracy(folder: str | os.PathLike) -> dict[str, float | None]:
+    """Exact match after a step on each dataset that its order never trains; empty where it was not measured."""
+    path = Path(folder) / "unseen_results.json"
+    tasks = _results(path).get("unseen_datasets", [])
+    return dict(zip(tasks, _row(path, tasks, "unseen")))
+
+
+MEASURES = {
+    "average_performance": "average performance (AP)",
+    "average_over_rows": "the same over rows",
+    "backward_transfer": "backward transfer (BWT)",
+    "forgetting": "forgetting (F)",
+    "forward_transfer": "forward transfer (FWT)",
+    "unseen_accuracy": "accuracy on unseen datasets",
+}
+"""The measures of an order, and what a table calls them."""
+
+
+def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) -> dict[str, float | None]:
+    """Every measure of `MEASURES` after the latest finished task, None where it was not measured."""
+    last = last_finished(matrix)
+    folder = Path(order_dir) / "outputs" / step_name(last + 1, tasks[last])
+    unseen = unseen_accuracy(folder).values()
+    return {
+        "average_performance": average_performance(matrix),
+        "average_over_rows": _results(folder / "predict_results.json").get("predict_exact_match"),
+        "backward_transfer": backward_transfer(matrix),
+        "forgetting": forgetting(matrix),
+        "forward_transfer": forward_transfer(zero_shot_matrix(order_dir, tasks), last + 1),
+        "unseen_accuracy": _mean(list(unseen)) if unseen else None,
+    }
+
+
+def order_results(tasks: Sequence[str], matrix: Matrix, measures: Mapping[str, float | None]) -> dict:
     """The content of `order_results.json`; values have 4 decimals, as the metrics have."""
-    measures = {"average_performance": average_performance(matrix), "backward_transfer": backward_transfer(matrix)}
     return {
         "tasks": list(tasks),
         "accuracy": matrix,
@@ -78,21 +141,25 @@ def step_name(number: int, dataset: str) -> str:
     return f"{number}-{dataset}"
 
 
-def format_table(tasks: Sequence[str], matrix: Matrix) -> str:
-    """The matrix as aligned text, with AP and BWT below it and, where there are any, the steps without results."""
+def format_table(tasks: Sequence[str], matrix: Matrix, measures: Mapping[str, float | None]) -> str:
+    """The matrix as aligned text, with the measures that there are below it, then the steps without results."""
     steps = [step_name(i, task) for i, task in enumerate(tasks, 1)]
-    cells = [["after", *tasks]] + [[step, *map(_cell, row)] for step, row in zip(steps, matrix)]
+    cells = [["after", *tasks]] + [[step, *map(cell, row)] for step, row in zip(steps, matrix)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join([step.ljust(widths[0]), *map(str.rjust, values, widths[1:])]) for step, *values in cells]
-    lines += [
-        "",
-        f"average performance (AP)  {_cell(average_performance(matrix))}",
-        f"backward transfer (BWT)   {_cell(backward_transfer(matrix))}",
-    ]
+    always = ("average_performance", "backward_transfer")
+    shown = [name for name in MEASURES if measures[name] is not None or name in always]
+    width = max(len(MEASURES[name]) for name in shown)
+    lines += ["", *(f"{MEASURES[name].ljust(width)}  {cell(measures[name])}" for name in shown)]
     if unfinished := unfinished_steps(tasks, matrix):
         last = steps[last_finished(matrix)]
-        lines += ["", f"not finished: no results of {', '.join(unfinished)}; AP and BWT are those after {last}"]
+        lines += ["", f"not finished: no results of {', '.join(unfinished)}; the measures are those after {last}"]
     return "\n".join(lines)
+
+
+def cell(value: float | None) -> str:
+    """A number of a table, two decimals, "-" where there is none."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _step_folders(outputs: Path) -> list[Path]:
@@ -107,27 +174,23 @@ def _step_folders(outputs: Path) -> list[Path]:
     return [folder for _, folder in sorted(numbered)]
 
 
-def _row(path: Path, tasks: Sequence[str]) -> list[float | None]:
+def _row(path: Path, tasks: Sequence[str], part: str = "predict") -> list[float | None]:
     """Exact match on every task in a step's results file, None where it has none; without a file all are None."""
-    if not path.exists():
-        return [None] * len(tasks)
-    results = read_json(path)
+    results = _results(path)
+    keys = [f"{part}_exact_match_for_{task}" for task in tasks]
+    for key in keys:
+        if not isinstance(results.get(key), int | float | None):
+            raise InputError(f"{path}: {key} is {results[key]!r}; expected a number")
+    return [results.get(key) for key in keys]
+
+
+def _results(path: Path) -> dict:
+    """The metrics of a step's results file, none without a file."""
+    results = read_json(path) if path.exists() else {}
     if not isinstance(results, dict):
         raise InputError(f"{path}: found {type(results).__name__}; expected an object of metrics")
-    row = [results.get(_key(task)) for task in tasks]
-    for task, value in zip(tasks, row):
-        if not isinstance(value, int | float | None):
-            raise InputError(f"{path}: {_key(task)} is {value!r}; expected a number")
-    return row
-
-
-def _key(dataset: str) -> str:
-    return f"predict_exact_match_for_{dataset}"
+    return results
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     return None if None in values else sum(values) / len(values)
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

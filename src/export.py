@@ -1,0 +1,129 @@
+"""A finished task as what other tools read: a plain Hugging Face model, or a plain PEFT LoRA adapter.
+
+    python src/export.py logs_and_outputs/order_1/outputs/4-agnews --to exported
+    python src/export.py logs_and_outputs/order_1/outputs/4-agnews --to exported --as adapter
+
+The model has the LoRA and the full-rank weights merged into the base; it needs nothing of this project. The adapter
+goes with the base model that it was trained on, and exists only where no full-rank weight has changed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+import full_rank
+from errors import InputError
+from files import check_writable, read_json, whole_folder, write_json
+from loranew import load_loranew
+from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors
+from model.loading import load_model_and_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="export", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a task's output folder, or the adapter folder in it")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--as", dest="form", choices=["model", "adapter"], default="model", help="what to write")
+    parser.add_argument("--dtype", choices=[*DTYPES], default="float32", help="precision of a model's weights")
+    options = parser.parse_args(arguments)
+    try:
+        adapter = find_adapter(options.run)
+        if options.to.exists():
+            raise InputError(f"--to: {options.to} exists already; a new folder")
+        check_writable(options.to.parent)
+        if options.form == "model":
+            export_model(adapter, options.to, DTYPES[options.dtype])
+        else:
+            export_adapter(adapter, options.to)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.form} written to {options.to}")
+    return 0
+
+
+def find_adapter(run: Path) -> Path:
+    """The adapter folder that `run` is or holds.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    if (run / CONFIG_FILE).is_file():
+        return run
+    found = sorted(path.parent for path in run.glob(f"*/{CONFIG_FILE}"))
+    if len(found) != 1:
+        raise InputError(f"{run}: found {len(found)} folders with {CONFIG_FILE}; a task's output folder holds one")
+    return found[0]
+
+
+def export_model(adapter: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write base, LoRA and full-rank changes as one model, with its tokenizer. They are merged in float32.
+
+    Raises:
+        InputError: the base model is not where the adapter says, or a file is damaged or does not fit it.
+    """
+    loaded = load_model_and_tokenizer(str(adapter))
+    model = merged_model(loaded.model, adapter).to(dtype)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        loaded.tokenizer.save_pretrained(partial)
+        if loaded.decoder_only:  # not this project's class, which only saves memory in training
+            config = read_json(partial / "config.json")
+            write_json(partial / "config.json", config | {"architectures": ["LlamaForCausalLM"]}, indent=2)
+
+
+def merged_model(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The base model with everything in it that the tasks have changed."""
+    full_rank.load_weights(model, adapter)
+    if (adapter / WEIGHTS_FILE).exists():
+        model = load_loranew(model, adapter, trainable=False).merge_and_unload()
+    return model
+
+
+def export_adapter(adapter: Path, folder: Path) -> None:
+    """Write the LoRA of all tasks as one plain LoRA, whose rank is the sum of theirs; the scale stays.
+
+    Raises:
+        InputError: full-rank weights have changed, which a LoRA cannot hold, or there is no LoRA.
+    """
+    if (adapter / full_rank.FILE_NAME).exists():
+        raise InputError(f"--as adapter: {adapter} holds changed full-rank weights, which are no LoRA; --as model")
+    config, factors = read_config(adapter), plain_factors(read_tensors(adapter))
+    if not factors:
+        raise InputError(f"{adapter / WEIGHTS_FILE}: holds no LoRA factor")
+    rank = len(next(tensor for name, tensor in factors.items() if ".lora_A." in name))
+    plain = LoraConfig(
+        r=rank,
+        lora_alpha=config.lora_alpha / config.r * rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    with whole_folder(folder) as partial:
+        plain.save_pretrained(partial)
+        save_file(factors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def plain_factors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Old and new factors of each layer joined along the rank, as `lora_A` (rank, in) and `lora_B` (out, rank)."""
+    joined = {}
+    for kind, dim in (("A", 0), ("B", 1)):
+        old, new = f".lora_{kind}.", f".loranew_{kind}."
+        for layer in dict.fromkeys(name.replace(new, old) for name in tensors if old in name or new in name):
+            parts = [tensors[name] for name in (layer, layer.replace(old, new)) if name in tensors]
+            joined[layer] = torch.cat(parts, dim).contiguous()
+    return joined
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""GaLore in sequence (Zhao et al., ICML 2024): full-rank weights by a low-rank gradient projection, and nothing else.
+
+The weights that `--optim_target_modules` names train by `ProjAdamW` with the `galore_` options, from task to task,
+without a LoRA and without a protected space. The paper trains every other parameter too, by plain Adam; here they
+stay frozen, so that the weights are those that GORP changes.
+"""
+
+import full_rank
+from errors import InputError
+from methods.base import FullRankMethod
+from Proj_torch import ProjAdamW
+
+
+class Galore(FullRankMethod):
+    def prepare(self, model, previous, *, decoder_only, sharded=False):
+        if self.options.galore_svd == "sketch":
+            raise InputError("--galore_svd: found sketch without --deepspeed; exact or lowrank")
+        model = super().prepare(model, previous, decoder_only=decoder_only)
+        full_rank.check_rank(self.targets, self.options.galore_rank, "galore_rank")
+        for layer in self.targets.values():
+            layer.weight.requires_grad_(True)
+        return model
+
+    def create_optimizer(self, *, lr, betas, eps, weight_decay):
+        options = self.options
+        group = {
+            "params": [layer.weight for layer in self.targets.values()],
+            "param_names": list(self.targets),
+            "rank": options.galore_rank,
+            "update_proj_gap": options.galore_update_proj_gap,
+            "scale": options.galore_scale,
+            "proj_type": options.galore_proj_type,
+            "svd": options.galore_svd,
+            "lr": options.galore_lr,
+        }
+        self.optimizer = ProjAdamW([group], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        return self.optimizer
+
+    def closing_summary(self) -> list[str]:
+        return [self.optimizer.projection_report().line()]

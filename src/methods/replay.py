@@ -1,0 +1,36 @@
+"""Experience replay: one LoRA trained through all tasks, on each task's rows and a buffer of earlier tasks' rows.
+
+The buffer: of every earlier task, `--replay_rows` of the rows that it trained on, drawn without replacement by the
+run's seed and the task's place in the order, so that every later task meets the same ones (all of them where a task
+had fewer). They are mixed with the task's own rows, each once an epoch; the number of optimizer steps stays that of
+`--max_steps`, so that a step on an old row is a step less on a new one.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+from datasets import concatenate_datasets
+
+from arguments import MethodArguments, check
+from methods.seqlora import Seqlora
+
+
+@dataclass
+class ReplayArguments(MethodArguments):
+    replay_rows: int = field(default=16, metadata={"help": "Rows of each earlier task in the buffer."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.replay_rows > 0, "replay_rows", self.replay_rows, "a number above 0")
+
+
+class Replay(Seqlora):
+    Arguments = ReplayArguments
+
+    def training_rows(self, own, order):
+        buffers = [self._draw(rows, f"{order.seed}/replay/{place}") for place, rows in enumerate(order.earlier())]
+        return concatenate_datasets([own, *buffers])
+
+    def _draw(self, rows, seed: str):
+        count = min(self.options.replay_rows, len(rows))
+        return rows.select(sorted(random.Random(seed).sample(range(len(rows)), count)))

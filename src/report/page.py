@@ -1,0 +1,287 @@
+"""The report over many runs: a page in Markdown and in HTML (one file, no network), SVG pictures and CSV tables.
+
+Both pages are made from the same list of blocks: ("heading", text), ("text", text), ("table", rows), ("figure", name).
+"""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from files import whole_folder
+from report import svg
+from report.matrix import MEASURES, cell
+from report.published import RESULTS
+from report.runs import (
+    CEILING,
+    Run,
+    Summary,
+    distinct,
+    mean_matrix,
+    natural,
+    paired_difference,
+    ranked_methods,
+    select,
+    summarise,
+)
+
+Block = tuple[str, object]
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; margin: 2rem auto; max-width: 70rem;
+       padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; text-align: right;
+        border-bottom: 1px solid #ddd; white-space: nowrap } td:first-child, th:first-child { text-align: left }
+p.answer { font-size: 1.15rem } figure { display: inline-block; vertical-align: top; margin: .5rem 1.5rem .5rem 0;
+         max-width: 100%; overflow-x: auto } div.wide { overflow-x: auto }
+"""
+
+
+def write_report(runs: Sequence[Run], folder: Path) -> None:
+    """Write `report.html`, `report.md`, `figures/*.svg`, `measures.csv` and `accuracy.csv`, all or none of them."""
+    figures = {}
+    blocks = [block for model in distinct(runs, "model") for block in _model_blocks(select(runs, model=model), figures)]
+    blocks += _published_blocks()
+    with whole_folder(folder) as partial:
+        (partial / "figures").mkdir()
+        for name, picture in figures.items():
+            (partial / "figures" / f"{name}.svg").write_text(picture, encoding="utf-8")
+        (partial / "report.md").write_text(markdown(blocks), encoding="utf-8")
+        (partial / "report.html").write_text(html(blocks, figures), encoding="utf-8")
+        (partial / "measures.csv").write_text(measures_csv(runs), encoding="utf-8")
+        (partial / "accuracy.csv").write_text(accuracy_csv(runs), encoding="utf-8")
+
+
+# What the pages say
+
+
+def answer(runs: Sequence[Run]) -> str:
+    """Which method, by how much, at what cost, in a few sentences; `runs` are those of one model."""
+    methods = ranked_methods(runs)
+    sequential = [method for method in methods if method.split(" ")[0] != CEILING] or methods
+    best = sequential[0]
+    own = select(runs, method=best)
+    result = summarise(own, "average_performance")
+    if result is None:
+        return "No order is finished yet."
+    said = [f"Best: {best}, average performance {_with_spread(result)} over {_runs(result.count)}"]
+    transfer = summarise(own, "backward_transfer")
+    said[0] += f", backward transfer {transfer.mean:+.1f}." if transfer else "."
+    if len(sequential) > 1:
+        said.append(_lead(own, select(runs, method=sequential[1]), sequential[1]))
+    said.append(f"Cost: {_cost(own)}.")
+    if ceiling := [method for method in methods if method not in sequential]:
+        gap = paired_difference(own, select(runs, method=ceiling[0]), "average_performance")
+        if gap:
+            said.append(f"Against {ceiling[0]}, all tasks at once: {gap.mean:+.1f} points.")
+    return " ".join(said)
+
+
+def _lead(own: Sequence[Run], second: Sequence[Run], name: str) -> str:
+    gap = paired_difference(own, second, "average_performance")
+    if gap is None:
+        return f"Next is {name}, with no order and seed in common."
+    if gap.spread is None:
+        return f"It leads {name}, the next, by {gap.mean:.1f} points on the one pair of runs: no spread is known."
+    within = ", which is within twice the standard error: no result" if abs(gap.mean) <= 2 * gap.spread else ""
+    return f"It leads {name}, the next, by {gap.mean:.1f} ± {gap.spread:.1f} points ({gap.count} pairs){within}."
+
+
+def _cost(runs: Sequence[Run]) -> str:
+    seconds, trained, stored = _costs(runs)
+    share = f" ({100 * runs[0].trained_values / runs[0].values:.2g} % of the model)" if runs[0].values else ""
+    return f"{seconds} of training an order, {trained} values trained{share}, {stored} kept between tasks"
+
+
+def _costs(runs: Sequence[Run]) -> tuple[str, str, str]:
+    """Mean time, values trained and bytes stored, for a table."""
+    def mean(name: str) -> float | None:
+        values = [getattr(run, name) for run in runs]
+        return None if None in values else sum(values) / len(values)
+    return _seconds(mean("seconds")), _count(mean("trained_values")), _bytes(mean("stored_bytes"))
+
+
+def _model_blocks(runs: Sequence[Run], figures: dict[str, str]) -> list[Block]:
+    """Everything about one model; its pictures are added to `figures`."""
+    model, methods = runs[0].model, ranked_methods(runs)
+    blocks: list[Block] = [("heading", model), ("answer", answer(runs)), ("table", _method_table(runs, methods))]
+    blocks.append(("text", NOTE))
+    scored = [(method, summarise(select(runs, method=method), "average_performance")) for method in methods]
+    rows = [(method, result.mean, result.spread) for method, result in scored if result]
+    if rows:
+        blocks.append(_figure(figures, f"{model}-methods", svg.bars(rows, f"{model}: average performance, per cent")))
+    blocks += [("heading", f"{model}: method by order"), ("table", _order_table(runs, methods))]
+    for order in sorted(distinct(runs, "order"), key=natural):
+        blocks += _order_blocks(select(runs, order=order), [m for m in methods if select(runs, order=order, method=m)],
+                                figures)
+    unfinished = [run for run in runs if run.unfinished]
+    if unfinished:
+        blocks.append(("text", "Not finished, and so in the pictures only: " + "; ".join(
+            f"{run.method}, {run.order}, seed {run.seed} (without {', '.join(run.unfinished)})" for run in unfinished)))
+    return blocks
+
+
+NOTE = (
+    "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
+    "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against' pairs runs of the same order "
+    "and seed; ± is there the standard error of the mean difference. Definitions: docs/METRICS.md."
+)
+
+
+def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]]:
+    best = next((method for method in methods if method.split(" ")[0] != CEILING), methods[0])
+    optional = [name for name in ("average_over_rows", "forward_transfer", "unseen_accuracy")
+                if any(run.measures.get(name) is not None for run in runs)]
+    names = {"average_over_rows": "over rows", "forward_transfer": "FWT", "unseen_accuracy": "unseen"}
+    rows = [["method", "AP", f"against {best}", "BWT", "F", *(names[name] for name in optional), "training", "trained",
+             "stored", "runs"]]
+    for method in methods:
+        own = select(runs, method=method)
+        gap = None if method == best else paired_difference(own, select(runs, method=best), "average_performance")
+        shown = [_with_spread(summarise(own, name)) for name in ("backward_transfer", "forgetting", *optional)]
+        name = f"{method} (ceiling)" if method.split(" ")[0] == CEILING else method
+        rows.append([name, _with_spread(summarise(own, "average_performance")), _with_spread(gap, sign="+"), *shown,
+                     *_costs(own), str(sum(not run.unfinished for run in own))])
+    return rows
+
+
+def _order_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]]:
+    orders = sorted(distinct(runs, "order"), key=natural)
+    rows = [["AP", *orders]]
+    for method in methods:
+        results = [summarise(select(runs, method=method, order=order), "average_performance") for order in orders]
+        rows.append([method, *map(_with_spread, results)])
+    return rows
+
+
+def _order_blocks(runs: Sequence[Run], methods: Sequence[str], figures: dict[str, str]) -> list[Block]:
+    """Curves and heat maps of one order; runs over other tasks than the first run's are left out of the pictures."""
+    model, order, tasks = runs[0].model, runs[0].order, runs[0].tasks
+    alike = [run for run in runs if run.tasks == tasks]
+    matrices = {method: mean_matrix(select(alike, method=method)) for method in methods if select(alike, method=method)}
+    title = f"{model}, {order}: accuracy of each task over time"
+    blocks: list[Block] = [("heading", f"{model}: {order}"), ("text", " > ".join(tasks))]
+    blocks.append(_figure(figures, f"{model}-{order}-curves", svg.curves(tasks, matrices, title)))
+    for method, matrix in matrices.items():
+        seeds = len(select(alike, method=method))
+        picture = svg.heat_map(tasks, matrix, f"{method}, {order}" + (f", mean of {seeds} seeds" if seeds > 1 else ""))
+        blocks.append(_figure(figures, f"{model}-{order}-{method}-matrix", picture))
+    return blocks
+
+
+def _published_blocks() -> list[Block]:
+    rows = [["published: model", "orders", "method", "AP", "BWT"]]
+    rows += [[one.model, one.orders, one.method, f"{one.average_performance:.1f}",
+              "-" if one.backward_transfer is None else f"{one.backward_transfer:+.1f}"] for one in RESULTS]
+    note = ("Published numbers, not measured here: full-size models and data. They were read in secondary summaries, "
+            "not in the papers' own tables.")
+    return [("heading", "Published results"), ("text", note), ("table", rows)]
+
+
+def _figure(figures: dict[str, str], name: str, picture: str) -> Block:
+    """A picture under a file name of its own."""
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:100]
+    while slug in figures:
+        slug += "-"
+    figures[slug] = picture
+    return ("figure", slug)
+
+
+# How they say it
+
+
+def markdown(blocks: Sequence[Block]) -> str:
+    """The page as Markdown; pictures are files in `figures/`."""
+    lines = ["# Continual learning: methods side by side", ""]
+    for kind, content in blocks:
+        if kind == "heading":
+            lines += [f"## {_plain(content)}", ""]
+        elif kind == "table":
+            head, *rows = [[_plain(value) for value in row] for row in content]
+            lines += [f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)] + [""]
+        elif kind == "figure":
+            lines += [f"![{content}](figures/{content}.svg)", ""]
+        else:
+            lines += [_plain(content), ""]
+    return "\n".join(lines)
+
+
+def html(blocks: Sequence[Block], figures: Mapping[str, str]) -> str:
+    """The page as one HTML file with its pictures inside; every text is escaped."""
+    parts = []
+    for kind, content in blocks:
+        if kind == "heading":
+            parts.append(f"<h2>{escape(content)}</h2>")
+        elif kind == "table":
+            head, *rows = content
+            cells = "".join(f"<th>{escape(value)}</th>" for value in head)
+            body = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in row)}</tr>" for row in rows)
+            parts.append(f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>')
+        elif kind == "figure":
+            parts.append(f"<figure>{figures[content]}</figure>")
+        else:
+            parts.append(f'<p class="{kind}">{escape(content)}</p>')
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Continual learning: methods side by side'
+        f"</title><style>{STYLE}</style></head>\n<body><h1>Continual learning: methods side by side</h1>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def measures_csv(runs: Sequence[Run]) -> str:
+    """A row for each run: its measures and costs, full precision, empty where there is none."""
+    costs = ("seconds", "trained_values", "values", "stored_bytes")
+    rows = [["model", "method", "order", "seed", *MEASURES, *costs, "unfinished"]]
+    for run in runs:
+        numbers = [*(run.measures.get(name) for name in MEASURES), *(getattr(run, name) for name in costs)]
+        rows.append([run.model, run.method, run.order, run.seed, *numbers, " ".join(run.unfinished)])
+    return _csv(rows)
+
+
+def accuracy_csv(runs: Sequence[Run]) -> str:
+    """A row for each measured cell of each run's accuracy matrix."""
+    rows = [["model", "method", "order", "seed", "step", "after", "task", "accuracy"]]
+    for run in runs:
+        for i, row in enumerate(run.matrix):
+            for task, value in zip(run.tasks, row):
+                if value is not None:
+                    rows.append([run.model, run.method, run.order, run.seed, i + 1, run.tasks[i], task, value])
+    return _csv(rows)
+
+
+def _csv(rows: Sequence[Sequence]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, within a table's cell too."""
+    return re.sub(r"([\\|<>*_`\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def _with_spread(result: Summary | None, sign: str = "") -> str:
+    if result is None:
+        return "-"
+    return format(result.mean, f"{sign}.1f") + ("" if result.spread is None else f" ± {result.spread:.1f}")
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _bytes(value: float | None) -> str:
+    return "-" if value is None else f"{cell(value / 1e6)} MB"

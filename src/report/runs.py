@@ -1,0 +1,195 @@
+"""Finished orders on disk as `Run`s, and what a set of them comes to: mean, spread, paired differences."""
+
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from errors import InputError
+from files import read_json
+from report.matrix import Matrix, accuracy_matrix, last_finished, measure, step_name, unfinished_steps
+
+CEILING = "multitask"
+"""The method that sees all tasks at once: a ceiling to compare with, not a way to learn in sequence."""
+
+
+@dataclass
+class Run:
+    """One order, trained once by one method.
+
+    Attributes:
+        method: the method's name, followed by the options in which it differs from other runs of its name.
+        measures: see `report.matrix.MEASURES`.
+        seconds: training time of all tasks together.
+        trained_values: most values that any task trained; stored_bytes: what the last task left for a next one.
+        unfinished: steps without results; the measures are then those of the last finished step.
+    """
+
+    folder: Path
+    model: str
+    method: str
+    order: str
+    seed: str
+    tasks: list[str]
+    matrix: Matrix
+    measures: dict[str, float | None]
+    seconds: float | None
+    trained_values: int | None
+    values: int | None
+    stored_bytes: int | None
+    unfinished: list[str]
+    options: dict = field(default_factory=dict)
+
+    def final(self, name: str) -> float | None:
+        """A measure after the order's last task; None before that, when it cannot be compared with other runs'."""
+        return None if self.unfinished else self.measures.get(name)
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """Every order at or below the folders that has results, by model, method, order and seed.
+
+    Raises:
+        InputError: a folder is missing, holds no order with results, or a file in it is damaged.
+    """
+    runs = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; expected one with orders below it")
+        orders = sorted(path.parent for path in folder.rglob("outputs") if is_order(path.parent))
+        found = [read_run(order) for order in orders if any(order.glob("outputs/*/predict_results.json"))]
+        if not found:
+            raise InputError(f"{folder}: no task has results; expected outputs/<i>-<dataset>/predict_results.json")
+        runs += found
+    _name_variants(runs)
+    return sorted(runs, key=lambda run: (run.model, run.method, natural(run.order), natural(run.seed)))
+
+
+def is_order(folder: Path) -> bool:
+    """Whether a folder is an order's output folder."""
+    return any(re.match(r"1-.", path.name) for path in folder.glob("outputs/*"))
+
+
+def read_run(order_dir: Path) -> Run:
+    """The run of an order's output folder; folder names stand in for what `run.json` would say."""
+    tasks, matrix = accuracy_matrix(order_dir)
+    steps = [order_dir / "outputs" / step_name(i, task) for i, task in enumerate(tasks, 1)]
+    about = [_object(step / "run.json") for step in steps]
+    trained = [_object(step / "train_results.json") for step in steps]
+    last = last_finished(matrix)
+    first = about[0]
+    return Run(
+        folder=order_dir,
+        model=Path(str(first.get("base_model", "unknown model"))).name,
+        method=str(first.get("method", order_dir.parent.name)),
+        order=str(first.get("order", order_dir.name)),
+        seed=str(first.get("seed", "?")),
+        tasks=tasks,
+        matrix=matrix,
+        measures=measure(order_dir, tasks, matrix),
+        seconds=_total([one.get("train_runtime") for one in trained[: last + 1]]),
+        trained_values=max((one["trained_values"] for one in about if "trained_values" in one), default=None),
+        values=first.get("values"),
+        stored_bytes=_stored_bytes(steps[last]),
+        unfinished=unfinished_steps(tasks, matrix),
+        options=dict(first.get("options", {})),
+    )
+
+
+def _stored_bytes(step: Path) -> int | None:
+    """Size of what a task left for the next one, without the tokenizer's files; None where it is gone."""
+    files = list(step.glob("*_adapter/*.safetensors"))
+    return sum(path.stat().st_size for path in files) if files else None
+
+
+def select(runs: Iterable[Run], **wanted: str) -> list[Run]:
+    """The runs whose attributes have these values."""
+    return [run for run in runs if all(getattr(run, name) == value for name, value in wanted.items())]
+
+
+def distinct(runs: Iterable[Run], attribute: str) -> list[str]:
+    """The values of an attribute, in order of appearance."""
+    return list(dict.fromkeys(getattr(run, attribute) for run in runs))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean of the orders' means, sample standard deviation of all runs (None for one), number of runs."""
+
+    mean: float
+    spread: float | None
+    count: int
+
+
+def summarise(runs: Sequence[Run], name: str) -> Summary | None:
+    """A measure over finished runs; None where none has it. An order counts once, however many seeds it has."""
+    by_order: dict[str, list[float]] = {}
+    for run in runs:
+        if run.final(name) is not None:
+            by_order.setdefault(run.order, []).append(run.final(name))
+    if not by_order:
+        return None
+    values = [value for group in by_order.values() for value in group]
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return Summary(statistics.mean(map(statistics.mean, by_order.values())), spread, len(values))
+
+
+def paired_difference(ours: Sequence[Run], theirs: Sequence[Run], name: str) -> Summary | None:
+    """Ours minus theirs over the orders and seeds that both have; `spread` is the standard error of the mean."""
+    other = {(run.order, run.seed): run.final(name) for run in theirs}
+    pairs = [(run.final(name), other.get((run.order, run.seed))) for run in ours]
+    differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
+    if not differences:
+        return None
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    return Summary(statistics.mean(differences), error, len(differences))
+
+
+def ranked_methods(runs: Sequence[Run]) -> list[str]:
+    """The methods of one model, best average performance first; those without one come last."""
+    def key(method: str) -> float:
+        result = summarise(select(runs, method=method), "average_performance")
+        return -result.mean if result else float("inf")
+    return sorted(distinct(runs, "method"), key=key)
+
+
+def mean_matrix(runs: Sequence[Run]) -> Matrix:
+    """The mean over runs of one order (seeds); None where a run lacks the value."""
+    size = len(runs[0].tasks)
+    cells = [[[run.matrix[i][j] for run in runs] for j in range(size)] for i in range(size)]
+    return [[None if None in values else statistics.mean(values) for values in row] for row in cells]
+
+
+def _name_variants(runs: list[Run]) -> None:
+    """Append to a method's name the options that differ between its runs on one model and one order.
+
+    What differs only between orders, as the published settings do, makes no other method.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.model, run.method), []).append(run)
+    for group in groups.values():
+        keys = list(dict.fromkeys(key for run in group for key in run.options))
+        varying = [key for key in keys if any(
+            len({repr(run.options.get(key)) for run in select(group, order=order)}) > 1
+            for order in distinct(group, "order")
+        )]  # fmt: skip
+        if varying:
+            for run in group:
+                run.method += f" ({', '.join(f'{key}={run.options.get(key)}' for key in varying)})"
+
+
+def _object(path: Path) -> dict:
+    content = read_json(path) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found {type(content).__name__}; expected an object")
+    return content
+
+
+def _total(values: Sequence[float | None]) -> float | None:
+    return None if None in values or not values else sum(values)
+
+
+def natural(text: str) -> list:
+    """A sort key under which 10 follows 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]

@@ -1,0 +1,90 @@
+"""Exported models and adapters against the runs that they come from, read by transformers and peft alone."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+import export
+import run_uie_lora
+from conftest import ROOT
+from test_run import PREFIX, arguments, predictions
+
+SHORT = ["--max_steps", "6", "--max_predict_samples", "6"]
+KIND = {"t5_adapter": AutoModelForSeq2SeqLM, "llama_adapter": AutoModelForCausalLM}
+
+
+@pytest.fixture(scope="module", params=[(family, method) for family in PREFIX for method in ("gorp", "inclora",
+                                                                                             "seqlora", "osf")])
+def run(request, mini_benchmark, tmp_path_factory):
+    """Two tasks by one method: (family, method, the second task's folder)."""
+    family, method = request.param
+    model, modules = PREFIX[family]
+    root = tmp_path_factory.mktemp(f"{family}-{method}")
+    for dataset in ("dbpedia", "amazon"):
+        flags = ["--method", method, *SHORT]
+        assert run_uie_lora.main(arguments(mini_benchmark, root / dataset, dataset, model, modules, *flags)) == 0
+        model = root / dataset / family
+    return family, method, root / "amazon"
+
+
+def logits(model, tokenizer) -> torch.Tensor:
+    batch = tokenizer("Task:SC\nThe film was dull.\nAnswer:", return_tensors="pt")
+    labels = {"labels": batch["input_ids"][:, :4].contiguous()} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model.eval()(input_ids=batch["input_ids"], **labels).logits
+
+
+def test_exported_model_predicts_what_the_run_did(run, mini_benchmark, tmp_path):
+    family, method, folder = run
+    assert export.main([str(folder), "--to", str(tmp_path / "model")]) == 0
+    assert "lora" not in "".join(path.name for path in (tmp_path / "model").iterdir())
+    command = arguments(mini_benchmark, tmp_path / "again", "amazon", tmp_path / "model", PREFIX[family][1],
+                        "--method", "inclora", *SHORT)  # fmt: skip
+    command.remove("--do_train")
+    assert run_uie_lora.main(command) == 0
+    assert predictions(tmp_path / "again") == predictions(folder)
+    base = KIND[family].from_pretrained(PREFIX[family][0], dtype=torch.float32)
+    stock = KIND[family].from_pretrained(tmp_path / "model")
+    assert type(stock) is type(base) and stock.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (logits(stock, tokenizer) - logits(base, tokenizer)).abs().max() > 1e-2
+
+
+def test_exported_adapter_is_a_plain_lora_that_equals_the_model(run, tmp_path, capfd):
+    family, method, folder = run
+    done = export.main([str(folder / family), "--to", str(tmp_path / "adapter"), "--as", "adapter"])
+    if method in ("gorp", "osf"):
+        assert done == 2 and "holds changed full-rank weights" in capfd.readouterr().err
+        assert not (tmp_path / "adapter").exists()
+        return
+    assert done == 0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == {"inclora": 16, "seqlora": 8}[method] and "r_sum" not in config
+    assert config["lora_alpha"] / config["r"] == 4
+    assert export.main([str(folder), "--to", str(tmp_path / "model")]) == 0
+    base = KIND[family].from_pretrained(config["base_model_name_or_path"], dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    merged = KIND[family].from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(adapted, tokenizer), logits(merged, tokenizer), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("words, fault", [
+    (["README.md", "--to", "new"], "found 0 folders with adapter_config.json"),
+    (["initial_model/tiny-t5", "--to", "new"], "found 0 folders with adapter_config.json"),
+])
+def test_what_cannot_be_exported_is_refused(words, fault, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert export.main([str(ROOT / words[0]), *words[1:]]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ") and fault in said and not list(tmp_path.iterdir())
+
+
+def test_an_export_replaces_nothing(tmp_path, capfd):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "there").mkdir()
+    assert export.main([str(tmp_path), "--to", str(tmp_path / "there")]) == 2
+    assert "exists already" in capfd.readouterr().err

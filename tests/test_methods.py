@@ -1,0 +1,329 @@
+"""The methods: each one does what its name says, over two tasks of either model, and its folder reloads as it was."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
+
+import methods
+import run_uie_lora
+from arguments import parse_arguments
+from conftest import ROOT
+from methods import find_method, method_names
+from order_rows import load_rows
+from order_config import read_order
+from test_run import LLAMA, LLAMA_MODULES, PREFIX, T5, T5_MODULES, arguments, predictions
+
+SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "40"]
+DEEPSPEED = ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")]
+
+
+def method_of(name: str, *extra: str, modules: list[str] = T5_MODULES, output: Path):
+    """An instance of a method with the options of a command line."""
+    command = arguments(output, output / "out", "dbpedia", T5, modules, "--method", name, *extra)
+    return find_method(name)(parse_arguments(command)[2])
+
+
+def tiny_t5():
+    return AutoModelForSeq2SeqLM.from_pretrained(T5, dtype=torch.float32)
+
+
+def settings() -> dict:
+    return {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+
+def step_on(model, optimizer) -> None:
+    tokens = torch.arange(5, 21).reshape(2, 8)
+    model(input_ids=tokens, labels=tokens[:, :3].contiguous()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train(method, previous, folder: Path, steps: int = 2):
+    """The method's life over a few steps, without the entry."""
+    model = method.prepare(tiny_t5(), previous, decoder_only=False).train()
+    optimizer = method.create_optimizer(**settings())
+    for _ in range(steps):
+        step_on(model, optimizer)
+    method.end_task()
+    folder.mkdir()
+    method.save(folder)
+    return model
+
+
+# Through the entry
+
+
+@pytest.fixture(scope="module", params=["t5_adapter", "llama_adapter"])
+def family(request):
+    return request.param, *PREFIX[request.param]
+
+
+@pytest.mark.parametrize("name", [name for name in method_names() if name != "gorp"])
+def test_two_tasks_then_the_folder_predicts_what_the_run_did(name, family, mini_benchmark, tmp_path):
+    adapter_name, model, modules = family
+    first, second, again = tmp_path / "1-dbpedia", tmp_path / "2-amazon", tmp_path / "again"
+    method = ["--method", name, *SHORT]
+    assert run_uie_lora.main(arguments(mini_benchmark, first, "dbpedia", model, modules, *method)) == 0
+    adapter = first / adapter_name
+    assert run_uie_lora.main(arguments(mini_benchmark, second, "amazon", adapter, modules, *method)) == 0
+    command = arguments(mini_benchmark, again, "amazon", second / adapter_name, modules, *method)
+    command.remove("--do_train")
+    assert run_uie_lora.main(command) == 0
+    assert len(predictions(second)) == 8 and predictions(again) == predictions(second)
+    files = [path for path in (first / adapter_name).glob("*.safetensors")]
+    assert len(files) == 1
+    before, after = load_file(files[0]), load_file(second / adapter_name / files[0].name)
+    same = before.keys() == after.keys() and all(
+        before[key].shape == after[key].shape and torch.equal(before[key], after[key]) for key in before
+    )
+    assert same == (name == "multitask")
+
+
+def test_multitask_trains_all_tasks_first_and_passes_its_folder_on(mini_benchmark, tmp_path, capfd):
+    first, second = tmp_path / "1-dbpedia", tmp_path / "2-amazon"
+    method = ["--method", "multitask", *SHORT]
+    assert run_uie_lora.main(arguments(mini_benchmark, first, "dbpedia", T5, T5_MODULES, *method)) == 0
+    assert json.loads((first / "trainer_state.json").read_text())["global_step"] == 4 * 4
+    assert run_uie_lora.main(
+        arguments(mini_benchmark, second, "amazon", first / "t5_adapter", T5_MODULES, *method)
+    ) == 0
+    results = json.loads((second / "train_results.json").read_text())
+    assert (results["train_samples"], results["train_runtime"]) == (0, 0.0)
+    late = arguments(mini_benchmark, tmp_path / "late", "amazon", T5, T5_MODULES, *method)
+    assert run_uie_lora.main(late) == 2
+    assert "multitask goes on from its first step's folder" in capfd.readouterr().err
+
+
+# What a method trains on
+
+
+@pytest.fixture
+def rows_of(mini_benchmark, tmp_path):
+    """The training rows that a method chooses at a step of order 1."""
+    def choose(name: str, dataset: str, *extra: str):
+        flags = ["--method", name, *extra]
+        model, data, options, training = parse_arguments(
+            arguments(mini_benchmark, tmp_path / "out", dataset, T5, T5_MODULES, *flags)
+        )
+        method = find_method(name)(options)
+        return load_rows(data, training, method)["train"], training
+    return choose
+
+
+def count(rows) -> dict[str, int]:
+    names = rows["Dataset"]
+    return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def test_replay_adds_the_same_few_rows_of_every_earlier_task(rows_of):
+    flags = ["--replay_rows", "5", "--max_train_samples", "30"]
+    rows, _ = rows_of("replay", "yahoo", *flags)
+    assert count(rows) == {"yahoo": 30, "dbpedia": 5, "amazon": 5}
+    earlier, _ = rows_of("replay", "amazon", *flags)
+    assert count(earlier) == {"amazon": 30, "dbpedia": 5}
+    buffers = [[row["id"] for row, name in zip(part["Instance"], part["Dataset"]) if name == "dbpedia"]
+               for part in (rows, earlier)]
+    own, _ = rows_of("replay", "dbpedia", *flags)
+    assert count(own) == {"dbpedia": 30}
+    assert buffers[0] == buffers[1] and set(buffers[0]) < {row["id"] for row in own["Instance"]}
+    other, _ = rows_of("replay", "amazon", *flags, "--seed", "7")
+    assert [row["id"] for row in other["Instance"]][30:] != buffers[1]
+
+
+def test_multitask_gives_every_task_equal_steps(rows_of, mini_benchmark):
+    rows, training = rows_of("multitask", "dbpedia")
+    counts = count(rows)
+    assert list(counts) == [step.dataset for step in read_order(ROOT / "configs" / "order1_configs")]
+    assert len(set(counts.values())) == 1 and training.max_steps == 4 * 12
+    rows, training = rows_of("multitask", "dbpedia", "--max_steps", "-1")
+    sizes = {name: len(json.loads((next(mini_benchmark.glob(f"*/{name}")) / "train.json").read_text()))
+             for name in counts}
+    assert count(rows) == sizes and training.max_steps == -1
+    assert len(rows_of("multitask", "amazon")[0]) == 0
+
+
+def test_a_step_outside_an_order_has_no_earlier_tasks(mini_benchmark, tmp_path, capfd):
+    step = tmp_path / "alone" / "amazon"
+    shutil.copytree(ROOT / "configs" / "order1_configs" / "amazon", step)
+    command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, "--method", "replay")
+    command[command.index("--task_config_dir") + 1] = str(step)
+    assert run_uie_lora.main(command) == 2
+    assert "lists TC/dbpedia, which no step up to this one trains" in capfd.readouterr().err
+
+
+# What a method does to the model
+
+
+def test_seqlora_goes_on_with_the_one_lora(tmp_path):
+    train(method_of("seqlora", output=tmp_path), None, tmp_path / "first")
+    saved = load_file(tmp_path / "first" / "adapter_model.safetensors")
+    second = method_of("seqlora", output=tmp_path)
+    second.prepare(tiny_t5(), tmp_path / "first", decoder_only=False)
+    factors = dict(second.factors())
+    assert len(factors) == len(saved) and all(factor.requires_grad for factor in factors.values())
+    for name, factor in factors.items():
+        assert torch.equal(factor, saved[f"base_model.model.{name}"]) and factor.abs().max() > 0
+    assert not [name for name, _ in second.model.named_parameters() if ".lora_" in name]
+
+
+def test_nlora_penalty_is_the_l1_norm_of_the_change(tmp_path):
+    method = method_of("nlora", "--nlora_lamda", "0.5", "--lora_dropout", "0", output=tmp_path)
+    method.prepare(tiny_t5(), None, decoder_only=False)
+    assert method.penalty() == 0
+    factors = dict(method.factors())
+    for factor in factors.values():
+        torch.nn.init.normal_(factor)
+    total = sum((factors[name.replace("_A", "_B")] @ A).abs().sum() for name, A in factors.items() if "_A" in name)
+    torch.testing.assert_close(method.penalty(), 0.5 * total)
+    assert method_of("nlora", "--nlora_lamda", "0", output=tmp_path).penalty() is None
+
+
+def test_nlora_makes_the_change_sparser(mini_benchmark, tmp_path):
+    small = {}
+    for lamda in ("0", "1e-3"):
+        out = tmp_path / lamda
+        flags = ["--method", "nlora", "--nlora_lamda", lamda, "--max_predict_samples", "1"]
+        assert run_uie_lora.main(arguments(mini_benchmark, out, "dbpedia", T5, T5_MODULES, *flags)) == 0
+        factors = load_file(out / "t5_adapter" / "adapter_model.safetensors")
+        changes = [factors[name.replace("lora_A", "lora_B")] @ A for name, A in factors.items() if "lora_A" in name]
+        small[lamda] = sum((change.abs() < 1e-3).float().mean().item() for change in changes) / len(changes)
+    assert small["1e-3"] > small["0"] + 0.1
+
+
+def test_galore_changes_the_named_weights_alone_by_low_rank_steps(tmp_path):
+    flags = ["--galore_rank", "3", "--galore_update_proj_gap", "100", "--galore_lr", "1e-2"]
+    method = method_of("galore", *flags, output=tmp_path)
+    model = train(method, None, tmp_path / "first", steps=5)
+    base = dict(tiny_t5().named_parameters())
+    moved = {name for name, weight in model.named_parameters() if not torch.equal(weight, base[name])}
+    assert moved == {f"{name}.weight" for name in method.targets}
+    for name, layer in method.targets.items():
+        assert torch.linalg.matrix_rank(layer.weight - base[f"{name}.weight"], rtol=1e-4) == 3
+    second = method_of("galore", *flags, output=tmp_path).prepare(tiny_t5(), tmp_path / "first", decoder_only=False)
+    for name, weight in second.named_parameters():
+        assert torch.equal(weight, dict(model.named_parameters())[name])
+
+
+def osf_layers(model) -> dict:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "osf_svd_params")}
+
+
+def test_osf_keeps_gradients_off_the_leading_directions_and_preserves_more_each_task(tmp_path):
+    first = method_of("osf", "--osf_preserved", "0.25", "--osf_growth", "0.25", output=tmp_path)
+    base = tiny_t5()
+    weights = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    model = first.prepare(base, None, decoder_only=False)
+    tokens = torch.arange(5, 21).reshape(2, 8)
+    model(input_ids=tokens, labels=tokens[:, :3].contiguous()).loss.backward()
+    layers = osf_layers(model.get_base_model())
+    assert layers.keys() == first.targets.keys()
+    for name, layer in layers.items():
+        U, _, Vt = torch.linalg.svd(weights[f"{name}.weight"], full_matrices=False)
+        factors = layer.osf_svd_params["default"]
+        assert factors["U_low"].shape[1] == 96 and factors["U_low"].grad.norm() > 0
+        assert (U[:, :32].T @ factors["U_low"].grad).norm() < 1e-4 * factors["U_low"].grad.norm()
+        assert (factors["V_low"].grad @ Vt[:32].T).norm() < 1e-4 * factors["V_low"].grad.norm()
+    train(method_of("osf", "--osf_preserved", "0.25", "--osf_growth", "0.25", output=tmp_path), None, tmp_path / "1")
+    second = method_of("osf", "--osf_preserved", "0.25", "--osf_growth", "0.25", output=tmp_path)
+    model = second.prepare(tiny_t5(), tmp_path / "1", decoder_only=False)
+    saved = load_file(tmp_path / "1" / "full_rank_weights.safetensors")
+    for name, layer in osf_layers(model.get_base_model()).items():
+        assert layer.osf_svd_params["default"]["U_low"].shape[1] == 64
+        assert torch.equal(layer.base_layer.weight, saved[f"{name}.weight"])
+        assert not torch.equal(layer.base_layer.weight, weights[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("name", ["galore", "osf"])
+def test_a_method_without_lora_refuses_a_folder_that_holds_one(name, tmp_path, mini_benchmark, capfd):
+    train(method_of("inclora", output=tmp_path), None, tmp_path / "t5_adapter")
+    out = tmp_path / "out"
+    command = arguments(mini_benchmark, out, "amazon", tmp_path / "t5_adapter", T5_MODULES, "--method", name)
+    assert run_uie_lora.main(command) == 2
+    assert f"--method {name}: {tmp_path / 't5_adapter'} holds a LoRA" in capfd.readouterr().err
+
+
+# Options
+
+
+REFUSED = {
+    "galore": (["--method", "galore", *DEEPSPEED], "--method galore: found --deepspeed"),
+    "osf": (["--method", "osf", *DEEPSPEED], "--method osf: found --deepspeed"),
+    "multitask": (["--method", "multitask", *DEEPSPEED], "--method multitask: found --deepspeed"),
+    "seqlora": (["--method", "seqlora", *DEEPSPEED[:1], DEEPSPEED[1].replace("stage2", "stage3")],
+                "--method seqlora: found ZeRO stage 3"),
+    "no weights": (["--method", "galore", "--optim_target_modules", "none"], "--optim_target_modules is missing"),
+    "another method's option": (["--replay_rows", "3"], "--replay_rows"),
+    "replay of nothing": (["--method", "replay", "--replay_rows", "0"], "--replay_rows: found 0"),
+    "negative weight": (["--method", "nlora", "--nlora_lamda", "-1"], "--nlora_lamda: found -1.0"),
+    "all preserved": (["--method", "osf", "--osf_preserved", "1"], "--osf_preserved: found 1.0"),
+    "nothing preserved": (["--method", "osf", "--osf_preserved", "0.001"], "less than one direction of"),
+    "unknown preset": (["--preset", "best"], "--preset: found best"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_method_cannot_do_is_refused_by_name(case, mini_benchmark, tmp_path, capfd):
+    extra, wanted = REFUSED[case]
+    command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *extra)
+    assert run_uie_lora.main(command) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and wanted in said[0]
+
+
+def options_of(tmp_path, *extra: str):
+    return parse_arguments(arguments(tmp_path, tmp_path / "out", "dbpedia", LLAMA, LLAMA_MODULES, *extra))[2]
+
+
+def test_preset_gives_the_published_settings_where_no_flag_says_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr("arguments.PRESETS", {"default": {}, "published": {"protect": "gp_second", "lora_dim": 3}})
+    assert (options_of(tmp_path).protect, options_of(tmp_path).lora_dim) == ("gp_first", 8)
+    published = options_of(tmp_path, "--preset", "published", "--lora_dim", "5")
+    assert (published.protect, published.lora_dim) == ("gp_second", 5)
+
+
+def test_ablations_of_gorp_by_flags(tmp_path):
+    """LoRA and full-rank weights without a space; LoRA and space without full-rank weights."""
+    full_rank = method_of("gorp", "--protect", "none", output=tmp_path)
+    full_rank.prepare(tiny_t5(), None, decoder_only=False)
+    assert full_rank.targets and not any(full_rank._spaces(full_rank.targets).values())
+    space = method_of("gorp", "--optim_target_modules", "none", output=tmp_path)
+    space.prepare(tiny_t5(), None, decoder_only=False)
+    assert space.protected and not space.targets
+
+
+def test_the_example_of_the_docs_is_a_method(mini_benchmark, tmp_path, monkeypatch):
+    """The file from docs/METHODS.md, found beside the other methods, runs by name and pulls the LoRA back."""
+    text = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")
+    example = text.split("```python\n")[1].split("```")[0]
+    assert 25 <= len(example.splitlines()) <= 35
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "pull.py").write_text(example, encoding="utf-8")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "more")])
+
+    def task(folder: str, dataset: str, start: Path, pull: str) -> dict:
+        flags = [*SHORT, "--method", "pull", "--pull", pull]
+        assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / folder, dataset, start, T5_MODULES, *flags)) == 0
+        return load_file(tmp_path / folder / "t5_adapter" / "adapter_model.safetensors")
+
+    start = task("first", "dbpedia", T5, "0")
+    moved = {}
+    for pull in ("0", "10"):
+        factors = task(f"second{pull}", "amazon", tmp_path / "first" / "t5_adapter", pull)
+        moved[pull] = sum((factors[name] - start[name]).square().sum().item() for name in start)
+    assert moved["10"] < 0.7 * moved["0"]
+
+
+def test_tensorboard_gets_loss_and_penalty(mini_benchmark, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--method", "olora", "--lamda_2", "0.1", *SHORT, "--report_to", "tensorboard"]
+    command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *flags)
+    assert run_uie_lora.main(command) == 0
+    (events,) = (tmp_path / "out" / "runs").glob("*/events.*")
+    tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {"train/loss", "train/penalty", "train/learning_rate"} <= set(tags)

@@ -1,0 +1,156 @@
+"""The report over many runs: what it counts, what its pages say, and that nothing in them is markup from outside."""
+
+import csv
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from report import page
+from report.runs import find_runs, paired_difference, ranked_methods, select, summarise
+
+REPORT = Path(page.__file__).parent
+TASKS = ["dbpedia", "amazon", "agnews"]
+LAST_ROW = {"gorp": 80.0, "olora": 70.0, "multitask": 85.0}  # of every task, order A, seed 1
+
+
+def write_run(root: Path, method: str, order: str, seed: int, last: float, options: dict | None = None,
+              model: str = "initial_model/tiny-t5", finished: int = 3) -> Path:
+    """An order's folder: 90 on each task right after its training, `last` on all tasks after the last one."""
+    folder = root / f"{method}-{order}-{seed}-{len(list(root.iterdir())) if root.exists() else 0}"
+    for i, task in enumerate(TASKS):
+        step = folder / "outputs" / f"{i + 1}-{task}"
+        step.mkdir(parents=True)
+        about = {"method": method, "order": order, "seed": seed, "base_model": model, "values": 1000,
+                 "trained_values": 10, "options": options or {}}
+        (step / "run.json").write_text(json.dumps(about))
+        if i < finished:
+            value = last if i == len(TASKS) - 1 else 90.0
+            scores = {f"predict_exact_match_for_{name}": value for name in TASKS[: i + 1]}
+            (step / "predict_results.json").write_text(json.dumps(scores | {"predict_exact_match": value}))
+            (step / "train_results.json").write_text(json.dumps({"train_runtime": 20.0}))
+            (step / "t5_adapter").mkdir()
+            (step / "t5_adapter" / "adapter_model.safetensors").write_bytes(bytes(2_500_000))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three methods, two orders, two seeds; order B is 10 lower, seed 2 is 2 lower (gorp: 4)."""
+    root = tmp_path / "runs"
+    for method, best in LAST_ROW.items():
+        for order, lower in (("A", 0), ("B", 10)):
+            for seed in (1, 2):
+                write_run(root, method, order, seed, best - lower - (seed - 1) * (4 if method == "gorp" else 2))
+    return root
+
+
+def test_mean_counts_orders_alike_and_differences_are_paired(runs):
+    found = find_runs([runs])
+    assert len(found) == 12
+    gorp, olora = select(found, method="gorp"), select(found, method="olora")
+    result = summarise(gorp, "average_performance")
+    assert (result.mean, result.count) == ((80 + 76 + 70 + 66) / 4, 4)
+    assert result.spread == pytest.approx(6.2183, abs=1e-3)
+    more = [*gorp, *[gorp[0]] * 5]  # more seeds of one order leave the orders' weights alone
+    assert summarise(more, "average_performance").mean == pytest.approx(((80 * 6 + 76) / 7 + 68) / 2)
+    gap = paired_difference(gorp, olora, "average_performance")
+    assert (gap.mean, gap.count) == (9.0, 4) and gap.spread == pytest.approx(1.1547 / 2, abs=1e-3)
+    assert paired_difference(select(gorp, order="A"), select(olora, order="B"), "average_performance") is None
+    assert ranked_methods(found) == ["multitask", "gorp", "olora"]
+
+
+def test_answer_names_the_method_the_lead_and_the_cost(runs):
+    said = page.answer(find_runs([runs]))
+    assert said.startswith("Best: gorp, average performance 73.0 ± 6.2 over 4 runs, backward transfer -17.0.")
+    assert "It leads olora, the next, by 9.0 ± 0.6 points (4 pairs)." in said
+    assert "60 s of training an order, 10 values trained (1 % of the model), 2.50 MB kept between tasks" in said
+    assert "Against multitask, all tasks at once: -6.0 points." in said
+
+
+def test_an_order_that_is_not_finished_is_not_compared(tmp_path):
+    write_run(tmp_path, "inclora", "A", 1, 50.0, finished=2)
+    runs = find_runs([tmp_path])
+    assert runs[0].measures["average_performance"] == 90.0
+    assert summarise(runs, "average_performance") is None and page.answer(runs) == "No order is finished yet."
+
+
+def test_a_gap_inside_the_error_is_called_no_result(tmp_path):
+    for seed, (ours, theirs) in enumerate([(70.0, 60.0), (60.0, 69.0)]):
+        write_run(tmp_path, "gorp", "A", seed, ours)
+        write_run(tmp_path, "olora", "A", seed, theirs)
+    assert "within twice the standard error: no result" in page.answer(find_runs([tmp_path]))
+
+
+def test_runs_of_a_method_with_other_options_are_other_methods(tmp_path):
+    write_run(tmp_path, "gorp", "A", 1, 70.0, {"protect": "none", "galore_rank": 8})
+    write_run(tmp_path, "gorp", "A", 1, 75.0, {"protect": "gp_first", "galore_rank": 8})
+    write_run(tmp_path, "gorp", "B", 1, 75.0, {"protect": "gp_first", "galore_rank": 32})
+    methods = {run.method: run.order for run in find_runs([tmp_path])}
+    assert set(methods) == {"gorp (protect=none)", "gorp (protect=gp_first)"}
+
+
+def test_command_writes_pages_pictures_and_tables(runs, tmp_path):
+    write_run(runs, "inclora", "A", 1, 50.0, finished=2)
+    out = tmp_path / "report"
+    done = subprocess.run([sys.executable, str(REPORT), str(runs), "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tiny-t5: Best: gorp" in done.stdout  # inclora is ahead after two tasks, but not finished
+    html, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    for name in (*LAST_ROW, "dbpedia", "T5-large", "secondary summaries", "Not finished"):
+        assert name in html and name in text
+    assert "src=" not in html and "href=" not in html and "<script" not in html  # one file, offline
+    figures = list((out / "figures").glob("*.svg"))
+    assert len(figures) == 1 + 2 + (4 + 3)  # methods; curves of two orders; a matrix for each method and order
+    for figure in figures:
+        ElementTree.parse(figure)
+        assert f"figures/{figure.name}" in text
+    rows = list(csv.DictReader((out / "measures.csv").open()))
+    assert len(rows) == 13
+    best = next(row for row in rows if (row["method"], row["order"], row["seed"]) == ("gorp", "A", "1"))
+    assert (best["average_performance"], best["backward_transfer"], best["forgetting"]) == ("80.0", "-10.0", "10.0")
+    cells = list(csv.DictReader((out / "accuracy.csv").open()))
+    assert len(cells) == 12 * 6 + 3
+    again = subprocess.run([sys.executable, str(REPORT), str(runs), "--out", str(out)], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr  # a report replaces a report
+
+
+def test_names_from_outside_are_text(tmp_path):
+    evil = "<img src=x onerror=alert(1)>|"
+    write_run(tmp_path, "gorp", "A", 1, 70.0, model=f"models/{evil}")
+    write_run(tmp_path, "olora", evil.replace("/", ""), 1, 60.0, {"data_dir": evil})
+    blocks_of = find_runs([tmp_path])
+    page.write_report(blocks_of, tmp_path / "report")
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "<img" not in html and "&lt;img" in html
+    assert "<img" not in (tmp_path / "report" / "report.md").read_text().replace("\\<img", "")
+    for figure in (tmp_path / "report" / "figures").iterdir():
+        assert not [element for element in ElementTree.parse(figure).iter() if element.tag.endswith("img")]
+
+
+@pytest.mark.parametrize("prepare, fault", [
+    (lambda folder: None, "no task has results"),
+    (lambda folder: (folder / "order/outputs/1-dbpedia").mkdir(parents=True), "no task has results"),
+    (lambda folder: (write_run(folder, "gorp", "A", 1, 1.0) / "outputs/1-dbpedia/run.json").write_text("[]"),
+     "run.json: found list"),
+])  # fmt: skip
+def test_what_is_no_run_is_refused_in_one_line(prepare, fault, tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    prepare(runs)
+    done = subprocess.run([sys.executable, str(REPORT), str(runs), "--out", str(tmp_path / "report")],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert fault in done.stderr and not (tmp_path / "report").exists()
+
+
+def test_a_folder_with_other_things_is_not_replaced(runs, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    done = subprocess.run([sys.executable, str(REPORT), str(runs), "--out", str(tmp_path / "mine")],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and "holds something other than a report" in done.stderr
+    assert (tmp_path / "mine" / "notes.txt").exists()
