@@ -129,6 +129,8 @@ def digest(path: str | os.PathLike) -> str:
             file.seek(-DIGESTED_END, os.SEEK_END)
             parts.update(file.read(DIGESTED_END))
             return parts.hexdigest()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -189,9 +189,9 @@ def build_trainer(model, method, loaded, rows, data_args: DataArguments,
                   training_args: UIETrainingArguments) -> UIETrainer:
     """The trainer of this task, with its collator, generation settings and callbacks."""
     collator = build_collator(loaded, data_args, training_args)
-    for split in rows.keys() - {"validation"}:
-        if len(rows[split]):  # there is nothing to train where a method passes on what it has
-            collator.check(rows[split])
+    for split, its_rows in rows.items():
+        if split != "validation" and len(its_rows):  # nothing to train where a method passes on what it has
+            collator.check(its_rows)
     return UIETrainer(
         model=model,
         args=training_args,

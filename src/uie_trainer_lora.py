@@ -16,13 +16,13 @@ from transformers.trainer_utils import rotate_checkpoints
 from checkpoints import mark_whole
 from compute_metrics import evaluate_predictions
 from errors import InputError
-from files import whole_file
+from files import read_json, whole_file, write_json
 from finite import FiniteSteps
 from methods import Method
 from Proj_torch.sharded_state import start_moments
 
 TRAINABLE_FILE = "trainable.safetensors"
-SCHEDULER_NAME = "scheduler.pt"  # as the parent calls it
+SCHEDULE_FILE = "schedule.json"
 
 
 class UIETrainer(Seq2SeqTrainer):
@@ -216,7 +216,7 @@ class UIETrainer(Seq2SeqTrainer):
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:  # DeepSpeed's own checkpoint would be a pickle, and for this number of ranks only
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            write_json(Path(output_dir) / SCHEDULE_FILE, self.lr_scheduler.state_dict())
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """The parent's; then the method meets the engine, and under DeepSpeed the checkpoint is read by us."""
@@ -248,7 +248,7 @@ class UIETrainer(Seq2SeqTrainer):
         except (InputError, KeyError) as error:
             path = folder / TRAINABLE_FILE
             raise InputError(f"{path}: not of a run like this one under DeepSpeed ({error})") from None
-        self._load_optimizer_and_scheduler(str(folder))  # under DeepSpeed the schedule alone
+        self.lr_scheduler.load_state_dict(read_json(folder / SCHEDULE_FILE))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         if "loss_scale" in saved:

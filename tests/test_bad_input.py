@@ -375,7 +375,7 @@ CASES: dict[str, list[Case]] = {
         Case("no row wanted", flags("--max_num_instances_per_task", "0"), "found 0; a number above 0, or -1 for all"),
         Case("a choice that there is not", flags("--galore_proj_type", "up"),
              "--galore-proj-type: invalid choice: 'up' (choose"),
-        Case("an unknown method", flags("--method", "magic"), "--method: found magic; one of gorp, inclora, olora"),
+        Case("an unknown method", flags("--method", "magic"), "--method: found magic; one of galore, gorp, inclora"),
         Case("an unknown strategy", flags("--instruction_strategy", "both"), "'both'; allowed: single, multiple"),
         Case("a logger that is not installed", flags("--report_to", "nowhere"), "--report_to: found nowhere; none"),
         Case("both 16-bit precisions", flags("--bf16", "--fp16"), "--bf16 --fp16: both found; at most one"),
