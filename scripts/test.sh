@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # The tests, after setting up what they need; arguments go to pytest: bash scripts/test.sh -m "not recipe" tests/test_x.py
+# Two files are tested at a time, each with one thread; WORKERS=0 runs them one after the other in one process.
 source "$(dirname "$0")/lib.sh"
 set_up requirements.txt requirements-test.txt
-exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

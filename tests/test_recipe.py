@@ -1,19 +1,15 @@
-"""Whole runs through the real scripts: the embedded models on the mini benchmark, real text, and two ranks."""
+"""Whole orders through the real scripts: the embedded models on the mini benchmark, and real text."""
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from conftest import REAL_BENCHMARK, ROOT
-from test_run import PREFIX, arguments, predictions
 
 pytestmark = pytest.mark.recipe
 ENVIRONMENT = os.environ | {
@@ -69,98 +65,3 @@ def test_an_order_of_ones_own_over_real_text(tmp_path):
     assert run.returncode == 0, shown
     results = json.loads((tmp_path / name / "outputs" / "3-COPA" / "predict_results.json").read_text())
     assert results["predict_samples"] == 24
-
-
-EXACT = ["--lora_dropout", "0", "--learning_rate", "1e-4", "--galore_lr", "1e-4", "--max_grad_norm", "0",
-         "--lamda_1", "0", "--adam_epsilon", "1e-4", "--logging_steps", "1"]  # fmt: skip
-
-
-def train(
-    folder: Path, adapter_name: str, benchmark: Path, *extra: str, ranks: int = 1, stage: int | None = None
-) -> str:
-    """One task with global batches of 8 rows, under DeepSpeed where `stage` is given; what it printed."""
-    model, modules = PREFIX[adapter_name]
-    command = [sys.executable]
-    if stage is not None:
-        command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-        extra = ["--deepspeed", f"configs/ds_configs/stage{stage}.config", *extra]
-    rows = ["--per_device_train_batch_size", str(8 // ranks)]
-    command += ["src/run_uie_lora.py", *arguments(benchmark, folder, "dbpedia", model, modules, *EXACT, *rows, *extra)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("adapter_name", ["t5_adapter", "llama_adapter"])
-def test_two_ranks_under_zero_train_what_one_process_trains(adapter_name, stage, mini_benchmark, tmp_path):
-    """The losses agree, the factors agree, and the full-rank weights move as far.
-
-    They need not agree entry by entry: moments stay when a basis is renewed, and the sign of a singular vector, which
-    may turn with the last digits of a gradient, then decides the direction of the next steps.
-    """
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(one, adapter_name, mini_benchmark)
-    assert "engine: trainable cores under DeepSpeed" in train(two, adapter_name, mini_benchmark, ranks=2, stage=stage)
-    assert losses(two) == pytest.approx(losses(one), rel=2e-4)
-    assert len(predictions(two)) == len(predictions(one))
-    factors = [load_file(folder / adapter_name / "adapter_model.safetensors") for folder in (one, two)]
-    assert factors[0].keys() == factors[1].keys()
-    for name, factor in factors[0].items():
-        assert (factors[1][name] - factor).norm() < 1e-2 * factor.norm(), name
-    base = load_file(PREFIX[adapter_name][0] / "model.safetensors")
-    weights = [load_file(folder / adapter_name / "full_rank_weights.safetensors") for folder in (one, two)]
-    for name, weight in weights[0].items():
-        moved = (weight - base[name].float()).norm().item()
-        moved_sharded = (weights[1][name] - base[name].float()).norm().item()
-        assert moved > 0 and moved_sharded == pytest.approx(moved, rel=0.1), name
-
-
-@pytest.mark.parametrize("method", ["nlora", "replay"])
-def test_two_ranks_train_other_methods_too(method, mini_benchmark, tmp_path):
-    model, modules = PREFIX["t5_adapter"]
-    short = ["--method", method, "--max_steps", "4", "--max_predict_samples", "4"]
-    sharded = ["--deepspeed", "configs/ds_configs/stage2.config", "--per_device_train_batch_size", "4"]
-    for dataset in ("dbpedia", "amazon"):
-        command = arguments(mini_benchmark, tmp_path / dataset, dataset, model, modules, *short, *sharded)
-        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
-        launched = [*launcher, "src/run_uie_lora.py", *command]
-        done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        model = tmp_path / dataset / "t5_adapter"
-    again = arguments(mini_benchmark, tmp_path / "again", "amazon", model, modules, *short)
-    again.remove("--do_train")
-    subprocess.run([sys.executable, "src/run_uie_lora.py", *again], cwd=ROOT, env=ENVIRONMENT, check=True)
-    assert predictions(tmp_path / "again") == predictions(tmp_path / "amazon")
-
-
-@pytest.mark.parametrize(("adapter_name", "stage"), [("t5_adapter", 2), ("llama_adapter", 3)])
-def test_a_sharded_run_goes_on_from_its_checkpoint(adapter_name, stage, mini_benchmark, tmp_path):
-    """On as many ranks bit by bit, with a schedule; in one process with other last digits."""
-    saving = ["--save_strategy", "steps", "--save_steps", "6", "--lr_scheduler_type", "linear"]
-    saving += ["--gradient_accumulation_steps", "2"]
-    from_there = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-6")]
-
-    def run(name: str, ranks: int, *extra: str) -> Path:
-        rows = ["--per_device_train_batch_size", str(4 // ranks)]
-        train(tmp_path / name, adapter_name, mini_benchmark, *saving, *rows, *extra, ranks=ranks, stage=stage)
-        return tmp_path / name
-
-    whole, resumed = run("whole", 2), run("resumed", 2, *from_there)
-    assert losses(resumed) == losses(whole)
-    assert predictions(resumed) == predictions(whole)
-    for file in ("adapter_model", "full_rank_weights", "gradient_space"):
-        a, b = (load_file(folder / adapter_name / f"{file}.safetensors") for folder in (whole, resumed))
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert losses(run("alone", 1, *from_there)) == pytest.approx(losses(whole), rel=2e-4)
-
-
-def losses(folder: Path) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
