@@ -361,6 +361,11 @@ SKETCHED = [Case(f"{stage}-sketch", stage, refresh="sketch", accumulation=2) for
 HALF = [
     *(Case(f"{stage}-bf16", stage, precision="bf16", weight_decay=0.1) for stage in (0, *ZERO)),
     *(Case(f"{stage}-fp16", stage, precision="fp16", weight_decay=0.1) for stage in ZERO),
+    *(
+        Case(f"2-{precision}-{side}", 2, precision=precision, side=side, gp_first=True, gp_second=True, factor=True)
+        for precision in ("bf16", "fp16")
+        for side in ("output", "input")
+    ),
 ]
 SKIPPED = [
     Case(f"{stage}-{precision}-skipped", stage, precision=precision, bad_step=8)

@@ -82,7 +82,7 @@ class CoreLinear(nn.Linear):
         return (self.space, self.side) if active and self.space is not None else ()
 
     def factors(self, first: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Left and right basis and S, for the gradient (`first`) or for the update.
+        """Left and right basis in `dtype` and S in float32, for the gradient (`first`) or for the update.
 
         S is taken out of the basis of its side where that side is projected, which is the same (the removal is
         linear and symmetric); only where it is not projected S is left over for the core.
@@ -95,7 +95,7 @@ class CoreLinear(nn.Linear):
                 right = remove(right, self.space, "output")
             else:
                 space = self.space
-        return tuple(None if X is None else X.to(dtype) for X in (left, right, space))
+        return *(None if X is None else X.to(dtype) for X in (left, right)), space
 
     def update(self, core: Tensor) -> Tensor:
         """L C R^T (out, in), float32, for a core C."""
