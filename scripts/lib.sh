@@ -200,7 +200,10 @@ run_steps() {
 
 # The part of the command that is the same for every task: launcher and options into `launch` and `options`.
 set_launch() {
-    local extra accumulation=$((rows / (batch * ranks)))
+    local extra accumulation
+    # An optimizer step sees `rows` rows however many ranks there are, as long as their number divides it.
+    [ $((batch * ranks)) -le "$rows" ] || batch=$((rows > ranks ? rows / ranks : 1))
+    accumulation=$((rows / (batch * ranks)))
     [ $accumulation -ge 1 ] || accumulation=1
     launch=("$PYTHON" src/run_uie_lora.py)
     options+=(--per_device_train_batch_size "$batch" --gradient_accumulation_steps "$accumulation")

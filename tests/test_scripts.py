@@ -170,6 +170,10 @@ def test_several_ranks_use_the_launcher_and_keep_the_rows_of_a_step():
     assert flags(command)["gradient_accumulation_steps"] == "1"
     assert ("use_cpu" in flags(command)) is not torch.cuda.is_available()
     assert "use_cpu" not in flags(dry_run("scripts/order_1.sh")[0])
+    four = flags(dry_run("scripts/order_1.sh", NPROC="4")[0])
+    assert (four["per_device_train_batch_size"], four["gradient_accumulation_steps"]) == ("2", "1")
+    tiny = flags(dry_run("scripts/order_1.sh", "--tiny", NPROC="2")[0])
+    assert (tiny["per_device_train_batch_size"], tiny["gradient_accumulation_steps"]) == ("4", "1")
     command = flags(dry_run("scripts_llama/order_1.sh", NPROC="8")[0])
     assert command["gradient_accumulation_steps"] == "8"
     assert command["deepspeed"] == "configs/ds_configs/stage2_llama.config"
