@@ -4,4 +4,4 @@
 source "$(dirname "$0")/lib.sh"
 set_up requirements.txt requirements-test.txt
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

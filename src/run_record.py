@@ -3,7 +3,7 @@
 In a task's output folder,
 
 * `run_record.json` is written before training begins: every option that can change a result, digests of the data, the
-  model and the code, the packages' versions; and for the reader the git revision and the machine.
+  model and the code, the packages' versions; and for the reader the git revision, the machine, and what a report says.
 * The adapter folder appears, whole, when training is done.
 * `completed.json` is written last, with digests of the results.
 
@@ -33,7 +33,7 @@ COMPLETED = "completed.json"
 ADAPTERS = ("t5_adapter", "llama_adapter")
 PARTS = ("zero_shot", "train", "eval", "predict", "unseen")  # of a task, each with a file of results
 RESULT_FILES = (*(f"{part}_results.json" for part in PARTS), "all_results.json", "predict_eval_predictions.jsonl",
-                "trainer_state.json", "run.json")
+                "trainer_state.json")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "numpy",
             "deepspeed")
 SOURCE = Path(__file__).resolve().parent

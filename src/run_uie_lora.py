@@ -106,10 +106,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     if training_args.deepspeed:
         set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
+    run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
     claim_output_dir(trainer, run_record, progress)  # after every check: what is refused must not cost earlier results
 
-    if progress is not Progress.TRAINED:
-        describe_run(output_dir, trainer, loaded.base_name, data_args)
     if "zero_shot" in rows:
         with torch.random.fork_rng():  # what is measured must not change what is trained
             score(trainer, rows["zero_shot"], output_dir, "zero_shot")
@@ -269,15 +268,13 @@ def score(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path, part: s
     logger.info("%s: %s", part.replace("_", "-"), accuracy_line(metrics, datasets_tested, prefix=f"{part}_"))
 
 
-def describe_run(output_dir: Path, trainer: UIETrainer, base_name: str, data_args: DataArguments) -> None:
-    """Write `run.json`: what a report needs to know about the run beside its scores."""
-    if not trainer.is_world_process_zero():
-        return
+def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) -> dict:
+    """What a report needs to know about a run beside its scores; part of its record."""
     args, options, config = trainer.args, dataclasses.asdict(trainer.method.options), Path(data_args.task_config_dir)
     parameters = list(trainer.model.parameters())
     settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
                 "gradient_accumulation_steps")
-    content = {
+    return {
         "method": options.pop("method"),
         "seed": args.seed,
         "base_model": base_name,
@@ -290,7 +287,6 @@ def describe_run(output_dir: Path, trainer: UIETrainer, base_name: str, data_arg
             name: getattr(data_args, name) for name in ("data_dir", "max_train_samples", "max_predict_samples")
         },
     }
-    write_json(output_dir / "run.json", content)
 
 
 def record(output_dir: Path, split: str, metrics: dict, trainer: UIETrainer) -> None:

@@ -26,7 +26,7 @@ def write_run(root: Path, method: str, order: str, seed: int, last: float, optio
         step.mkdir(parents=True)
         about = {"method": method, "order": order, "seed": seed, "base_model": model, "values": 1000,
                  "trained_values": 10, "options": options or {}}
-        (step / "run.json").write_text(json.dumps(about))
+        (step / "run_record.json").write_text(json.dumps({"report": about}))
         if i < finished:
             value = last if i == len(TASKS) - 1 else 90.0
             scores = {f"predict_exact_match_for_{name}": value for name in TASKS[: i + 1]}
@@ -134,8 +134,8 @@ def test_names_from_outside_are_text(tmp_path):
 @pytest.mark.parametrize("prepare, fault", [
     (lambda folder: None, "no task has results"),
     (lambda folder: (folder / "order/outputs/1-dbpedia").mkdir(parents=True), "no task has results"),
-    (lambda folder: (write_run(folder, "gorp", "A", 1, 1.0) / "outputs/1-dbpedia/run.json").write_text("[]"),
-     "run.json: found list"),
+    (lambda folder: (write_run(folder, "gorp", "A", 1, 1.0) / "outputs/1-dbpedia/run_record.json").write_text("[]"),
+     "run_record.json: found list"),
 ])  # fmt: skip
 def test_what_is_no_run_is_refused_in_one_line(prepare, fault, tmp_path):
     runs = tmp_path / "runs"

@@ -192,7 +192,7 @@ def test_zero_shot_and_unseen_datasets_are_scored_and_change_nothing(two_tasks, 
     for name in ("adapter_model", "full_rank_weights", "gradient_space"):
         once, again = (load_file(folder / adapter_name / f"{name}.safetensors") for folder in (second, out))
         assert all(torch.equal(once[key], again[key]) for key in once)
-    run = json.loads((out / "run.json").read_text())
+    run = json.loads((out / "run_record.json").read_text())["report"]
     assert (run["method"], run["order"], run["seed"], run["base_model"]) == ("gorp", "order1", 42, str(model))
     assert 0 < run["trained_values"] < run["values"]
 

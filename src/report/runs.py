@@ -71,10 +71,10 @@ def is_order(folder: Path) -> bool:
 
 
 def read_run(order_dir: Path) -> Run:
-    """The run of an order's output folder; folder names stand in for what `run.json` would say."""
+    """The run of an order's output folder; folder names stand in for what `run_record.json` would say."""
     tasks, matrix = accuracy_matrix(order_dir)
     steps = [order_dir / "outputs" / step_name(i, task) for i, task in enumerate(tasks, 1)]
-    about = [_object(step / "run.json") for step in steps]
+    about = [_object(step / "run_record.json").get("report", {}) for step in steps]
     trained = [_object(step / "train_results.json") for step in steps]
     last = last_finished(matrix)
     first = about[0]
