@@ -202,7 +202,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             raise InputError("--bf16 --fp16: both found; at most one of them")
         self._check_numbers()
         if self.deepspeed is not None:
-            check_deepspeed_file(self.deepspeed, bf16=bool(self.bf16), fp16=bool(self.fp16), numbers=self.batch())
+            self.check_deepspeed(self.deepspeed)
         self.remove_unused_columns = False  # the collator reads the whole row
         check(self.max_non_finite_steps > 0, "max_non_finite_steps", self.max_non_finite_steps, "a number above 0")
         if self.output_dir is None:
@@ -213,13 +213,14 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         for name in self.report_to:
             check(name in known, "report_to", name, ", ".join(["none", *known]))
 
-    def batch(self) -> dict[str, float]:
-        """What a DeepSpeed file may repeat of the command line, by its key there."""
-        return {
+    def check_deepspeed(self, path: str) -> None:
+        """Refuse a DeepSpeed file that does not fit these arguments, see `check_deepspeed_file`."""
+        repeated = {
             "train_micro_batch_size_per_gpu": self.per_device_train_batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "gradient_clipping": self.max_grad_norm,
         }
+        check_deepspeed_file(path, bf16=bool(self.bf16), fp16=bool(self.fp16), numbers=repeated)
 
     def _check_numbers(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -238,7 +239,7 @@ def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool, numbers: Mapping[
     """Refuse a DeepSpeed file that contradicts the command line or would take the optimizer away from the method.
 
     Args:
-        numbers: what the command line says of the file's keys, see `UIETrainingArguments.batch`.
+        numbers: what the command line says of keys that the file may repeat.
 
     Raises:
         InputError: no JSON object, a precision or number that the command line does not ask for, no stage of ZeRO, or
@@ -285,9 +286,12 @@ class Parser(HfArgumentParser):
 
 
 def parse_arguments(
-    argv: list[str] | None = None,
+    argv: list[str] | None = None, deepspeed_file: str | None = None
 ) -> tuple[ModelArguments, DataArguments, MethodArguments, UIETrainingArguments]:
     """The four groups of arguments, from flags or from one JSON file; the third is what the method declares.
+
+    Args:
+        deepspeed_file: what `--deepspeed` would say, to check it against the rest without starting DeepSpeed.
 
     Raises:
         InputError: an unknown flag or method, or values that contradict each other.
@@ -309,12 +313,15 @@ def parse_arguments(
     if training.optim_target_modules == [NOTHING]:
         training.optim_target_modules = None
     method.optim_target_modules = training.optim_target_modules or []
-    if method.galore_svd == "sketch" and training.do_train and not training.deepspeed:
-        raise InputError("--galore_svd: found sketch without --deepspeed; exact or lowrank")
-    if training.deepspeed is not None and training.do_train:
-        check(not data.zero_shot, "zero_shot", "true", f"only without --deepspeed {training.deepspeed}, which has "
-              "nothing to predict with before it trains")
-        check_sharded(method_class, method, training.deepspeed, training.weight_decay)
+    if deepspeed_file is not None:
+        training.check_deepspeed(deepspeed_file)
+    deepspeed_file = deepspeed_file or training.deepspeed
+    if training.do_train and deepspeed_file is None:
+        check(method.galore_svd != "sketch", "galore_svd", "sketch without --deepspeed", "exact or lowrank")
+    elif training.do_train:
+        check(not data.zero_shot, "zero_shot", "true", f"only without --deepspeed {deepspeed_file}, which has nothing "
+              "to predict with before it trains")
+        check_sharded(method_class, method, deepspeed_file, training.weight_decay)
     return model, data, method, training
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from arguments import Parser, check_data_arguments, check_deepspeed_file, check_sharded, parse_arguments
+from arguments import Parser, check_data_arguments, parse_arguments
 from errors import InputError
 from methods import find_method
 from order_config import read_order
@@ -78,17 +78,12 @@ def check_flags(flags: list[str]) -> tuple[dict, DataCollatorForUIE | None]:
     stand_in = [] if with_model else ["--model_name_or_path", "none", "--lora_modules", ".*"]
     with tempfile.TemporaryDirectory() as scratch:
         given = ["--output_dir", scratch, "--task_config_dir", scratch, "--do_train", "--do_predict", *stand_in, *flags]
-        model_args, data_args, method_args, training_args = parse_arguments(given)
+        model_args, data_args, method_args, training_args = parse_arguments(given, launch.deepspeed)
         check_data_arguments(data_args)
-    method_class = find_method(method_args.method)
-    if launch.deepspeed is not None:
-        precision = {"bf16": bool(training_args.bf16), "fp16": bool(training_args.fp16)}
-        check_deepspeed_file(launch.deepspeed, **precision, numbers=training_args.batch())
-        check_sharded(method_class, method_args, launch.deepspeed, training_args.weight_decay)
     collator = None
     if with_model:
         loaded = load_model(model_args, data_args, weights=False)
-        method_class(method_args).prepare(
+        find_method(method_args.method)(method_args).prepare(
             loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=launch.deepspeed is not None
         )
         collator = build_collator(loaded, data_args, training_args)
