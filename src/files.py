@@ -1,6 +1,7 @@
 """Reading and writing the project's files: JSON that explains its faults, and writes that are whole or not there."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -91,13 +92,15 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
         yield partial
         for written in [*partial.rglob("*"), partial]:
             sync(written)
-        if path.exists():
+        try:
+            os.rename(partial, path)
+        except OSError as error:  # not asked before: another process may write the same folder at the same time
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
             retired = partial.with_suffix(".old")
             os.rename(path, retired)
             os.rename(partial, path)
             shutil.rmtree(retired)
-        else:
-            os.rename(partial, path)
         sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -535,7 +535,7 @@ def test_ctrl_c_in_an_order_is_one_line(checkout):
     while run.stdout.readline() != "[gorp] begun\n":
         assert run.poll() is None
     os.killpg(run.pid, signal.SIGINT)
-    _, err = run.communicate(timeout=30)
+    _, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (130, "[gorp] order1: interrupted; the same command goes on where it stood\n")
 
 

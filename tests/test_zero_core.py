@@ -362,7 +362,8 @@ HALF = [
     *(Case(f"{stage}-bf16", stage, precision="bf16", weight_decay=0.1) for stage in (0, *ZERO)),
     *(Case(f"{stage}-fp16", stage, precision="fp16", weight_decay=0.1) for stage in ZERO),
     *(
-        Case(f"2-{precision}-{side}", 2, precision=precision, side=side, gp_first=True, gp_second=True, factor=True)
+        Case(f"2-{precision}-{side}", 2, precision=precision, side=side, gp_first=True, gp_second=True, factor=True,
+             gap=20)  # one basis: in 16 bits the sign of a later one is a matter of chance, see docs/LOG.md
         for precision in ("bf16", "fp16")
         for side in ("output", "input")
     ),
