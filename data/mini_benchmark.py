@@ -10,10 +10,8 @@ single words, so that counting words neither fails nor suffices (`tests/test_min
 import argparse
 import json
 import logging
-import os
 import random
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 from errors import InputError  # noqa: E402
-from files import read_json, write_json  # noqa: E402
+from files import read_json, whole_folder, write_json  # noqa: E402
 
 LEXICON = json.loads(Path(__file__).with_name("mini_lexicon.json").read_text(encoding="utf-8"))
 EVAL_ROWS = 100  # rows of dev.json and of test.json
@@ -271,17 +269,14 @@ def write_benchmark(out: Path, seed: int) -> None:
     if out.exists():
         raise InputError(f"{out}: already there; remove it to make it anew")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that the last step is a rename within one file system.
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        with whole_folder(out) as partial:  # two orders may make it at once; the rows are the same
             for (task, dataset), (make, train_rows) in DATASETS.items():
                 labels = read_json(ROOT / "CL_Benchmark" / task / dataset / "labels.json")
-                folder = Path(scratch) / "whole" / task / dataset
+                folder = partial / task / dataset
                 rng, seen = random.Random(f"{seed} {dataset}"), set()
                 for split, count in (("train", train_rows), ("dev", EVAL_ROWS), ("test", EVAL_ROWS)):
                     write_json(folder / f"{split}.json", make_rows(make, labels, count, rng, seen))
                 write_json(folder / "labels.json", labels)
-            os.rename(Path(scratch) / "whole", out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from None
 
