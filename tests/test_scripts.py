@@ -356,11 +356,13 @@ def test_the_check_gets_what_the_run_gets(checkout):
     assert checked == {name: value for name, value in flags(ran).items() if name not in own}
 
 
-def test_the_real_check_stands_before_a_real_run(tmp_path):
-    done = bash("scripts/order_1.sh", "--tiny", OUTPUT=str(tmp_path / "out"), EXTRA="--galore_rank 4096")
+def test_the_real_check_stands_before_a_real_run(tmp_path, mini_benchmark):
+    out = tmp_path / "out"
+    done = bash("scripts/order_1.sh", "--tiny", OUTPUT=str(out), DATA_DIR=str(mini_benchmark),
+                EXTRA="--galore_rank 4096")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: --galore_rank: found 4096; at most 128")
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 def test_without_a_model_both_ways_on_are_said(checkout):
