@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--galore_lr", default="1e-5", help="of the full-rank weights (%(default)s)")
     parser.add_argument("--extra", default="", help="more flags of src/run_uie_lora.py")
     parser.add_argument("--ways", nargs="+", choices=[str(way) for way in WAYS], metavar="WAY",
-                        help="some of: " + "; ".join(map(str, WAYS)) + " (all); what they are measured against runs too")
+                        help=f"some of: {'; '.join(map(str, WAYS))} (all); what they are measured against runs too")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     args = parser.parse_args()
     # float32 under the same stage is what a 16-bit way is measured against.
