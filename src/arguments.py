@@ -139,9 +139,17 @@ class MethodArguments:
     galore_svd: str = field(
         default="exact",
         metadata={
-            "help": "How a basis is computed: by SVD, by randomised SVD, or (under DeepSpeed) from a sketch, for which "
-            "no rank sums or sends a whole gradient.",
+            "help": "How a basis is computed: by SVD, by randomised SVD, or (engine: cores) from a sketch, for which "
+            "there is no whole gradient, nor is one summed over ranks.",
             "choices": ["exact", "lowrank", "sketch"],
+        },
+    )
+    galore_engine: str = field(
+        default="auto",
+        metadata={
+            "help": "What trains full-rank weights: dense gradients and ProjAdamW, or small cores beside frozen "
+            "weights, the same mathematics with less memory. auto: cores under DeepSpeed, else dense.",
+            "choices": ["auto", "dense", "cores"],
         },
     )
     galore_lr: float = field(default=1e-5, metadata={"help": "Learning rate of the full-rank weights."})
@@ -317,7 +325,7 @@ def parse_arguments(
         training.check_deepspeed(deepspeed_file)
     deepspeed_file = deepspeed_file or training.deepspeed
     if training.do_train and deepspeed_file is None:
-        check(method.galore_svd != "sketch", "galore_svd", "sketch without --deepspeed", "exact or lowrank")
+        check_alone(method, training.weight_decay)
     elif training.do_train:
         check(not data.zero_shot, "zero_shot", "true", f"only without --deepspeed {deepspeed_file}, which has nothing "
               "to predict with before it trains")
@@ -349,6 +357,19 @@ def _flags(path: str) -> list[str]:
     return argv
 
 
+def check_alone(method: MethodArguments, weight_decay: float) -> None:
+    """What an engine cannot do without DeepSpeed.
+
+    Raises:
+        InputError: a sketch from dense gradients; decay of factors whose component in a space is kept.
+    """
+    if method.galore_engine != "cores":
+        check(method.galore_svd != "sketch", "galore_svd", "sketch without --deepspeed",
+              "exact or lowrank, or sketch with --galore_engine cores")
+    else:
+        check_decay(method, weight_decay, "--galore_engine cores")
+
+
 def check_sharded(method_class, method: MethodArguments, deepspeed_file: str, weight_decay: float) -> None:
     """What the method cannot do when DeepSpeed cuts up its parameters.
 
@@ -367,8 +388,14 @@ def check_sharded(method_class, method: MethodArguments, deepspeed_file: str, we
     if stage == 3:
         for flag in ("lamda_1", "lamda_2", "lamda_3"):
             check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
+    check(method.galore_engine != "dense", "galore_engine", "dense", "auto or cores under DeepSpeed")
+    check_decay(method, weight_decay, "DeepSpeed")
+
+
+def check_decay(method: MethodArguments, weight_decay: float, where: str) -> None:
+    """Refuse decay that would move what a guarded factor keeps (`GuardedLinear`)."""
     decays = method.protect == "gp_second" and weight_decay
-    check(not decays, "weight_decay", weight_decay, "only 0 with --protect gp_second under DeepSpeed")
+    check(not decays, "weight_decay", weight_decay, f"only 0 with --protect gp_second under {where}")
 
 
 def check_data_arguments(data: DataArguments) -> None:

@@ -16,7 +16,8 @@ class FiniteSteps:
     """Watches the optimizer steps of one task.
 
     In one process the whole step is left out. Under DeepSpeed, where backward and step are one call, the rank's own
-    gradients of that micro-batch are set to zero before they are reduced. With fp16 the loss scaler of either already
+    gradients of that micro-batch are set to zero before they are reduced; so are they where backward already computes
+    the next bases from them (`CoreEngine`). With fp16 the loss scaler of either already
     leaves steps out, and an infinite gradient is its normal signal, so only the loss is watched.
 
     Args:

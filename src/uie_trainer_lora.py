@@ -186,7 +186,7 @@ class UIETrainer(Seq2SeqTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A checkpoint's weights, under DeepSpeed from all ranks."""
-        if self.is_deepspeed_enabled:
+        if self._has_own_state():
             self._save(output_dir, self.method.training_state() | self._loss_scale())
         else:
             super().save_model(output_dir, _internal_call)
@@ -205,7 +205,7 @@ class UIETrainer(Seq2SeqTrainer):
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """What trains, by name; under DeepSpeed with its moments. The rest is the base and the adapter before."""
+        """What trains, by name, or the method's own state. The rest is the base and the adapter before."""
         if not self.args.should_save:
             return
         trained = state_dict or {name: value.detach().cpu().contiguous() for name, value in self._trained().items()}
@@ -213,26 +213,32 @@ class UIETrainer(Seq2SeqTrainer):
             safetensors.torch.save_file(trained, partial, metadata={"format": "pt"})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
+        if not self._has_own_state():
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:  # DeepSpeed's own checkpoint would be a pickle, and for this number of ranks only
             write_json(Path(output_dir) / SCHEDULE_FILE, self.lr_scheduler.state_dict())
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """The parent's; then the method meets the engine, and under DeepSpeed the checkpoint is read by us."""
-        sharded = self.is_deepspeed_enabled
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, None if sharded else resume_from_checkpoint
-        )
-        self.method.begin_training(self.model_wrapped if sharded else None)
-        if sharded:
+        """The parent's; then the method meets the engine, and its own state is read here."""
+        own = self._has_own_state()
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if own else resume_from_checkpoint)
+        self.method.begin_training(self.model_wrapped if self.is_deepspeed_enabled else None)
+        if own:
             self.finite_steps.clean_gradients(self.model)
-        if sharded and resume_from_checkpoint is not None:
-            self._start_moments()
-            self._load_sharded(Path(resume_from_checkpoint))
+            if resume_from_checkpoint is not None:
+                if self.is_deepspeed_enabled:
+                    self._start_moments()
+                self._load_own_state(Path(resume_from_checkpoint))
         return prepared
 
+    def _has_own_state(self) -> bool:
+        """Whether the method saves and loads what trains, moments included: sharded, or in another form than it has
+        in the model."""
+        return self.is_deepspeed_enabled or self.method.own_state
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self._has_own_state():
+            return  # read later, when the optimizer is there
         path = Path(resume_from_checkpoint) / TRAINABLE_FILE
         saved, trained = _read_tensors(path), self._trained()
         if saved.keys() != trained.keys():
@@ -241,13 +247,13 @@ class UIETrainer(Seq2SeqTrainer):
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
 
-    def _load_sharded(self, folder: Path) -> None:
+    def _load_own_state(self, folder: Path) -> None:
         saved = _read_tensors(folder / TRAINABLE_FILE)
         try:
             self.method.load_training_state(saved)
         except (InputError, KeyError) as error:
             path = folder / TRAINABLE_FILE
-            raise InputError(f"{path}: not of a run like this one under DeepSpeed ({error})") from None
+            raise InputError(f"{path}: not of a run like this one ({error})") from None
         self.lr_scheduler.load_state_dict(read_json(folder / SCHEDULE_FILE))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -262,8 +268,8 @@ class UIETrainer(Seq2SeqTrainer):
             start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            self._load_sharded(Path(self.state.best_model_checkpoint))
+        if self._has_own_state():
+            self._load_own_state(Path(self.state.best_model_checkpoint))
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
@@ -272,7 +278,7 @@ class UIETrainer(Seq2SeqTrainer):
 
     def _loss_scale(self) -> dict[str, torch.Tensor]:
         """fp16's scale, which DeepSpeed finds by trial."""
-        scale = getattr(self.model_wrapped.optimizer, "loss_scale", None)
+        scale = getattr(self.model_wrapped.optimizer, "loss_scale", None) if self.is_deepspeed_enabled else None
         return {} if scale is None else {"loss_scale": torch.tensor(float(scale))}
 
 

@@ -51,6 +51,8 @@ class Method:
         self.options = options
         self.model: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        # Whether `training_state` is what a checkpoint holds without DeepSpeed too.
+        self.own_state = False
         # Weights of the base that differ from the base model on disk, by module name: earlier tasks' and this one's.
         self.changed: dict[str, nn.Linear] = {}
 
@@ -157,9 +159,9 @@ class LoraMethod(Method):
 
     def begin_training(self, engine) -> None:
         self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
-        self.optimizer_state = None if engine is None else optimizer_state_of(self.optimizer, engine)
+        self.optimizer_state = optimizer_state_of(self.optimizer, engine)
 
-    # Checkpoints of a run under DeepSpeed
+    # Checkpoints of a run under DeepSpeed, or with cores
 
     def training_state(self) -> dict[str, torch.Tensor]:
         """What such a run needs to go on, on the same or another number of ranks: CPU tensors by name; collective."""

@@ -13,8 +13,8 @@ from Proj_torch import ProjAdamW
 
 class Galore(FullRankMethod):
     def prepare(self, model, previous, *, decoder_only, sharded=False):
-        if self.options.galore_svd == "sketch":
-            raise InputError("--galore_svd: found sketch without --deepspeed; exact or lowrank")
+        if self.options.galore_engine == "cores":
+            raise InputError("--galore_engine: found cores; auto or dense with --method galore")
         model = super().prepare(model, previous, decoder_only=decoder_only)
         full_rank.check_rank(self.targets, self.options.galore_rank, "galore_rank")
         for layer in self.targets.values():

@@ -4,7 +4,7 @@ Full-rank weights train through a rank-k gradient projection; the protected LoRA
 keep out of the shared gradient space, which each finished task extends by its first moments.
 
 Two engines do the same mathematics: `ProjAdamW` where the optimizer sees whole weights, and `CoreEngine` with a plain
-AdamW where DeepSpeed cuts them up.
+AdamW where DeepSpeed cuts them up, or where `--galore_engine cores` asks for it.
 """
 
 import logging
@@ -47,7 +47,9 @@ class Gorp(LoraMethod):
             set_input_space(model, {name: self.space.get(f"{name}.loranew_A") for name in loranew_layers(model)})
         if options.lamda_3:  # before a checkpoint is loaded: the change counts from the task's start
             self.start = {name: layer.weight.detach().clone() for name, layer in self.targets.items()}
-        self.cores = self._core_engine() if sharded else None
+        self.sharded = sharded
+        self.cores = self._core_engine() if sharded or options.galore_engine == "cores" else None
+        self.own_state = self.cores is not None
         if self.cores is None:
             for layer in self.targets.values():
                 layer.weight.requires_grad_(True)
@@ -135,7 +137,8 @@ class Gorp(LoraMethod):
     def summary(self) -> list[str]:
         options = self.options
         weights = sum(layer.weight.numel() for layer in self.targets.values())
-        engine = "ProjAdamW" if self.cores is None else "trainable cores under DeepSpeed, AdamW"
+        cores = "trainable cores under DeepSpeed, AdamW" if self.sharded else "trainable cores, AdamW"
+        engine = "ProjAdamW" if self.cores is None else cores
         return [
             *super().summary(),
             f"full-rank: {weights:,} values of {len(self.targets)} weights train, projected "

@@ -1,0 +1,256 @@
+"""Time and peak memory of a training step: GORP against plain LoRA, the published formulation, and full logits.
+
+    python benchmarks/training_step.py --data CL_Benchmark --model initial_model/smollm2-135m --rows 2 --length 256
+
+Every contender trains the same batches (rows of SC/amazon, padded to one length) in a process of its own, which the
+others' memory cannot touch; the contenders take turns. One gap of steps is timed, so that it holds exactly one
+refresh of the projection; steps before it warm up.
+
+* `gorp`: as `--method gorp` trains an order's second task: the new LoRA on q_proj and v_proj beside the frozen one,
+  gate_proj in full rank, the shared space of the first task.
+* `lora`: PEFT's LoRA on q_proj, v_proj and gate_proj by Hugging Face's Trainer with its AdamW.
+* `published`: PEFT's LoRA on q_proj and v_proj, gate_proj by galore-torch: dense gradients, an exact SVD at every gap.
+* `gorp, full logits`: as `gorp`, with the stock class of LLaMA, which computes logits at every position.
+* `gorp, 1 rank` and `gorp, 2 ranks` (`--ranks`): under ZeRO-2, one thread a rank, the same rows a rank.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+WARM_UP, GAP = 2, 10  # steps; a refresh falls on every tenth, counted from 0
+LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
+MODULES = ["--lora_modules", ".*self_attn.(q_proj|v_proj).*", "--optim_target_modules", ".*mlp.gate_proj.*",
+           "--proj_lora_modules", ".*self_attn.(q_proj|v_proj).loranew_A.*"]  # fmt: skip
+ALONE = ("gorp", "lora", "published", "gorp, full logits")
+RANKS = ("gorp, 1 rank", "gorp, 2 ranks")
+RATIOS = (  # of time: what, against, target (at most or at least); then of memory
+    ("gorp", "lora", "<=", 1.10, 1.05),
+    ("published", "gorp", ">=", 3.0, 1.5),
+    ("gorp, full logits", "gorp", ">=", 1.2, None),
+)
+
+
+# ------------------------------------------------------------------------------------- one contender
+
+
+def build(contender: str, args: argparse.Namespace, output: Path):
+    """The contender's trainer, before its first step."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    from arguments import parse_arguments
+    from methods import find_method
+    from order_rows import load_rows
+    from run_uie_lora import build_trainer, load_model
+
+    if contender == "gorp, full logits":
+        from transformers import LlamaForCausalLM
+
+        from model.llama import LlamaForCausalLM_with_lossmask as Ours
+
+        Ours.forward = LlamaForCausalLM.forward
+    ours = contender.startswith("gorp")
+    flags = flags_of(args, args.previous if ours else args.model, output)
+    sharded = contender in RANKS
+    if sharded:
+        flags += ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")]
+    model_args, data_args, method_args, training_args = parse_arguments(flags)
+    method = find_method(method_args.method)(method_args)
+    rows = load_rows(data_args, training_args, method)
+    unset_hf_deepspeed_config()
+    loaded = load_model(model_args, data_args)
+    if not ours:
+        return build_other(contender, loaded, rows, data_args, training_args)
+    model = method.prepare(loaded.model, loaded.previous, decoder_only=True, sharded=sharded)
+    if sharded:
+        set_hf_deepspeed_config(training_args.hf_deepspeed_config)
+    trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
+    trainer.data_collator.pad_to_multiple_of = args.length
+    return trainer
+
+
+def build_other(contender: str, loaded, rows, data_args, training_args):
+    """A Trainer of Hugging Face with a LoRA of PEFT, on the same batches."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM, Trainer
+
+    from run_uie_lora import build_collator
+
+    loaded.model.__class__ = LlamaForCausalLM
+    collator = build_collator(loaded, data_args, training_args)
+    collator.pad_to_multiple_of, collator.name_rows = data_args.max_source_length, False
+    targets = ["q_proj", "v_proj"] + (["gate_proj"] if contender == "lora" else [])
+    model = get_peft_model(loaded.model, LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **LORA))
+    optimizer = None
+    if contender == "published":
+        from galore_torch import GaLoreAdamW
+
+        dense = [layer.weight for name, layer in model.named_modules() if name.endswith("mlp.gate_proj")]
+        for weight in dense:
+            weight.requires_grad_(True)
+        factors = [value for name, value in model.named_parameters() if "lora_" in name]
+        projection = {"rank": 8, "update_proj_gap": GAP, "scale": 1.0, "proj_type": "std", "lr": 1e-5}
+        groups = [{"params": factors}, {"params": dense, **projection}]
+        optimizer = GaLoreAdamW(groups, lr=1e-3, no_deprecation_warning=True)
+    return Trainer(model=model, args=training_args, train_dataset=rows["train"], data_collator=collator,
+                   optimizers=(optimizer, None))  # fmt: skip
+
+
+def flags_of(args: argparse.Namespace, model: str, output: Path, dataset: str = "amazon") -> list[str]:
+    length = str(args.length)
+    return [
+        "--model_name_or_path", str(model), "--data_dir", str(args.data), "--output_dir", str(output),
+        "--task_config_dir", str(ROOT / "configs" / "order1_configs" / dataset),
+        "--instruction_file", str(ROOT / "configs" / "instruction_config.json"), "--instruction_strategy", "single",
+        "--add_task_name", "True", "--add_dataset_name", "True", "--do_train", "--lora_dropout", "0",
+        "--max_source_length", length, "--max_target_length", "50", "--remove_unused_columns", "False",
+        "--per_device_train_batch_size", str(args.rows), "--max_steps", str(WARM_UP + GAP), "--lr_scheduler_type",
+        "constant", "--learning_rate", "1e-3", "--galore_lr", "1e-5", "--lamda_1", "0", "--galore_rank", "8",
+        "--galore_update_proj_gap", str(GAP), "--save_strategy", "no", "--report_to", "none", "--use_cpu", "True",
+        "--max_train_samples", "200", "--disable_tqdm", "True", "--logging_strategy", "no", *MODULES, *args.extra,
+    ]  # fmt: skip
+
+
+def time_steps(contender: str, args: argparse.Namespace) -> None:
+    """Print seconds of each timed step and the peak of this process's memory during them, as JSON."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.ends = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == WARM_UP:
+                Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+            self.ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build(contender, args, Path(scratch))
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+        ends = clock.ends[WARM_UP - 1 :]
+        seconds = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+        if trainer.is_world_process_zero():
+            print("RESULT " + json.dumps({"seconds": seconds, "peak": peak_bytes()}), flush=True)
+
+
+def peak_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+# ------------------------------------------------------------------------------------- all of them
+
+
+def run(contender: str, args: argparse.Namespace) -> dict:
+    """The contender's result, from a process (or ranks) of its own."""
+    command = [__file__, "--contender", contender, "--data", str(args.data), "--model", str(args.model), "--previous",
+               str(args.previous), "--rows", str(args.rows), "--length", str(args.length), "--", *args.extra]
+    threads = str(os.cpu_count())
+    launch = [sys.executable]
+    if contender in RANKS:
+        ranks, threads = contender.split()[1], "1"
+        launch += ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", str(free_port())]
+    done = subprocess.run([*launch, *command], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"})
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not found:
+        sys.exit(f"error: {contender} ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    return json.loads(found[0].removeprefix("RESULT "))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+def train_first_task(args: argparse.Namespace, scratch: Path) -> Path:
+    """The adapter folder of a task before the timed one, with its shared space."""
+    output = scratch / "first"
+    command = [sys.executable, "src/run_uie_lora.py", *flags_of(args, args.model, output, "dbpedia"),
+               "--max_steps", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: the first task ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    return output / "llama_adapter"
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict]:
+    """Contender -> seconds of a step (mean over the gap, median over rounds) and peak bytes (largest)."""
+    found: dict[str, list[dict]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        args.previous = train_first_task(args, Path(scratch))
+        for _ in range(args.rounds):
+            for contender in args.contenders:
+                result = run(contender, args)
+                mean = statistics.fmean(result["seconds"])
+                print(f"{contender}: {mean:.3f} s a step, peak {result['peak'] / 2**20:,.0f} MiB", file=sys.stderr)
+                found.setdefault(contender, []).append({"seconds": mean, "peak": result["peak"]})
+    return {
+        contender: {"seconds": statistics.median(r["seconds"] for r in results),
+                    "peak": max(r["peak"] for r in results)}
+        for contender, results in found.items()
+    }
+
+
+def table(results: dict[str, dict]) -> list[dict]:
+    """Rows of `what`, `against`, `figure`, `target` and `met`, for this table and for benchmarks/run.py."""
+    rows = []
+    for what, against, sense, time_target, memory_target in RATIOS:
+        if what in results and against in results:
+            for kind, key, target in (("time", "seconds", time_target), ("peak memory", "peak", memory_target)):
+                ratio = results[what][key] / results[against][key]
+                rows.append(row(f"step, {kind}: {what}", against, ratio, sense, target))
+    if set(RANKS) <= results.keys():
+        ratio = 2 * results[RANKS[0]]["seconds"] / results[RANKS[1]]["seconds"]
+        rows.append(row("rows a second: 2 ranks under ZeRO-2", "1 rank, 1 thread", ratio, ">=", 1.6))
+    return rows
+
+
+def row(what: str, against: str, ratio: float, sense: str, target: float | None) -> dict:
+    met = None if target is None else (ratio <= target if sense == "<=" else ratio >= target)
+    wanted = "" if target is None else f"{'at most' if sense == '<=' else 'at least'} {target:g} x"
+    return {"what": what, "against": against, "figure": f"{ratio:.2f} x", "target": wanted, "met": met}
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "CL_Benchmark", help="benchmark folder (%(default)s)")
+    parser.add_argument("--model", default=str(ROOT / "initial_model" / "smollm2-135m"), help="%(default)s")
+    parser.add_argument("--rows", type=int, default=2, help="of a batch (%(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="times that every contender runs (%(default)s)")
+    parser.add_argument("--contenders", nargs="+", choices=(*ALONE, *RANKS), default=(*ALONE, *RANKS))
+    parser.add_argument("--contender", help=argparse.SUPPRESS)  # one of them, in its own process
+    parser.add_argument("--previous", help=argparse.SUPPRESS)
+    parser.add_argument("extra", nargs="*", help="after --: more flags of src/run_uie_lora.py for gorp")
+    args = parser.parse_args(argv)
+    args.data = args.data.resolve()
+    return args
+
+
+def main() -> None:
+    args = arguments(None)
+    if args.contender:
+        return time_steps(args.contender, args)
+    results = measure(args)
+    print("| what | against | figure | target | met |", "|---|---|---|---|---|", sep="\n")
+    for line in table(results):
+        met = "" if line["met"] is None else "yes" if line["met"] else "no"
+        print(f"| {line['what']} | {line['against']} | {line['figure']} | {line['target']} | {met} |")
+
+
+if __name__ == "__main__":
+    main()
