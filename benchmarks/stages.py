@@ -25,9 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"t5": "scripts/order.sh", "llama": "scripts_llama/order.sh"}
 STAGES_APART, PRECISIONS_APART = 2.0, 1.0  # points
 ANY_CPU = """
-from deepspeed.accelerator import set_accelerator
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-set_accelerator(type("AnyCPU", (CPU_Accelerator,), {"is_fp16_supported": lambda self: True})())
+import os
+if "LOCAL_RANK" in os.environ:  # not in the scripts' own calls of Python, to whose output DeepSpeed would add
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    set_accelerator(type("AnyCPU", (CPU_Accelerator,), {"is_fp16_supported": lambda self: True})())
 """
 
 
