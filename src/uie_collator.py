@@ -104,6 +104,11 @@ class DataCollatorForUIE:
             batch["rows"] = [_name(example) for example in examples]
         return batch
 
+    def lengths(self, examples: list[dict]) -> list[tuple[int, int]]:
+        """Numbers of ids of each example's prompt, as cut, and of its answer, EOS included."""
+        _, prompts = self._prompts(examples)
+        return [(len(prompt), len(answer)) for prompt, answer in zip(prompts, self._answers(examples))]
+
     def _prompts(self, examples: list[dict]) -> tuple[list[str], list[list[int]]]:
         """Each example's prompt, cut where it must be, as text and as ids."""
         parts = [self._parts(example) for example in examples]
