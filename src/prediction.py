@@ -23,6 +23,7 @@ from tqdm import tqdm
 from uie_collator import DataCollatorForUIE
 
 TOKENISED_AT_ONCE = 1000
+TWICE_AT_MOST = 1 / 4  # share of the rows, a batch aside, that may be generated again before batches go without a bound
 
 
 @dataclass
@@ -80,12 +81,14 @@ class Prediction:
         for batch, counts in self._batches(places):
             examples = [self.rows[place] for place in batch]
             bound = self.longest_answer
-            if bounded and 2 * len(cut) <= tried:  # where most rows ramble, trying a bound only costs
+            if bounded and TWICE_AT_MOST * tried >= len(cut):  # where most rows ramble, a bound only costs
                 bound = min(bound, max(self.bounds.get(example["Dataset"], bound) for example in examples))
             tokens = self._generate(examples, bound).cpu()
             if not counts:
                 continue
-            ended = (tokens == self.collator.tokenizer.eos_token_id).any(1) | (bound == self.longest_answer)
+            ends = tokens == self.collator.tokenizer.eos_token_id
+            tokens[ends.cumsum(1) > ends] = self.collator.tokenizer.pad_token_id  # beams leave other ids there
+            ended = ends.any(1) | (bound == self.longest_answer)
             cut += [place for place, has_ended in zip(batch, ended.tolist()) if not has_ended]
             tried += len(batch)
             answers[[place // self.ranks for place in batch], : tokens.shape[1]] = tokens
