@@ -189,7 +189,7 @@ class MethodArguments:
 
 @dataclass
 class UIETrainingArguments(Seq2SeqTrainingArguments):
-    """Hugging Face's arguments; the two flags of this project, and earlier checks of what they contradict."""
+    """Hugging Face's arguments; the flags of this project, and earlier checks of what they contradict."""
 
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start over where output_dir already holds results, and replace them."}
@@ -199,6 +199,16 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
     )
     max_non_finite_steps: int = field(
         default=3, metadata={"help": "End the run at this many steps in a row whose loss or gradient is not finite."}
+    )
+    eval_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most prompt tokens of an evaluation batch, padding included; by default those of "
+            "per_device_eval_batch_size prompts of max_source_length tokens."
+        },
+    )
+    predict_loss: bool = field(
+        default=False, metadata={"help": "Also the loss of the test rows' answers: one more forward pass."}
     )
     optim_target_modules: list[str] | None = field(
         default=None,
@@ -239,8 +249,9 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 up to, not including, 1")
         if self.max_steps <= 0:
             _check_number(self, "num_train_epochs", above=0)
-        if self.generation_max_length is not None:
-            _check_number(self, "generation_max_length", above=0)
+        for name in ("generation_max_length", "eval_batch_tokens"):
+            if getattr(self, name) is not None:
+                _check_number(self, name, above=0)
 
 
 def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool, numbers: Mapping[str, float] = {}) -> None:

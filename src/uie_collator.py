@@ -2,12 +2,17 @@
 
 The prompt and the answer are tokenised apart and joined as ids, so the border between what is masked from the loss
 and what is learnt is where it was put, whatever the tokenizer would merge. Only the sentence is ever cut.
+
+A text is tokenised once in a process: later epochs, and the evaluations after later tasks, find its ids kept.
 """
 
 import bisect
+import functools
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -71,6 +76,7 @@ class DataCollatorForUIE:
         self._special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         bos = self.tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and self.tokenizer(ANSWER_CUE).input_ids[0] == bos else []
+        self._kept = self._kept_ids()
         self._record([], [])
 
     def check(self, examples: Iterable[dict]) -> None:
@@ -104,16 +110,25 @@ class DataCollatorForUIE:
             batch["rows"] = [_name(example) for example in examples]
         return batch
 
+    def lengths(self, examples: list[dict]) -> list[tuple[int, int]]:
+        """Numbers of ids of each example's prompt, as cut, and of its answer, EOS included."""
+        _, prompts = self._prompts(examples)
+        return [(len(prompt), len(answer)) for prompt, answer in zip(prompts, self._answers(examples))]
+
     def _prompts(self, examples: list[dict]) -> tuple[list[str], list[list[int]]]:
         """Each example's prompt, cut where it must be, as text and as ids."""
         parts = [self._parts(example) for example in examples]
         prompts = ["".join(pieces) for pieces in parts]
-        sources = self._source_ids(prompts)
-        for index, ids in enumerate(sources):
-            if len(ids) > self.max_source_length:
-                prompts[index] = self._cut(parts[index], examples[index])
-                sources[index] = self._source_ids([prompts[index]])[0]
-        return prompts, sources
+
+        def encode(indices: list[int]) -> list[list[int]]:
+            sources = self._source_ids([prompts[index] for index in indices])
+            for place, index in enumerate(indices):
+                if len(sources[place]) > self.max_source_length:
+                    prompts[index] = self._cut(parts[index], examples[index])
+                    [sources[place]] = self._source_ids([prompts[index]])
+            return sources
+
+        return prompts, self._kept.look_up([f"prompt {prompt}" for prompt in prompts], encode)
 
     def _parts(self, example: dict) -> tuple[str, str, str]:
         return prompt_parts(example, add_task_name=self.add_task_name, add_dataset_name=self.add_dataset_name)
@@ -150,8 +165,13 @@ class DataCollatorForUIE:
     def _answers(self, examples: list[dict]) -> list[list[int]]:
         """Each example's answer as ids, EOS included."""
         labels = [example["Instance"]["label"] for example in examples]
-        answers = self._continuations(labels) if self.decoder_only else self._encode(text_target=labels)
-        answers = [ids if ids[-1:] == self._eos else ids + self._eos for ids in answers]
+
+        def encode(indices: list[int]) -> list[list[int]]:
+            fresh = [labels[index] for index in indices]
+            answers = self._continuations(fresh) if self.decoder_only else self._encode(text_target=fresh)
+            return [ids if ids[-1:] == self._eos else ids + self._eos for ids in answers]
+
+        answers = self._kept.look_up([f"answer {label}" for label in labels], encode)
         for ids, label, example in zip(answers, labels, examples):
             if spelt := self._special.intersection(ids[:-1]):  # generation would stop inside such an answer
                 token = self.tokenizer.convert_ids_to_tokens(min(spelt))
@@ -178,6 +198,16 @@ class DataCollatorForUIE:
     def _encode(self, texts: list[str] | None = None, **kwargs) -> list[list[int]]:
         return self.tokenizer(texts, split_special_tokens=True, verbose=False, **kwargs).input_ids
 
+    def _kept_ids(self) -> "KeptIds":
+        """What collators of the same tokenizer and cut share, whichever task they serve."""
+        if self.input_record_file is not None:
+            return KeptIds(0)  # the record wants a cut prompt's text, which is not kept
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:  # a tokenizer in plain Python, whose rules cannot be compared
+            return KeptIds()
+        rules = (backend.to_str(), str(self.tokenizer.special_tokens_map), self.decoder_only, self.max_source_length)
+        return _shared_ids(hashlib.sha256(repr(rules).encode()).digest())
+
     def _pad(self, rows: list[list[int]], value: int, *, left: bool) -> torch.Tensor:
         """(n, width) tensor of the rows, width being the longest row's, rounded up to `pad_to_multiple_of`."""
         multiple = self.pad_to_multiple_of or 1
@@ -199,6 +229,38 @@ class DataCollatorForUIE:
                 f"--input_record_file {self.input_record_file}: cannot be written ({error.strerror}); "
                 "allowed: a file in a folder that exists"
             ) from None
+
+
+class KeptIds:
+    """Ids of texts by the texts' digests, until a number of them is kept.
+
+    Nothing is dropped for something newer: rows come round in like order, epoch after epoch and task after task, so
+    that the oldest would go just before it is needed again.
+    """
+
+    MOST = 32_000_000  # 128 MB: the rows of all 15 datasets, some 20 million ids, with room to spare
+
+    def __init__(self, most: int = MOST):
+        self._room = most
+        self._ids: dict[bytes, array] = {}
+
+    def look_up(self, texts: list[str], encode: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
+        """The ids of each text; `encode` gives those of the texts at the indices that it gets, which are not kept."""
+        keys = [hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest() for text in texts]
+        found = [list(self._ids[key]) if key in self._ids else None for key in keys]
+        missing = [index for index, ids in enumerate(found) if ids is None]
+        for index, ids in zip(missing, encode(missing) if missing else []):
+            found[index] = ids
+            if keys[index] not in self._ids and len(ids) <= self._room:
+                self._ids[keys[index]] = array("i", ids)
+                self._room -= len(ids)
+        return found
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_ids(rules: bytes) -> KeptIds:
+    """The ids kept in this process under the latest rules; a run has one tokenizer."""
+    return KeptIds()
 
 
 def _are_training(examples: list[dict]) -> bool:

@@ -7,9 +7,9 @@ trains and nothing else.
 
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
+from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -19,6 +19,7 @@ from errors import InputError
 from files import read_json, whole_file, write_json
 from finite import FiniteSteps
 from methods import Method
+from prediction import Prediction
 from Proj_torch.sharded_state import start_moments
 
 TRAINABLE_FILE = "trainable.safetensors"
@@ -42,7 +43,6 @@ class UIETrainer(Seq2SeqTrainer):
                  **kwargs):
         super().__init__(*args, **kwargs)
         self.method = method
-        self.decoder_only = decoder_only
         self.multilingual = multilingual
         self.generation = generation
         # Have the answer tokens of a global batch counted for every model; compute_loss uses the count.
@@ -134,53 +134,44 @@ class UIETrainer(Seq2SeqTrainer):
             self._penalties.clear()
         super().log(logs, start_time)
 
-    # Prediction
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
-        """Loss of the reference answers, and the generated tokens without prompt or decoder start, (batch, new)."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            scored = self._answers_after_prompts(inputs) if self.decoder_only else inputs
-            loss = model(**scored).loss.detach()
-            if prediction_loss_only:
-                return loss, None, None
-            generated = self.model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **self.generation
-            )
-        first_new = inputs["input_ids"].shape[1] if self.decoder_only else 1
-        return loss, generated[:, first_new:].contiguous(), None
-
-    def _answers_after_prompts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Prompts (left padded) joined with their answers (right padded with -100): a batch that has a loss."""
-        prompts, answers = inputs["input_ids"], inputs["labels"]
-        present = answers != -100
-        return {
-            "input_ids": torch.cat([prompts, answers.masked_fill(~present, self.processing_class.pad_token_id)], 1),
-            "attention_mask": torch.cat([inputs["attention_mask"], present.to(inputs["attention_mask"])], 1),
-            "labels": torch.cat([torch.full_like(prompts, -100), answers], 1),
-        }
+    # Evaluation
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """The parent's loop, then the text of every prediction and its scores per task and dataset.
+        """Every row's prediction as text and its scores per task and dataset, see `prediction.py`.
 
-        Returns its output with `predictions` as a list of strings, one for each row of the dataset.
+        The parent's loop makes the model ready (place, precision, DeepSpeed) and gets no batch to run. The loss of the
+        reference answers needs a pass of its own: validation has it, since the best step may be chosen by it, and a
+        test where `--predict_loss` asks for it.
+
+        Returns the parent's output with `predictions` as a list of strings, one for each row of the dataset.
         """
-        # `evaluate` asks for the loss alone where there is no compute_metrics; the scores are computed below instead.
-        loss_only = self.args.prediction_loss_only
-        output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
-        if output.predictions is None:
-            return output
-        rows = dataloader.dataset
-        # Ranks fill their last batch with repeated rows; what is past the dataset's end is theirs.
-        tokens = np.asarray(output.predictions)[: len(rows)]
-        tokens = np.where(tokens == -100, self.processing_class.pad_token_id, tokens)
-        texts = [text.strip() for text in self.processing_class.batch_decode(tokens, skip_special_tokens=True)]
-        scores = evaluate_predictions(rows, texts, multilingual=self.multilingual)
-        scores["gen_len"] = float(np.mean(np.sum(tokens != self.processing_class.pad_token_id, axis=1)))
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
-        return output._replace(predictions=texts)
+        output = super().evaluation_loop(DataLoader([]), description, True, ignore_keys, metric_key_prefix)
+        rows, metrics, texts = dataloader.dataset, {}, None
+        prediction = self._prediction(rows)
+        if metric_key_prefix == "eval" or self.args.predict_loss:
+            metrics["loss"] = prediction.loss()
+        if not self.args.prediction_loss_only:
+            tokens = prediction.answers()
+            texts = [text.strip() for text in self.processing_class.batch_decode(tokens, skip_special_tokens=True)]
+            metrics |= evaluate_predictions(rows, texts, multilingual=self.multilingual)
+            metrics["gen_len"] = (tokens != self.processing_class.pad_token_id).sum(1).float().mean().item()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output._replace(predictions=texts, num_samples=len(rows))
+
+    def _prediction(self, rows) -> Prediction:
+        args, collator = self.args, self.data_collator
+        return Prediction(
+            self.model,
+            collator,
+            rows,
+            self.accelerator,
+            self.generation,
+            most_rows=args.per_device_eval_batch_size,
+            most_tokens=args.eval_batch_tokens or args.per_device_eval_batch_size * collator.max_source_length,
+            show_progress=not args.disable_tqdm and self.is_world_process_zero(),
+        )
 
     # Checkpoints within a task
 

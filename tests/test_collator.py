@@ -9,6 +9,7 @@ from test_dataset import GOLDEN, SMALL_BENCHMARK, Benchmark
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
+import uie_collator
 from errors import InputError
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import prompt_parts
@@ -415,3 +416,70 @@ def test_rows_of_the_small_benchmark_get_through(tokenizers, tmp_path, build, de
                 labels = collated["labels"][index]
                 answer = text(tokenizer, labels[labels != IGNORED].tolist())
                 assert answer.removeprefix(" ") == row["Instance"]["label"]
+
+
+# What is kept
+
+
+class Counted:
+    """A tokenizer that counts the texts it is given."""
+
+    def __init__(self, tokenizer):
+        self.texts, self._tokenizer = 0, tokenizer
+
+    def __call__(self, texts=None, *args, **kwargs):
+        self.texts += 1 if isinstance(texts, str) else len(texts or kwargs["text_target"])
+        return self._tokenizer(texts, *args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize("build, decoder_only", [(t5, False), (llama, True), (byt5, False)])
+@pytest.mark.parametrize("subset", ["train", "test"])
+def test_a_row_met_again_is_not_tokenised_again_and_is_the_same(tokenizers, build, decoder_only, subset):
+    uie_collator._shared_ids.cache_clear()
+    rows = [example("short", "A", subset=subset), example("cut " * 400, "B", subset=subset)]
+    counted = Counted(tokenizers[build])
+    collate = collator(counted, decoder_only, max_source_length=200)
+    first, met = collate(rows), counted.texts
+    lengths = collate.lengths(rows)
+    again = collate(rows[::-1])
+    assert counted.texts == met
+    assert lengths == [
+        (prompt, len(answer))
+        for prompt, answer in zip((collate([row])["attention_mask"].sum().item() - decoder_only * (subset == "train")
+                                   * len(answer) for row, answer in zip(rows, collate._answers(rows))),
+                                  collate._answers(rows))
+    ]  # fmt: skip
+    for name, tensor in first.items():
+        assert torch.equal(again[name], tensor.flip(0))
+
+
+def test_what_is_kept_serves_the_collator_of_the_next_task_but_no_other_rules(tokenizers):
+    uie_collator._shared_ids.cache_clear()
+    rows = [example("short"), example("cut " * 400)]
+    first = collator(tokenizers[llama], True, max_source_length=200)(rows)
+    counted = Counted(llama())  # built anew, as the next task does
+    again = collator(counted, True, max_source_length=200)
+    before = counted.texts
+    assert torch.equal(again(rows)["input_ids"], first["input_ids"]) and counted.texts == before
+    for other in (collator(tokenizers[llama], True, max_source_length=150), collator(tokenizers[t5], False)):
+        fresh = other(rows)["input_ids"]
+        uie_collator._shared_ids.cache_clear()
+        assert torch.equal(fresh, other(rows)["input_ids"]) and fresh.shape != first["input_ids"].shape
+
+
+def test_what_is_kept_is_bounded(tokenizers):
+    kept_ids = uie_collator.KeptIds(most=10)
+    asked = []
+
+    def encode(indices):
+        asked.append(indices)
+        return [[index] * 4 for index in indices]
+
+    texts = ["a", "b", "c"]
+    assert kept_ids.look_up(texts, encode) == kept_ids.look_up(texts, encode) == [[0] * 4, [1] * 4, [2] * 4]
+    assert asked == [[0, 1, 2], [2]]
+    kept_ids.look_up(texts, encode)[0].append(9)
+    assert kept_ids.look_up(["a"], encode) == [[0] * 4]  # a caller's list is its own

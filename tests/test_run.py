@@ -70,7 +70,7 @@ def test_a_task_leaves_its_results(two_tasks):
     for metric in ("exact_match", "rouge1", "rougeL"):
         for suffix in ("", "_for_SC", "_for_TC", "_for_amazon", "_for_dbpedia"):
             assert f"predict_{metric}{suffix}" in results
-    assert results["predict_samples"] == 24 and results["predict_loss"] > 0
+    assert results["predict_samples"] == 24 and "predict_loss" not in results  # nobody asked
     assert {"train_loss", "predict_exact_match"} <= json.loads((second / "all_results.json").read_text()).keys()
     rows = predictions(second)
     assert [row["Dataset"] for row in rows] == ["amazon"] * 12 + ["dbpedia"] * 12

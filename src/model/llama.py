@@ -25,6 +25,7 @@ class LlamaForCausalLM_with_lossmask(LlamaForCausalLM):
         labels: torch.LongTensor | None = None,
         loss_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Hidden states to loss; every other argument is the stock class's.
@@ -34,6 +35,8 @@ class LlamaForCausalLM_with_lossmask(LlamaForCausalLM):
             labels: (batch, length), the inputs' own tokens; -100 where none is to be predicted.
             loss_mask: (batch, length) weight of the loss at each *predicting* position, one before its label; 1 where
                 not given. Positions of weight 0 are not scored.
+            logits_to_keep: without labels, the number of last positions to compute logits for; 0 means all. `generate`
+                asks for the last one alone, of a class that names this argument.
             num_items_in_batch: tokens to average over, which the Trainer counts over all micro-batches of a step;
                 by default the scored tokens of this batch.
 
@@ -45,7 +48,9 @@ class LlamaForCausalLM_with_lossmask(LlamaForCausalLM):
             ValueError: labels of another shape than the inputs.
         """
         if labels is None:
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return super().forward(
+                input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **kwargs
+            )
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = outputs.last_hidden_state
         if labels.shape != hidden.shape[:2]:

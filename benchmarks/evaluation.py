@@ -1,0 +1,314 @@
+"""Evaluation of test sets: the plain loop against ours, what each measure saves, and what a row costs among others.
+
+    python benchmarks/evaluation.py --data CL_Benchmark --model initial_model/smollm2-135m --rows 4
+
+The plain loop takes rows in file order, pads every prompt to one length and generates a fixed number of tokens. The
+measures are then added one by one; all must give the same predictions, or the run ends with an error. A model that was
+never trained rambles, so it is first taught on training rows, in its last layers, to answer with a label.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers.utils import logging as hf_logging
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+import uie_collator  # noqa: E402
+from errors import InputError  # noqa: E402
+from model.loading import load_model_and_tokenizer  # noqa: E402
+from order_config import read_order  # noqa: E402
+from prediction import Prediction, plan_batches  # noqa: E402
+from uie_collator import DataCollatorForUIE  # noqa: E402
+from uie_dataset_lora import read_examples  # noqa: E402
+
+ORDER = ROOT / "configs" / "order4_configs"
+INSTRUCTIONS = ROOT / "configs" / "instruction_config.json"
+NEW_TOKENS, NEVER = 50, -1  # NEVER: an end token that no model generates
+TARGET = 3  # times faster than the plain loop
+TRAINED_LAYERS, TAUGHT_LENGTH = 2, 128
+TASKS = (1, 4, 8, 15)
+
+
+@dataclass
+class Subject:
+    """A model that has learned to answer, and the test rows of each dataset by its name, in the order's order."""
+
+    name: str
+    model: torch.nn.Module
+    collator: DataCollatorForUIE
+    rows: dict[str, list[dict]]
+    batch_rows: int
+
+    @property
+    def all_rows(self) -> list[dict]:
+        return [row for rows in self.rows.values() for row in rows]
+
+
+def load(args: argparse.Namespace) -> Subject:
+    """The model of `args`, taught, with `args.rows` test rows of each dataset of the order that `args.data` has."""
+    loaded = load_model_and_tokenizer(args.model)
+    collator = DataCollatorForUIE(
+        loaded.tokenizer, decoder_only=loaded.decoder_only, add_task_name=True, add_dataset_name=True,
+        max_source_length=args.max_source_length, max_target_length=NEW_TOKENS,
+    )  # fmt: skip
+    test, train = {}, []
+    for row in rows_of_order(args.data):
+        kept = train if row["subset"] == "train" else test.setdefault(row["Dataset"], [])
+        if row["subset"] == "train" or len(kept) < args.rows:
+            kept.append(row)
+    teach(loaded.model, collator, train, args.teach)
+    return Subject(Path(args.model).name, loaded.model.eval(), collator, test, args.batch_rows)
+
+
+def rows_of_order(data: Path) -> list[dict]:
+    """Training and test rows of the order's datasets, of those that `data` has, in the order's order."""
+    steps = [step for step in read_order(ORDER) if any(data.glob(f"*/{step.dataset}/test.json"))]
+    if not steps:
+        raise InputError(f"--data: {data} has no dataset of {ORDER.name}; a folder <TASK>/<DATASET>/test.json")
+    options = {
+        "instruction_strategy": "single", "max_num_instances_per_task": None, "max_num_instances_per_eval_task": None,
+        "num_examples": 0, "over_sampling": False, "seed": 42,
+    }  # fmt: skip
+    return [row for step in steps for row in step_rows(data, step, options)]
+
+
+def step_rows(data: Path, step, options: dict) -> list[dict]:
+    """Rows of the dataset that a step trains, which its task files name among those of earlier steps."""
+    rows = read_examples(data, [step.folder], INSTRUCTIONS, **options)
+    return [row for row in rows if row["Dataset"] == step.dataset]
+
+
+def teach(model: torch.nn.Module, collator: DataCollatorForUIE, rows: list[dict], steps: int) -> None:
+    """Train the last layers on short training rows, until answers are labels and end."""
+    torch.manual_seed(0)
+    model.requires_grad_(False)
+    blocks = model.model.layers if collator.decoder_only else [*model.encoder.block, *model.decoder.block]
+    trained = blocks[-TRAINED_LAYERS:] if collator.decoder_only else [model]
+    parameters = [parameter for block in trained for parameter in block.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    lengths = collator.lengths(rows)
+    short = [row for row, (prompt, _) in zip(rows, lengths) if prompt <= TAUGHT_LENGTH]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-4 if collator.decoder_only else 3e-3)
+    for _ in range(steps):
+        batch = collator([short[index] for index in torch.randint(len(short), (8,))])
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------ contenders
+
+
+@torch.no_grad()
+def loop(subject: Subject, *, one_length: bool = False, stop: bool = True, loss: bool = False) -> list[list[int]]:
+    """Answers in file order: padded to one length or to their batch's, up to the end token or for all new tokens."""
+    rows, collator, answers = subject.all_rows, subject.collator, []
+    width = max(prompt for prompt, _ in collator.lengths(rows)) if one_length else None
+    for start in range(0, len(rows), subject.batch_rows):
+        examples = rows[start : start + subject.batch_rows]
+        if loss:  # as the Trainer's step: prompts and answers in a forward pass of their own
+            prediction(subject, examples).loss()
+        collator.pad_to_multiple_of = width
+        batch = collator(examples)
+        collator.pad_to_multiple_of = None
+        prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        end = {} if stop else {"eos_token_id": NEVER}
+        generated = subject.model.generate(**prompts, **GENERATION, **end)
+        answers += generated[:, prompts["input_ids"].shape[1] if collator.decoder_only else 1 :].tolist()
+    return answers
+
+
+GENERATION = {"max_new_tokens": NEW_TOKENS, "num_beams": 1, "repetition_penalty": 1.0, "do_sample": False}
+
+
+def prediction(subject: Subject, rows: list[dict], *, bounded: bool = True, **generation) -> Prediction:
+    return Prediction(
+        subject.model, subject.collator, rows, Accelerator(cpu=True), GENERATION | generation,
+        most_rows=subject.batch_rows, most_tokens=subject.batch_rows * subject.collator.max_source_length,
+        bounded=bounded,
+    )  # fmt: skip
+
+
+def ours(subject: Subject, *, with_loss: bool = False, **options) -> list[list[int]]:
+    evaluated = prediction(subject, subject.all_rows, **options)
+    if with_loss:
+        evaluated.loss()
+    return evaluated.answers().tolist()
+
+
+CONTENDERS: dict[str, Callable[[Subject], list[list[int]]]] = {
+    "plain loop: file order, one length, 50 new tokens": lambda subject: loop(subject, one_length=True, stop=False),
+    "+ stop at the end token": lambda subject: loop(subject, one_length=True),
+    "+ padded to the batch's length": loop,
+    "+ sorted by length": lambda subject: ours(subject, bounded=False),
+    "+ longest label as first bound (ours)": ours,
+    "ours, with the loss too": lambda subject: ours(subject, with_loss=True),
+    "the Trainer's loop: file order, batch's length, loss": lambda subject: loop(subject, loss=True),
+}
+PLAIN, OURS = list(CONTENDERS)[0], list(CONTENDERS)[4]
+
+
+def measure(subject: Subject, repeats: int) -> dict[str, float]:
+    """Contender -> median seconds; they take turns, so that load from elsewhere hits all alike.
+
+    Raises:
+        InputError: a contender's predictions differ from the plain loop's.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    expected = None
+    for _ in range(repeats):
+        for name, contender in CONTENDERS.items():
+            start = time.process_time()
+            answers = contender(subject)
+            seconds[name].append(time.process_time() - start)
+            texts = [until_end(ids, subject.collator.tokenizer) for ids in answers]
+            expected = expected or texts
+            differ = sum(one != other for one, other in zip(texts, expected, strict=True))
+            if differ:
+                raise InputError(f"{name}: {differ} of {len(texts)} predictions differ from the plain loop's")
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def until_end(ids: list[int], tokenizer) -> str:
+    """The prediction that these ids are, as a run reads it."""
+    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+    return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
+def growth(subject: Subject, repeats: int) -> dict[int, float]:
+    """Number of datasets t -> seconds for all their rows together as a multiple of the sum of each one's alone."""
+    names = list(subject.rows)
+    counts = sorted({min(count, len(names)) for count in TASKS})
+
+    def seconds(rows: list[dict]) -> float:
+        start = time.process_time()
+        prediction(subject, rows).answers()
+        return time.process_time() - start
+
+    ratios: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(repeats):
+        alone = [seconds(subject.rows[name]) for name in names]
+        for count in counts:
+            together = seconds([row for name in names[:count] for row in subject.rows[name]])
+            ratios[count].append(together / sum(alone[:count]))
+    return {count: statistics.median(values) for count, values in ratios.items()}
+
+
+def tokenising(subject: Subject) -> tuple[float, float]:
+    """Seconds to tokenise the rows: for the first time, and again."""
+    uie_collator._shared_ids.cache_clear()
+    subject.collator.__post_init__()
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        subject.collator.lengths(subject.all_rows)
+        seconds.append(time.process_time() - start)
+    return seconds[0], seconds[1]
+
+
+# ------------------------------------------------------------------------------------------ table
+
+
+Row = tuple[str, str, str, str]  # what, against, figure, target
+
+
+def results(args: argparse.Namespace) -> list[Row]:
+    """The rows of the table (what, against, figure, target)."""
+    subject = load(args)
+    count = len(subject.all_rows)
+    times = measure(subject, args.repeats)
+    rows, before = [], times[PLAIN]
+    for name, seconds in times.items():
+        figure = f"{1000 * seconds / count:.0f} ms a row, {times[PLAIN] / seconds:.2f} x faster"
+        if name.startswith("+"):
+            figure += f" (this measure {before / seconds:.2f} x)"
+        met = "met" if times[PLAIN] / seconds >= TARGET else "not met"
+        rows.append((name, "plain loop", figure, f"{TARGET} x, identical predictions: {met}" if name == OURS else "-"))
+        before = seconds
+    for tasks, ratio in growth(subject, args.repeats).items():
+        met = "met" if ratio < 1.1 else "not met"
+        rows.append((f"{tasks} datasets at once", "the sum of each alone", f"{ratio:.2f} x the time", f"1 x: {met}"))
+    rows.append(("rows that go past the first bound", "all rows", f"{past_bound(subject):.0%}", "-"))
+    first, again = tokenising(subject)
+    share = f"{1000 * first / count:.2f} ms a row, {first / times[OURS]:.1%} of the evaluation"
+    rows.append(("tokenising, first time", "ours", share, "-"))
+    rows.append(("tokenising, again", "first time", f"{again / first:.2f} x the time", "-"))
+    waste = padding(subject)
+    rows.append(("padding in file order, sorted", "all tokens", f"{waste[0]:.0%}, {waste[1]:.0%}", "-"))
+    return [(f"{subject.name}: {what}", against, figure, target) for what, against, figure, target in rows]
+
+
+def past_bound(subject: Subject) -> float:
+    """Share of the rows that have not ended where the longest label of their dataset does."""
+    evaluated = prediction(subject, subject.all_rows)
+    end = subject.collator.tokenizer.eos_token_id
+    return statistics.mean(
+        end not in answer[: evaluated.bounds[row["Dataset"]]]
+        for row, answer in zip(subject.all_rows, evaluated.answers().tolist(), strict=True)
+    )
+
+
+def padding(subject: Subject) -> tuple[float, float]:
+    """Share of a batch's tokens that are padding, in file order and sorted."""
+    lengths = [prompt for prompt, _ in subject.collator.lengths(subject.all_rows)]
+    in_order = [list(range(len(lengths)))[start : start + subject.batch_rows]
+                for start in range(0, len(lengths), subject.batch_rows)]  # fmt: skip
+    ordered = plan_batches(lengths, subject.batch_rows, subject.batch_rows * subject.collator.max_source_length)
+
+    def wasted(batches: list[list[int]]) -> float:
+        return 1 - sum(lengths) / sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+
+    return wasted(in_order), wasted(ordered)
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="benchmark folder: <TASK>/<DATASET>/*.json")
+    parser.add_argument("--model", default="initial_model/tiny-t5", help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=8, help="test rows of each dataset (%(default)s)")
+    parser.add_argument("--batch_rows", type=int, default=16, help="rows of a batch at most (%(default)s)")
+    parser.add_argument("--max_source_length", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--teach", type=int, default=40, help="training steps before (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    for name in ("rows", "batch_rows", "max_source_length", "repeats"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name}: found {getattr(args, name)}; allowed is a whole number from 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    hf_logging.set_verbosity_error()  # a fixed number of tokens is asked for on purpose
+    try:
+        rows = results(arguments(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, float32, processor time\n")
+    print("| what | against | figure | target |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""The evaluation loop against the plainest one, a row at a time: the same answers, whatever shares a batch."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from conftest import ROOT
+from model.loading import load_model_and_tokenizer
+from prediction import Prediction, plan_batches
+from uie_collator import DataCollatorForUIE
+from uie_dataset_lora import load_uie_dataset
+
+MOST = 12
+GREEDY = {"max_new_tokens": MOST, "num_beams": 1, "repetition_penalty": 1.0, "do_sample": False}
+FAMILIES = ["tiny-t5", "tiny-llama"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def taught(request, mini_benchmark, tmp_path_factory):
+    """A tiny model that has learned to answer two datasets, and test rows of four in file order.
+
+    The labels of agnews and yahoo are replaced by shorter ones, so that their rows' answers go past the bound.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+    config = ROOT / "configs" / "order1_configs"
+    instructions = ROOT / "configs" / "instruction_config.json"
+
+    def rows(dataset: str, split: str, count: int) -> list[dict]:
+        loaded = load_uie_dataset(mini_benchmark, config / dataset, instructions, cache_dir=cache)[split]
+        return [row for row in loaded if row["Dataset"] == dataset][:count]
+
+    loaded = load_model_and_tokenizer(str(ROOT / "initial_model" / request.param))
+    collator = DataCollatorForUIE(
+        loaded.tokenizer, decoder_only=loaded.decoder_only, max_source_length=512, max_target_length=50
+    )
+    teach(loaded.model, collator, rows("dbpedia", "train", 160) + rows("agnews", "train", 160))
+    test = [row for name in ("dbpedia", "agnews", "yahoo", "amazon") for row in rows(name, "test", 12)]
+    for row in test:
+        if row["Dataset"] in ("agnews", "yahoo"):
+            row["Instance"]["label"] = "a"
+    return SimpleNamespace(model=loaded.model.eval(), collator=collator, rows=test)
+
+
+def teach(model, collator, rows) -> None:
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    for _ in range(60):
+        picked = torch.randint(len(rows), (16,)).tolist()
+        model(**collator([rows[index] for index in picked])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def prediction(taught, rows=None, **options) -> Prediction:
+    settings = {"generation": GREEDY, "most_rows": 16, "most_tokens": 2000, "accelerator": Accelerator(cpu=True)}
+    return Prediction(taught.model, taught.collator, taught.rows if rows is None else rows, **settings | options)
+
+
+def plain(taught, generation=GREEDY) -> torch.Tensor:
+    """Ids (rows, MOST) of every row's answer, each from a call of its own with the full bound."""
+    pad = taught.collator.tokenizer.pad_token_id
+    answers = torch.full((len(taught.rows), MOST), pad)
+    for row, answer in zip(taught.rows, answers):
+        batch = taught.collator([row])
+        prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        generated = taught.model.generate(**prompt, **generation)[0]
+        new = generated[prompt["input_ids"].shape[1] if taught.collator.decoder_only else 1 :].tolist()
+        end = taught.collator.tokenizer.eos_token_id
+        new = new[: new.index(end) + 1] if end in new else new
+        answer[: len(new)] = torch.tensor(new)
+    return answers
+
+
+class Calls:
+    """Records the batches that a prediction generates: (rows, bound) each."""
+
+    def __init__(self, prediction: Prediction):
+        self.made, self._generate = [], prediction._generate
+        prediction._generate = self
+
+    def __call__(self, examples, bound):
+        self.made.append((len(examples), bound))
+        return self._generate(examples, bound)
+
+
+def test_answers_are_those_of_a_row_alone_also_past_the_bound(taught):
+    evaluated = prediction(taught)
+    calls = Calls(evaluated)
+    found, expected = evaluated.answers(), plain(taught)
+    assert torch.equal(found, expected)
+    again = sum(rows for rows, bound in calls.made if bound == MOST)
+    assert any(bound < MOST for _, bound in calls.made)
+    assert 0 < again < len(taught.rows), "some rows must go past the bound and some must not"
+    assert sum(rows for rows, _ in calls.made) == len(taught.rows) + again  # none is generated a third time
+    ended = (expected == taught.collator.tokenizer.eos_token_id).any(1)
+    assert ended.any() and len({tuple(row) for row in expected.tolist()}) > 3  # something was learned
+
+
+def test_answers_under_a_repetition_penalty(taught):
+    generation = GREEDY | {"repetition_penalty": 1.3}
+    assert torch.equal(prediction(taught, generation=generation).answers(), plain(taught, generation))
+
+
+@pytest.mark.parametrize("why", ["beams", "forced end"])
+def test_no_bound_where_it_could_change_an_answer(taught, why, monkeypatch):
+    generation = GREEDY | ({"num_beams": 2} if why == "beams" else {})
+    if why == "forced end":
+        monkeypatch.setattr(
+            taught.model.generation_config, "forced_eos_token_id", taught.collator.tokenizer.eos_token_id
+        )
+    evaluated = prediction(taught, generation=generation)
+    calls = Calls(evaluated)
+    assert torch.equal(evaluated.answers(), plain(taught, generation))
+    assert {bound for _, bound in calls.made} == {MOST}
+
+
+def test_where_every_row_rambles_few_are_generated_twice(taught):
+    rows = [row for row in taught.rows if row["Dataset"] in ("agnews", "yahoo")] * 2
+    evaluated = prediction(taught, rows, most_rows=4)
+    evaluated.bounds = dict.fromkeys(evaluated.bounds, 1)
+    calls = Calls(evaluated)
+    evaluated.answers()
+    assert 0 < sum(rows for rows, bound in calls.made if bound == 1) <= len(rows) / 4 + 4
+
+
+@pytest.mark.parametrize("most_rows, most_tokens", [(1, 10_000), (5, 10_000), (64, 300), (64, 1)])
+def test_answers_and_loss_do_not_depend_on_the_batches(taught, most_rows, most_tokens):
+    other = prediction(taught, most_rows=most_rows, most_tokens=most_tokens)
+    whole = prediction(taught, most_rows=len(taught.rows), most_tokens=10**6)
+    assert torch.equal(other.answers(), whole.answers())
+    assert other.loss() == pytest.approx(whole.loss(), rel=1e-5)
+
+
+def test_loss_weighs_every_answer_token_alike(taught):
+    total = tokens = 0
+    for row in taught.rows:
+        alone = prediction(taught, [row])
+        count = (taught.collator([row])["labels"] != -100).sum().item()
+        total, tokens = total + alone.loss() * count, tokens + count
+    assert prediction(taught).loss() == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_batches_are_sorted_full_and_within_both_limits():
+    lengths = [5, 90, 7, 300, 6, 88, 5, 5, 91, 1000]
+    batches = plan_batches(lengths, most_rows=3, most_tokens=280)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    flat = [lengths[index] for batch in batches for index in batch]
+    assert flat == sorted(lengths, reverse=True)
+    assert [len(batch) for batch in batches] == [1, 1, 3, 3, 2]  # a row above the limit goes alone
+    assert plan_batches([], 3, 280) == []
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 50])
+def test_ranks_share_the_rows_and_call_the_model_equally_often(taught, ranks):
+    """Ranks as threads that meet wherever they gather; 50 ranks are more than there are rows."""
+    gathering = Gathering(ranks)
+    parts = [prediction(taught, accelerator=gathering.accelerator(rank)) for rank in range(ranks)]
+    calls = [Calls(part) for part in parts]
+    with ThreadPoolExecutor(ranks) as threads:
+        answers = list(threads.map(Prediction.answers, parts))
+        losses = list(threads.map(Prediction.loss, parts))
+    alone = prediction(taught)
+    assert all(torch.equal(found, alone.answers()) for found in answers)
+    assert losses == pytest.approx([alone.loss()] * ranks, rel=1e-5)
+    assert len({len(call.made) for call in calls}) == 1
+
+
+class Gathering:
+    """Stands in for the collective of `ranks` threads."""
+
+    def __init__(self, ranks: int):
+        self.tensors = [None] * ranks
+        self.barrier = threading.Barrier(ranks, timeout=60)
+
+    def accelerator(self, rank: int) -> SimpleNamespace:
+        def gather(tensor):
+            self.tensors[rank] = tensor
+            self.barrier.wait()
+            together = torch.cat(self.tensors)
+            self.barrier.wait()
+            return together
+
+        return SimpleNamespace(
+            process_index=rank, num_processes=len(self.tensors), device=torch.device("cpu"), gather=gather
+        )
