@@ -4,7 +4,8 @@
 
 LOG (appended to) gets every line, and of each progress bar only its last state. Standard output gets the lines that
 begin with `[gorp] ` (with --all, every line) and, where it is a terminal, the progress bars, which there overwrite one
-another; lines that begin with `error: ` go to standard error. A log that cannot be written is said once, and does not end the program.
+another; lines that begin with `error: ` go to standard error. A log that cannot be written is said once, and does not
+end the program.
 """
 
 import codecs
