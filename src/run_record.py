@@ -49,7 +49,7 @@ NOT_COMPARED = {
 NOT_COMPARED_PREFIXES = ("save_", "logging_", "log_", "hub_", "trackio_", "dataloader_pin", "dataloader_persistent",
                          "dataloader_prefetch", "dataloader_num")
 COMPARED = ("configuration", "data", "model", "code", "versions")
-NO_PART_OF_A_RUN = ("report", "plan_memory.py", "check.py")  # below src/
+NO_PART_OF_A_RUN = ("report", "plan_memory.py", "check.py", "run_order.py")  # below src/
 SHOWN = 3  # differences named in a refusal
 
 

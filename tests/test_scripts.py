@@ -5,7 +5,6 @@ behind the real scripts in the recipe tests.
 """
 
 import io
-import json
 import os
 import pty
 import shlex
@@ -37,7 +36,7 @@ def bash(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.Comple
 
 
 def dry_run(*command: str, **variables: str) -> list[list[str]]:
-    """The commands that a script would run, as argument lists."""
+    """The commands that a script would run, one for each order, as argument lists."""
     done = bash(*command, DRY_RUN="1", **variables)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
@@ -95,7 +94,6 @@ EVERYWHERE = {
     "warmup_steps": "0", "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "steps",
     "logging_steps": "10",
 }
-LONG_ORDER_4 = "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo"
 
 
 @pytest.mark.parametrize("script, published", [
@@ -104,41 +102,32 @@ LONG_ORDER_4 = "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia a
     *((f"scripts_llama/order_{order}.sh", LLAMA) for order in (1, 2, 3)),
 ])
 def test_published_settings(script, published):
-    commands = dry_run(script)
-    assert len(commands) == (15 if published is T5_LONG else 4)
-    for command in commands:
-        assert command[1] == "src/run_uie_lora.py"
-        assert flags(command).items() >= (EVERYWHERE | published | {"model_name_or_path": command[3]}).items()
-    assert flags(commands[0])["model_name_or_path"] == published["model_name_or_path"]
+    [command] = dry_run(script)
+    assert command[1] == "src/run_order.py"
+    assert flags(command).items() >= (EVERYWHERE | published).items()
 
 
 def test_every_flag_is_one_of_the_entry(tmp_path):
     from arguments import parse_arguments
+    from run_order import parse_order
 
     for script in ("scripts/order_1.sh", "scripts/order_4.sh", "scripts_llama/order_1.sh"):
-        command = dry_run(script, OUTPUT=str(tmp_path))[0]
-        _, data, method, training = parse_arguments(command[2:])
+        [command] = dry_run(script, OUTPUT=str(tmp_path), SAVE_STEPS="5")
+        options, rest = parse_order(command[2:])
+        assert options.drop_checkpoints and options.fresh is None
+        own = ["--model_name_or_path", options.model_name_or_path, "--output_dir", str(tmp_path)]
+        _, data, method, training = parse_arguments([*own, *rest])
         assert method.optim_target_modules == [flags(command)["optim_target_modules"]]
         assert training.predict_with_generate and data.add_task_name
 
 
-def test_tasks_follow_one_another():
-    commands = [flags(command) for command in dry_run("scripts/order_4.sh")]
-    names = LONG_ORDER_4.split()
-    folders = [f"logs_and_outputs/order_4/outputs/{number}-{name}" for number, name in enumerate(names, 1)]
-    assert [command["output_dir"] for command in commands] == folders
-    assert [command["task_config_dir"] for command in commands] == [f"configs/order4_configs/{name}" for name in names]
-    assert [command["model_name_or_path"] for command in commands[1:]] == [f"{it}/t5_adapter" for it in folders[:-1]]
-    assert commands[1]["run_name"] == "order4_round2"
-
-
 def test_run_scripts_run_the_orders():
     def orders(*command):
-        return list(dict.fromkeys(flags(it)["run_name"].split("_")[0] for it in dry_run(*command)))
+        return [it[2] for it in dry_run(*command)]
 
-    assert orders("scripts/run.sh") == [f"order{number}" for number in range(1, 7)]
-    assert orders("scripts/run.sh", "--tiny", "4", "2") == ["order4", "order2"]
-    assert orders("scripts_llama/run_llama.sh") == ["order1", "order2", "order3"]
+    assert orders("scripts/run.sh") == [f"configs/order{number}_configs" for number in range(1, 7)]
+    assert orders("scripts/run.sh", "--tiny", "4", "2") == ["configs/order4_configs", "configs/order2_configs"]
+    assert orders("scripts_llama/run_llama.sh") == [f"configs/order{number}_configs" for number in (1, 2, 3)]
     assert dry_run("scripts/order.sh", "order4") == dry_run("scripts/run.sh", "4")
 
 
@@ -147,14 +136,14 @@ def test_overrides():
                             OUTPUT="elsewhere", EXTRA="--galore_rank 16 --bf16")[0])
     assert command.items() >= {
         "model_name_or_path": "some/model", "data_dir": "configs", "method": "inclora", "seed": "7",
-        "output_dir": "elsewhere/order_1/outputs/1-dbpedia", "galore_rank": "16", "bf16": "",
+        "output_dir": "elsewhere/order_1/outputs", "galore_rank": "16", "bf16": "",
     }.items()
 
 
 def test_checkpoints_are_off_unless_asked_for():
     assert flags(dry_run("scripts/order_1.sh", SAVE_STEPS="50")[0]).items() >= {
-        "save_strategy": "steps", "save_steps": "50", "save_total_limit": "2"}.items()
-    assert "save_steps" not in flags(dry_run("scripts/order_1.sh")[0])
+        "save_strategy": "steps", "save_steps": "50", "save_total_limit": "2", "drop_checkpoints": ""}.items()
+    assert not {"save_steps", "drop_checkpoints"} & flags(dry_run("scripts/order_1.sh")[0]).keys()
 
 
 def test_extra_is_only_words(tmp_path):
@@ -230,38 +219,28 @@ def test_help():
 
 ENTRY = """
 import json, os, pathlib, sys
-folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+order = pathlib.Path(sys.argv[1])
+outputs = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
 print("a library's line", file=sys.stderr)
-print("[gorp] trained", folder.name)
-if folder.name == os.environ.get("FAIL_AT"):
-    print("error: --flag: bad")
-    sys.exit(int(os.environ["FAIL_WITH"]))
-(folder / "t5_adapter").mkdir(parents=True, exist_ok=True)
-(folder / "predict_results.json").write_text(json.dumps(sys.argv))
-(folder / "completed.json").touch()
-"""
-
-
-CHECK = """
-import os, sys
-if said := os.environ.get("REFUSED"):
-    print("error:", said, file=sys.stderr)
-    sys.exit(2)
-print("[gorp] checked", *sys.argv[1:])
+print("[gorp] began", *sys.argv)
+for number, dataset in enumerate(("dbpedia", "amazon", "yahoo", "agnews"), 1):
+    if dataset == os.environ.get("FAIL_AT"):
+        print("error: --flag: bad")
+        sys.exit(int(os.environ["FAIL_WITH"]))
+    folder = outputs / f"{number}-{dataset}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "completed.json").touch()
 """
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout with the real scripts, stand-ins for check and entry, and nothing to install."""
+    """A checkout with the real scripts, a stand-in for the entry, and nothing to install."""
     root = tmp_path / "checkout"
     for folder in ("scripts", "scripts_llama", "configs/order1_configs"):
         shutil.copytree(ROOT / folder, root / folder)
     (root / "src" / "report").mkdir(parents=True)
-    for name in ("order_config.py", "errors.py", "files.py"):
-        shutil.copy(ROOT / "src" / name, root / "src")
-    (root / "src" / "run_uie_lora.py").write_text(ENTRY)
-    (root / "src" / "check.py").write_text(CHECK)
+    (root / "src" / "run_order.py").write_text(ENTRY)
     (root / "src" / "report" / "__main__.py").write_text("import sys; print('table of', sys.argv[1])")
     (root / "requirements.txt").write_text("")
     (root / "data" / "mini_benchmark").mkdir(parents=True)
@@ -274,86 +253,44 @@ def order_1(checkout: Path, **variables: str) -> subprocess.CompletedProcess:
 
 def test_an_order_from_anywhere(checkout, tmp_path):
     done = bash(str(checkout / "scripts" / "order_1.sh"), "--tiny", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     terminal = done.stdout.splitlines()
-    assert terminal[1].startswith("[gorp] checked configs/order1_configs --model_name_or_path initial_model/tiny-t5")
-    assert terminal[2:4] == ["[gorp] order1, task 1 of 4: TC/dbpedia", "[gorp] trained 1-dbpedia"]
+    assert terminal[0] == "[gorp] checking order1: data, flags and model"
+    assert terminal[1].startswith("[gorp] began src/run_order.py configs/order1_configs --model_name_or_path initial_m")
     assert terminal[-2] == "table of logs_and_outputs/order_1"
     log = (checkout / "logs" / "order_1.log").read_text()
-    assert log.count("a library's line") == 4 and "a library's line" not in done.stdout
-    assert log.count("src/run_uie_lora.py") == 4 and "table of" in log
-    results = checkout / "logs_and_outputs" / "order_1" / "outputs"
-    assert sorted(path.name for path in results.iterdir()) == ["1-dbpedia", "2-amazon", "3-yahoo", "4-agnews"]
-    assert "logs_and_outputs/order_1/outputs/1-dbpedia/t5_adapter" in json.loads(
-        (results / "2-amazon" / "predict_results.json").read_text())
+    assert log.count("a library's line") == 1 and "a library's line" not in done.stdout
+    assert " src/run_order.py configs/order1_configs" in log.splitlines()[0] and "table of" in log
+    assert (checkout / "logs_and_outputs" / "order_1" / "outputs" / "4-agnews" / "completed.json").exists()
     assert not (checkout / ".venv").exists()
 
 
-@pytest.mark.parametrize("code", [2, 1, 0])
+@pytest.mark.parametrize("code", [1, 0])
 def test_a_task_that_fails_ends_the_order(checkout, code):
-    done = order_1(checkout, FAIL_AT="2-amazon", FAIL_WITH=str(code))
-    assert done.returncode == (code or 1)  # 0 without results is a failure too
-    assert "error: --flag: bad" in done.stdout
-    assert done.stderr == (f"error: order1, task 2 (SC/amazon) stopped with exit code {code or 1}; "
-                           "its log: logs/order_1.log\n")
-    assert "trained 3-yahoo" not in done.stdout and "table of" not in done.stdout
+    done = order_1(checkout, FAIL_AT="amazon", FAIL_WITH=str(code))
+    assert done.returncode == 1  # 0 without results is a failure too
+    assert done.stderr.splitlines() == [
+        "error: --flag: bad", "error: order1 stopped with exit code 1 in task 2 of 4; its log: logs/order_1.log"]
+    assert "table of" not in done.stdout
+    again = order_1(checkout)
+    assert again.returncode == 0 and (checkout / "logs" / "order_1.log").read_text().count("began") == 2
 
 
-def test_an_order_started_again_goes_on_and_keeps_its_log(checkout):
-    order_1(checkout, FAIL_AT="2-amazon", FAIL_WITH="1")
-    results = checkout / "logs_and_outputs" / "order_1"
-    (results / "outputs" / "1-dbpedia" / "mark").touch()
-    done = order_1(checkout)
-    assert done.returncode == 0 and (results / "outputs" / "1-dbpedia" / "mark").exists()
-    assert (checkout / "logs" / "order_1.log").read_text().count("task 2 of 4") == 2
-    assert not list(results.glob("outputs.*"))
+def test_bad_input_is_said_once(checkout):
+    done = order_1(checkout, FAIL_AT="dbpedia", FAIL_WITH="2")
+    assert (done.returncode, done.stderr) == (2, "error: --flag: bad\n")
+    assert "table of" not in done.stdout
 
 
-def test_a_folder_that_is_no_task_of_the_order(checkout):
-    folder = checkout / "logs_and_outputs" / "order_1" / "outputs" / "2-yelp"
-    folder.mkdir(parents=True)
-    done = order_1(checkout)
-    assert done.returncode == 2 and "2-yelp: no task of order1 as it is now; --fresh starts over" in done.stderr
-
-
-def test_fresh_moves_earlier_results_aside(checkout):
-    order_1(checkout)
-    results = checkout / "logs_and_outputs" / "order_1"
-    (results / "outputs" / "4-agnews" / "mark").touch()
-    done = bash("scripts/order_1.sh", "--tiny", "--fresh", cwd=checkout)
-    assert len(list(results.glob("outputs.*/order_1.log"))) == 1
-    assert "earlier results of order1: moved to logs_and_outputs/order_1/outputs." in done.stdout
-    assert not (results / "outputs" / "4-agnews" / "mark").exists()
-    assert len(list(results.glob("outputs.*/4-agnews/mark"))) == 1
+def test_fresh_is_passed_on_with_the_log_that_goes_too():
+    assert flags(dry_run("scripts/order_1.sh", "--fresh")[0])["fresh"] == "logs/order_1.log"
+    assert "fresh" not in flags(dry_run("scripts/order_1.sh")[0])
 
 
 def test_output_takes_results_and_log(checkout, tmp_path):
     assert order_1(checkout, OUTPUT=str(tmp_path / "mine")).returncode == 0
-    assert (tmp_path / "mine" / "order_1" / "outputs" / "4-agnews" / "predict_results.json").exists()
+    assert (tmp_path / "mine" / "order_1" / "outputs" / "4-agnews" / "completed.json").exists()
     assert (tmp_path / "mine" / "order_1.log").exists() and not (checkout / "logs").exists()
-
-
-def test_output_that_cannot_be_written(checkout):
-    done = order_1(checkout, OUTPUT="requirements.txt")
-    assert done.returncode == 2
-    assert done.stderr == "error: requirements.txt/order_1: cannot be written; OUTPUT= says where else\n"
-
-
-def test_what_the_check_refuses_is_not_begun(checkout):
-    order_1(checkout)
-    results = checkout / "logs_and_outputs" / "order_1"
-    before = sorted(results.rglob("*"))
-    done = order_1(checkout, REFUSED="train.json, row 3: bad")
-    assert (done.returncode, done.stderr) == (2, "error: train.json, row 3: bad\n")
-    assert "trained" not in done.stdout and sorted(results.rglob("*")) == before
-
-
-def test_the_check_gets_what_the_run_gets(checkout):
-    done = order_1(checkout, EXTRA="--galore_rank 9", SEED="7", METHOD="olora", MODEL="mine", DATA_DIR="data")
-    checked = flags(shlex.split(next(line for line in done.stdout.splitlines() if line.startswith("[gorp] checked"))))
-    ran = json.loads((checkout / "logs_and_outputs/order_1/outputs/1-dbpedia/predict_results.json").read_text())
-    own = ("task_config_dir", "output_dir", "run_name")
-    assert checked == {name: value for name, value in flags(ran).items() if name not in own}
 
 
 def test_the_real_check_stands_before_a_real_run(tmp_path, mini_benchmark):
@@ -362,7 +299,14 @@ def test_the_real_check_stands_before_a_real_run(tmp_path, mini_benchmark):
                 EXTRA="--galore_rank 4096")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: --galore_rank: found 4096; at most 128")
-    assert not out.exists()
+    assert [path.name for path in out.rglob("*")] == ["order_1.log"]
+
+
+def test_output_that_cannot_be_written(tmp_path, mini_benchmark):
+    (tmp_path / "file").touch()
+    done = bash("scripts/order_1.sh", "--tiny", OUTPUT=str(tmp_path / "file"), DATA_DIR=str(mini_benchmark))
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/file/order_1: cannot be written (Not a directory)\n"
 
 
 def test_without_a_model_both_ways_on_are_said(checkout):
@@ -455,22 +399,24 @@ no end
 """
 
 
-def filtered(pieces: list[str], *, show_bars: bool) -> tuple[str, str]:
-    log, out = io.StringIO(), io.StringIO()
-    terminal = Terminal(log, out, show_bars=show_bars)
+def filtered(pieces: list[str], *, show_bars: bool) -> tuple[str, str, str]:
+    """What reaches the log, standard output and standard error."""
+    log, out, errors = io.StringIO(), io.StringIO(), io.StringIO()
+    terminal = Terminal(log, out, errors, show_bars=show_bars)
     for piece in pieces:
         terminal.feed(piece)
     terminal.close()
-    return log.getvalue(), out.getvalue()
+    return log.getvalue(), out.getvalue(), errors.getvalue()
 
 
 @given(st.lists(st.integers(0, len(OUTPUT)), max_size=12))
 def test_log_and_terminal_do_not_depend_on_where_output_is_cut(cuts):
     ends = [0, *sorted(cuts), len(OUTPUT)]
     pieces = [OUTPUT[start:end] for start, end in zip(ends, ends[1:])]
-    log, out = filtered(pieces, show_bars=False)
+    log, out, errors = filtered(pieces, show_bars=False)
     assert log == LOG
-    assert out == "[gorp] task begins\n[gorp] right behind a bar\nerror: --flag: bad\n"
+    assert out == "[gorp] task begins\n[gorp] right behind a bar\n"
+    assert errors == "error: --flag: bad\n"
 
 
 def test_a_terminal_sees_the_bars(tmp_path):
@@ -486,13 +432,13 @@ def test_a_terminal_sees_the_bars(tmp_path):
 
 
 def test_a_bar_without_a_total_and_one_that_was_stopped():
-    log, out = filtered(["\rrows: 4 examples [00:01, 3.10 examples/s]", "\r9it [00:02,  4.1it/s]"], show_bars=True)
+    log, out, _ = filtered(["\rrows: 4 examples [00:01, 3.10 examples/s]", "\r9it [00:02,  4.1it/s]"], show_bars=True)
     assert log == "9it [00:02,  4.1it/s]\n"
     assert "4 examples" in out
 
 
 def test_a_long_line_of_digits_takes_no_time():
-    log, _ = filtered(["7" * 100_000 + "\n"], show_bars=True)
+    log, _, _ = filtered(["7" * 100_000 + "\n"], show_bars=True)
     assert len(log) == 100_001
 
 
@@ -527,7 +473,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path)
 
 
 def test_ctrl_c_in_an_order_is_one_line(checkout):
-    entry = checkout / "src" / "run_uie_lora.py"
+    entry = checkout / "src" / "run_order.py"
     entry.write_text("import sys, time\nprint('[gorp] begun', flush=True)\n"
                      "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n")
     environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
@@ -544,7 +490,7 @@ def test_ctrl_c_in_an_order_is_one_line(checkout):
 
 
 def test_a_process_that_was_killed_is_said_with_its_signal(checkout):
-    (checkout / "src" / "run_uie_lora.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    (checkout / "src" / "run_order.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     done = order_1(checkout)
     assert done.returncode == 137
-    assert "stopped with exit code 137 (a process was ended by SIGKILL); its log:" in done.stderr
+    assert "stopped with exit code 137 (a process was ended by SIGKILL) in task 1 of 4; its log:" in done.stderr

@@ -1,0 +1,212 @@
+"""An order in one process: the same bits as one process a task, and the same ends."""
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run_order
+import run_uie_lora
+from conftest import ROOT
+from errors import RunStopped
+from order_config import read_order, write_order
+from test_bad_input import edit
+from test_recipe import ENVIRONMENT
+from test_run import LLAMA, LLAMA_MODULES, T5, T5_MODULES, arguments
+from test_two_ranks import free_port
+from uie_trainer_lora import UIETrainer
+
+TASKS = [("TC", "dbpedia"), ("SC", "amazon")]
+FAMILIES = {"t5": (T5, T5_MODULES), "llama": (LLAMA, LLAMA_MODULES)}
+OF_A_TASK = ("--model_name_or_path", "--task_config_dir", "--output_dir")
+
+
+@pytest.fixture(scope="module")
+def order(tmp_path_factory) -> Path:
+    """dbpedia, then amazon."""
+    folder = tmp_path_factory.mktemp("orders") / "two_configs"
+    write_order(folder, TASKS)
+    return folder
+
+
+@pytest.fixture
+def command(order, mini_benchmark, tmp_path):
+    """A function that makes the chain's command line; its outputs are in `tmp_path / "outputs"`."""
+    return lambda *extra, family="t5": chain_words(order, mini_benchmark, tmp_path / "outputs", family, *extra)
+
+
+def chain_words(order: Path, benchmark: Path, outputs: Path, family: str, *extra: str) -> list[str]:
+    model, modules = FAMILIES[family]
+    words = arguments(benchmark, outputs, "dbpedia", model, modules, *extra)
+    for flag in OF_A_TASK:
+        place = words.index(flag)
+        del words[place : place + 2]
+    return [str(order), "--model_name_or_path", str(model), "--output_dir", str(outputs), *words]
+
+
+def one_process_a_task(launch: list[str], words: list[str]) -> None:
+    """The same tasks, each in a process of its own (or one for each rank)."""
+    options, flags = run_order.parse_order(words)
+    start = options.model_name_or_path
+    for number, step in enumerate(read_order(options.order), start=1):
+        task = run_order.task_flags(options, number, step, start)
+        subprocess.run([*launch, "src/run_uie_lora.py", *task, *flags], cwd=ROOT, env=ENVIRONMENT, check=True)
+        start = next((options.output_dir / run_order.task_folder(number, step)).glob("*_adapter"))
+
+
+def results(outputs: Path) -> dict[str, bytes]:
+    """Predictions and everything that the next task starts from, by path."""
+    files = [*outputs.glob("*/*_adapter/*.safetensors"), *outputs.glob("*/predict_eval_predictions.jsonl")]
+    assert len(files) == 8
+    return {str(path.relative_to(outputs)): path.read_bytes() for path in files}
+
+
+# --- the same bits ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_chain_gives_what_one_process_a_task_gives(family, order, mini_benchmark, tmp_path):
+    dropout = ["--lora_dropout", "0.1"]  # so that the state of the random numbers matters
+    words = [chain_words(order, mini_benchmark, tmp_path / name, family, *dropout) for name in ("chain", "alone")]
+    one_process_a_task([sys.executable], words[1])
+    subprocess.run([sys.executable, "src/run_order.py", *words[0]], cwd=ROOT, env=ENVIRONMENT, check=True)
+    assert results(tmp_path / "chain") == results(tmp_path / "alone")
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_chain_on_two_ranks_gives_what_two_processes_a_task_give(stage, order, mini_benchmark, tmp_path):
+    sharded = ["--deepspeed", f"configs/ds_configs/stage{stage}.config", "--lamda_1", "0",
+               "--per_device_train_batch_size", "4"]
+    words = [chain_words(order, mini_benchmark, tmp_path / name, "t5", *sharded) for name in ("chain", "alone")]
+    launch = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+    one_process_a_task(launch, words[1])
+    launched = [*launch, "src/run_order.py", *words[0]]
+    done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("[gorp] two, task 2 of 2: SC/amazon") == 1
+    assert results(tmp_path / "chain") == results(tmp_path / "alone")
+    refused = subprocess.run([*launched, "--galore_rank", "4096"], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+                             text=True)
+    assert refused.returncode == 2 and refused.stderr.count("error: --galore_rank: found 4096") == 1
+
+
+def test_each_task_starts_from_the_one_before():
+    steps = read_order(ROOT / "configs" / "order4_configs")
+    options, _ = run_order.parse_order(["configs/order4_configs", "--model_name_or_path", "m", "--output_dir", "out"])
+    folders = [run_order.task_folder(number, step) for number, step in enumerate(steps, 1)]
+    assert folders[:2] + folders[-1:] == ["1-MNLI", "2-CB", "15-yahoo"]
+    assert run_order.task_flags(options, 2, steps[1], "out/1-MNLI/t5_adapter") == [
+        "--model_name_or_path", "out/1-MNLI/t5_adapter", "--task_config_dir", str(steps[1].folder),
+        "--output_dir", "out/2-CB", "--run_name", "order4_round2"]
+
+
+# --- ends, and going on ---
+
+
+@pytest.fixture
+def second_task_raises(monkeypatch):
+    """A function that has the next chain's second task raise an error right before training."""
+
+    def arrange(patch, error: BaseException) -> None:
+        build, count = run_uie_lora.build_trainer, iter(range(2))
+
+        def build_or_raise(*args):
+            if next(count) == 1:
+                raise error
+            return build(*args)
+
+        patch.setattr(run_uie_lora, "build_trainer", build_or_raise)
+
+    return arrange
+
+
+@pytest.mark.parametrize("error, code", [(RunStopped("bad losses"), 1), (KeyboardInterrupt(), 130)])
+def test_a_second_task_that_ends_leaves_the_first_whole_and_the_order_goes_on(
+    error, code, second_task_raises, command, monkeypatch, tmp_path, capfd
+):
+    with monkeypatch.context() as patch:
+        second_task_raises(patch, error)
+        assert run_order.main(command()) == code
+    first = tmp_path / "outputs" / "1-dbpedia"
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.name != ".lock"}
+    assert first / "completed.json" in before and not (tmp_path / "outputs" / "2-amazon" / "completed.json").exists()
+    capfd.readouterr()
+    assert run_order.main(command()) == 0
+    said = capfd.readouterr().out
+    assert f"[gorp] {first}: finished before" in said and "[gorp] after 2-amazon: " in said
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.name != ".lock"} == before
+    assert (tmp_path / "outputs" / "2-amazon" / "completed.json").exists()
+
+
+def test_bad_input_of_a_later_task_is_one_line(command, tmp_path, capfd):
+    stray = tmp_path / "outputs" / "2-amazon" / "predict_results.json"
+    stray.parent.mkdir(parents=True)
+    stray.touch()
+    assert run_order.main(command()) == 2
+    assert "error: --output_dir: " in capfd.readouterr().err
+    assert (tmp_path / "outputs" / "1-dbpedia" / "completed.json").exists()
+
+
+def test_checkpoints_of_a_finished_task_go_if_asked_and_its_trainer_always(command, tmp_path):
+    saving = ["--save_strategy", "steps", "--save_steps", "6"]
+    assert run_order.main(command(*saving)) == 0
+    assert not [held for held in gc.get_objects() if isinstance(held, UIETrainer)]
+    assert len(list(tmp_path.glob("outputs/*/checkpoint-*"))) == 4
+    assert run_order.main(command(*saving, "--drop_checkpoints")) == 0
+    assert not list(tmp_path.glob("outputs/*/checkpoint-*"))
+
+
+# --- before the first task ---
+
+
+def test_what_the_check_refuses_touches_nothing(order, mini_benchmark, tmp_path, capfd):
+    outputs, log = tmp_path / "outputs", tmp_path / "log"
+    (outputs / "1-dbpedia").mkdir(parents=True)
+    bad = tmp_path / "benchmark"
+    subprocess.run(["cp", "-r", mini_benchmark, bad], check=True)
+    edit(bad / "SC" / "amazon" / "test.json", lambda rows: rows + [{"sentence": "x", "label": "none"}])
+    log.touch()
+    before = sorted(outputs.rglob("*"))
+    assert run_order.main(chain_words(order, bad, outputs, "t5", "--fresh", str(log))) == 2
+    assert "label 'none'; allowed: " in capfd.readouterr().err
+    assert sorted(outputs.rglob("*")) == before and log.exists()
+
+
+def claim(order: Path, outputs: Path, *extra: str) -> None:
+    words = [str(order), "--model_name_or_path", str(T5), "--output_dir", str(outputs), *extra]
+    run_order.claim(run_order.parse_order(words)[0], read_order(order))
+
+
+def test_fresh_moves_earlier_results_and_the_log_aside(order, tmp_path, capfd):
+    outputs, log = tmp_path / "outputs", tmp_path / "order.log"
+    claim(order, outputs, "--fresh", str(log))  # nothing there yet
+    (outputs / "2-amazon").mkdir(parents=True)
+    (outputs / "2-amazon" / "mark").touch()
+    log.touch()
+    claim(order, outputs)
+    assert (outputs / "2-amazon" / "mark").exists() and log.exists()
+    claim(order, outputs, "--fresh", str(log))
+    [aside] = tmp_path.glob("outputs.*")
+    assert f"[gorp] earlier results of two: moved to {aside}" in capfd.readouterr().out
+    assert (aside / "2-amazon" / "mark").exists() and (aside / "order.log").exists()
+    assert not outputs.exists() and not log.exists()
+
+
+def test_a_folder_that_is_no_task_of_the_order(command, tmp_path, capfd):
+    (tmp_path / "outputs" / "2-yelp").mkdir(parents=True)
+    assert run_order.main(command()) == 2
+    assert "2-yelp: no task of two as it is now; --fresh starts over" in capfd.readouterr().err
+    assert not (tmp_path / "outputs" / "1-dbpedia").exists()
+
+
+@pytest.mark.parametrize("words, said", [([], "order"), (["configs/order1_configs"], "--model_name_or_path"),
+                                         (["none", "--model_name_or_path", str(T5), "--output_dir", "x",
+                                           "--lora_modules", ".*"], "none: no such folder of an order")])
+def test_a_command_line_that_lacks_something(words, said, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_order.main(words) == 2
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert said in line and not list(tmp_path.iterdir())
