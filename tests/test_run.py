@@ -139,7 +139,7 @@ def test_merged_old_lora_predicts_and_leaves_the_same(two_tasks, mini_benchmark,
     for name, factor in factors[0].items():
         old = (factor[:8], factors[1][name][:8]) if "lora_A" in name else (factor[:, :8], factors[1][name][:, :8])
         assert torch.equal(*old)
-        assert (factors[1][name] - factor).norm() < 1e-3 * factor.norm()
+        assert (factors[1][name] - factor).norm() < 1e-2 * factor.norm()
     penalties = [
         [entry["penalty"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]
          if "penalty" in entry] for folder in folders
