@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 import uie_collator  # noqa: E402
 from errors import InputError  # noqa: E402
+from loranew import LoraNewConfig, add_loranew, merge_old  # noqa: E402
 from model.loading import load_model_and_tokenizer  # noqa: E402
 from order_config import read_order  # noqa: E402
 from prediction import Prediction, plan_batches  # noqa: E402
@@ -36,6 +37,7 @@ NEW_TOKENS, NEVER = 50, -1  # NEVER: an end token that no model generates
 TARGET = 3  # times faster than the plain loop
 TRAINED_LAYERS, TAUGHT_LENGTH = 2, 128
 TASKS = (1, 4, 8, 15)
+FINISHED, MERGE_LENGTH = 15, 64  # tasks whose LoRA is old; prompt tokens of the pass that is timed
 
 
 @dataclass
@@ -61,7 +63,7 @@ def load(args: argparse.Namespace) -> Subject:
         max_source_length=args.max_source_length, max_target_length=NEW_TOKENS,
     )  # fmt: skip
     test, train = {}, []
-    for row in rows_of_order(args.data):
+    for row in rows_of_order(args.data, args.datasets):
         kept = train if row["subset"] == "train" else test.setdefault(row["Dataset"], [])
         if row["subset"] == "train" or len(kept) < args.rows:
             kept.append(row)
@@ -69,9 +71,9 @@ def load(args: argparse.Namespace) -> Subject:
     return Subject(Path(args.model).name, loaded.model.eval(), collator, test, args.batch_rows)
 
 
-def rows_of_order(data: Path) -> list[dict]:
-    """Training and test rows of the order's datasets, of those that `data` has, in the order's order."""
-    steps = [step for step in read_order(ORDER) if any(data.glob(f"*/{step.dataset}/test.json"))]
+def rows_of_order(data: Path, datasets: int) -> list[dict]:
+    """Training and test rows of the first datasets of the order that `data` has."""
+    steps = [step for step in read_order(ORDER) if any(data.glob(f"*/{step.dataset}/test.json"))][:datasets]
     if not steps:
         raise InputError(f"--data: {data} has no dataset of {ORDER.name}; a folder <TASK>/<DATASET>/test.json")
     options = {
@@ -223,30 +225,82 @@ def tokenising(subject: Subject) -> tuple[float, float]:
 Row = tuple[str, str, str, str]  # what, against, figure, target
 
 
-def results(args: argparse.Namespace) -> list[Row]:
-    """The rows of the table (what, against, figure, target)."""
+def results(args: argparse.Namespace) -> Iterator[Row]:
+    """The rows of the table (what, against, figure, target), as they are measured."""
     subject = load(args)
-    count = len(subject.all_rows)
-    times = measure(subject, args.repeats)
-    rows, before = [], times[PLAIN]
+    for measured in (loops, counts_of_datasets, tokens, finished_tasks):
+        for what, against, figure, target in measured(subject, args.repeats):
+            yield f"{subject.name}: {what}", against, figure, target
+
+
+def loops(subject: Subject, repeats: int) -> Iterator[Row]:
+    """What each measure saves."""
+    count, times = len(subject.all_rows), measure(subject, repeats)
+    before = times[PLAIN]
     for name, seconds in times.items():
         figure = f"{1000 * seconds / count:.0f} ms a row, {times[PLAIN] / seconds:.2f} x faster"
         if name.startswith("+"):
             figure += f" (this measure {before / seconds:.2f} x)"
         met = "met" if times[PLAIN] / seconds >= TARGET else "not met"
-        rows.append((name, "plain loop", figure, f"{TARGET} x, identical predictions: {met}" if name == OURS else "-"))
+        yield name, "plain loop", figure, f"{TARGET} x, identical predictions: {met}" if name == OURS else "-"
         before = seconds
-    for tasks, ratio in growth(subject, args.repeats).items():
+    yield "rows that go past the first bound", "all rows", f"{past_bound(subject):.0%}", "-"
+
+
+def counts_of_datasets(subject: Subject, repeats: int) -> Iterator[Row]:
+    """What a row costs among the rows of more datasets."""
+    for tasks, ratio in growth(subject, repeats).items():
         met = "met" if ratio < 1.1 else "not met"
-        rows.append((f"{tasks} datasets at once", "the sum of each alone", f"{ratio:.2f} x the time", f"1 x: {met}"))
-    rows.append(("rows that go past the first bound", "all rows", f"{past_bound(subject):.0%}", "-"))
+        yield f"{tasks} datasets at once", "the sum of each alone", f"{ratio:.2f} x the time", f"1 x: {met}"
+
+
+def tokens(subject: Subject, repeats: int) -> Iterator[Row]:
+    """What tokenising costs, once and again, and how many tokens are padding."""
     first, again = tokenising(subject)
-    share = f"{1000 * first / count:.2f} ms a row, {first / times[OURS]:.1%} of the evaluation"
-    rows.append(("tokenising, first time", "ours", share, "-"))
-    rows.append(("tokenising, again", "first time", f"{again / first:.2f} x the time", "-"))
-    waste = padding(subject)
-    rows.append(("padding in file order, sorted", "all tokens", f"{waste[0]:.0%}, {waste[1]:.0%}", "-"))
-    return [(f"{subject.name}: {what}", against, figure, target) for what, against, figure, target in rows]
+    figure = f"{1000 * first / len(subject.all_rows):.2f} ms a row"
+    yield "tokenising, first time", "-", figure, "-"
+    yield "tokenising, again", "first time", f"{again / first:.3f} x the time", "nothing twice"
+    in_order, ordered = padding(subject)
+    yield "padding when sorted by length", "in file order", f"{ordered:.0%} against {in_order:.0%} of the tokens", "-"
+
+
+def finished_tasks(subject: Subject, repeats: int) -> Iterator[Row]:
+    """A forward pass after 15 tasks against one after the first, with the old LoRA beside the weights and in them."""
+    modules = r".*(SelfAttention\.(q|v)|self_attn\.(q_proj|v_proj))"
+    task = "CAUSAL_LM" if subject.collator.decoder_only else "SEQ_2_SEQ_LM"
+    batch = subject.collator(subject.all_rows[:4])
+    prompts = {name: batch[name][:, :MERGE_LENGTH] for name in ("input_ids", "attention_mask")}
+    if not subject.collator.decoder_only:
+        prompts["labels"] = batch["labels"]
+    seconds: dict[tuple[int, bool], list[float]] = {}
+    for _ in range(repeats):
+        for tasks in (1, FINISHED):
+            model = add_loranew(subject.model, LoraNewConfig(r=8, r_sum=8 * tasks, target_modules=modules,
+                                                             task_type=task))  # fmt: skip
+            model.eval()
+            for merged in (False, True):
+                if merged:
+                    merge_old(model)
+                seconds.setdefault((tasks, merged), []).append(fastest_pass(model, prompts))
+            subject.model = model.unload()
+    times = {key: min(values) for key, values in seconds.items()}
+    for merged, how in ((False, "old LoRA beside the weights"), (True, "--merge_old")):
+        ratio = times[FINISHED, merged] / times[1, merged]
+        target = f"1 x: {'met' if ratio < 1.1 else 'not met'}" if merged else "-"
+        yield f"forward after {FINISHED} tasks, {how}", "after 1 task", f"{ratio:.2f} x the time", target
+    figure = f"{times[FINISHED, False] / times[FINISHED, True]:.2f} x the time"
+    yield f"forward after {FINISHED} tasks, old LoRA beside the weights", "--merge_old", figure, "-"
+
+
+@torch.no_grad()
+def fastest_pass(model: torch.nn.Module, inputs: dict[str, torch.Tensor], passes: int = 5) -> float:
+    """Seconds of the fastest of some forward passes."""
+    seconds = []
+    for _ in range(passes):
+        start = time.process_time()
+        model(**inputs)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
 
 
 def past_bound(subject: Subject) -> float:
@@ -285,12 +339,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="benchmark folder: <TASK>/<DATASET>/*.json")
     parser.add_argument("--model", default="initial_model/tiny-t5", help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=8, help="test rows of each dataset (%(default)s)")
+    parser.add_argument("--datasets", type=int, default=15, help="of the order, the first so many (%(default)s)")
     parser.add_argument("--batch_rows", type=int, default=16, help="rows of a batch at most (%(default)s)")
     parser.add_argument("--max_source_length", type=int, default=512, help="default: %(default)s")
     parser.add_argument("--teach", type=int, default=40, help="training steps before (%(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args(argv)
-    for name in ("rows", "batch_rows", "max_source_length", "repeats"):
+    for name in ("rows", "datasets", "batch_rows", "max_source_length", "repeats"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name}: found {getattr(args, name)}; allowed is a whole number from 1")
     return args
@@ -298,15 +353,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     hf_logging.set_verbosity_error()  # a fixed number of tokens is asked for on purpose
+    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, float32, processor time\n")
+    print("| what | against | figure | target |\n|---|---|---|---|")
     try:
-        rows = results(arguments(argv))
+        for row in results(arguments(argv)):
+            print(f"| {' | '.join(row)} |", flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, float32, processor time\n")
-    print("| what | against | figure | target |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
     return 0
 
 

@@ -122,6 +122,10 @@ class MethodArguments:
     lora_dim: int = field(default=8, metadata={"help": "Rank of the LoRA that a task adds."})
     lora_alpha: float = field(default=32, metadata={"help": "LoRA scale times rank: s = lora_alpha / lora_dim."})
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the LoRA that trains."})
+    merge_old: bool = field(
+        default=False,
+        metadata={"help": "Add earlier tasks' LoRA to the base weights in memory: no pass grows with their number."},
+    )
     lora_modules: str = field(
         default=None, metadata={"help": "Where LoRA goes: a regular expression for whole module names."}
     )
@@ -175,6 +179,8 @@ class MethodArguments:
             self.proj_lora_modules = None
         if self.uses_lora and self.lora_modules is None:
             raise InputError("--lora_modules: missing; a regular expression such as '.*SelfAttention.(q|v).*'")
+        check(self.uses_lora or not self.merge_old, "merge_old", f"true with --method {self.method}", "a method with a "
+              "LoRA")
         positive = ("lora_dim", "lora_alpha", "galore_rank", "galore_update_proj_gap")
         not_negative = ("galore_scale", "galore_lr", "lamda_1", "lamda_2", "lamda_3")
         for name in positive:
@@ -334,6 +340,9 @@ def parse_arguments(
     method.optim_target_modules = training.optim_target_modules or []
     if deepspeed_file is not None:
         training.check_deepspeed(deepspeed_file)
+    for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
+        check(not (method.merge_old and getattr(training, name)), "merge_old", f"true with --{name}",
+              "fp32 alone, for 16 bits would round most of a small change away")
     deepspeed_file = deepspeed_file or training.deepspeed
     if training.do_train and deepspeed_file is None:
         check_alone(method, training.weight_decay)

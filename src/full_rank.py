@@ -39,7 +39,7 @@ def match_linear(model: nn.Module, patterns: Iterable[str], flag: str) -> dict[s
             if not isinstance(module, nn.Linear):
                 raise InputError(f"--{flag}: '{pattern}' matches {name}, a {type(module).__name__}; only linear layers")
         matched.update(found)
-    _refuse_shared(model, matched, flag)
+    refuse_shared(model, matched, flag)
     return matched
 
 
@@ -105,7 +105,12 @@ def check_values(key: str, tensor: torch.Tensor, path: Path) -> None:
         raise InputError(f"{path}: {key} holds values that are not finite; the task that left it has failed")
 
 
-def _refuse_shared(model: nn.Module, matched: dict[str, nn.Linear], flag: str) -> None:
+def refuse_shared(model: nn.Module, matched: dict[str, nn.Linear], flag: str) -> None:
+    """Refuse a weight that another module shares, and that would change with it.
+
+    Raises:
+        InputError: naming the weight and all its names.
+    """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)

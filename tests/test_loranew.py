@@ -22,6 +22,7 @@ from loranew import (
     folded_factors,
     load_loranew,
     loranew_layers,
+    merge_old,
     renew_loranew,
     save_folded,
     set_input_space,
@@ -492,3 +493,52 @@ def test_saving_folded_factors_writes_what_folding_and_saving_writes(folder, tmp
     assert gathered.keys() == folded.keys() and all(torch.equal(gathered[key], folded[key]) for key in folded)
     configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("gathered", "folded")]
     assert configs[0] == configs[1] and configs[0]["r_sum"] == 12
+
+
+# The memory in the base weight
+
+
+def with_memory(tasks: int) -> PeftModel:
+    """A model that has folded some tasks, and has trained new factors for the next one."""
+    model = add_loranew(new_base(), new_config())
+    for seed in range(tasks):
+        fold_loranew(learn(model, seed))
+        renew_loranew(model)
+    return learn(model, tasks)
+
+
+@pytest.mark.parametrize("tasks", [0, 1, 5])
+def test_merged_memory_computes_the_same_and_is_saved_as_it_was(tasks, tmp_path):
+    model, merged = with_memory(tasks), with_memory(tasks)
+    weights = {name: layer.get_base_layer().weight.clone() for name, layer in loranew_layers(merged).items()}
+    merge_old(merged)
+    moved = any(
+        not torch.equal(weights[name], layer.get_base_layer().weight) for name, layer in loranew_layers(merged).items()
+    )
+    assert moved == bool(tasks)
+    assert not any(layer.has_old_branch("default") for layer in loranew_layers(merged).values())
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    merge_old(merged)  # nothing is left to add
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    for name, factor in folded_factors(model).items():
+        assert torch.equal(factor, folded_factors(merged)[name])
+    for one in (model, merged):
+        fold_loranew(one)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)  # the last ranks beside W
+    for name, one in (("plain", model), ("merged", merged)):
+        one.save_pretrained(tmp_path / name)
+    stored = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "merged")]
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(stored[0][name], stored[1][name]) for name in stored[0])
+    loaded = load_loranew(new_base(), tmp_path / "merged")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
+    unloaded = merged.merge_and_unload()
+    torch.testing.assert_close(logits(unloaded), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_merging_the_memory_needs_a_whole_weight_in_float32():
+    model = with_memory(1)
+    layer = next(iter(loranew_layers(model).values()))
+    layer.get_base_layer().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="bfloat16"):
+        merge_old(model)

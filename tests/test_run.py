@@ -121,6 +121,42 @@ def test_the_same_seed_gives_the_same_bits(two_tasks, mini_benchmark, tmp_path):
         assert all(torch.equal(once[key], again[key]) for key in once)
 
 
+def test_merged_old_lora_predicts_and_leaves_the_same(two_tasks, mini_benchmark, tmp_path):
+    adapter_name, first, second = two_tasks
+    _, modules = PREFIX[adapter_name]
+    again = arguments(mini_benchmark, tmp_path / "again", "amazon", second / adapter_name, modules, "--merge_old")
+    again.remove("--do_train")
+    assert run_uie_lora.main(again) == 0
+    assert predictions(tmp_path / "again") == predictions(second)
+    exact = ["--lora_dropout", "0", "--adam_epsilon", "1e-4", "--max_steps", "4"]
+    folders = []
+    for merged in ([], ["--merge_old"]):
+        folders.append(tmp_path / f"trained{len(merged)}")
+        command = arguments(mini_benchmark, folders[-1], "amazon", first / adapter_name, modules, *exact, *merged)
+        assert run_uie_lora.main(command) == 0
+    factors = [load_file(folder / adapter_name / "adapter_model.safetensors") for folder in folders]
+    assert factors[0].keys() == factors[1].keys()
+    for name, factor in factors[0].items():
+        old = (factor[:8], factors[1][name][:8]) if "lora_A" in name else (factor[:, :8], factors[1][name][:, :8])
+        assert torch.equal(*old)
+        assert (factors[1][name] - factor).norm() < 1e-2 * factor.norm()
+    penalties = [
+        [entry["penalty"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]
+         if "penalty" in entry] for folder in folders
+    ]  # fmt: skip
+    assert penalties[0] and penalties[1] == pytest.approx(penalties[0], rel=1e-3)
+
+
+def test_loss_of_the_test_rows_where_it_is_asked_for(two_tasks, mini_benchmark, tmp_path):
+    adapter_name, first, _ = two_tasks
+    _, modules = PREFIX[adapter_name]
+    command = arguments(mini_benchmark, tmp_path, "dbpedia", first / adapter_name, modules, "--predict_loss")
+    command.remove("--do_train")
+    assert run_uie_lora.main(command) == 0
+    assert json.loads((tmp_path / "predict_results.json").read_text())["predict_loss"] > 0
+    assert predictions(tmp_path) == predictions(first)
+
+
 def test_summary_says_what_trains_and_is_protected(two_tasks, mini_benchmark, tmp_path, capsys):
     adapter_name, first, _ = two_tasks
     _, modules = PREFIX[adapter_name]

@@ -103,6 +103,34 @@ def test_a_sharded_run_goes_on_from_its_checkpoint(adapter_name, stage, mini_ben
     assert losses(run("alone", 1, *from_there)) == pytest.approx(losses(whole), rel=2e-4)
 
 
+@pytest.mark.parametrize("adapter_name", ["t5_adapter", "llama_adapter"])
+def test_two_ranks_predict_what_one_predicts(adapter_name, mini_benchmark, tmp_path):
+    """23 rows, so that the ranks' shares differ: by torchrun, and cut up by ZeRO-3, where all must call alike."""
+    train(tmp_path / "trained", adapter_name, mini_benchmark, "--max_steps", "40", "--learning_rate", "1e-2")
+    _, modules = PREFIX[adapter_name]
+    adapter = tmp_path / "trained" / adapter_name
+    launchers = {
+        "one": [sys.executable],
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())],
+        "stage3": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
+    }
+    for name, launcher in launchers.items():
+        command = arguments(mini_benchmark, tmp_path / name, "dbpedia", adapter, modules, "--predict_loss",
+                            "--max_predict_samples", "23", "--per_device_eval_batch_size", "4")  # fmt: skip
+        command.remove("--do_train")
+        if name == "stage3":
+            command += ["--deepspeed", "configs/ds_configs/stage3.config"]
+        launched = [*launcher, "src/run_uie_lora.py", *command]
+        done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    results = {name: json.loads((tmp_path / name / "predict_results.json").read_text()) for name in launchers}
+    for name in ("torchrun", "stage3"):
+        assert predictions(tmp_path / name) == predictions(tmp_path / "one")
+        assert results[name]["predict_samples"] == 23
+        assert results[name]["predict_gen_len"] == results["one"]["predict_gen_len"]
+        assert results[name]["predict_loss"] == pytest.approx(results["one"]["predict_loss"], rel=1e-4)
+
+
 def losses(folder: Path) -> list[float]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]

@@ -82,6 +82,16 @@ def fold_loranew(peft_model: PeftModel) -> None:
     config.r_sum += config.r
 
 
+def merge_old(peft_model: PeftModel) -> None:
+    """Add the memory to the base weights in this process; what is saved later is the same as without.
+
+    Raises:
+        ValueError: a base weight is not in float32, or exists in pieces only.
+    """
+    for layer in loranew_layers(peft_model).values():
+        layer.merge_old(peft_model.active_adapter)
+
+
 @torch.no_grad()
 def folded_factors(peft_model: PeftModel, gathered: Callable = contextlib.nullcontext) -> dict[str, torch.Tensor]:
     """What `fold_loranew` would leave to be saved, on the CPU, while the model stays as it is.

@@ -5,6 +5,9 @@
 `lora_A` (r_sum, in) and `lora_B` (out, r_sum) stack the factors of all earlier tasks and are frozen; `loranew_A`
 (r, in) and `loranew_B` (out, r) train. A layer without earlier tasks (r_sum = 0) has no `lora_` factors at all, and
 one without an input space S leaves the projection out: neither costs anything.
+
+`merge_old` adds s B_old A_old to W, so that a pass costs the same after any number of tasks. The factors stay: they are
+what is saved, and what a penalty compares the new ones with.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
+from torch.nn.functional import linear
 
 logger = logging.getLogger("gorp")
 
@@ -90,6 +94,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
         self.loranew_A = nn.ModuleDict()
         self.loranew_B = nn.ModuleDict()
         self.register_buffer("input_space", None, persistent=False)
+        self.ranks_in_weight: dict[str, int] = {}  # of each adapter: the leading ranks of the old pair that W holds
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
 
@@ -116,10 +121,10 @@ class LoraNewLinear(nn.Module, LoraLayer):
             return result
         change = 0
         for adapter in self.active_adapters:
-            if adapter in self.lora_A:
+            if self.has_old_branch(adapter):
                 # Not dropped out: noise on a frozen branch would only blur what earlier tasks know.
                 seen = x.to(self.lora_A[adapter].weight.dtype)
-                change = change + self.scaling[adapter] * self.lora_B[adapter](self.lora_A[adapter](seen))
+                change = change + self.scaling[adapter] * self._old_change(adapter, seen)
             if adapter in self.loranew_A:
                 seen = self.lora_dropout[adapter](x.to(self.loranew_A[adapter].weight.dtype))
                 if self.input_space is not None:
@@ -146,6 +151,39 @@ class LoraNewLinear(nn.Module, LoraLayer):
         if not torch.allclose(gram, torch.eye(len(gram), device=gram.device), atol=1e-3):
             raise ValueError("the columns of the input space are not orthonormal")
         self.input_space = space.detach().to(self.get_base_layer().weight.device, torch.float32, copy=True)
+
+    @torch.no_grad()
+    def merge_old(self, adapter: str) -> None:
+        """Add what W does not hold yet of the old pair to W; the layer computes what it did before, up to rounding.
+
+        W must be whole (not yet cut up by ZeRO-3) and float32: in 16 bits most of the small change would be rounded
+        away.
+        """
+        if not self.has_old_branch(adapter):
+            return
+        weight = self.get_base_layer().weight
+        if weight.dtype != torch.float32 or weight.shape != (self.out_features, self.in_features):
+            raise ValueError(f"merging into a weight of {weight.dtype} and shape {tuple(weight.shape)} is not exact")
+        A, B = self._old_branch(adapter)
+        weight += self.scaling[adapter] * (B @ A)
+        self.ranks_in_weight[adapter] = len(self.lora_A[adapter].weight)
+
+    def has_old_branch(self, adapter: str) -> bool:
+        """Whether earlier tasks left ranks that W does not hold."""
+        return adapter in self.lora_A and self.lora_A[adapter].out_features > self.ranks_in_weight.get(adapter, 0)
+
+    def _old_change(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """B A x over the ranks of earlier tasks that W does not hold."""
+        if adapter not in self.ranks_in_weight:
+            return self.lora_B[adapter](self.lora_A[adapter](x))  # as modules, whose weights ZeRO-3 gathers
+        A, B = self._old_branch(adapter)
+        return linear(linear(x, A), B)
+
+    def _old_branch(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (ranks, in) and B (out, ranks) of the earlier tasks that W does not hold."""
+        first = self.ranks_in_weight.get(adapter, 0)
+        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return (A[first:], B[:, first:]) if first else (A, B)
 
     @torch.no_grad()
     def fold(self, adapter: str) -> None:
@@ -179,10 +217,11 @@ class LoraNewLinear(nn.Module, LoraLayer):
         self.loranew_B[adapter] = _linear(B, trainable=True)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The adapter's change of W (out, in), both branches together."""
+        """What the adapter adds to W (out, in) as it stands, both branches together."""
         delta = torch.zeros_like(self.get_base_layer().weight, dtype=torch.float32)
-        if adapter in self.lora_A:
-            delta += self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float()
+        if self.has_old_branch(adapter):
+            A, B = self._old_branch(adapter)
+            delta += B.float() @ A.float()
         if adapter in self.loranew_A:
             delta += self.loranew_B[adapter].weight.float() @ self._seen_new_A(adapter).float()
         return self.scaling[adapter] * delta

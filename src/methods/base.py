@@ -24,6 +24,7 @@ from loranew import (
     folded_factors,
     load_loranew,
     loranew_layers,
+    merge_old,
     save_folded,
 )
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -143,9 +144,26 @@ class LoraMethod(Method):
         if previous is None:
             self.model = add_loranew(model, self.lora_config(decoder_only))
         else:
-            self.changed = full_rank.load_weights(model, previous)
+            self.changed |= full_rank.load_weights(model, previous)
             self.model = load_loranew(model, previous)
+        if self.options.merge_old:
+            self._merge_old()
         return self.model
+
+    def _merge_old(self) -> None:
+        """Let the base weights hold the LoRA of earlier tasks, before DeepSpeed may cut them up.
+
+        Raises:
+            InputError: a weight that would not then be the LoRA layer's alone.
+        """
+        layers = loranew_layers(self.model)
+        full_rank.refuse_shared(
+            self.model, {name: layer.get_base_layer() for name, layer in layers.items()}, "merge_old"
+        )
+        both = sorted(layers.keys() & self.changed.keys())
+        if both:  # saved with the old LoRA in it, such a weight would get it twice in the next task
+            raise InputError(f"--merge_old: found {both[0]} with a LoRA and as a full-rank weight; one of the two")
+        merge_old(self.model)
 
     def lora_config(self, decoder_only: bool) -> LoraNewConfig:
         """The first task's LoRA; later tasks read theirs from the adapter folder."""

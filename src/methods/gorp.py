@@ -33,8 +33,8 @@ class Gorp(LoraMethod):
         options = self.options
         self.targets = full_rank.match_linear(model, options.optim_target_modules, "optim_target_modules")
         full_rank.check_rank(self.targets, options.galore_rank, "galore_rank")
-        model = super().prepare(model, previous, decoder_only=decoder_only)
         self.changed |= self.targets
+        model = super().prepare(model, previous, decoder_only=decoder_only)
         self.protected = self._protected_factors()
         if not self.targets and not self.protected:
             raise InputError(
