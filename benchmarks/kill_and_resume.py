@@ -63,10 +63,8 @@ class Order:
         self.script: subprocess.Popen | None = None
         self.environment = os.environ | {
             "OUTPUT": str(folder), "NPROC": str(options.ranks), "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix,
-            "EXTRA": f"--max_steps {options.steps} --max_predict_samples 8",
+            "EXTRA": f"--max_steps {options.steps} --max_predict_samples 8", "SAVE_STEPS": str(options.save_steps),
         }
-        if options.ranks == 1:
-            self.environment["SAVE_STEPS"] = str(options.save_steps)
 
     def start(self) -> None:
         """Start the script, in a session of its own, by which its processes are found again."""
