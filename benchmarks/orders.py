@@ -1,0 +1,127 @@
+"""An order's tasks in one process against one process a task, the start of a run, and what grows with the tasks.
+
+    python benchmarks/orders.py --steps 200         # the tiny T5's order 4, 15 tasks
+    python benchmarks/orders.py --order order1 --steps 20
+
+`src/run_order.py` runs an order in one process. The same tasks are then run one process each, by the command lines
+that it printed, and must leave the same predictions and tensors, bit for bit, or the run ends with an error.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+from files import digest  # noqa: E402
+
+STARTED, TWICE = 12, 2  # targets: seconds to the first step, times faster in one process
+COMPARED = ("predict_eval_predictions.jsonl", "t5_adapter/*.safetensors")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "VIRTUAL_ENV": sys.prefix}
+Row = tuple[str, str, str, str]  # what, against, figure, target
+
+
+def order_command(args: argparse.Namespace, output: Path) -> list[str]:
+    """What the script would run, by its own account."""
+    environment = ENVIRONMENT | {"DRY_RUN": "1", "OUTPUT": str(output), "EXTRA": f"--max_steps {args.steps}"}
+    done = subprocess.run(["bash", "scripts/order.sh", "--tiny", args.order], cwd=ROOT, env=environment, text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    return shlex.split(done.stdout)
+
+
+def run(command: list[str]) -> tuple[str, float]:
+    """Output and seconds of a command."""
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(f"error: {shlex.join(command)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout, time.perf_counter() - start
+
+
+def seconds_to_first_step(args: argparse.Namespace, output: Path) -> float:
+    """From the script's command to the end of the first optimizer step."""
+    environment = ENVIRONMENT | {"OUTPUT": str(output), "EXTRA": "--max_steps 2 --logging_steps 1"}
+    log = output / f"{args.order.replace('order', 'order_')}.log"
+    start = time.perf_counter()
+    script = subprocess.Popen(["bash", "scripts/order.sh", "--tiny", args.order], cwd=ROOT, env=environment,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    while not (log.exists() and "{'loss'" in log.read_text(encoding="utf-8", errors="replace")):
+        if script.poll() is not None:
+            sys.exit(f"error: the script ended with {script.returncode} before its first step; {log}")
+        time.sleep(0.05)
+    seconds = time.perf_counter() - start
+    os.killpg(script.pid, 9)
+    script.wait()
+    return seconds
+
+
+def digests(outputs: Path) -> dict[str, str]:
+    return {str(path.relative_to(outputs)): digest(path) for kind in COMPARED for path in outputs.glob(f"*/{kind}")}
+
+
+def chain(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """Seconds of both ways, and the equality of what they left."""
+    shown, together = run(order_command(args, scratch))
+    outputs = next(scratch.glob("*/outputs"))
+    left = digests(outputs)
+    tasks = [line for line in shown.splitlines() if line.startswith("python src/run_uie_lora.py ")]
+    outputs.rename(outputs.with_name("together"))
+    apart = sum(run([sys.executable, *shlex.split(task)[1:]])[1] for task in tasks)
+    if digests(outputs) != left:
+        sys.exit("error: one process a task left something else than one process")
+    ratio = apart / together
+    figure = f"{ratio:.2f} x faster ({together:.0f} s against {apart:.0f} s)"
+    yield (f"{args.order}, {len(tasks)} tasks of {args.steps} steps, in one process", "one process a task", figure,
+           verdict(f"{TWICE} x, same bits", ratio >= TWICE))  # fmt: skip
+
+
+def growth(outputs: Path) -> Iterator[Row]:
+    """What the adapter folder holds after each task: of the shared space and of the stack of old LoRAs."""
+    folders = sorted(outputs.glob("*/t5_adapter"), key=lambda folder: int(folder.parent.name.split("-")[0]))
+    for what, file in (("shared space", "gradient_space"), ("stack of LoRAs", "adapter_model")):
+        sizes = [sum(tensor.nbytes for tensor in load_file(folder / f"{file}.safetensors").values())
+                 for folder in folders]  # fmt: skip
+        slope = (sizes[-1] - sizes[0]) / max(1, len(sizes) - 1)
+        most = max(later - earlier for earlier, later in zip(sizes, sizes[1:], strict=False)) if sizes[1:] else 0
+        figure = f"{sizes[-1] / 1024:,.0f} against {sizes[0] / 1024:,.0f} KiB; {slope / 1024:,.1f} KiB a task"
+        yield f"{what} after {len(sizes)} tasks", "after 1", f"{figure}, {most / 1024:,.1f} at most", "linear at most"
+
+
+def verdict(target: str, met: bool) -> str:
+    return f"{target}: {'met' if met else 'not met'}"
+
+
+def results(args: argparse.Namespace) -> Iterator[Row]:
+    """The rows of the table, as they are measured."""
+    with tempfile.TemporaryDirectory() as scratch:
+        seconds = min(seconds_to_first_step(args, Path(scratch) / str(number)) for number in range(args.starts))
+        yield ("from command to first step, tiny T5", "-", f"{seconds:.1f} s",
+               verdict(f"{STARTED} s", seconds <= STARTED))  # fmt: skip
+        yield from chain(args, Path(scratch) / "order")
+        yield from growth(next((Path(scratch) / "order").glob("*/together")))
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--order", default="order4", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=200, help="of each task (%(default)s)")
+    parser.add_argument("--starts", type=int, default=2, help="starts, of which the fastest counts (%(default)s)")
+    return parser
+
+
+def main() -> None:
+    print("| what | against | figure | target |", "|---|---|---|---|", sep="\n")
+    for row in results(arguments().parse_args()):
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
