@@ -84,7 +84,7 @@ def test_two_ranks_train_another_method_too(mini_benchmark, tmp_path):
 
 @pytest.mark.parametrize(("adapter_name", "stage"), [("t5_adapter", 2), ("llama_adapter", 3)])
 def test_a_sharded_run_goes_on_from_its_checkpoint(adapter_name, stage, mini_benchmark, tmp_path):
-    """On as many ranks bit by bit, with a schedule; in one process with other last digits."""
+    """On as many ranks bit by bit, with a schedule; in one process, here T5's, with other last digits."""
     saving = ["--save_strategy", "steps", "--save_steps", "6", "--lr_scheduler_type", "linear"]
     saving += ["--gradient_accumulation_steps", "2"]
     from_there = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-6")]
@@ -100,21 +100,19 @@ def test_a_sharded_run_goes_on_from_its_checkpoint(adapter_name, stage, mini_ben
     for file in ("adapter_model", "full_rank_weights", "gradient_space"):
         a, b = (load_file(folder / adapter_name / f"{file}.safetensors") for folder in (whole, resumed))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert losses(run("alone", 1, *from_there)) == pytest.approx(losses(whole), rel=2e-4)
+    if stage == 2:
+        assert losses(run("alone", 1, *from_there)) == pytest.approx(losses(whole), rel=2e-4)
 
 
-@pytest.mark.parametrize("adapter_name", ["t5_adapter", "llama_adapter"])
-def test_two_ranks_predict_what_one_predicts(adapter_name, mini_benchmark, tmp_path):
+@pytest.mark.parametrize(("adapter_name", "how"), [("t5_adapter", "torchrun"), ("llama_adapter", "stage3")])
+def test_two_ranks_predict_what_one_predicts(adapter_name, how, mini_benchmark, tmp_path):
     """23 rows, so that the ranks' shares differ: by torchrun, and cut up by ZeRO-3, where all must call alike."""
     train(tmp_path / "trained", adapter_name, mini_benchmark, "--max_steps", "40", "--learning_rate", "1e-2")
     _, modules = PREFIX[adapter_name]
     adapter = tmp_path / "trained" / adapter_name
-    launchers = {
-        "one": [sys.executable],
-        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())],
-        "stage3": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
-    }
-    for name, launcher in launchers.items():
+    launcher, ranks = ("torchrun", "--nproc_per_node") if how == "torchrun" else ("deepspeed", "--num_accelerators")
+    two = [launcher, ranks, "2", "--master_port", str(free_port())]
+    for name, launcher in (("one", [sys.executable]), (how, two)):
         command = arguments(mini_benchmark, tmp_path / name, "dbpedia", adapter, modules, "--predict_loss",
                             "--max_predict_samples", "23", "--per_device_eval_batch_size", "4")  # fmt: skip
         command.remove("--do_train")
@@ -123,12 +121,11 @@ def test_two_ranks_predict_what_one_predicts(adapter_name, mini_benchmark, tmp_p
         launched = [*launcher, "src/run_uie_lora.py", *command]
         done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    results = {name: json.loads((tmp_path / name / "predict_results.json").read_text()) for name in launchers}
-    for name in ("torchrun", "stage3"):
-        assert predictions(tmp_path / name) == predictions(tmp_path / "one")
-        assert results[name]["predict_samples"] == 23
-        assert results[name]["predict_gen_len"] == results["one"]["predict_gen_len"]
-        assert results[name]["predict_loss"] == pytest.approx(results["one"]["predict_loss"], rel=1e-4)
+    assert predictions(tmp_path / how) == predictions(tmp_path / "one")
+    one, two = (json.loads((tmp_path / name / "predict_results.json").read_text()) for name in ("one", how))
+    assert one["predict_samples"] == two["predict_samples"] == 23
+    assert one["predict_gen_len"] == two["predict_gen_len"]
+    assert two["predict_loss"] == pytest.approx(one["predict_loss"], rel=1e-4)
 
 
 def losses(folder: Path) -> list[float]:
