@@ -13,7 +13,7 @@
 #     SAVE_STEPS=N     a checkpoint every N steps, for going on within a task   (none: an unfinished task starts over)
 #     OUTPUT=FOLDER    results in FOLDER/NAME/, log in FOLDER/NAME.log   (logs_and_outputs/NAME/, logs/NAME.log)
 #     EXTRA="..."      more flags of src/run_uie_lora.py; they win over the script's
-#     DRY_RUN=1        only print the commands
+#     DRY_RUN=1        only print the command
 source "$(dirname "$0")/lib.sh"
 parse_arguments "bash scripts/order.sh [--tiny] [--fresh] NAME" "$@"
 [ ${#names[@]} -eq 1 ] || fail "${#names[@]} orders found; one is allowed: $usage"

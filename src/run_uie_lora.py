@@ -3,8 +3,8 @@
     python src/run_uie_lora.py --model_name_or_path initial_model/t5-large --task_config_dir
         configs/order1_configs/dbpedia --output_dir logs_and_outputs/order_1/outputs/1-dbpedia ...
 
-The scripts in `scripts/` and `scripts_llama/` chain the tasks of an order. Lines that begin with `[gorp]` are the
-run's own account of what it trains, projects and protects, and of how well it then does.
+`run_order.py` chains the tasks of an order. Lines that begin with `[gorp]` are the run's own account of what it trains,
+projects and protects, and of how well it then does.
 """
 
 import contextlib

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import run_order
 import run_uie_lora
@@ -57,10 +58,14 @@ def one_process_a_task(launch: list[str], words: list[str]) -> None:
 
 
 def results(outputs: Path) -> dict[str, bytes]:
-    """Predictions and everything that the next task starts from, by path."""
-    files = [*outputs.glob("*/*_adapter/*.safetensors"), *outputs.glob("*/predict_eval_predictions.jsonl")]
-    assert len(files) == 8
-    return {str(path.relative_to(outputs)): path.read_bytes() for path in files}
+    """Predictions and every tensor that the next task starts from, bit for bit."""
+    found = {str(path.relative_to(outputs)): path.read_bytes()
+             for path in outputs.glob("*/predict_eval_predictions.jsonl")}
+    for path in outputs.glob("*/*_adapter/*.safetensors"):
+        tensors = load_file(path).items()
+        found |= {f"{path.relative_to(outputs)}: {name}": value.numpy().tobytes() for name, value in tensors}
+    assert len(found) > 30
+    return found
 
 
 # --- the same bits ---
