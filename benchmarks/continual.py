@@ -2,15 +2,16 @@
 
     python initial_model/pretrain_small_t5.py --data_dir FOLDER
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --search        each method's settings, on dev rows
+    python benchmarks/continual.py --data_dir FOLDER --out RESULTS --question side --seeds 1 2 3     GORP's, on dev rows
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --seeds 1 2 3   the comparison, on test rows
 
 Every method trains on the same 160 rows of each task for the same number of steps and answers the same test rows (200
 of each task, where it has them) after every task. A method is its name and, if wanted, flags, which win over all
-others: `--methods olora "gorp --protect gp_second"`. `--search` tries the same number of settings for every method,
-three learning rates times at most three values of the method's own knob (`GRID`), one order, one seed, dev rows in
-place of test rows, and notes the best in RESULTS/search.json, where a comparison finds them.
+others: `--methods olora "gorp --protect gp_second"`. What is decided is decided on dev rows: `--question` compares
+variants of GORP (`QUESTIONS`); `--search` tries three learning rates times at most three values of the method's own
+knob (`GRID`) on one order with one seed, and notes the best in RESULTS/search.json, where a comparison finds them.
 
-Results are written as they come: RESULTS/table.md and results.csv hold what is finished. The same command goes on
+Results are written as they come: RESULTS/table.md and table.csv hold what is finished. The same command goes on
 where it was ended; what its run records say is finished is not run again. Two methods differ where the interval of
 their difference (`src/report/bootstrap.py`) does not hold 0.
 """
@@ -18,7 +19,6 @@ their difference (`src/report/bootstrap.py`) does not hold 0.
 import argparse
 import contextlib
 import csv
-import functools
 import itertools
 import json
 import multiprocessing
@@ -57,6 +57,18 @@ METHODS = [
     "gorp --protect none", "gorp --optim_target_modules none", "gorp --proj_lora_modules none",
     "gorp --preset published",
 ]  # fmt: skip
+INPUT = "--protect_side input"
+QUESTIONS = {
+    "side": ["gorp --protect none", *(f"gorp --protect {how} {side}" for how in ("gp_first", "gp_second")
+                                      for side in ("--protect_side output", INPUT)),
+             f"gorp --protect structural {INPUT}"],
+    "energy": [f"gorp --protect structural {INPUT} --space_energy {share}" for share in (0.5, 0.9, 0.99)],
+    "parts": [f"gorp --protect structural {INPUT} --{modules} none"
+              for modules in ("optim_target_modules", "proj_lora_modules")],
+    "rank": [f"gorp --protect structural {INPUT} --galore_rank {rank}" for rank in (4, 8, 32)],
+    "penalty": [f"gorp --protect structural {INPUT} --lamda_1 {weight}" for weight in (0, 0.5, 5)],
+}
+"""What decides GORP's defaults: variants that `--question` compares."""
 TRAIN_ROWS, TEST_ROWS = 160, 200
 
 COMMON = shlex.split(f"""
@@ -67,7 +79,7 @@ COMMON = shlex.split(f"""
 """)
 FAMILIES = {
     "t5": shlex.split("""
-        --max_source_length 160 --max_steps 120 --per_device_train_batch_size 8 --per_device_eval_batch_size 100
+        --max_source_length 128 --max_steps 100 --per_device_train_batch_size 8 --per_device_eval_batch_size 100
         --lora_modules .*SelfAttention.(q|v).* --optim_target_modules .*EncDecAttention.(q|v).*
         --proj_lora_modules .*SelfAttention.(q|v).loranew_A.*
     """),
@@ -91,6 +103,7 @@ GRID = {
     "gorp": ("--galore_lr", ["1e-5", "3e-4", "3e-3"]),
 }
 SEARCHED = "A"  # the order of the search
+SHOWN = ("average_performance", "backward_transfer")
 
 
 @dataclass(frozen=True)
@@ -239,76 +252,68 @@ def read_finished(out: Path, trials: list[Trial]) -> dict[Trial, Run]:
     return {trial: read_run(trial.folder(out)) for trial in complete}
 
 
-def write_tables(out: Path, finished: dict[Trial, Run], failures: dict[Trial, str]) -> str:
-    """Write results.csv and table.md anew from what is finished; the table's text."""
-    with whole_file(out / "results.csv") as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+def write_tables(out: Path, name: str, reference: str, finished: dict[Trial, Run], failures: dict[Trial, str]) -> str:
+    """Write <name>.csv and <name>.md anew from what is finished; the latter's text."""
+    with whole_file(out / f"{name}.csv") as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["method", "order", "seed", "settings", "AP", "BWT", "forgetting", "seconds", "trained values"])
         for trial, run in finished.items():
-            measures = [run.final(name) for name in ("average_performance", "backward_transfer", "forgetting")]
+            measures = [run.final(measure) for measure in (*SHOWN, "forgetting")]
             rows.writerow([trial.method, trial.order, trial.seed, " ".join(trial.settings), *measures, run.seconds,
                            run.trained_values])
-    text = table(out, finished)
-    text += "".join(f"\nfailed: {trial.method}, order {trial.order}, seed {trial.seed}: {failure}"
-                    for trial, failure in failures.items())
-    with whole_file(out / "table.md") as partial:
+    lines = [f"failed: {trial.method}, order {trial.order}, seed {trial.seed}: {failure}"
+             for trial, failure in failures.items()]
+    text = "\n\n".join([table(out, reference, finished), *lines])
+    with whole_file(out / f"{name}.md") as partial:
         partial.write_text(text + "\n", encoding="utf-8")
     return text
 
 
-def table(out: Path, finished: dict[Trial, Run]) -> str:
-    """Markdown: method x order, AP and BWT with their mean and spread over seeds, and what each differs from GORP."""
+def table(out: Path, reference: str, finished: dict[Trial, Run]) -> str:
+    """Markdown: method x order, AP and BWT as mean and spread over seeds, and by how much `reference` is above each."""
     orders = sorted({trial.order for trial in finished})
-    methods = list(dict.fromkeys(trial.method for trial in finished))
-    load = functools.cache(lambda trial: answers(trial.folder(out)))
-
-    def right(method: str) -> dict:
-        return {(trial.order, str(trial.seed)): load(trial) for trial in finished if trial.method == method}
-
+    right: dict[str, dict] = {}
+    for trial in finished:
+        right.setdefault(trial.method, {})[trial.order, str(trial.seed)] = answers(trial.folder(out))
     lines = [f"| method | settings | {' | '.join(f'{order}: AP, BWT' for order in orders)} | mean AP | mean BWT "
-             f"| {OURS} minus it, 95 % |", "|---|---|" + "---|" * (len(orders) + 3)]
-    for method in methods:
-        own = [trial for trial in finished if trial.method == method]
-        cells, averages = [], {"average_performance": [], "backward_transfer": []}
-        for order in orders:
-            runs = [finished[trial] for trial in own if trial.order == order]
-            cells.append(", ".join(_spread([run.final(name) for run in runs]) for name in averages) or "-")
-            for name, means in averages.items():
-                means += [statistics.mean(run.final(name) for run in runs)] if runs else []
-        both = method != OURS and right(OURS).keys() & right(method).keys()
-        gap = str(paired_interval(right(OURS), right(method))) if both else "-"
-        settings = " ".join(own[0].settings) or "defaults"
-        means = [f"{statistics.mean(values):.1f}" for values in averages.values()]
-        lines.append(f"| {method} | `{settings}` | {' | '.join([*cells, *means, gap])} |")
+             f"| {reference} minus it, 95 % |", "|---|---|" + "---|" * (len(orders) + 3)]
+    for method in right:
+        runs = {order: [run for trial, run in finished.items() if (trial.method, trial.order) == (method, order)]
+                for order in orders}
+        cells = [", ".join(_spread([run.final(name) for run in runs[order]]) for name in SHOWN) if runs[order] else "-"
+                 for order in orders]
+        cells += [f"{statistics.mean(_means(runs, name)):.1f}" for name in SHOWN]
+        both = method != reference and right.get(reference, {}).keys() & right[method].keys()
+        cells.append(str(paired_interval(right[reference], right[method])) if both else "-")
+        settings = next(" ".join(trial.settings) for trial in finished if trial.method == method) or "defaults"
+        lines.append(f"| {method} | `{settings}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _means(runs: dict[str, list[Run]], name: str) -> list[float]:
+    """A measure's mean over seeds, for each order that has runs."""
+    return [statistics.mean(run.final(name) for run in of_order) for of_order in runs.values() if of_order]
+
+
 def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def compare(bench: Bench, methods: list[str], orders: list[str], seeds: list[int], workers: int) -> str:
-    """Run every method on every order with every seed on the test rows; the table."""
-    trials = [Trial(method, order, seed, best_settings(bench.out, method))
-              for seed in seeds for order in orders for method in methods]
+def compare(bench: Bench, name: str, reference: str, trials: list[Trial], workers: int) -> str:
+    """Run the trials, keeping the tables up to date; the table of `write_tables`."""
     failures: dict[Trial, str] = {}
-    start = time.time()
 
     def note(trial: Trial, failure: str) -> None:
         if failure:
             failures[trial] = failure
         finished = read_finished(bench.out, trials)
-        write_tables(bench.out, finished, failures)
-        scores = failure or "AP {average_performance:.2f}, BWT {backward_transfer:.2f}".format(
-            **finished[trial].measures)
-        print(f"{time.time() - start:6.0f} s  order {trial.order}, seed {trial.seed}, {trial.method}: {scores}",
-              flush=True)
+        write_tables(bench.out, name, reference, finished, failures)
+        scores = failure or ", ".join(f"{measure} {finished[trial].final(measure):.2f}" for measure in SHOWN)
+        print(f"{time.strftime('%H:%M')} {trial.method}, order {trial.order}, seed {trial.seed}: {scores}", flush=True)
 
     run_all(bench, trials, workers, note)
-    return write_tables(bench.out, read_finished(bench.out, trials), failures)
+    return write_tables(bench.out, name, reference, read_finished(bench.out, trials), failures)
 
 
 def main() -> None:
@@ -319,9 +324,11 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--methods", nargs="+", default=METHODS, help="names, each with flags if wanted")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--search", action="store_true", help="find each method's settings, on dev rows")
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument("--extra", default="", help="more flags of src/run_uie_lora.py, for every method")
+    decide = parser.add_mutually_exclusive_group()
+    decide.add_argument("--search", action="store_true", help="find each method's settings, on dev rows")
+    decide.add_argument("--question", choices=QUESTIONS, help="compare these variants of GORP, on dev rows")
     args = parser.parse_args()
     bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve(), tuple(shlex.split(args.extra)))
     try:
@@ -329,8 +336,11 @@ def main() -> None:
         bench.prepare({*args.orders, SEARCHED})
         if args.search:
             search(bench, args.methods, args.seeds[0], args.workers)
-        else:
-            print(compare(bench, args.methods, args.orders, args.seeds, args.workers))
+            return
+        methods = QUESTIONS[args.question] if args.question else args.methods
+        trials = [Trial(method, order, seed, best_settings(bench.out, method), "dev" if args.question else "test")
+                  for seed in args.seeds for order in args.orders for method in methods]
+        print(compare(bench, args.question or "table", methods[0] if args.question else OURS, trials, args.workers))
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
 

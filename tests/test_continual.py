@@ -87,12 +87,12 @@ def test_the_table_has_means_spreads_and_the_interval(tmp_path, short_order):
     finish(tmp_path, theirs[1], [[0, 0], [0, 0]], ((80.0,), (20.0, 20.0)))
     finished = read_finished(tmp_path, [*ours, *theirs, unfinished])
     assert list(finished) == [*ours, *theirs]
-    text = write_tables(tmp_path, finished, {unfinished: "task 1: 2"})
+    text = write_tables(tmp_path, "table", "gorp", finished, {unfinished: "task 1: 2"})
     assert "| gorp | `defaults` | 100.0 ± 0.0, 20.0 ± 0.0 | 100.0 | 20.0 | - |" in text
     assert "| olora | `defaults` | 10.0 ± 14.1, -70.0 ± 14.1 | 10.0 | -70.0 | +100.0 [+100.0, +100.0] |" in text
     assert "failed: nlora, order A, seed 1: task 1: 2" in text
     assert (tmp_path / "table.md").read_text() == text + "\n"
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 5
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
 
 
 def test_a_trial_runs_through_the_entry_and_is_not_run_again(bench):
