@@ -16,7 +16,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -167,34 +167,34 @@ def tokenizer_text(exercises: Exercises) -> Iterator[str]:
             yield f"Task:{task}\nDataset:{dataset}\n{', '.join(labels)}"
 
 
-def train_pieces(texts: list[str], special: list[str]) -> Tokenizer:
+def train_pieces(texts: list[str], special: list[str], count: int = PIECES) -> Tokenizer:
     """Byte-pair merges that stay within words, as in LLaMA's vocabulary; a line break is a piece by itself."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Metaspace(), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()])
     trained.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=PIECES, special_tokens=special, show_progress=False))
+        texts, trainers.BpeTrainer(vocab_size=count, special_tokens=special, show_progress=False))
     return trained
 
 
-def llama_tokenizer(exercises: Exercises) -> LlamaTokenizer:
-    model = json.loads(train_pieces(list(tokenizer_text(exercises)), ["<unk>", "<s>", "</s>"]).to_str())["model"]
+def llama_tokenizer(texts: Iterable[str]) -> LlamaTokenizer:
+    model = json.loads(train_pieces(list(texts), ["<unk>", "<s>", "</s>"]).to_str())["model"]
     return LlamaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
 
 
-def t5_tokenizer(exercises: Exercises) -> T5Tokenizer:
+def t5_tokenizer(texts: Iterable[str], pieces: int = PIECES) -> T5Tokenizer:
     """A unigram vocabulary as T5 has it: the pieces from byte-pair merges, scored by their frequency.
 
     The library's own unigram trainer starts from substrings that several words share, so in text of few different words
     it splits most of them.
     """
     special = ["<pad>", "</s>", "<unk>"]
-    texts = [" ".join(text.split()) for text in tokenizer_text(exercises)]  # to T5 a line break is a space
-    trained = train_pieces(texts, special)
+    texts = [" ".join(text.split()) for text in texts]  # to T5 a line break is a space
+    trained = train_pieces(texts, special, pieces)
     counts = Counter(piece for text in texts for piece in trained.encode(text).tokens)
-    pieces = sorted(trained.get_vocab(), key=trained.token_to_id)[len(special):]
+    learned = sorted(trained.get_vocab(), key=trained.token_to_id)[len(special):]
     vocab = [(piece, 0.0) for piece in special]
-    vocab += [(piece, math.log((counts[piece] + 0.1) / counts.total())) for piece in pieces]
+    vocab += [(piece, math.log((counts[piece] + 0.1) / counts.total())) for piece in learned]
     vocab += [(f"<extra_id_{index}>", 0.0) for index in reversed(range(SENTINELS))]
     return T5Tokenizer(vocab=vocab, extra_ids=SENTINELS)
 
@@ -250,27 +250,39 @@ def pretrain(kind: str, steps: int | None, seed: int) -> tuple[PreTrainedModel, 
     steps = steps or usual_steps
     torch.manual_seed(seed)
     exercises = Exercises(seed)
-    tokenizer = make_tokenizer(exercises)
-    model = make_model(tokenizer).train()
+    tokenizer = make_tokenizer(tokenizer_text(exercises))
+    model = make_model(tokenizer)
+
+    def next_batch(step: int) -> list[tuple[str, str]]:
+        # Copying comes first: a model that cannot copy an option yet learns nothing from having to choose one.
+        return exercises.batch(["spot"] if step < COPYING_STEPS else exercise_kinds)
+
+    fit(model, lambda batch: loss_of(model, tokenizer, batch), next_batch, steps, EMBEDDING_RATES[kind])
+    return model, tokenizer
+
+
+def fit(
+    model: PreTrainedModel, loss_of: Callable, next_batch: Callable[[int], list], steps: int, embedding_rate: float
+) -> None:
+    """Train on `next_batch(step)`, the embeddings `embedding_rate` times as fast as the rest; then evaluation mode."""
+    model.train()
     embeddings = model.get_input_embeddings().weight
     others = [parameter for parameter in model.parameters() if parameter is not embeddings]
-    groups = [{"params": others}, {"params": [embeddings], "lr": PEAK_RATE * EMBEDDING_RATES[kind]}]
+    groups = [{"params": others}, {"params": [embeddings], "lr": PEAK_RATE * embedding_rate}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps))))
     start = time.time()
     for step in range(steps):
-        # Copying comes first: a model that cannot copy an option yet learns nothing from having to choose one.
-        kinds = ["spot"] if step < COPYING_STEPS else exercise_kinds
-        loss = loss_of(model, tokenizer, exercises.batch(kinds))
+        loss = loss_of(next_batch(step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            print(kind, step, round(loss.item(), 3), f"{time.time() - start:.0f} s", flush=True)
-    return model.eval(), tokenizer
+            print(type(model).__name__, step, round(loss.item(), 3), f"{time.time() - start:.0f} s", flush=True)
+    model.eval()
 
 
 def save(model, tokenizer, folder: Path) -> None:

@@ -1,0 +1,192 @@
+"""Pretrain small-t5/, a T5 of 1.5 million weights, on a benchmark's own training texts, without their labels.
+
+    python initial_model/pretrain_small_t5.py --data_dir FOLDER [--steps 1400] [--seed 1]
+
+It is to real text what tiny-t5 is to the mini benchmark: small enough for whole studies on one core, and able to learn
+a task from 160 rows. It reads the sentences of every `train.json` below the folder, but for those that a dev or test
+file also has; no label of any row. Tokenizer and weights hold other people's text, so git ignores the folder.
+
+Three exercises: `repeat` ten words; `copy` the option that stands in a list; `choose` the option whose words were
+taken out of a text, among words of other texts.
+"""
+
+import argparse
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
+
+from build_tiny import BATCH, EMBEDDING_RATES, fit, prompt_of, save, t5_loss, t5_tokenizer  # noqa: E402
+from files import read_json  # noqa: E402
+
+PIECES = 6000
+WIDTH = 128
+UNTIL = {"repeat": 160, "copy": 360}  # steps that begin with one exercise alone, as in build_tiny.py
+MIX = ["choose"] * 5 + ["copy"]
+LONGEST = 40  # words of a text that an exercise shows
+COMMON, RARE = 0.05, 4  # words in more than this share of the texts, or in fewer texts, say little about a text
+SAME_PLACE, PLACE_BEFORE = 0, 1  # rows of T5's table of relative positions
+WORD = re.compile(r"[A-Za-z][a-z]{2,}")
+
+
+def sentences(data_dir: Path) -> list[str]:
+    """Every training sentence that is not also a dev or test sentence of any dataset.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    read = {split: [row["sentence"] for path in sorted(data_dir.glob(f"*/*/{split}.json")) for row in read_json(path)]
+            for split in ("train", "dev", "test")}
+    held_out = {text.strip() for text in read["dev"] + read["test"]}
+    return [text for text in dict.fromkeys(read["train"]) if text.strip() not in held_out]
+
+
+class Exercises:
+    """An endless, seeded source of (prompt, answer) pairs made of texts."""
+
+    def __init__(self, texts: list[str], seed: int):
+        self.rng = random.Random(f"small-t5 {seed}")
+        self.texts = [text.split() for text in texts]
+        seen = Counter(word for text in texts for word in {match.lower() for match in WORD.findall(text)})
+        self.telling = sorted(word for word, count in seen.items() if RARE <= count <= COMMON * len(texts))
+        self._is_telling = set(self.telling)
+        entries = read_json(HERE.parent / "configs" / "instruction_config.json")
+        self.instructions = sorted({entry["instruction"] for kind in entries.values() for entry in kind
+                                    if entry["instruction_type"] == "zero-shot"})
+
+    def window(self) -> list[str]:
+        """Words of a text, from anywhere in it if it is long."""
+        words = self.rng.choice(self.texts)
+        start = self.rng.randint(0, max(0, len(words) - LONGEST))
+        return words[start:start + LONGEST]
+
+    def telling_words(self, words: list[str]) -> list[str]:
+        """The different words that say what a text is about, lower case."""
+        return [word for word in dict.fromkeys(match.lower() for match in WORD.findall(" ".join(words)))
+                if word in self._is_telling]
+
+    def option(self, words: list[str], count: int) -> str:
+        return " ".join(self.rng.sample(words, min(count, len(words))))
+
+    def options(self, answers_from: list[str], count: int) -> tuple[list[str], str]:
+        """Options in random order, and the one that is made of `answers_from`; the others come from other texts."""
+        rng = self.rng
+        length = rng.choice([1, 1, 1, 2, 3])
+        answer = self.option(answers_from, length)
+        others = []
+        while len(others) < count - 1:
+            words = [word for word in self.telling_words(self.window()) if word not in answers_from]
+            if words:
+                others.append(self.option(words, rng.choice([1, length])))
+        shape = rng.choice([str.lower, str.title])  # labels begin with capitals, words in a text seldom do
+        shown = [shape(option) for option in rng.sample([answer, *others], count)]
+        return shown, shape(answer)
+
+    def choose(self) -> tuple[str, str]:
+        while len(telling := self.telling_words(words := self.window())) < 2:
+            pass
+        options, answer = self.options(telling, self.rng.randint(2, 8))
+        hidden = set(answer.lower().split())
+        text = " ".join(word for word in words if not hidden & set(WORD.findall(word.lower())))
+        instruction = self.rng.choice(self.instructions)
+        return prompt_of(*self.rng.choice([("notes", "archive"), ("texts", "clippings")]), instruction, options,
+                         text), answer
+
+    def repeat(self) -> tuple[str, str]:
+        answer = self.option(self.telling, 10)  # long, for every word of it is a lesson in copying
+        return f"Text: {answer}\nAnswer:", answer
+
+    def copy(self) -> tuple[str, str]:
+        options = [self.option(self.telling, self.rng.choice([1, 1, 2, 3])) for _ in range(self.rng.randint(2, 5))]
+        answer = options[0]
+        shown = self.rng.sample([answer, *(self.option(self.telling, 1) for _ in range(2))], 3)
+        self.rng.shuffle(options)
+        return f"Option: {', '.join(options)} \nText: {' and '.join(shown)}\nAnswer:", answer
+
+    def batch(self, step: int) -> list[tuple[str, str]]:
+        easier = [kind for kind, end in UNTIL.items() if step < end]
+        kind = easier[0] if easier else self.rng.choice(MIX)  # one kind a batch: alike in length
+        return [getattr(self, kind)() for _ in range(BATCH)]
+
+
+def prompts_text(data_dir: Path, instructions: list[str]) -> list[str]:
+    """Instructions, task names and labels, so that the tokenizer has pieces for them."""
+    names = [f"Task:{path.parts[-3]} Dataset:{path.parts[-2]} Option: {', '.join(read_json(path))} Answer:"
+             for path in sorted(data_dir.glob("*/*/labels.json"))]
+    return [*names, *instructions] * 20
+
+
+def piece_vectors(tokenizer, texts: list[str]) -> torch.Tensor:
+    """Vectors (pieces, WIDTH) to begin with: half of their variance tells in which texts a piece occurs (latent
+    semantic analysis: the leading singular vectors of log counts times idf), half is noise that tells pieces apart.
+
+    With noise alone, as T5 begins, as many steps of a core as this model is given teach it few words.
+    """
+    counts = torch.zeros(len(tokenizer), len(texts))
+    for column, ids in enumerate(tokenizer(texts, truncation=False).input_ids):
+        counts[:, column] = torch.bincount(torch.tensor(ids), minlength=len(tokenizer))
+    idf = (len(texts) / (1 + (counts > 0).sum(1))).log().clamp(min=0)
+    U, s, _ = torch.svd_lowrank(counts.log1p() * idf[:, None], q=WIDTH, niter=4)
+    meaning = U * s.sqrt()
+    meaning = meaning / meaning.norm(dim=1, keepdim=True).clamp(min=1e-6) * WIDTH ** 0.5
+    return (meaning + torch.randn_like(meaning)) / 2 ** 0.5
+
+
+@torch.no_grad()
+def look_for_equals(model: T5ForConditionalGeneration) -> None:
+    """Let attention begin as a search for equal pieces that hands on what it finds: query and key start alike, and so
+    do value and output. In the encoder, one head does not look at its own place, one looks at the place before.
+
+    So copying is learned in 120 steps; from T5's own beginning not in 500.
+    (After Trockman and Kolter, 2023, "Mimetic initialization of self-attention layers".)
+    """
+    for module in model.modules():
+        if isinstance(module, T5Attention):
+            torch.nn.init.orthogonal_(module.q.weight, gain=0.5)
+            module.k.weight.copy_(module.q.weight)
+            torch.nn.init.orthogonal_(module.v.weight)
+            module.o.weight.copy_(module.v.weight.T)
+    position_bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # (buckets, heads)
+    position_bias.zero_()
+    position_bias[SAME_PLACE, 2] = -8
+    position_bias[PLACE_BEFORE, 3] = 8
+
+
+def pretrain(data_dir: Path, steps: int, seed: int):
+    torch.manual_seed(seed)
+    texts = sentences(data_dir)
+    exercises = Exercises(texts, seed)
+    tokenizer = t5_tokenizer([*texts, *prompts_text(data_dir, exercises.instructions)], PIECES)
+    model = T5ForConditionalGeneration(T5Config(
+        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=32, num_heads=4, d_ff=384, num_layers=2, num_decoder_layers=2,
+        dropout_rate=0.0, feed_forward_proj="relu", tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:len(tokenizer)] = piece_vectors(tokenizer, texts)
+    look_for_equals(model)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{len(texts)} texts, {len(exercises.telling)} telling words, {weights:,} weights", flush=True)
+    fit(model, lambda batch: t5_loss(model, tokenizer, batch), exercises.batch, steps, EMBEDDING_RATES["t5"])
+    return model, tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", type=Path, required=True, help="benchmark folder: <TASK>/<DATASET>/*.json")
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=HERE / "small-t5")
+    arguments = parser.parse_args()
+    save(*pretrain(arguments.data_dir, arguments.steps, arguments.seed), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The paired bootstrap: what it gives where the answer is known."""
+
+import numpy as np
+import pytest
+
+from report.bootstrap import paired_interval
+
+
+def runs(*keys, **datasets):
+    return {key: {name: np.array(rows) for name, rows in datasets.items()} for key in keys}
+
+
+def test_identical_answers_have_no_gap_and_no_width():
+    answers = runs(("A", "1"), ("A", "2"), x=[1, 0, 1, 1], y=[0, 0, 1])
+    found = paired_interval(answers, answers)
+    assert (found.mean, found.low, found.high) == (0, 0, 0)
+    assert not found.is_result
+
+
+def test_a_gap_on_every_row_has_no_width():
+    ours, theirs = runs(("A", "1"), x=[1] * 5, y=[1] * 3), runs(("A", "1"), x=[0] * 5, y=[0] * 3)
+    found = paired_interval(ours, theirs)
+    assert (found.mean, found.low, found.high) == pytest.approx((100, 100, 100))
+    assert found.is_result
+
+
+def test_datasets_count_alike_whatever_their_size():
+    ours = runs(("A", "1"), large=[1] * 90, small=[0] * 10)
+    theirs = runs(("A", "1"), large=[0] * 90, small=[0] * 10)
+    assert paired_interval(ours, theirs).mean == pytest.approx(50)
+
+
+def test_orders_count_alike_however_many_seeds_they_have():
+    won, lost = {"x": np.ones(4)}, {"x": np.zeros(4)}
+    ours = {("A", "1"): won, ("A", "2"): won, ("A", "3"): won, ("B", "1"): lost}
+    assert paired_interval(ours, dict.fromkeys(ours, lost)).mean == pytest.approx(50)
+
+
+def test_width_is_that_of_the_normal_approximation():
+    random = np.random.default_rng(1)
+    ours, theirs = random.random((2, 400)) < 0.5
+    gap = ours.astype(float) - theirs
+    found = paired_interval({("A", "1"): {"x": ours}}, {("A", "1"): {"x": theirs}}, resamples=4000)
+    error = 100 * gap.std() / 400**0.5
+    assert found.mean == pytest.approx(100 * gap.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.08)
+
+
+def test_seeds_that_disagree_widen_it():
+    won, lost = {"x": np.ones(50)}, {"x": np.zeros(50)}
+    ours = {("A", "1"): won, ("A", "2"): lost}
+    theirs = {("A", "1"): lost, ("A", "2"): won}
+    found = paired_interval(ours, theirs)
+    assert found.mean == 0
+    assert (found.low, found.high) == (-100, 100)  # each row agrees with the others; only the seeds vary
+
+
+def test_a_coverage_of_95_percent():
+    random = np.random.default_rng(2)
+    held = 0
+    for trial in range(100):
+        ours, theirs = random.random((2, 200)) < [[0.6], [0.5]]
+        found = paired_interval({("A", "1"): {"x": ours}}, {("A", "1"): {"x": theirs}}, resamples=500, seed=trial)
+        held += found.low <= 10 <= found.high
+    assert 88 <= held <= 100
+
+
+def test_only_common_runs_count_and_there_must_be_one():
+    ours = runs(("A", "1"), ("A", "2"), x=[1, 1])
+    theirs = runs(("A", "1"), x=[0, 1])
+    assert paired_interval(ours, theirs).mean == pytest.approx(50)
+    with pytest.raises(ValueError, match="no run of the same order and seed"):
+        paired_interval(ours, runs(("B", "1"), x=[1, 1]))
+
+
+def test_other_rows_are_refused():
+    with pytest.raises(ValueError, match="order A, seed 1"):
+        paired_interval(runs(("A", "1"), x=[1, 1]), runs(("A", "1"), x=[1]))

@@ -1,0 +1,137 @@
+"""The comparison of methods: which trials there are, what the search keeps, what the table says of finished trials."""
+
+import itertools
+import json
+import random
+
+import pytest
+
+from benchmarks import continual
+from benchmarks.continual import Bench, Trial, best_settings, grid, read_finished, write_tables
+from conftest import ROOT
+from files import read_json
+from initial_model import pretrain_small_t5
+
+TINY = ROOT / "initial_model" / "tiny-t5"
+
+
+@pytest.fixture
+def short_order(monkeypatch):
+    monkeypatch.setitem(continual.ORDERS, "A", ["TC/dbpedia", "TC/agnews"])
+
+
+@pytest.fixture
+def bench(mini_benchmark, tmp_path, short_order):
+    bench = Bench(mini_benchmark, TINY, tmp_path / "out", ("--max_steps", "2", "--max_predict_samples", "4"))
+    bench.prepare(["A"])
+    return bench
+
+
+def finish(out, trial, right: list[list[int]], accuracies=((80.0,), (60.0, 90.0))):
+    """Files that a trial of the short order leaves; `right`: which rows of each dataset it answered at the end."""
+    names = ("dbpedia", "agnews")
+    for number, row in enumerate(accuracies, 1):
+        step = trial.folder(out) / "outputs" / f"{number}-{names[number - 1]}"
+        step.mkdir(parents=True)
+        scores = {f"predict_exact_match_for_{name}": value for name, value in zip(names, row)}
+        (step / "predict_results.json").write_text(json.dumps(scores))
+        (step / "completed.json").write_text("{}")
+        (step / "predict_eval_predictions.jsonl").write_text("".join(
+            json.dumps({"Dataset": name, "Instance": {"label": "A"}, "Prediction": "a" if hit else "b"}) + "\n"
+            for name, hits in zip(names, right) for hit in hits))
+
+
+def test_every_method_is_searched_over_the_same_rates_and_at_most_nine_settings():
+    for method in continual.METHODS:
+        settings = grid(method)
+        assert len(settings) == len(set(settings)) <= 9
+        assert {found[1] for found in settings} == set(continual.RATES)
+
+
+def test_a_method_is_its_name_with_flags_that_win():
+    trial = Trial("gorp --learning_rate 7e-3", "A", 3, ("--learning_rate", "1e-3"))
+    flags = trial.flags()
+    assert flags[:4] == ["--method", "gorp", "--seed", "3"]
+    assert flags.index("1e-3") < flags.index("7e-3")
+
+
+def test_no_two_trials_share_a_folder(tmp_path):
+    different = [("gorp", "gorp --protect none"), "AB", (1, 2), ((), ("--lamda_1", "5")), ("dev", "test")]
+    trials = [Trial(*values) for values in itertools.product(*different)]
+    assert len({trial.folder(tmp_path) for trial in trials}) == len(trials)
+
+
+def test_the_search_sees_dev_rows_and_no_test_row(bench, mini_benchmark):
+    copy, source = bench.out / "dev_benchmark" / "TC" / "dbpedia", mini_benchmark / "TC" / "dbpedia"
+    assert read_json(copy / "test.json") == read_json(copy / "dev.json") == read_json(source / "dev.json")
+    assert read_json(copy / "train.json") == read_json(source / "train.json")
+    command = bench.command(Trial("olora", "A", 1, (), "dev"), 1, TINY)
+    assert command[command.index("--data_dir") + 1] == str(bench.out / "dev_benchmark")
+
+
+def test_what_the_search_found_is_for_the_method_and_its_variants(tmp_path):
+    assert best_settings(tmp_path, "gorp") == ()
+    (tmp_path / "search.json").write_text(json.dumps({"gorp": {"best": "--lr 1"}, "gorp --b 2": {"best": "--lr 2"}}))
+    assert best_settings(tmp_path, "gorp") == best_settings(tmp_path, "gorp --a 1") == ("--lr", "1")
+    assert best_settings(tmp_path, "gorp --b 2") == ("--lr", "2")
+    assert best_settings(tmp_path, "olora") == ()
+
+
+def test_the_table_has_means_spreads_and_the_interval(tmp_path, short_order):
+    ours = [Trial("gorp", "A", seed) for seed in (1, 2)]
+    theirs = [Trial("olora", "A", seed) for seed in (1, 2)]
+    unfinished = Trial("nlora", "A", 1)
+    for trial in ours:
+        finish(tmp_path, trial, [[1, 1], [1, 1]], ((80.0,), (100.0, 100.0)))
+    finish(tmp_path, theirs[0], [[0, 0], [0, 0]], ((80.0,), (0.0, 0.0)))
+    finish(tmp_path, theirs[1], [[0, 0], [0, 0]], ((80.0,), (20.0, 20.0)))
+    finished = read_finished(tmp_path, [*ours, *theirs, unfinished])
+    assert list(finished) == [*ours, *theirs]
+    text = write_tables(tmp_path, "table", "gorp", finished, {unfinished: "task 1: 2"})
+    assert "| gorp | `defaults` | 100.0 ± 0.0, 20.0 ± 0.0 | 100.0 | 20.0 | - |" in text
+    assert "| olora | `defaults` | 10.0 ± 14.1, -70.0 ± 14.1 | 10.0 | -70.0 | +100.0 [+100.0, +100.0] |" in text
+    assert "failed: nlora, order A, seed 1: task 1: 2" in text
+    assert (tmp_path / "table.md").read_text() == text + "\n"
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
+
+
+def test_a_trial_runs_through_the_entry_and_is_not_run_again(bench):
+    trial = Trial("inclora", "A", 1)
+    assert continual.run(bench, trial) == (trial, "")
+    assert list(read_finished(bench.out, [trial])) == [trial]
+    assert set(continual.answers(trial.folder(bench.out))) == {"dbpedia", "agnews"}
+    marks = [path.stat().st_mtime_ns for path in sorted(trial.folder(bench.out).rglob("completed.json"))]
+    assert continual.run(bench, trial) == (trial, "")
+    assert [path.stat().st_mtime_ns for path in sorted(trial.folder(bench.out).rglob("completed.json"))] == marks
+
+
+def test_a_trial_that_fails_says_where(bench):
+    trial, failure = continual.run(bench, Trial("inclora --lora_dim 9999", "A", 1))
+    assert failure.startswith("task 1: 2; ") and "lora_dim" in (trial.folder(bench.out) / "log.txt").read_text()
+
+
+# What the small T5 reads
+
+
+def test_pretraining_reads_no_dev_or_test_sentence(tmp_path):
+    folder = tmp_path / "TC" / "news"
+    folder.mkdir(parents=True)
+    rows = {"train": ["one", "two", "three", "one"], "dev": ["two\n"], "test": ["three", "four"]}
+    for split, texts in rows.items():
+        (folder / f"{split}.json").write_text(json.dumps([{"sentence": text, "label": "x"} for text in texts]))
+    assert pretrain_small_t5.sentences(tmp_path) == ["one"]
+
+
+def test_exercises_can_be_solved_and_hide_the_answer():
+    words = ["".join(random.Random(number).choices("bcdfgaeiou", k=6)) for number in range(60)]
+    texts = [" ".join(random.Random(number).sample(words, 12)) for number in range(400)]
+    exercises = pretrain_small_t5.Exercises(texts, 1)
+    exercises.telling, exercises._is_telling = sorted(words), set(words)
+    for _ in range(50):
+        prompt, answer = exercises.choose()
+        options, text = prompt.split("Option: ")[1].split(" \n", 1)
+        assert answer in options.split(", ")
+        assert not set(answer.lower().split()) & set(text.lower().split())
+        prompt, answer = exercises.copy()
+        options, text = prompt.removeprefix("Option: ").split(" \n", 1)
+        assert answer in options.split(", ") and answer in text
