@@ -16,8 +16,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
 from tokenizers import ByteLevelBPETokenizer
 
 from errors import InputError
@@ -159,7 +157,7 @@ def _mean_by_group(scores: Sequence[Mapping[str, float]], groups: Sequence[str])
     return {f"{metric}_for_{group}": value for group, rows in members.items() for metric, value in _mean(rows).items()}
 
 
-class GPT2RougeTokenizer(Tokenizer):
+class GPT2RougeTokenizer:
     """ROUGE tokens for text in any script: the pieces of GPT-2's byte-level BPE, case and punctuation kept.
 
     Every word is cut as if a space stood before it, and the mark of that space is dropped, so that a word gives the
@@ -187,7 +185,9 @@ class GPT2RougeTokenizer(Tokenizer):
 
 
 @functools.cache
-def _rouge_scorer(multilingual: bool) -> RougeScorer:
+def _rouge_scorer(multilingual: bool):
+    from rouge_score.rouge_scorer import RougeScorer  # a sixth of a run's imports, not needed before it is evaluated
+
     tokenizer = GPT2RougeTokenizer(_gpt2_folder()) if multilingual else None
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=tokenizer)
 

@@ -34,8 +34,9 @@ def order(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def command(order, mini_benchmark, tmp_path):
-    """A function that makes the chain's command line; its outputs are in `tmp_path / "outputs"`."""
-    return lambda *extra, family="t5": chain_words(order, mini_benchmark, tmp_path / "outputs", family, *extra)
+    """A function that makes the command line of a short chain; its outputs are in `tmp_path / "outputs"`."""
+    short = ["--max_steps", "4", "--max_predict_samples", "4"]
+    return lambda *extra: chain_words(order, mini_benchmark, tmp_path / "outputs", "t5", *short, *extra)
 
 
 def chain_words(order: Path, benchmark: Path, outputs: Path, family: str, *extra: str) -> list[str]:
@@ -156,7 +157,7 @@ def test_bad_input_of_a_later_task_is_one_line(command, tmp_path, capfd):
 
 
 def test_checkpoints_of_a_finished_task_go_if_asked_and_its_trainer_always(command, tmp_path):
-    saving = ["--save_strategy", "steps", "--save_steps", "6"]
+    saving = ["--save_strategy", "steps", "--save_steps", "2"]
     assert run_order.main(command(*saving)) == 0
     assert not [held for held in gc.get_objects() if isinstance(held, UIETrainer)]
     assert len(list(tmp_path.glob("outputs/*/checkpoint-*"))) == 4
