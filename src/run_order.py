@@ -88,9 +88,9 @@ def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep] | No
     Raises:
         InputError: what `check.py` refuses; results of another order in the folder, or a folder that is not writable.
     """
+    steps, fault = read_order(options.order), None
     words = ["--model_name_or_path", options.model_name_or_path, *flags]
     checked = check_flags(words)  # by every rank: it is also where they meet
-    steps, fault = read_order(options.order), None
     if is_first():
         try:
             print(f"[gorp] {options.order}: fine, {check_order(options.order, *checked)}", flush=True)

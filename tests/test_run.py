@@ -128,7 +128,8 @@ def test_merged_old_lora_predicts_and_leaves_the_same(two_tasks, mini_benchmark,
     again.remove("--do_train")
     assert run_uie_lora.main(again) == 0
     assert predictions(tmp_path / "again") == predictions(second)
-    exact = ["--lora_dropout", "0", "--adam_epsilon", "1e-4", "--max_steps", "4"]
+    exact = ["--lora_dropout", "0", "--adam_epsilon", "1e-4", "--max_steps", "4", "--learning_rate", "1e-3",
+             "--galore_lr", "1e-3"]  # fmt: skip
     folders = []
     for merged in ([], ["--merge_old"]):
         folders.append(tmp_path / f"trained{len(merged)}")

@@ -230,6 +230,7 @@ for number, dataset in enumerate(("dbpedia", "amazon", "yahoo", "agnews"), 1):
     folder = outputs / f"{number}-{dataset}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "completed.json").touch()
+(outputs / "command.json").write_text(json.dumps(sys.argv))
 """
 
 
