@@ -47,7 +47,7 @@ settings_t5() {
         *) options+=(--galore_rank 8 --galore_scale 1 --lamda_2 0 --lamda_3 0.05 --per_device_eval_batch_size 64) ;;
     esac
     if [ "$2" = tiny ]; then
-        model=initial_model/tiny-t5 batch=8
+        model=initial_model/tiny-t5 batch=4 rows=4
         options+=("${tiny[@]}")
         case $1 in order[456]) options+=(--max_steps 200) ;; esac
     fi
@@ -75,7 +75,7 @@ settings_llama() {
             options+=(--learning_rate 1e-3 --galore_lr 1e-5 --galore_scale 1 --lamda_1 0
                       --per_device_eval_batch_size 16) ;;
         tiny)
-            model=initial_model/tiny-llama batch=8 rows=8 gpu_options=()
+            model=initial_model/tiny-llama batch=4 rows=4 gpu_options=()
             options+=("${tiny[@]}") ;;
     esac
 }

@@ -162,7 +162,7 @@ def test_several_ranks_use_the_launcher_and_keep_the_rows_of_a_step():
     four = flags(dry_run("scripts/order_1.sh", NPROC="4")[0])
     assert (four["per_device_train_batch_size"], four["gradient_accumulation_steps"]) == ("2", "1")
     tiny = flags(dry_run("scripts/order_1.sh", "--tiny", NPROC="2")[0])
-    assert (tiny["per_device_train_batch_size"], tiny["gradient_accumulation_steps"]) == ("4", "1")
+    assert (tiny["per_device_train_batch_size"], tiny["gradient_accumulation_steps"]) == ("2", "1")
     command = flags(dry_run("scripts_llama/order_1.sh", NPROC="8")[0])
     assert command["gradient_accumulation_steps"] == "8"
     assert command["deepspeed"] == "configs/ds_configs/stage2_llama.config"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from Proj_torch.proj_projector import Bases
+from Proj_torch.proj_projector import Bases, tall_svd
 
 OVERSAMPLING = 24  # holds 99 % of the best basis's energy where the usual 8 hold 98 % (docs/LOG.md)
 PROBES = 8  # fresh Gaussian columns that estimate the energy outside the subspace
@@ -114,8 +114,8 @@ def sketched_bases(
     Y = times(torch.cat((_orthonormal(transposed_times(_orthonormal(Y))), probe), dim=1))
     Q, probed = _orthonormal(Y[:, :width]), Y[:, width:]
     outside = probed - Q @ (Q.mT @ probed)
-    V, s, Uh = torch.linalg.svd(transposed_times(Q), full_matrices=False)
-    left = None if ranks[0] is None else Q @ Uh[: ranks[0]].mT
+    V, s, U = tall_svd(transposed_times(Q))
+    left = None if ranks[0] is None else Q @ U[:, : ranks[0]]
     squares = s.double().square()
     share = squares[:rank].sum() / (squares.sum() + outside.double().square().sum() / PROBES)
     return (left, V[:, :rank].contiguous()), float(share)

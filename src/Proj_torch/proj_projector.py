@@ -112,8 +112,15 @@ def _sketched_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     for _ in range(POWER_ITERATIONS):
         # (Q^T M)^T reads M along its rows, and is several times faster on a CPU than M^T Q.
         Q = torch.linalg.qr(M @ torch.linalg.qr((Q.mT @ M).mT).Q).Q
-    U, s, V = _exact_svd(Q.mT @ M, rank)
-    return Q @ U, s, V
+    V, s, U = tall_svd((Q.mT @ M).mT)
+    return Q @ U[:, :rank], s[:rank], V[:, :rank]
+
+
+def tall_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD U (m, n), s (n,), V (n, n) of M (m, n), m >= n, by way of M's triangle: far faster where m >> n."""
+    Q, triangle = torch.linalg.qr(M)
+    U, s, Vh = torch.linalg.svd(triangle)
+    return Q @ U, s, Vh.mT
 
 
 def _gram_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,7 +252,8 @@ def project(
     if left is not None:
         R = left.mT @ R
     if right is not None:
-        R = R @ right
+        # On a CPU, a matrix of few columns that lie far apart in memory makes the product twice as slow.
+        R = torch.nn.functional.linear(R, right.mT.contiguous())
     return R if S is None else remove(R, S, side)
 
 
