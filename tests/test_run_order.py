@@ -82,10 +82,10 @@ def test_a_chain_gives_what_one_process_a_task_gives(family, order, mini_benchma
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_chain_on_two_ranks_gives_what_two_processes_a_task_give(stage, order, mini_benchmark, tmp_path):
-    sharded = ["--deepspeed", f"configs/ds_configs/stage{stage}.config", "--lamda_1", "0",
-               "--per_device_train_batch_size", "4"]
+def test_a_chain_on_two_ranks_gives_what_two_processes_a_task_give(order, mini_benchmark, tmp_path):
+    # Stage 3, which leaves most behind in a process: it cuts up every model that is made while it is on.
+    sharded = ["--deepspeed", "configs/ds_configs/stage3.config", "--lamda_1", "0", "--per_device_train_batch_size",
+               "4"]
     words = [chain_words(order, mini_benchmark, tmp_path / name, "t5", *sharded) for name in ("chain", "alone")]
     launch = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
     one_process_a_task(launch, words[1])

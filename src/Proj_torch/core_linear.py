@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 from Proj_torch.layer_gradient import LayerGradient
-from Proj_torch.proj_projector import Bases, project, project_back, remove
+from Proj_torch.proj_projector import Bases, project, project_back, remove, times_thin
 
 
 class CoreLinear(nn.Linear):
@@ -191,13 +191,13 @@ class _CoreTerm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, core: Tensor, layer: CoreLinear) -> Tensor:
         left, right, space = layer.factors(first=False, dtype=x.dtype)
-        z = x if right is None else x @ right
+        z = x if right is None else times_thin(x, right)
         C = core.to(x.dtype) if space is None else remove(core, space, layer.side).to(x.dtype)
         h = F.linear(z, C)
         right_of_gradient = layer.factors(first=True, dtype=x.dtype)[1]
         same = right_of_gradient is None or layer.gp_first == layer.gp_second
         ctx.layer = layer
-        ctx.save_for_backward(z if same else x @ right_of_gradient, core)
+        ctx.save_for_backward(z if same else times_thin(x, right_of_gradient), core)
         return h if left is None else F.linear(h, left)
 
     @staticmethod
@@ -207,10 +207,10 @@ class _CoreTerm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             left, right, space = layer.factors(first=False, dtype=grad_y.dtype)
             C = core.to(grad_y.dtype) if space is None else remove(core, space, layer.side).to(grad_y.dtype)
-            grad_x = (grad_y if left is None else grad_y @ left) @ C
+            grad_x = (grad_y if left is None else times_thin(grad_y, left)) @ C
             grad_x = grad_x if right is None else F.linear(grad_x, right)
         left, _, space = layer.factors(first=True, dtype=grad_y.dtype)
-        grad_h = grad_y if left is None else grad_y @ left
+        grad_h = grad_y if left is None else times_thin(grad_y, left)
         grad_core = grad_h.flatten(0, -2).mT @ z.flatten(0, -2)
         grad_core = grad_core if space is None else remove(grad_core, space, layer.side)
         return grad_x, grad_core.to(core.dtype), None

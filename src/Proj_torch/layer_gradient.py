@@ -42,6 +42,10 @@ class LayerGradient:
         self._matrix = G.float() if self._matrix is None and not self._factors else self.matrix() + G.float()
         self._factors = []
 
+    def clear(self) -> None:
+        """Free what was added."""
+        self._factors, self._matrix = [], None
+
     def matrix(self) -> Tensor:
         """G (out, in), the array itself where the sum is already kept in that form."""
         G = self._matrix

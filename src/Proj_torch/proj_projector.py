@@ -239,6 +239,11 @@ def remove(X: Tensor, S: Tensor, side: str) -> Tensor:
     return torch.addmm(X, S, S.mT @ X, alpha=-1) if side == "output" else torch.addmm(X, X @ S, S.mT, alpha=-1)
 
 
+def times_thin(X: Tensor, thin: Tensor) -> Tensor:
+    """X (..., n) @ thin (n, k): on a CPU twice as fast where the few columns do not lie far apart in memory."""
+    return torch.nn.functional.linear(X, thin.mT.contiguous())
+
+
 def project(
     G: Tensor,
     left: Tensor | None = None,
@@ -252,8 +257,7 @@ def project(
     if left is not None:
         R = left.mT @ R
     if right is not None:
-        # On a CPU, a matrix of few columns that lie far apart in memory makes the product twice as slow.
-        R = torch.nn.functional.linear(R, right.mT.contiguous())
+        R = times_thin(R, right)
     return R if S is None else remove(R, S, side)
 
 

@@ -243,6 +243,7 @@ class CoreEngine:
                 layer.bases, layer.share = _decompose(layer, self.refresh)
             left, right, space = layer.factors(first=True, dtype=torch.float32)
             core_gradient = layer.gradient.projected(left, right)
+            layer.gradient.clear()  # before backward reaches the next layer, so that one at a time is in memory
             return (core_gradient if space is None else remove(core_gradient, space, layer.side)).to(grad.dtype)
 
     # ---------------------------------------------------------------------- what a task leaves behind

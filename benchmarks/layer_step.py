@@ -1,0 +1,148 @@
+"""Time and memory of a training step of one projected layer, at the published models' shapes.
+
+    python benchmarks/layer_step.py --shapes 1024x1024 11008x4096 --tokens 512
+
+Forward, backward and optimizer step of one linear layer with an input that needs a gradient, amortised over a gap of
+ten steps with its one refresh:
+
+* `published`: the weight's dense gradient, galore-torch's AdamW with an exact SVD at every gap;
+* `ours, exact` and `ours, sketch`: a frozen weight with a trainable core (`zero_core.py`), refreshed by an exact SVD of
+  the layer's gradient or by a sketch without that matrix;
+* `LoRA`: a frozen weight and two factors of the same rank, AdamW.
+
+Memory is the weight and all that the step needs, at its peak. Each contender runs in a process of its own.
+"""
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from Proj_torch.zero_core import CoreEngine  # noqa: E402
+from training_step import AT_LEAST, AT_MOST, GAP, Row, peak_bytes, reset_peak, resident_bytes, row  # noqa: E402
+
+RANK = 8
+RATIOS = (  # what, against, sense of the targets, of time, of memory
+    ("published", "ours, sketch", AT_LEAST, 3.0, 1.5),
+    ("published", "ours, exact", AT_LEAST, None, None),
+    ("ours, sketch", "LoRA", AT_MOST, None, None),
+)
+
+
+class LoRA(nn.Module):
+    """y = W x + B A x with a frozen W (out, in)."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.A = nn.Linear(linear.in_features, RANK, bias=False)
+        self.B = nn.Linear(RANK, linear.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.B(self.A(x))
+
+
+Step = Callable[[Tensor, Tensor], None]  # takes the layer's input and the gradient of its output
+
+
+def plain_step(layer: nn.Module, optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda: None) -> Step:
+    def step(x: Tensor, grad_y: Tensor) -> None:
+        before()
+        layer(x).backward(grad_y)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def published(linear: nn.Linear) -> Step:
+    from galore_torch import GaLoreAdamW
+
+    projection = {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0, "proj_type": "std"}
+    groups = [{"params": [linear.weight], **projection}]
+    return plain_step(linear, GaLoreAdamW(groups, lr=1e-5, no_deprecation_warning=True))
+
+
+def ours(linear: nn.Linear, refresh: str) -> Step:
+    model = nn.Sequential(linear)
+    cores = CoreEngine(model, {"0": linear}, rank=RANK, update_proj_gap=GAP, refresh=refresh)
+    optimizer = torch.optim.AdamW(cores.core_groups(1e-5))
+    cores.attach(optimizer)
+    return plain_step(model, optimizer, cores.begin_micro_batch)
+
+
+def lora(linear: nn.Linear) -> Step:
+    model = LoRA(linear)
+    return plain_step(model, torch.optim.AdamW([model.A.weight, model.B.weight], lr=1e-3))
+
+
+CONTENDERS: dict[str, Callable[[nn.Linear], Step]] = {
+    "published": published,
+    "ours, exact": lambda linear: ours(linear, "exact"),
+    "ours, sketch": lambda linear: ours(linear, "sketch"),
+    "LoRA": lora,
+}
+
+
+def measure(contender: str, shape: tuple[int, int], tokens: int) -> dict[str, float]:
+    """Seconds of a step, amortised over a gap, and the peak of memory in bytes; to be run in a new process."""
+    import galore_torch  # noqa: F401  # in every process, so that libraries weigh alike
+
+    torch.manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0], bias=False)
+    # The inputs of a trained layer lie near few directions, and so the gradient's spectrum falls.
+    x = (torch.randn(tokens, 64) @ torch.randn(64, shape[1]) / 8).requires_grad_()
+    grad_y = torch.randn(tokens, shape[0]) / tokens
+    linear(x).backward(grad_y)
+    x.grad = linear.weight.grad = None
+    before = resident_bytes()
+    step = CONTENDERS[contender](linear)
+    for _ in range(GAP):  # makes the state; from here on whole gaps
+        step(x, grad_y)
+    reset_peak()
+    start = time.perf_counter()
+    for _ in range(GAP):
+        step(x, grad_y)
+    seconds = (time.perf_counter() - start) / GAP
+    return {"seconds": seconds, "peak": peak_bytes() - before + linear.weight.nbytes}
+
+
+def results(shapes: Sequence[tuple[int, int]], tokens: int) -> Iterator[Row]:
+    """The rows of the table."""
+    for shape in shapes:
+        found = {}
+        for contender in CONTENDERS:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found[contender] = pool.apply(measure, (contender, shape, tokens))
+            milliseconds, peak = 1000 * found[contender]["seconds"], found[contender]["peak"] / 2**20
+            print(f"{shape}, {contender}: {milliseconds:,.1f} ms a step, {peak:,.0f} MiB", file=sys.stderr)
+        for what, against, sense, *targets in RATIOS:
+            for kind, key, target in zip(("time", "memory"), ("seconds", "peak"), targets, strict=True):
+                name = f"layer {shape[0]}x{shape[1]}, {kind}: {what}"
+                yield row(name, against, found[what][key] / found[against][key], sense, target)
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    out, _, inp = text.partition("x")
+    return int(out), int(inp)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(1024, 1024), (11008, 4096)], metavar="OUTxIN")
+    parser.add_argument("--tokens", type=int, default=512, help="of a step (%(default)s)")
+    args = parser.parse_args()
+    print("| what | against | figure | target |", "|---|---|---|---|", sep="\n")
+    for line in results(args.shapes, args.tokens):
+        print(f"| {' | '.join(line)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
