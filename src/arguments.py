@@ -99,6 +99,7 @@ PRESETS = {
         "galore_svd": "exact",
         "protect": "gp_first",
         "protect_side": "output",
+        "space_from": "moments",
         "space_energy": 0.9,
         "lamda_1": 0.5,
     },
@@ -169,7 +170,17 @@ class MethodArguments:
         default="output",
         metadata={"help": "Which side of a weight it protects: output as published.", "choices": ["output", "input"]},
     )
-    space_energy: float = field(default=0.9, metadata={"help": "Energy of the first moment that the space holds."})
+    space_energy: float = field(
+        default=0.9, metadata={"help": "Energy of the first moment, or of the inputs, that the space holds."}
+    )
+    space_from: str = field(
+        default="moments",
+        metadata={
+            "help": "What a finished task adds to the space: directions of Adam's first moment (as published), or of "
+            "the inputs that the layers see on its rows (as GPM).",
+            "choices": ["moments", "inputs"],
+        },
+    )
     lamda_1: float = field(default=0.5, metadata={"help": "Weight of sum |A_old A_new^T|; 0: off."})
     lamda_2: float = field(default=0.0, metadata={"help": "Weight of the L2 norms of the new LoRA; 0: off."})
     lamda_3: float = field(default=0.0, metadata={"help": "Weight of ||dW dW^T - I||, full-rank weights; 0: off."})
@@ -191,6 +202,8 @@ class MethodArguments:
         check(0 < self.space_energy <= 1, "space_energy", self.space_energy, "above 0, at most 1")
         if self.protect == "structural" and self.protect_side != "input":
             raise InputError("--protect structural: found --protect_side output; it needs --protect_side input")
+        if self.space_from == "inputs" and self.protect_side != "input":
+            raise InputError("--space_from inputs: found --protect_side output; it needs --protect_side input")
 
 
 @dataclass

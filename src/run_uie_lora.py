@@ -225,6 +225,7 @@ def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
 
 def leave_behind(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
     """Turn the task into memory and write the adapter folder, whole or not at all."""
+    trainer.method.revisit(trainer.model_wrapped, trainer.revisited_batches())
     trainer.method.end_task()
     for line in trainer.method.closing_summary():
         logger.info(line)

@@ -3,17 +3,18 @@
 After a task, M is Adam's first moment of a weight. What the space S (orthonormal columns) does not hold of it,
 M' = M - S S^T M, gives its leading left singular vectors to S, as few as make S hold a share `energy` of ||M||_F^2
 (GPM, Saha et al. 2021, equation 9, with the moment in place of the activations). For side "input" the same is
-done to M^T, so that S lives in the weight's columns.
+done to M^T, so that S lives in the weight's columns. There a sample of the layer's inputs can stand in for the moment
+(GPM itself), because the gradient's rows are combinations of inputs.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import InputError
 from files import whole_file
@@ -24,6 +25,7 @@ log = logging.getLogger("gorp")
 FORMAT = "gorp-gradient-space"
 VERSION = "1"
 ROUNDING = 1e-6  # a share of the energy that float32 cannot tell from nothing
+SAMPLE = 64  # input vectors that a layer's sample takes from a batch
 
 
 def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9, max_directions: int | None = None) -> Tensor:
@@ -122,8 +124,8 @@ class GradientSpace:
         """S of a weight, None where nothing is protected yet: an entry of ProjAdamW's `scale_mats`."""
         return self.bases.get(name)
 
-    def update_from_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Extend every weight's basis by what its moment (out, in) needs.
+    def extend(self, moments: Mapping[str, Tensor]) -> None:
+        """Extend every weight's basis by what its moment (out, in), or a sample of its inputs (rows, in), needs.
 
         A moment that is zero or not finite, or whose singular vectors no method finds, leaves its basis as it is and
         says so in the log.
@@ -133,7 +135,7 @@ class GradientSpace:
         """
         for name, moment in moments.items():
             if not moment.any() or not moment.isfinite().all():
-                log.warning("%s: first moment is zero or not finite; its gradient space stays as it is", name)
+                log.warning("%s: what the task needed is zero or not finite; its gradient space stays as it is", name)
                 continue
             M = moment if self.side == "output" else moment.mT
             try:
@@ -184,3 +186,38 @@ class GradientSpace:
             return cls(metadata["side"], float(metadata["energy"]), limit and int(limit), bases)
         except (KeyError, ValueError, InputError) as error:
             raise InputError(f"{path}: metadata of the gradient space is wrong ({error})") from None
+
+
+@torch.no_grad()
+def layer_inputs(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """A sample of the vectors (n, in) that each layer sees, float32 on the CPU: `SAMPLE` of each batch, no padding.
+
+    Args:
+        model: takes the batches; as it trains, so under DeepSpeed the engine.
+        layers: name -> module of the model; a module may stand under several names.
+        batches: with `attention_mask`, and `labels` whose -100 are padding where a layer sees the decoder's places.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    masks: list[Tensor] = []  # of the batch that is running
+    generator = torch.Generator().manual_seed(0)  # the same on every rank
+
+    def take(name: str, X: Tensor) -> None:
+        fitting = (mask for mask in masks if mask.shape == X.shape[:-1])
+        vectors = X[next(fitting, torch.ones(X.shape[:-1], dtype=torch.bool))].float().cpu()
+        seen[name].append(vectors[torch.randperm(len(vectors), generator=generator)[:SAMPLE]])
+
+    hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: take(name, args[0]))
+             for name, layer in layers.items()]  # fmt: skip
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            masks[:] = [batch["attention_mask"].bool(), batch["labels"] != -100]
+            model(**batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(vectors) for name, vectors in seen.items()}

@@ -5,6 +5,7 @@ batch alike, predictions are the new tokens only and are scored per task and dat
 trains and nothing else.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -24,6 +25,7 @@ from Proj_torch.sharded_state import start_moments
 
 TRAINABLE_FILE = "trainable.safetensors"
 SCHEDULE_FILE = "schedule.json"
+REVISITED_ROWS = 64  # that show a method what the layers see once a task is learned
 
 
 class UIETrainer(Seq2SeqTrainer):
@@ -126,6 +128,15 @@ class UIETrainer(Seq2SeqTrainer):
             return loss
         self._penalties.append(penalty.detach())
         return loss + penalty / self.current_gradient_accumulation_steps
+
+    def revisited_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of the first training rows, the same on every rank."""
+        rows = self.train_dataset.select(range(min(REVISITED_ROWS, len(self.train_dataset))))
+        for start in range(0, len(rows), self.args.per_device_train_batch_size):
+            examples = [rows[i] for i in range(start, min(start + self.args.per_device_train_batch_size, len(rows)))]
+            inputs = self._prepare_inputs(self.data_collator(examples))
+            inputs.pop("rows", None)
+            yield inputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside the loss, which includes it, the mean penalty since the last line."""

@@ -183,9 +183,10 @@ def test_other_methods_train_only_the_new_lora(method, mini_benchmark, tmp_path)
     assert any("penalty" in entry for entry in history) == (method == "olora")
 
 
+@pytest.mark.parametrize("source", ["moments", "inputs"])
 @pytest.mark.parametrize("protect", [["--protect", "gp_second"], ["--protect", "structural"]])
-def test_change_of_full_rank_weights_is_orthogonal_to_the_space(protect, mini_benchmark, tmp_path):
-    side = ["--protect_side", "input"]
+def test_change_of_full_rank_weights_is_orthogonal_to_the_space(protect, source, mini_benchmark, tmp_path):
+    side = ["--protect_side", "input", "--space_from", source, "--space_energy", "0.7"]
     first, second = tmp_path / "1", tmp_path / "2"
     assert run_uie_lora.main(arguments(mini_benchmark, first, "dbpedia", T5, T5_MODULES, *side)) == 0
     adapter = first / "t5_adapter"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from errors import InputError
-from subspace import GradientSpace, extend_basis
+from Proj_torch.proj_projector import remove
+from subspace import GradientSpace, extend_basis, layer_inputs
 
 
 def matrix(spectrum: list[float], rows: int = 8, columns: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +89,7 @@ def test_impossible_energy_is_refused(energy):
 def test_input_side_holds_the_columns():
     M, _ = matrix([0.8, 0.53, 0.26, 0.11])
     space = GradientSpace(side="input")
-    space.update_from_moments({"q": M})
+    space.extend({"q": M})
     S = space.get("q")
     assert S.shape == (12, 2)
     assert (M @ S).square().sum() >= 0.9 * M.square().sum()
@@ -98,31 +99,55 @@ def test_input_side_holds_the_columns():
 def test_useless_moments_are_left_out_with_a_line(caplog):
     space = GradientSpace()
     good, _ = matrix([1.0, 0.1])
-    space.update_from_moments({"a": good})
+    space.extend({"a": good})
     before = space.get("a").clone()
     with caplog.at_level(logging.WARNING, logger="gorp"):
-        space.update_from_moments({"a": torch.full((8, 12), torch.nan), "b": torch.zeros(8, 12)})
+        space.extend({"a": torch.full((8, 12), torch.nan), "b": torch.zeros(8, 12)})
     assert torch.equal(space.get("a"), before) and space.get("b") is None
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["a", "b"]
 
 
 def test_a_moment_of_another_shape_is_refused_by_name():
     space = GradientSpace()
-    space.update_from_moments({"encoder.q": torch.randn(8, 12)})
+    space.extend({"encoder.q": torch.randn(8, 12)})
     with pytest.raises(InputError, match="encoder.q: .* 9 rows, its gradient space 8"):
-        space.update_from_moments({"encoder.q": torch.randn(9, 12)})
+        space.extend({"encoder.q": torch.randn(9, 12)})
+
+
+def test_layer_inputs_are_what_the_layers_see_without_padding():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+
+        def forward(self, x, attention_mask, labels):
+            return self.second(self.first(x))
+
+    torch.manual_seed(0)
+    model = Model().train()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batches = [{"x": torch.randn(2, 3, 4), "attention_mask": mask, "labels": torch.zeros(2, 5)} for _ in range(2)]
+    seen = layer_inputs(model, {"a": model.first, "b": model.second}, batches)
+    real = torch.cat([batch["x"][mask.bool()] for batch in batches])
+    for found, expected in ((seen["a"], real), (seen["b"], model.first(real).detach())):
+        assert found.shape == expected.shape
+        assert torch.allclose(found.sort(0).values, expected.sort(0).values)
+    assert model.training and not model.first._forward_pre_hooks
+    space = GradientSpace("input", energy=1.0)
+    space.extend({"b": seen["b"]})
+    assert torch.allclose(remove(seen["b"], space.get("b"), "input"), torch.zeros(6, 6), atol=1e-5)
 
 
 def test_describe_says_how_full():
     space = GradientSpace(energy=1.0)
-    space.update_from_moments({"q": matrix([1.0, 1.0])[0], "v": torch.randn(3, 9)})
+    space.extend({"q": matrix([1.0, 1.0])[0], "v": torch.randn(3, 9)})
     assert space.describe() == ["q: 2 of 8 directions", "v: 3 of 3 directions, full"]
 
 
 def test_save_and_load(tmp_path):
     path = tmp_path / "space.safetensors"
     space = GradientSpace("input", 0.95, 6)
-    space.update_from_moments({"q": torch.randn(8, 12), "v": torch.randn(8, 12)})
+    space.extend({"q": torch.randn(8, 12), "v": torch.randn(8, 12)})
     space.save(path)
     loaded = GradientSpace.load(path)
     assert (loaded.side, loaded.energy, loaded.max_directions) == ("input", 0.95, 6)
@@ -139,7 +164,7 @@ def test_bad_files_are_refused_by_name(tmp_path):
     with pytest.raises(InputError, match="space.safetensors: no such file"):
         GradientSpace.load(path)
     space = GradientSpace()
-    space.update_from_moments({"q": torch.randn(8, 12)})
+    space.extend({"q": torch.randn(8, 12)})
     space.save(path)
     whole = path.read_bytes()
     for damaged in (b"", whole[:20], whole[:-9], b"\xff" * len(whole)):

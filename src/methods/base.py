@@ -36,7 +36,8 @@ class Method:
     """One task's training by one method.
 
     Life of an instance: `training_rows`, then `prepare` once, then `create_optimizer`; `penalty` in every training
-    step; `end_task` after the last one; `save` to leave the adapter folder from which the next task's `prepare` starts.
+    step; `revisit` and `end_task` after the last one; `save` to leave the adapter folder from which the next task's
+    `prepare` starts.
 
     Attributes:
         Arguments: the method's group of command-line options.
@@ -95,6 +96,10 @@ class Method:
         return None
 
     # Finishing
+
+    def revisit(self, model: nn.Module, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+        """Called after the last step with the model as it trained and batches of the task's rows, made when asked for;
+        under DeepSpeed on every rank alike."""
 
     def end_task(self) -> None:
         """Turn what was trained into what is saved. Collective."""

@@ -1,7 +1,8 @@
 """GORP (Wang et al., ACL 2025): LoRA and full-rank weights, both kept clear of what earlier tasks need.
 
 Full-rank weights train through a rank-k gradient projection; the protected LoRA factors and the full-rank weights
-keep out of the shared gradient space, which each finished task extends by its first moments.
+keep out of the shared gradient space, which each finished task extends by its first moments (or by what its layers
+saw, `--space_from inputs`).
 
 Two engines do the same mathematics: `ProjAdamW` where the optimizer sees whole weights, and `CoreEngine` with a plain
 AdamW where DeepSpeed cuts them up, or where `--galore_engine cores` asks for it.
@@ -20,7 +21,7 @@ from loranew import loranew_layers, set_input_space
 from methods.base import LoraMethod
 from Proj_torch import ProjAdamW
 from Proj_torch.zero_core import CoreEngine
-from subspace import GradientSpace
+from subspace import GradientSpace, layer_inputs
 
 detail = logging.getLogger("gorp.detail")
 SPACE_FILE = "gradient_space.safetensors"
@@ -111,9 +112,18 @@ class Gorp(LoraMethod):
 
     # Finishing
 
+    def revisit(self, model, batches) -> None:
+        if self.options.space_from == "inputs":
+            base = self.model.get_base_model()
+            layers = {_space_name(name): name for name in self.targets}
+            layers |= {_space_name(name): _space_name(name).rpartition(".")[0] for name in self.protected}
+            self.seen = layer_inputs(model, {name: base.get_submodule(at) for name, at in layers.items()}, batches)
+
     def end_task(self) -> None:
         self.projection_line = self._describe_projection()
-        self.space.update_from_moments({_space_name(name): moment.cpu() for name, moment in self._first_moments()})
+        if self.options.space_from == "moments":
+            self.seen = {_space_name(name): moment.cpu() for name, moment in self._first_moments()}
+        self.space.extend(self.seen)
         for line in self.space.describe():
             detail.info(line)
         if self.cores is not None:
@@ -144,8 +154,9 @@ class Gorp(LoraMethod):
             f"full-rank: {weights:,} values of {len(self.targets)} weights train, projected "
             f"({options.galore_proj_type}) to rank {options.galore_rank} every {options.galore_update_proj_gap} steps, "
             f"lr {options.galore_lr}; engine: {engine}",
-            f"shared space: {options.protect} on the {options.protect_side} side of {len(self.protected)} LoRA "
-            f"factors and {len(self.targets)} weights; {self._count_directions()} directions of earlier tasks",
+            f"shared space: {options.protect} on the {options.protect_side} side, from {options.space_from}, of "
+            f"{len(self.protected)} LoRA factors and {len(self.targets)} weights; {self._count_directions()} "
+            "directions of earlier tasks",
         ]
 
     def closing_summary(self) -> list[str]:
