@@ -27,7 +27,7 @@ def parts(data: str, short: bool) -> list[list[str]]:
         ["training_step.py", "--data", data, *(["--rows", "1"] if short else ["--rounds", "2"])],
         ["training_step.py", "--data", data, "--length", "384", "--rows", "1", "--contenders", "gorp",
          "gorp, full logits"],
-        ["layer_step.py", *(["--shapes", "256x256"] if short else [])],
+        ["layer_step.py", *(["--shapes", "256x256x64"] if short else [])],
         ["evaluation.py", "--data", data, *few],
         ["evaluation.py", "--data", data, "--model", SMOLLM2, "--batch_rows", "8", *(few or ["--rows", "4"])],
         ["orders.py", *(["--order", "order1", "--steps", "10", "--starts", "1"] if short else [])],

@@ -11,6 +11,7 @@ refresh of the projection; steps before it warm up.
   (`--galore_engine cores --galore_svd sketch`).
 * `gorp, dense`: the same by ProjAdamW with exact bases, which is the default.
 * `lora`: PEFT's LoRA on q_proj, v_proj and gate_proj by Hugging Face's Trainer with its AdamW.
+* `lora, our logits`: the same without the logits that no target needs.
 * `published`: PEFT's LoRA on q_proj and v_proj, gate_proj by galore-torch: dense gradients, an exact SVD at every gap.
 * `gorp, full logits`: as `gorp`, with the stock class of LLaMA, which computes logits at every position.
 * `gorp, 1 rank` and `gorp, 2 ranks` (`--ranks`): under ZeRO-2, one thread a rank, the same rows a rank.
@@ -35,11 +36,12 @@ LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
 MODULES = ["--lora_modules", ".*self_attn.(q_proj|v_proj).*", "--optim_target_modules", ".*mlp.gate_proj.*",
            "--proj_lora_modules", ".*self_attn.(q_proj|v_proj).loranew_A.*"]  # fmt: skip
 SKETCH = ["--galore_engine", "cores", "--galore_svd", "sketch"]
-ALONE = ("gorp", "gorp, dense", "lora", "published", "gorp, full logits")
+ALONE = ("gorp", "gorp, dense", "lora", "lora, our logits", "published", "gorp, full logits")
 RANKS = ("gorp, 1 rank", "gorp, 2 ranks")
 AT_MOST, AT_LEAST = "at most", "at least"
 RATIOS = (  # what, against, sense of the targets, of time, of peak memory
     ("gorp", "lora", AT_MOST, 1.10, 1.05),
+    ("gorp", "lora, our logits", AT_MOST, None, None),
     ("gorp, dense", "lora", AT_MOST, None, None),
     ("published", "gorp", AT_LEAST, None, None),  # its target is the projected layer's, see layer_step.py
     ("gorp, full logits", "gorp", AT_LEAST, 1.2, None),
@@ -94,10 +96,11 @@ def build_other(contender: str, loaded, rows, data_args, training_args):
 
     from run_uie_lora import build_collator
 
-    loaded.model.__class__ = LlamaForCausalLM
+    if contender != "lora, our logits":
+        loaded.model.__class__ = LlamaForCausalLM
     collator = build_collator(loaded, data_args, training_args)
     collator.pad_to_multiple_of, collator.name_rows = data_args.max_source_length, False
-    targets = ["q_proj", "v_proj"] + (["gate_proj"] if contender == "lora" else [])
+    targets = ["q_proj", "v_proj"] + ([] if contender == "published" else ["gate_proj"])
     model = get_peft_model(loaded.model, LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **LORA))
     optimizer = None
     if contender == "published":

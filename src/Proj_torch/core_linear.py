@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 from Proj_torch.layer_gradient import LayerGradient
-from Proj_torch.proj_projector import Bases, project, project_back, remove, times_thin
+from Proj_torch.proj_projector import Bases, back_factors, project, remove, times_thin
 
 
 class CoreLinear(nn.Linear):
@@ -97,10 +97,6 @@ class CoreLinear(nn.Linear):
                 space = self.space
         return *(None if X is None else X.to(dtype) for X in (left, right)), space
 
-    def update(self, core: Tensor) -> Tensor:
-        """L C R^T (out, in), float32, for a core C."""
-        return project_back(core, *self.bases, *self.removed(first=False))
-
     def prepare_refresh(self) -> None:
         """Collect the next step's gradient; the core must be zero."""
         self.gradient, self.bases_before = LayerGradient(self.shape), self.bases
@@ -108,18 +104,27 @@ class CoreLinear(nn.Linear):
     @torch.no_grad()
     def fold(self, core: Tensor) -> None:
         """W <- d W + L C R^T in float32, d <- 1. The weight must be whole (see `gathered`)."""
-        W = self.trained_weight(core)
-        self.weight.copy_(W)
-        if self.weight.dtype != torch.float32:
+        if self.weight.dtype == torch.float32:
+            self._add_update(self.weight.detach(), core)  # in place: nothing of W's size beside it
+        else:
+            W = self.trained_weight(core)
+            self.weight.copy_(W)
             self.rounding = (W - self.weight.float()).to(self.weight.dtype)
         self.decay = 1.0
 
     def trained_weight(self, core: Tensor) -> Tensor:
         """d W + L C R^T (out, in) in float32, with what 16-bit rounding left out of W."""
-        W = self.weight.detach().float()
-        W = W if self.rounding is None else W + self.rounding.float()
-        W = W * self.decay
-        return W if self.bases is None else W + self.update(core)
+        W = self.weight.detach().to(torch.float32, copy=True)
+        if self.rounding is not None:
+            W += self.rounding
+        return self._add_update(W, core)
+
+    def _add_update(self, W: Tensor, core: Tensor) -> Tensor:
+        """W <- d W + L C R^T, in place."""
+        if self.bases is None:
+            return W.mul_(self.decay)
+        factors = back_factors(core, *self.bases, *self.removed(first=False))
+        return W.addmm_(*factors, beta=self.decay) if len(factors) == 2 else W.mul_(self.decay).add_(*factors)
 
 
 class GuardedLinear(nn.Linear):
