@@ -111,7 +111,7 @@ class Prediction:
             if self.collator.decoder_only:
                 inputs = self._answers_after_prompts(inputs)
             tokens = (inputs["labels"] != self.collator.label_pad_token_id).sum()
-            mean = self.model(**inputs).loss.float()
+            mean = self.model(**inputs, use_cache=False).loss.float()
             if counts:
                 total += torch.stack([mean * tokens, tokens.float()])
         loss, tokens = self.accelerator.gather(total).view(-1, 2).sum(0).tolist()

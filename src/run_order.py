@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if steps is None:  # the first rank says why
         return 2
+    gc.freeze()  # what imports made stays: no collection needs to look at it again
     start = options.model_name_or_path
     for number, step in enumerate(steps, start=1):
         command = [*task_flags(options, number, step, start), *flags]

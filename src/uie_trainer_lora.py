@@ -50,6 +50,7 @@ class UIETrainer(Seq2SeqTrainer):
         # Have the answer tokens of a global batch counted for every model; compute_loss uses the count.
         self.model_accepts_loss_kwargs = True
         self._penalties: list[torch.Tensor] = []
+        self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.finite_steps = FiniteSteps(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
         if self.is_deepspeed_enabled and not self.args.do_train:
             self._evaluate_without_engine()
@@ -111,7 +112,7 @@ class UIETrainer(Seq2SeqTrainer):
         neither accumulation nor the number of ranks changes the gradient. (Hugging Face leaves that to the model,
         and T5's forward does not do it.)
         """
-        outputs = model(**inputs)
+        outputs = model(**inputs, use_cache=False)  # keys and values would be copied for a generation that never comes
         loss = outputs.loss
         if self.label_smoother is not None:
             loss = self.label_smoother(outputs, inputs["labels"])
@@ -121,6 +122,10 @@ class UIETrainer(Seq2SeqTrainer):
         if model.training:
             loss = self._add_penalty(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs):
+        """The parent's count, but the parameters are counted once, not in every step."""
+        return 6 * inputs["input_ids"].numel() * self._parameters
 
     def _add_penalty(self, loss: torch.Tensor) -> torch.Tensor:
         penalty = self.method.penalty()
