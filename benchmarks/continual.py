@@ -66,6 +66,8 @@ QUESTIONS = {
     "parts": [f"gorp --protect structural {INPUT} --{modules} none"
               for modules in ("optim_target_modules", "proj_lora_modules")],
     "rank": [f"gorp --protect structural {INPUT} --galore_rank {rank}" for rank in (4, 8, 32)],
+    "source": [f"gorp --protect {how} {INPUT} --space_from {source}" for how in ("gp_second", "structural")
+               for source in ("moments", "inputs")],
     "penalty": [f"gorp --protect structural {INPUT} --lamda_1 {weight}" for weight in (0, 0.5, 5)],
 }
 """What decides GORP's defaults: variants that `--question` compares."""

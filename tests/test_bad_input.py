@@ -380,6 +380,7 @@ CASES: dict[str, list[Case]] = {
         Case("a logger that is not installed", flags("--report_to", "nowhere"), "--report_to: found nowhere; none"),
         Case("both 16-bit precisions", flags("--bf16", "--fp16"), "--bf16 --fp16: both found; at most one"),
         Case("structural protection of the output side", flags("--protect", "structural"), "--protect_side input"),
+        Case("a space from inputs on the output side", flags("--space_from", "inputs"), "--space_from inputs: found"),
         Case("a sketch without DeepSpeed", flags("--galore_svd", "sketch"), "sketch without --deepspeed",
              needs_model=True),
         Case("the old LoRA merged in 16 bits", flags("--merge_old", "--bf16"),
