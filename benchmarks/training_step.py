@@ -149,11 +149,22 @@ def time_steps(contender: str, args: argparse.Namespace) -> None:
         trainer = build(contender, args, Path(scratch))
         clock = Clock()
         trainer.add_callback(clock)
+        if args.profile:
+            return print_profile(trainer)
         trainer.train()
         ends = clock.ends[WARM_UP - 1 :]
         seconds = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
         if trainer.is_world_process_zero():
             print("RESULT " + json.dumps({"seconds": seconds, "peak": peak_bytes()}), flush=True)
+
+
+def print_profile(trainer) -> None:
+    """Where all steps' time goes, by operation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        trainer.train()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
 
 
 def reset_peak() -> None:
@@ -216,6 +227,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     found: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         args.previous = train_first_task(args, Path(scratch))
+        if args.profile:
+            time_steps(args.contenders[0], args)
+            sys.exit()
         for _ in range(args.rounds):
             for contender in args.contenders:
                 result = run(contender, args)
@@ -256,6 +270,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens of a row (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="times that every contender runs (%(default)s)")
     parser.add_argument("--contenders", nargs="+", choices=(*ALONE, *RANKS), default=(*ALONE, *RANKS))
+    parser.add_argument("--profile", action="store_true", help="show where the time of the first contender goes")
     parser.add_argument("--contender", help=argparse.SUPPRESS)  # one of them, in its own process
     parser.add_argument("--previous", help=argparse.SUPPRESS)
     parser.add_argument("extra", nargs="*", help="after --: more flags of src/run_uie_lora.py for gorp")
