@@ -14,7 +14,7 @@ refresh of the projection; steps before it warm up.
 * `lora, our logits`: the same without the logits that no target needs.
 * `published`: PEFT's LoRA on q_proj and v_proj, gate_proj by galore-torch: dense gradients, an exact SVD at every gap.
 * `gorp, full logits`: as `gorp`, with the stock class of LLaMA, which computes logits at every position.
-* `gorp, 1 rank` and `gorp, 2 ranks` (`--ranks`): under ZeRO-2, one thread a rank, the same rows a rank.
+* `gorp, 1 rank` and `gorp, 2 ranks`: under ZeRO-2, one thread a rank, the same rows a rank.
 """
 
 import argparse

@@ -197,7 +197,8 @@ def layer_inputs(
     Args:
         model: takes the batches; as it trains, so under DeepSpeed the engine.
         layers: name -> module of the model; a module may stand under several names.
-        batches: with `attention_mask`, and `labels` whose -100 are padding where a layer sees the decoder's places.
+        batches: with `attention_mask`, and `labels` whose -100 are padding where a layer sees the decoder's places. A
+            layer that sees places of neither is sampled from all of them.
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     masks: list[Tensor] = []  # of the batch that is running
