@@ -8,8 +8,9 @@
 Every method trains on the same 160 rows of each task for the same number of steps and answers the same test rows (200
 of each task, where it has them) after every task. A method is its name and, if wanted, flags, which win over all
 others: `--methods olora "gorp --protect gp_second"`. What is decided is decided on dev rows: `--question` compares
-variants of GORP (`QUESTIONS`); `--search` tries three learning rates times at most three values of the method's own
-knob (`GRID`) on one order with one seed, and notes the best in RESULTS/search.json, where a comparison finds them.
+variants of GORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them three values of the
+method's own knob (`KNOBS`), on one order with one seed, and notes the best in RESULTS/search.json, where a comparison
+finds them.
 
 Results are written as they come: RESULTS/table.md and table.csv hold what is finished. The same command goes on
 where it was ended; what its run records say is finished is not run again. Two methods differ where the interval of
@@ -19,7 +20,6 @@ their difference (`src/report/bootstrap.py`) does not hold 0.
 import argparse
 import contextlib
 import csv
-import itertools
 import json
 import multiprocessing
 import re
@@ -28,7 +28,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ COMMON = shlex.split(f"""
 """)
 FAMILIES = {
     "t5": shlex.split("""
-        --max_source_length 128 --max_steps 100 --per_device_train_batch_size 8 --per_device_eval_batch_size 100
+        --max_source_length 128 --max_steps 300 --per_device_train_batch_size 8 --per_device_eval_batch_size 100
         --lora_modules .*SelfAttention.(q|v).* --optim_target_modules .*EncDecAttention.(q|v).*
         --proj_lora_modules .*SelfAttention.(q|v).loranew_A.*
     """),
@@ -93,10 +93,10 @@ FAMILIES = {
 }
 """Flags by the model's type: rows a step and steps a task, and where the methods train, as published."""
 
-# What `--search` tries: the rate of what a method trains most, and the knob that is the method's own.
+# What `--search` tries: the rate of what a method trains most, then the knob that is the method's own.
 RATES = ["1e-3", "3e-3", "1e-2"]
 RATE_FLAG = {"galore": "--galore_lr"}
-GRID = {
+KNOBS = {
     "olora": ("--lamda_1", ["0.05", "0.5", "5"]),
     "nlora": ("--nlora_lamda", ["1e-5", "1e-4", "1e-3"]),
     "galore": ("--galore_rank", ["8", "16", "32"]),
@@ -198,17 +198,19 @@ def run_all(bench: Bench, trials: list[Trial], workers: int, after_each) -> None
 # The search
 
 
-def grid(method: str) -> list[tuple[str, ...]]:
-    """The settings that `--search` tries for a method."""
-    name = method.split()[0]
-    rates = [(RATE_FLAG.get(name, "--learning_rate"), rate) for rate in RATES]
-    flag, values = GRID.get(name, (None, [None]))
-    return [(*rate, flag, value) if flag else rate for rate, value in itertools.product(rates, values)]
+def rates(method: str) -> list[tuple[str, ...]]:
+    """What `--search` tries first for a method."""
+    return [(RATE_FLAG.get(method.split()[0], "--learning_rate"), rate) for rate in RATES]
+
+
+def knobs(method: str, rate: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """What it tries then, with the rate that was best."""
+    flag, values = KNOBS.get(method.split()[0], ("", []))
+    return [(*rate, flag, value) for value in values]
 
 
 def search(bench: Bench, methods: list[str], seed: int, workers: int) -> None:
-    """Try each method's grid on dev rows; RESULTS/search.json gets every score, and the best settings."""
-    trials = [Trial(method, SEARCHED, seed, settings, "dev") for method in methods for settings in grid(method)]
+    """Try each method's settings on dev rows; RESULTS/search.json gets every score, and the best settings."""
     path = bench.out / "search.json"
     found = read_json(path) if path.exists() else {}
 
@@ -217,11 +219,21 @@ def search(bench: Bench, methods: list[str], seed: int, workers: int) -> None:
         print(f"{trial.method} {' '.join(trial.settings)}: {failure or f'AP {score:.2f}'}", flush=True)
         entry = found.setdefault(trial.method, {"scores": {}})
         entry["scores"][" ".join(trial.settings)] = score
-        finished = {settings: score for settings, score in entry["scores"].items() if score is not None}
-        entry["best"] = max(finished, key=finished.get, default="")
+        entry["best"] = " ".join(best_of(entry["scores"], map(str.split, entry["scores"])))
         write_json(path, found)
 
-    run_all(bench, trials, workers, note)
+    def try_all(settings_of) -> None:
+        run_all(bench, [Trial(method, SEARCHED, seed, settings, "dev") for method in methods
+                        for settings in settings_of(method)], workers, note)
+
+    try_all(rates)
+    try_all(lambda method: knobs(method, best_of(found[method]["scores"], rates(method))))
+
+
+def best_of(scores: dict[str, float | None], tried: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Of the settings, those with the highest score; none where all failed."""
+    finished = [settings for settings in tried if scores[" ".join(settings)] is not None]
+    return tuple(max(finished, key=lambda settings: scores[" ".join(settings)], default=()))
 
 
 def best_settings(out: Path, method: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from benchmarks import continual
-from benchmarks.continual import Bench, Trial, best_settings, grid, read_finished, write_tables
+from benchmarks.continual import Bench, Trial, best_settings, knobs, rates, read_finished, search, write_tables
 from conftest import ROOT
 from files import read_json
 from initial_model import pretrain_small_t5
@@ -41,11 +41,29 @@ def finish(out, trial, right: list[list[int]], accuracies=((80.0,), (60.0, 90.0)
             for name, hits in zip(names, right) for hit in hits))
 
 
-def test_every_method_is_searched_over_the_same_rates_and_at_most_nine_settings():
+def test_every_method_is_searched_over_the_same_rates_and_at_most_three_values_of_its_knob():
     for method in continual.METHODS:
-        settings = grid(method)
-        assert len(settings) == len(set(settings)) <= 9
-        assert {found[1] for found in settings} == set(continual.RATES)
+        assert [rate for _, rate in rates(method)] == continual.RATES
+        assert len(set(knobs(method, ("--learning_rate", "1e-3")))) <= 3
+
+
+def test_the_search_tries_the_knob_with_the_best_rate(bench, monkeypatch, short_order):
+    score = {"1e-3": 10, "3e-3": 30, "1e-2": 20, "5": 40}
+    tried = []
+
+    def fake(_, trials, __, after_each):
+        for trial in trials:
+            tried.append(trial.settings)
+            value = score.get(trial.settings[-1], 0)
+            finish(bench.out, trial, [[1], [1]], ((value,), (value, value)))
+            after_each(trial, "out of memory" if value == 10 else "")
+
+    monkeypatch.setattr(continual, "run_all", fake)
+    search(bench, ["olora"], 1, 1)
+    assert len(tried) == 6
+    assert all(settings[:2] == ("--learning_rate", "3e-3") for settings in tried[3:])
+    assert best_settings(bench.out, "olora") == ("--learning_rate", "3e-3", "--lamda_1", "5")
+    assert read_json(bench.out / "search.json")["olora"]["scores"]["--learning_rate 1e-3"] is None
 
 
 def test_a_method_is_its_name_with_flags_that_win():
