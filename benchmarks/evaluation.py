@@ -22,12 +22,12 @@ from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
-import uie_collator  # noqa: E402
 from errors import InputError  # noqa: E402
 from loranew import LoraNewConfig, add_loranew, merge_old  # noqa: E402
 from model.loading import load_model_and_tokenizer  # noqa: E402
 from order_config import read_order  # noqa: E402
 from prediction import Prediction, plan_batches  # noqa: E402
+from token_ids import shared_ids  # noqa: E402
 from uie_collator import DataCollatorForUIE  # noqa: E402
 from uie_dataset_lora import read_examples  # noqa: E402
 
@@ -209,7 +209,7 @@ def growth(subject: Subject, repeats: int) -> dict[int, float]:
 
 def tokenising(subject: Subject) -> tuple[float, float]:
     """Seconds to tokenise the rows: for the first time, and again."""
-    uie_collator._shared_ids.cache_clear()
+    shared_ids.cache_clear()
     subject.collator.__post_init__()
     seconds = []
     for _ in range(2):

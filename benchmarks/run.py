@@ -1,4 +1,4 @@
-"""Every figure of docs/PERFORMANCE.md, in one table: training step, projected layer, evaluation, orders.
+"""Every figure of docs/PERFORMANCE.md, in one table: training step, projected layer, evaluation, data, orders.
 
     python benchmarks/run.py --data CL_Benchmark [--short]
 
@@ -27,9 +27,12 @@ def parts(data: str, short: bool) -> list[list[str]]:
         ["training_step.py", "--data", data, *(["--rows", "1"] if short else ["--rounds", "2"])],
         ["training_step.py", "--data", data, "--length", "384", "--rows", "1", "--contenders", "gorp",
          "gorp, full logits"],
+        ["training_step.py", "--data", data, "--length", "128", "--rows", "1", "--contenders", "gorp", "gorp, bf16",
+         "gorp, compiled"],
         ["layer_step.py", *(["--shapes", "256x256x64"] if short else [])],
         ["evaluation.py", "--data", data, *few],
         ["evaluation.py", "--data", data, "--model", SMOLLM2, "--batch_rows", "8", *(few or ["--rows", "4"])],
+        ["preparation.py", *(["--rows", "1000"] if short else [])],
         ["orders.py", *(["--order", "order1", "--steps", "10", "--starts", "1"] if short else [])],
     ]  # fmt: skip
 

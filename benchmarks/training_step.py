@@ -14,6 +14,7 @@ refresh of the projection; steps before it warm up.
 * `lora, our logits`: the same without the logits that no target needs.
 * `published`: PEFT's LoRA on q_proj and v_proj, gate_proj by galore-torch: dense gradients, an exact SVD at every gap.
 * `gorp, full logits`: as `gorp`, with the stock class of LLaMA, which computes logits at every position.
+* `gorp, bf16` and `gorp, compiled`: as `gorp`, under `--bf16` and under `--torch_compile`; only when asked for.
 * `gorp, 1 rank` and `gorp, 2 ranks`: under ZeRO-2, one thread a rank, the same rows a rank.
 """
 
@@ -37,6 +38,7 @@ MODULES = ["--lora_modules", ".*self_attn.(q_proj|v_proj).*", "--optim_target_mo
            "--proj_lora_modules", ".*self_attn.(q_proj|v_proj).loranew_A.*"]  # fmt: skip
 SKETCH = ["--galore_engine", "cores", "--galore_svd", "sketch"]
 ALONE = ("gorp", "gorp, dense", "lora", "lora, our logits", "published", "gorp, full logits")
+TRIED = {"gorp, bf16": ["--bf16", "True"], "gorp, compiled": ["--torch_compile", "True"]}
 RANKS = ("gorp, 1 rank", "gorp, 2 ranks")
 AT_MOST, AT_LEAST = "at most", "at least"
 RATIOS = (  # what, against, sense of the targets, of time, of peak memory
@@ -45,6 +47,8 @@ RATIOS = (  # what, against, sense of the targets, of time, of peak memory
     ("gorp, dense", "lora", AT_MOST, None, None),
     ("published", "gorp", AT_LEAST, None, None),  # its target is the projected layer's, see layer_step.py
     ("gorp, full logits", "gorp", AT_LEAST, 1.2, None),
+    ("gorp, bf16", "gorp", AT_MOST, None, None),
+    ("gorp, compiled", "gorp", AT_MOST, None, None),
 )
 THROUGHPUT = 1.6  # of two ranks against one
 Row = tuple[str, str, str, str]  # what, against, figure, target
@@ -71,6 +75,7 @@ def build(contender: str, args: argparse.Namespace, output: Path):
     ours = contender.startswith("gorp")
     flags = flags_of(args, args.previous if ours else args.model, output)
     flags += [] if contender == "gorp, dense" else SKETCH
+    flags += TRIED.get(contender, [])
     sharded = contender in RANKS
     if sharded:
         flags += ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")]
@@ -269,7 +274,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="of a batch (%(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="times that every contender runs (%(default)s)")
-    parser.add_argument("--contenders", nargs="+", choices=(*ALONE, *RANKS), default=(*ALONE, *RANKS))
+    parser.add_argument("--contenders", nargs="+", choices=(*ALONE, *TRIED, *RANKS), default=(*ALONE, *RANKS))
     parser.add_argument("--profile", action="store_true", help="show where the time of the first contender goes")
     parser.add_argument("--contender", help=argparse.SUPPRESS)  # one of them, in its own process
     parser.add_argument("--previous", help=argparse.SUPPRESS)

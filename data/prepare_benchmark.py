@@ -269,7 +269,7 @@ def prepare_from_folder(
         raise InputError(f"--from: {folder} has no complete dataset; allowed: {wanted}")
     chosen = _unfinished(data_dir, names or complete, overwrite)
     labels = {name: read_labels(Path(folder) / name / "labels.json") for name in chosen}
-    for name in chosen:
+    for name in tqdm(chosen, desc="checking", unit=" datasets"):
         for subset in SUBSETS:
             read_rows(Path(folder) / name / f"{subset}.json", labels[name])
     for name in chosen:

@@ -3,22 +3,21 @@
 The prompt and the answer are tokenised apart and joined as ids, so the border between what is masked from the loss
 and what is learnt is where it was put, whatever the tokenizer would merge. Only the sentence is ever cut.
 
-A text is tokenised once in a process: later epochs, and the evaluations after later tasks, find its ids kept.
+A text is tokenised once: later epochs, and the evaluations after later tasks, find its ids kept (`token_ids.py`).
 """
 
 import bisect
-import functools
 import hashlib
 import json
 import os
-from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from errors import InputError
+from token_ids import KeptIds, shared_ids
 from uie_dataset_lora import ANSWER_CUE, prompt_parts
 
 
@@ -52,6 +51,9 @@ class DataCollatorForUIE:
         name_rows: add the rows' names to a training batch, as a list `rows` of strings.
         input_record_file: append each batch to this file, a JSON object {"source", "label"} a line; rank 0 only.
 
+    Attributes:
+        kept: the ids of the texts met so far, shared by collators of the same tokenizer and cut.
+
     Raises:
         InputError: a tokenizer without EOS; a row (named) whose prompt without its sentence, or whose answer, is too
             long, or whose answer spells a special token; a record file that cannot be written.
@@ -76,7 +78,7 @@ class DataCollatorForUIE:
         self._special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         bos = self.tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and self.tokenizer(ANSWER_CUE).input_ids[0] == bos else []
-        self._kept = self._kept_ids()
+        self.kept = self._kept_ids()
         self._record([], [])
 
     def check(self, examples: Iterable[dict]) -> None:
@@ -128,7 +130,7 @@ class DataCollatorForUIE:
                     [sources[place]] = self._source_ids([prompts[index]])
             return sources
 
-        return prompts, self._kept.look_up([f"prompt {prompt}" for prompt in prompts], encode)
+        return prompts, self.kept.look_up([f"prompt {prompt}" for prompt in prompts], encode)
 
     def _parts(self, example: dict) -> tuple[str, str, str]:
         return prompt_parts(example, add_task_name=self.add_task_name, add_dataset_name=self.add_dataset_name)
@@ -171,7 +173,7 @@ class DataCollatorForUIE:
             answers = self._continuations(fresh) if self.decoder_only else self._encode(text_target=fresh)
             return [ids if ids[-1:] == self._eos else ids + self._eos for ids in answers]
 
-        answers = self._kept.look_up([f"answer {label}" for label in labels], encode)
+        answers = self.kept.look_up([f"answer {label}" for label in labels], encode)
         for ids, label, example in zip(answers, labels, examples):
             if spelt := self._special.intersection(ids[:-1]):  # generation would stop inside such an answer
                 token = self.tokenizer.convert_ids_to_tokens(min(spelt))
@@ -198,7 +200,7 @@ class DataCollatorForUIE:
     def _encode(self, texts: list[str] | None = None, **kwargs) -> list[list[int]]:
         return self.tokenizer(texts, split_special_tokens=True, verbose=False, **kwargs).input_ids
 
-    def _kept_ids(self) -> "KeptIds":
+    def _kept_ids(self) -> KeptIds:
         """What collators of the same tokenizer and cut share, whichever task they serve."""
         if self.input_record_file is not None:
             return KeptIds(0)  # the record wants a cut prompt's text, which is not kept
@@ -206,7 +208,7 @@ class DataCollatorForUIE:
         if backend is None:  # a tokenizer in plain Python, whose rules cannot be compared
             return KeptIds()
         rules = (backend.to_str(), str(self.tokenizer.special_tokens_map), self.decoder_only, self.max_source_length)
-        return _shared_ids(hashlib.sha256(repr(rules).encode()).digest())
+        return shared_ids(hashlib.sha256(repr(rules).encode()).hexdigest())
 
     def _pad(self, rows: list[list[int]], value: int, *, left: bool) -> torch.Tensor:
         """(n, width) tensor of the rows, width being the longest row's, rounded up to `pad_to_multiple_of`."""
@@ -229,38 +231,6 @@ class DataCollatorForUIE:
                 f"--input_record_file {self.input_record_file}: cannot be written ({error.strerror}); "
                 "allowed: a file in a folder that exists"
             ) from None
-
-
-class KeptIds:
-    """Ids of texts by the texts' digests, until a number of them is kept.
-
-    Nothing is dropped for something newer: rows come round in like order, epoch after epoch and task after task, so
-    that the oldest would go just before it is needed again.
-    """
-
-    MOST = 32_000_000  # 128 MB: the rows of all 15 datasets, some 20 million ids, with room to spare
-
-    def __init__(self, most: int = MOST):
-        self._room = most
-        self._ids: dict[bytes, array] = {}
-
-    def look_up(self, texts: list[str], encode: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
-        """The ids of each text; `encode` gives those of the texts at the indices that it gets, which are not kept."""
-        keys = [hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest() for text in texts]
-        found = [list(self._ids[key]) if key in self._ids else None for key in keys]
-        missing = [index for index, ids in enumerate(found) if ids is None]
-        for index, ids in zip(missing, encode(missing) if missing else []):
-            found[index] = ids
-            if keys[index] not in self._ids and len(ids) <= self._room:
-                self._ids[keys[index]] = array("i", ids)
-                self._room -= len(ids)
-        return found
-
-
-@functools.lru_cache(maxsize=1)
-def _shared_ids(rules: bytes) -> KeptIds:
-    """The ids kept in this process under the latest rules; a run has one tokenizer."""
-    return KeptIds()
 
 
 def _are_training(examples: list[dict]) -> bool:
