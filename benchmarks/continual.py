@@ -8,7 +8,7 @@
 Every method trains on the same 160 rows of each task for the same number of steps and answers the same test rows (200
 of each task, where it has them) after every task. A method is its name and, if wanted, flags, which win over all
 others: `--methods olora "gorp --protect gp_second"`. What is decided is decided on dev rows: `--question` compares
-variants of GORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them three values of the
+variants of GORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of the
 method's own knob (`KNOBS`), on one order with one seed, and notes the best in RESULTS/search.json, where a comparison
 finds them.
 
@@ -93,16 +93,16 @@ FAMILIES = {
 }
 """Flags by the model's type: rows a step and steps a task, and where the methods train, as published."""
 
-# What `--search` tries: the rate of what a method trains most, then the knob that is the method's own.
-RATES = ["1e-3", "3e-3", "1e-2"]
-RATE_FLAG = {"galore": "--galore_lr"}
+# What `--search` tries: the rate of what a method trains most, then other values of the knob that is the method's own.
+RATES = {"galore": ("--galore_lr", ["1e-3", "3e-3", "1e-2"])}
+RATES_OF_OTHERS = ("--learning_rate", ["3e-4", "1e-3", "3e-3"])
 KNOBS = {
-    "olora": ("--lamda_1", ["0.05", "0.5", "5"]),
-    "nlora": ("--nlora_lamda", ["1e-5", "1e-4", "1e-3"]),
-    "galore": ("--galore_rank", ["8", "16", "32"]),
-    "osf": ("--osf_preserved", ["0.3", "0.5", "0.8"]),
-    "replay": ("--replay_rows", ["16", "40", "80"]),
-    "gorp": ("--galore_lr", ["1e-5", "3e-4", "3e-3"]),
+    "olora": ("--lamda_1", ["0.05", "5"]),
+    "nlora": ("--nlora_lamda", ["1e-4", "1e-3"]),
+    "galore": ("--galore_rank", ["16", "32"]),
+    "osf": ("--osf_preserved", ["0.3", "0.8"]),
+    "replay": ("--replay_rows", ["40", "80"]),
+    "gorp": ("--galore_lr", ["3e-4", "3e-3"]),
 }
 SEARCHED = "A"  # the order of the search
 SHOWN = ("average_performance", "backward_transfer")
@@ -200,7 +200,8 @@ def run_all(bench: Bench, trials: list[Trial], workers: int, after_each) -> None
 
 def rates(method: str) -> list[tuple[str, ...]]:
     """What `--search` tries first for a method."""
-    return [(RATE_FLAG.get(method.split()[0], "--learning_rate"), rate) for rate in RATES]
+    flag, values = RATES.get(method.split()[0], RATES_OF_OTHERS)
+    return [(flag, rate) for rate in values]
 
 
 def knobs(method: str, rate: tuple[str, ...]) -> list[tuple[str, ...]]:

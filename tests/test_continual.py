@@ -41,14 +41,14 @@ def finish(out, trial, right: list[list[int]], accuracies=((80.0,), (60.0, 90.0)
             for name, hits in zip(names, right) for hit in hits))
 
 
-def test_every_method_is_searched_over_the_same_rates_and_at_most_three_values_of_its_knob():
+def test_every_method_is_searched_over_three_rates_and_at_most_two_more_values_of_its_knob():
     for method in continual.METHODS:
-        assert [rate for _, rate in rates(method)] == continual.RATES
-        assert len(set(knobs(method, ("--learning_rate", "1e-3")))) <= 3
+        assert len({rate for _, rate in rates(method)}) == 3
+        assert len(set(knobs(method, ("--learning_rate", "1e-3")))) <= 2
 
 
 def test_the_search_tries_the_knob_with_the_best_rate(bench, monkeypatch, short_order):
-    score = {"1e-3": 10, "3e-3": 30, "1e-2": 20, "5": 40}
+    score = {"3e-4": 10, "1e-3": 30, "3e-3": 20, "5": 40}
     tried = []
 
     def fake(_, trials, __, after_each):
@@ -60,10 +60,10 @@ def test_the_search_tries_the_knob_with_the_best_rate(bench, monkeypatch, short_
 
     monkeypatch.setattr(continual, "run_all", fake)
     search(bench, ["olora"], 1, 1)
-    assert len(tried) == 6
-    assert all(settings[:2] == ("--learning_rate", "3e-3") for settings in tried[3:])
-    assert best_settings(bench.out, "olora") == ("--learning_rate", "3e-3", "--lamda_1", "5")
-    assert read_json(bench.out / "search.json")["olora"]["scores"]["--learning_rate 1e-3"] is None
+    assert len(tried) == 5
+    assert all(settings[:2] == ("--learning_rate", "1e-3") for settings in tried[3:])
+    assert best_settings(bench.out, "olora") == ("--learning_rate", "1e-3", "--lamda_1", "5")
+    assert read_json(bench.out / "search.json")["olora"]["scores"]["--learning_rate 3e-4"] is None
 
 
 def test_a_method_is_its_name_with_flags_that_win():
