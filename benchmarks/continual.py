@@ -238,11 +238,11 @@ def best_of(scores: dict[str, float | None], tried: Iterable[Sequence[str]]) -> 
 
 
 def best_settings(out: Path, method: str) -> tuple[str, ...]:
-    """What the search found for a method, or else for the method without its flags; nothing without a search."""
+    """What the search found for a method, or else for it with fewer of its flags; nothing without a search."""
     path = out / "search.json"
     found = read_json(path) if path.exists() else {}
-    entry = found.get(method) or found.get(method.split()[0]) or {}
-    return tuple(entry.get("best", "").split())
+    nearest = max((name for name in found if f"{method} ".startswith(f"{name} ")), key=len, default=None)
+    return tuple(found[nearest]["best"].split()) if nearest else ()
 
 
 # The comparison

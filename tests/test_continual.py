@@ -91,7 +91,8 @@ def test_what_the_search_found_is_for_the_method_and_its_variants(tmp_path):
     assert best_settings(tmp_path, "gorp") == ()
     (tmp_path / "search.json").write_text(json.dumps({"gorp": {"best": "--lr 1"}, "gorp --b 2": {"best": "--lr 2"}}))
     assert best_settings(tmp_path, "gorp") == best_settings(tmp_path, "gorp --a 1") == ("--lr", "1")
-    assert best_settings(tmp_path, "gorp --b 2") == ("--lr", "2")
+    assert best_settings(tmp_path, "gorp --b 2") == best_settings(tmp_path, "gorp --b 2 --a 1") == ("--lr", "2")
+    assert best_settings(tmp_path, "gorp --b 23") == ("--lr", "1")
     assert best_settings(tmp_path, "olora") == ()
 
 
