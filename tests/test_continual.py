@@ -5,10 +5,12 @@ import json
 import random
 
 import pytest
+import torch
 
 from benchmarks import continual
 from benchmarks.continual import Bench, Trial, best_settings, knobs, rates, read_finished, search, write_tables
 from conftest import ROOT
+from errors import InputError
 from files import read_json
 from initial_model import pretrain_small_t5
 
@@ -141,16 +143,50 @@ def test_pretraining_reads_no_dev_or_test_sentence(tmp_path):
     assert pretrain_small_t5.sentences(tmp_path) == ["one"]
 
 
-def test_exercises_can_be_solved_and_hide_the_answer():
+def one_hot(words):
+    return torch.eye(len(words))
+
+
+@pytest.fixture
+def exercises():
     words = ["".join(random.Random(number).choices("bcdfgaeiou", k=6)) for number in range(60)]
     texts = [" ".join(random.Random(number).sample(words, 12)) for number in range(400)]
-    exercises = pretrain_small_t5.Exercises(texts, 1)
-    exercises.telling, exercises._is_telling = sorted(words), set(words)
+    made = pretrain_small_t5.Exercises(texts, 1, one_hot)
+    made.telling, made._place = sorted(words), {word: place for place, word in enumerate(sorted(words))}
+    made.vectors = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["choose", "relate"])
+def test_exercises_can_be_solved_and_hide_the_answer(exercises, kind):
     for _ in range(50):
-        prompt, answer = exercises.choose()
+        prompt, answer = getattr(exercises, kind)()
         options, text = prompt.split("Option: ")[1].split(" \n", 1)
         assert answer in options.split(", ")
         assert not set(answer.lower().split()) & set(text.lower().split())
+
+
+def test_a_copy_exercise_shows_its_answer(exercises):
+    for _ in range(50):
         prompt, answer = exercises.copy()
         options, text = prompt.removeprefix("Option: ").split(" \n", 1)
         assert answer in options.split(", ") and answer in text
+
+
+def test_related_words_are_the_nearest_ones_that_the_text_lacks(exercises):
+    first, second, near = exercises.telling[:3]
+    exercises.vectors[2] = 10 * (exercises.vectors[0] + exercises.vectors[1])
+    related = exercises.related([first, second])
+    assert related[0] == near and len(set(related) - {first, second}) == pretrain_small_t5.RELATED
+
+
+def test_meanings_refuse_a_folder_without_a_model(tmp_path):
+    with pytest.raises(InputError, match="--words_from.*unpack_smollm2"):
+        pretrain_small_t5.Meanings(tmp_path)
+
+
+def test_meanings_are_of_each_word_whatever_stands_beside_it():
+    meanings = pretrain_small_t5.Meanings(ROOT / "initial_model" / "tiny-llama", layer=1)
+    words = ["river", "Company", "a longer phrase of words"]
+    together, alone = meanings(words), torch.cat([meanings.states([word]) for word in words])
+    assert torch.allclose(together, torch.nn.functional.normalize(alone - alone.mean(0), dim=1), atol=1e-4)
