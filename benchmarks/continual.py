@@ -6,7 +6,8 @@
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --seeds 1 2 3   the comparison, on test rows
 
 Every method trains on the same 160 rows of each task for the same number of steps and answers the same test rows (200
-of each task, where it has them) after every task. A method is its name and, if wanted, flags, which win over all
+of each task, where it has them) after every task; on dev rows, and with a LLaMA, which answers slowly, after a task
+only that task's own, all of them after the last. A method is its name and, if wanted, flags, which win over all
 others: `--methods olora "gorp --protect gp_second"`. What is decided is decided on dev rows: `--question` compares
 variants of GORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of the
 method's own knob (`KNOBS`), on one order with one seed, and notes the best in RESULTS/search.json, where a comparison
@@ -22,11 +23,13 @@ import contextlib
 import csv
 import json
 import multiprocessing
+import os
 import re
 import shlex
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -164,6 +167,7 @@ class Bench:
             "--instruction_file", str(ROOT / "configs" / "instruction_config.json"),
             "--task_config_dir", str(self.out / "configs" / f"{trial.order}_configs" / dataset),
             "--output_dir", str(trial.folder(self.out) / "outputs" / f"{number}-{dataset}"),
+            "--predict_tasks", "all" if trial.split == "test" and self.family() == "t5" else "ends",
             *COMMON, *FAMILIES[self.family()], *self.extra, *trial.flags(),
         ]  # fmt: skip
 
@@ -187,10 +191,20 @@ def run(bench: Bench, trial: Trial) -> tuple[Trial, str]:
     return trial, ""
 
 
+def end_with_parent() -> None:
+    """Have a worker end when this program is killed, or it would still hold folders that the next one wants."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def run_all(bench: Bench, trials: list[Trial], workers: int, after_each) -> None:
     """Run trials in worker processes; `after_each` gets the trial, and its failure or an empty text."""
     # Started anew, not forked: PyTorch's threads do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         for done in as_completed([pool.submit(run, bench, trial) for trial in trials]):
             after_each(*done.result())
 

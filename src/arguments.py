@@ -70,6 +70,13 @@ class DataArguments:
     max_predict_samples: int | None = field(
         default=None, metadata={"help": "Test on this many rows of each dataset at most."}
     )
+    predict_tasks: str = field(
+        default="all",
+        metadata={
+            "help": "Test after each task on all tasks so far (all), or, but for the order's last, on itself (ends).",
+            "choices": ["all", "ends"],
+        },
+    )
     zero_shot: bool = field(
         default=False,
         metadata={"help": "Before training, test on the order's tasks that are not trained yet (forward transfer)."},

@@ -69,6 +69,9 @@ def load_rows(data_args: DataArguments, training_args: UIETrainingArguments, met
         seed=training_args.seed,
         fixed_steps=training_args.max_steps > 0,
     )
+    if data_args.predict_tasks == "ends" and order.index() + 1 < len(order.steps()):
+        own = order.steps()[order.index()].dataset
+        rows["test"] = rows["test"].select([i for i, name in enumerate(rows["test"]["Dataset"]) if name == own])
     if data_args.zero_shot:
         waiting = {step.dataset for step in order.steps()[order.index() :]}
         rows["zero_shot"] = read_test_rows(order.steps()[-1].folder, waiting.__contains__, data_args, training_args)

@@ -1,5 +1,6 @@
 """The comparison of methods: which trials there are, what the search keeps, what the table says of finished trials."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -87,6 +88,15 @@ def test_the_search_sees_dev_rows_and_no_test_row(bench, mini_benchmark):
     assert read_json(copy / "train.json") == read_json(source / "train.json")
     command = bench.command(Trial("olora", "A", 1, (), "dev"), 1, TINY)
     assert command[command.index("--data_dir") + 1] == str(bench.out / "dev_benchmark")
+
+
+def test_the_whole_matrix_is_measured_on_test_rows_of_the_small_t5(bench):
+    def tests(split, model):
+        command = dataclasses.replace(bench, model=model).command(Trial("olora", "A", 1, (), split), 1, TINY)
+        return command[command.index("--predict_tasks") + 1]
+
+    llama = ROOT / "initial_model" / "tiny-llama"
+    assert [tests("test", TINY), tests("dev", TINY), tests("test", llama)] == ["all", "ends", "ends"]
 
 
 def test_what_the_search_found_is_for_the_method_and_its_variants(tmp_path):

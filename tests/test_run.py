@@ -267,6 +267,16 @@ def test_zero_shot_and_unseen_datasets_are_scored_and_change_nothing(two_tasks, 
     assert 0 < run["trained_values"] < run["values"]
 
 
+@pytest.mark.parametrize(
+    "dataset, tested", [("amazon", ["amazon"]), ("agnews", ["amazon", "dbpedia", "yahoo", "agnews"])]
+)
+def test_ends_only_tests_a_task_alone_but_for_the_last_one(mini_benchmark, tmp_path, dataset, tested):
+    command = arguments(mini_benchmark, tmp_path / "out", dataset, T5, T5_MODULES, "--predict_tasks", "ends")
+    command.remove("--do_train")
+    assert run_uie_lora.main(command) == 0
+    assert {row["Dataset"] for row in predictions(tmp_path / "out")} == set(tested)
+
+
 def test_evaluation_during_training_and_denser(mini_benchmark, tmp_path):
     step = tmp_path / "step"
     shutil.copytree(ROOT / "configs" / "order1_configs" / "dbpedia", step)
