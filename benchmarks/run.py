@@ -25,7 +25,7 @@ def parts(data: str, short: bool) -> list[list[str]]:
     few = ["--datasets", "3", "--rows", "2", "--teach", "10"] if short else []
     return [
         ["training_step.py", "--data", data, *(["--rows", "1"] if short else ["--rounds", "2"])],
-        ["training_step.py", "--data", data, "--length", "384", "--rows", "1", "--contenders", "gorp",
+        ["training_step.py", "--data", data, "--length", "384", "--rows", "1" if short else "2", "--contenders", "gorp",
          "gorp, full logits"],
         ["training_step.py", "--data", data, "--model", TINY, "--length", "128", "--rows", "1", "--contenders", "gorp",
          "gorp, bf16", "gorp, compiled"],
