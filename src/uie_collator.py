@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -207,7 +208,9 @@ class DataCollatorForUIE:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:  # a tokenizer in plain Python, whose rules cannot be compared
             return KeptIds()
-        rules = (backend.to_str(), str(self.tokenizer.special_tokens_map), self.decoder_only, self.max_source_length)
+        code = Path(__file__).read_text(encoding="utf-8")  # ids outlive the process, so also the way prompts are cut
+        special = str(self.tokenizer.special_tokens_map)
+        rules = (backend.to_str(), special, self.decoder_only, self.max_source_length, code)
         return shared_ids(hashlib.sha256(repr(rules).encode()).hexdigest())
 
     def _pad(self, rows: list[list[int]], value: int, *, left: bool) -> torch.Tensor:
