@@ -1,8 +1,8 @@
 """The methods side by side on real text under one fixed protocol: who keeps most of what it learned, and is it chance?
 
     python initial_model/pretrain_small_t5.py --data_dir FOLDER
-    python benchmarks/continual.py --data_dir FOLDER --out RESULTS --search        each method's settings, on dev rows
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --question side --seeds 1 2 3     GORP's, on dev rows
+    python benchmarks/continual.py --data_dir FOLDER --out RESULTS --search        each method's settings, on dev rows
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --seeds 1 2 3   the comparison, on test rows
 
 Every method trains on the same 160 rows of each task for the same number of steps and answers the same test rows (200
@@ -10,17 +10,16 @@ of each task, where it has them) after every task; on dev rows, and with a LLaMA
 only that task's own, all of them after the last. A method is its name and, if wanted, flags, which win over all
 others: `--methods olora "gorp --protect gp_second"`. What is decided is decided on dev rows: `--question` compares
 variants of GORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of the
-method's own knob (`KNOBS`), on one order with one seed, and notes the best in RESULTS/search.json, where a comparison
-finds them.
+method's own knob (`KNOBS`), on one order. The other commands take the settings that were best on average over seeds.
 
-Results are written as they come: RESULTS/table.md and table.csv hold what is finished. The same command goes on
-where it was ended; what its run records say is finished is not run again. Two methods differ where the interval of
-their difference (`src/report/bootstrap.py`) does not hold 0.
+RESULTS/outcomes.jsonl gets a line for each finished trial, as it comes: all that the tables and intervals need, and no
+text of the benchmark. What it holds is not run again; benchmarks/results/ holds those of this project, so that
+`--out benchmarks/results/small-t5` prints the table in REPRODUCE.md. A trial that was ended goes on where it stood.
+Two methods differ where the interval of their difference (`src/report/bootstrap.py`) does not hold 0.
 """
 
 import argparse
 import contextlib
-import csv
 import json
 import multiprocessing
 import os
@@ -31,9 +30,9 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +42,12 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "data")]
 
 from compute_metrics import exact_match  # noqa: E402
 from errors import InputError  # noqa: E402
-from files import read_json, whole_file, write_json  # noqa: E402
+from files import read_json  # noqa: E402
 from make_order import make_order  # noqa: E402
 from report.bootstrap import paired_interval  # noqa: E402
-from report.runs import Run, read_run  # noqa: E402
-from run_record import find_adapter  # noqa: E402
+from report.matrix import Matrix, average_performance, backward_transfer  # noqa: E402
+from report.runs import read_run  # noqa: E402
+from run_record import RECORD, find_adapter  # noqa: E402
 
 ORDERS = {
     "A": ["TC/dbpedia", "SC/amazon", "SC/yelp", "TC/agnews"],
@@ -61,17 +61,18 @@ METHODS = [
     "gorp --preset published",
 ]  # fmt: skip
 INPUT = "--protect_side input"
+STRUCTURAL = f"gorp --protect structural {INPUT} --space_from inputs"
 QUESTIONS = {
-    "side": ["gorp --protect none", *(f"gorp --protect {how} {side}" for how in ("gp_first", "gp_second")
-                                      for side in ("--protect_side output", INPUT)),
-             f"gorp --protect structural {INPUT}"],
-    "energy": [f"gorp --protect structural {INPUT} --space_energy {share}" for share in (0.5, 0.9, 0.99)],
-    "parts": [f"gorp --protect structural {INPUT} --{modules} none"
+    "protection": ["gorp --protect none",
+                   *(f"gorp --protect {how} --protect_side output" for how in ("gp_first", "gp_second")),
+                   *(f"gorp --protect {how} {INPUT} --space_from {source}" for source in ("moments", "inputs")
+                     for how in ("gp_first", "gp_second", "structural"))],
+    "energy": [f"{STRUCTURAL} --space_energy {share}" for share in (0.5, 0.8, 0.9, 0.95, 0.99)],
+    "rate": [f"{STRUCTURAL} --galore_lr {rate}" for rate in ("1e-5", "1e-4", "1e-3", "3e-3")],
+    "rank": [f"{STRUCTURAL} --galore_lr 1e-3 --galore_rank {rank}" for rank in (4, 8, 32)],
+    "parts": [f"{STRUCTURAL} --galore_lr 1e-3 --{modules} none"
               for modules in ("optim_target_modules", "proj_lora_modules")],
-    "rank": [f"gorp --protect structural {INPUT} --galore_rank {rank}" for rank in (4, 8, 32)],
-    "source": [f"gorp --protect {how} {INPUT} --space_from {source}" for how in ("gp_second", "structural")
-               for source in ("moments", "inputs")],
-    "penalty": [f"gorp --protect structural {INPUT} --lamda_1 {weight}" for weight in (0, 0.5, 5)],
+    "penalty": [f"{STRUCTURAL} --lamda_1 {weight}" for weight in (0, 0.5, 5)],
 }
 """What decides GORP's defaults: variants that `--question` compares."""
 TRAIN_ROWS, TEST_ROWS = 160, 200
@@ -80,7 +81,7 @@ COMMON = shlex.split(f"""
     --do_train --do_predict --predict_with_generate --max_train_samples {TRAIN_ROWS} --max_predict_samples {TEST_ROWS}
     --add_task_name True --add_dataset_name True --max_target_length 16 --generation_max_length 16
     --lr_scheduler_type constant --warmup_steps 0 --logging_steps 10 --eval_strategy no --save_strategy no
-    --report_to none --disable_tqdm True --lora_dropout 0
+    --report_to none --disable_tqdm True --lora_dropout 0 --learning_rate 1e-3
 """)
 FAMILIES = {
     "t5": shlex.split("""
@@ -89,7 +90,7 @@ FAMILIES = {
         --proj_lora_modules .*SelfAttention.(q|v).loranew_A.*
     """),
     "llama": shlex.split("""
-        --max_source_length 256 --max_steps 40 --per_device_train_batch_size 4 --per_device_eval_batch_size 20
+        --max_source_length 160 --max_steps 40 --per_device_train_batch_size 4 --per_device_eval_batch_size 20
         --lora_modules .*self_attn.(q_proj|v_proj).* --optim_target_modules .*mlp.gate_proj.*
         --proj_lora_modules .*self_attn.(q_proj|v_proj).loranew_A.*
     """),
@@ -108,7 +109,6 @@ KNOBS = {
     "gorp": ("--galore_lr", ["3e-4", "3e-3"]),
 }
 SEARCHED = "A"  # the order of the search
-SHOWN = ("average_performance", "backward_transfer")
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,9 @@ class Trial:
     seed: int
     settings: tuple[str, ...] = ()
     split: str = "test"
+
+    def __str__(self) -> str:
+        return f"{' '.join([self.method, *self.settings])}, order {self.order}, seed {self.seed}, {self.split} rows"
 
     def folder(self, out: Path) -> Path:
         """Where its results are. Other settings go elsewhere, so that no trial meets another's results."""
@@ -134,6 +137,60 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a finished trial came to: a line of `outcomes.jsonl`.
+
+    Attributes:
+        accuracy: a[i][j], in per cent, on the order's task j after its task i (`src/report/matrix.py`).
+        right: by dataset, 1 or 0 for each test row after the order's last task, as text.
+        revision: of the code that ran.
+    """
+
+    trial: Trial
+    accuracy: Matrix
+    right: dict[str, str]
+    seconds: float
+    trained_values: int
+    stored_bytes: int
+    revision: str | None
+
+    @classmethod
+    def of(cls, trial: Trial, out: Path) -> "Outcome":
+        """Of a trial whose files are all there."""
+        run = read_run(trial.folder(out))
+        right: dict[str, str] = {}
+        last = f"{len(run.tasks)}-{run.tasks[-1]}"
+        with open(run.folder / "outputs" / last / "predict_eval_predictions.jsonl", encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                hit = exact_match(row["Prediction"], row["Instance"]["label"])
+                right[row["Dataset"]] = right.get(row["Dataset"], "") + str(int(hit))
+        record = read_json(run.folder / "outputs" / last / RECORD)
+        return cls(trial, run.matrix, right, run.seconds, run.trained_values, run.stored_bytes, record["git_revision"])
+
+    @classmethod
+    def from_line(cls, line: str) -> "Outcome":
+        read = json.loads(line)
+        trial = read.pop("trial")
+        return cls(Trial(**trial | {"settings": tuple(trial["settings"])}), **read)
+
+    @property
+    def measures(self) -> tuple[float, float]:
+        """AP and BWT."""
+        return average_performance(self.accuracy), backward_transfer(self.accuracy)
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """`right` as numbers (n,)."""
+        return {dataset: np.array([int(hit) for hit in hits]) for dataset, hits in self.right.items()}
+
+
+def read_outcomes(out: Path) -> dict[Trial, Outcome]:
+    """Every trial that is finished."""
+    path = out / "outcomes.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {outcome.trial: outcome for outcome in map(Outcome.from_line, lines)}
+
+
+@dataclass(frozen=True)
 class Bench:
     """What all trials share."""
 
@@ -141,6 +198,7 @@ class Bench:
     model: Path
     out: Path
     extra: tuple[str, ...] = ()
+    orders: Mapping[str, list[str]] = field(default_factory=lambda: ORDERS)
 
     def family(self) -> str:
         kind = read_json(self.model / "config.json").get("model_type")
@@ -148,10 +206,10 @@ class Bench:
             raise InputError(f"--model: {self.model} is a {kind}; allowed: {', '.join(FAMILIES)}")
         return kind
 
-    def prepare(self, orders: Iterable[str]) -> None:
+    def prepare(self) -> None:
         """Write the orders' files, and the benchmark in which dev rows stand in for test rows."""
-        for order in orders:
-            make_order(order, ORDERS[order], configs_dir=self.out / "configs", data_dir=self.data_dir, overwrite=True)
+        for order, tasks in self.orders.items():
+            make_order(order, tasks, configs_dir=self.out / "configs", data_dir=self.data_dir, overwrite=True)
         for labels in self.data_dir.glob("*/*/labels.json"):
             copy = self.out / "dev_benchmark" / labels.parent.relative_to(self.data_dir)
             copy.mkdir(parents=True, exist_ok=True)
@@ -160,7 +218,7 @@ class Bench:
 
     def command(self, trial: Trial, number: int, start: Path) -> list[str]:
         """Flags of a trial's task, counted from 1, that starts from the model or adapter folder `start`."""
-        dataset = ORDERS[trial.order][number - 1].split("/")[1]
+        dataset = self.orders[trial.order][number - 1].split("/")[1]
         return [
             "--model_name_or_path", str(start),
             "--data_dir", str(self.data_dir if trial.split == "test" else self.out / "dev_benchmark"),
@@ -172,23 +230,23 @@ class Bench:
         ]  # fmt: skip
 
 
-def run(bench: Bench, trial: Trial) -> tuple[Trial, str]:
-    """Train and test a trial's tasks one after the other in this process; the trial, and what ended it if it failed."""
+def run(bench: Bench, trial: Trial) -> Outcome | str:
+    """Train and test a trial's tasks one after the other in this process; what it came to, or what ended it."""
     import run_uie_lora  # slow, so only where something runs
 
     folder, start = trial.folder(bench.out), bench.model
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        for number in range(1, len(ORDERS[trial.order]) + 1):
+        for number in range(1, len(bench.orders[trial.order]) + 1):
             command = bench.command(trial, number, start)
             try:
                 status = run_uie_lora.main(command)
             except Exception as error:  # one method's fault must not cost the others their runs
                 status = f"{type(error).__name__}: {error}"
             if status != 0:
-                return trial, f"task {number}: {status}; {folder / 'log.txt'}"
+                return f"task {number}: {status}; {folder / 'log.txt'}"
             start = find_adapter(Path(command[command.index("--output_dir") + 1]))
-    return trial, ""
+    return Outcome.of(trial, bench.out)
 
 
 def end_with_parent() -> None:
@@ -200,13 +258,25 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def run_all(bench: Bench, trials: list[Trial], workers: int, after_each) -> None:
-    """Run trials in worker processes; `after_each` gets the trial, and its failure or an empty text."""
+def run_all(bench: Bench, trials: list[Trial], workers: int) -> dict[Trial, str]:
+    """Run in worker processes the trials that `outcomes.jsonl` does not hold; those that failed, with the reason."""
+    finished = read_outcomes(bench.out)
+    waiting = [trial for trial in dict.fromkeys(trials) if trial not in finished]
+    failures: dict[Trial, str] = {}
     # Started anew, not forked: PyTorch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        for done in as_completed([pool.submit(run, bench, trial) for trial in trials]):
-            after_each(*done.result())
+        running = {pool.submit(run, bench, trial): trial for trial in waiting}
+        for done in as_completed(running):
+            trial, outcome = running[done], done.result()
+            if isinstance(outcome, Outcome):
+                with open(bench.out / "outcomes.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(outcome)) + "\n")
+                said = "AP {:.2f}, BWT {:+.2f}".format(*outcome.measures)
+            else:
+                said = failures[trial] = outcome
+            print(f"{time.strftime('%H:%M')} {trial}: {said}", flush=True)
+    return failures
 
 
 # The search
@@ -224,125 +294,66 @@ def knobs(method: str, rate: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [(*rate, flag, value) for value in values]
 
 
-def search(bench: Bench, methods: list[str], seed: int, workers: int) -> None:
-    """Try each method's settings on dev rows; RESULTS/search.json gets every score, and the best settings."""
-    path = bench.out / "search.json"
-    found = read_json(path) if path.exists() else {}
-
-    def note(trial: Trial, failure: str) -> None:
-        score = None if failure else read_run(trial.folder(bench.out)).final("average_performance")
-        print(f"{trial.method} {' '.join(trial.settings)}: {failure or f'AP {score:.2f}'}", flush=True)
-        entry = found.setdefault(trial.method, {"scores": {}})
-        entry["scores"][" ".join(trial.settings)] = score
-        entry["best"] = " ".join(best_of(entry["scores"], map(str.split, entry["scores"])))
-        write_json(path, found)
-
+def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> None:
+    """Try each method's settings on dev rows."""
     def try_all(settings_of) -> None:
-        run_all(bench, [Trial(method, SEARCHED, seed, settings, "dev") for method in methods
-                        for settings in settings_of(method)], workers, note)
+        trials = [Trial(method, SEARCHED, seed, settings, "dev") for seed in seeds for method in methods
+                  for settings in settings_of(method)]
+        run_all(bench, trials, workers)
 
     try_all(rates)
-    try_all(lambda method: knobs(method, best_of(found[method]["scores"], rates(method))))
-
-
-def best_of(scores: dict[str, float | None], tried: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """Of the settings, those with the highest score; none where all failed."""
-    finished = [settings for settings in tried if scores[" ".join(settings)] is not None]
-    return tuple(max(finished, key=lambda settings: scores[" ".join(settings)], default=()))
+    try_all(lambda method: knobs(method, best_settings(bench.out, method)[:2]))
 
 
 def best_settings(out: Path, method: str) -> tuple[str, ...]:
     """What the search found for a method, or else for it with fewer of its flags; nothing without a search."""
-    path = out / "search.json"
-    found = read_json(path) if path.exists() else {}
-    nearest = max((name for name in found if f"{method} ".startswith(f"{name} ")), key=len, default=None)
-    return tuple(found[nearest]["best"].split()) if nearest else ()
+    searched = [outcome for outcome in read_outcomes(out).values()
+                if outcome.trial.split == "dev" and outcome.trial.order == SEARCHED and outcome.trial.settings
+                and f"{method} ".startswith(f"{outcome.trial.method} ")]
+    nearest = max((outcome.trial.method for outcome in searched), key=len, default=None)
+    scores: dict[tuple[str, ...], list[float]] = {}
+    for outcome in searched:
+        if outcome.trial.method == nearest:
+            scores.setdefault(outcome.trial.settings, []).append(outcome.measures[0])
+    return max(scores, key=lambda settings: statistics.mean(scores[settings]), default=())
 
 
 # The comparison
 
 
-def answers(folder: Path) -> dict[str, np.ndarray]:
-    """By dataset, which test rows (n,) were answered rightly after the order's last task."""
-    last = max(folder.glob("outputs/*-*"), key=lambda step: int(step.name.partition("-")[0]))
-    right: dict[str, list[bool]] = {}
-    with open(last / "predict_eval_predictions.jsonl", encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            right.setdefault(row["Dataset"], []).append(exact_match(row["Prediction"], row["Instance"]["label"]))
-    return {dataset: np.array(rows) for dataset, rows in right.items()}
-
-
-def read_finished(out: Path, trials: list[Trial]) -> dict[Trial, Run]:
-    """The trials whose every task is finished."""
-    complete = [trial for trial in trials if all(
-        (trial.folder(out) / "outputs" / f"{number}-{task.split('/')[1]}" / "completed.json").exists()
-        for number, task in enumerate(ORDERS[trial.order], 1)
-    )]  # fmt: skip
-    return {trial: read_run(trial.folder(out)) for trial in complete}
-
-
-def write_tables(out: Path, name: str, reference: str, finished: dict[Trial, Run], failures: dict[Trial, str]) -> str:
-    """Write <name>.csv and <name>.md anew from what is finished; the latter's text."""
-    with whole_file(out / f"{name}.csv") as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["method", "order", "seed", "settings", "AP", "BWT", "forgetting", "seconds", "trained values"])
-        for trial, run in finished.items():
-            measures = [run.final(measure) for measure in (*SHOWN, "forgetting")]
-            rows.writerow([trial.method, trial.order, trial.seed, " ".join(trial.settings), *measures, run.seconds,
-                           run.trained_values])
-    lines = [f"failed: {trial.method}, order {trial.order}, seed {trial.seed}: {failure}"
-             for trial, failure in failures.items()]
-    text = "\n\n".join([table(out, reference, finished), *lines])
-    with whole_file(out / f"{name}.md") as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
-    return text
-
-
-def table(out: Path, reference: str, finished: dict[Trial, Run]) -> str:
+def table(reference: str, outcomes: list[Outcome]) -> str:
     """Markdown: method x order, AP and BWT as mean and spread over seeds, and by how much `reference` is above each."""
-    orders = sorted({trial.order for trial in finished})
-    right: dict[str, dict] = {}
-    for trial in finished:
-        right.setdefault(trial.method, {})[trial.order, str(trial.seed)] = answers(trial.folder(out))
+    orders = sorted({outcome.trial.order for outcome in outcomes})
+    of_method: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        of_method.setdefault(outcome.trial.method, []).append(outcome)
+    right = {method: {(one.trial.order, str(one.trial.seed)): one.rows() for one in own}
+             for method, own in of_method.items()}
     lines = [f"| method | settings | {' | '.join(f'{order}: AP, BWT' for order in orders)} | mean AP | mean BWT "
              f"| {reference} minus it, 95 % |", "|---|---|" + "---|" * (len(orders) + 3)]
-    for method in right:
-        runs = {order: [run for trial, run in finished.items() if (trial.method, trial.order) == (method, order)]
-                for order in orders}
-        cells = [", ".join(_spread([run.final(name) for run in runs[order]]) for name in SHOWN) if runs[order] else "-"
-                 for order in orders]
-        cells += [f"{statistics.mean(_means(runs, name)):.1f}" for name in SHOWN]
+    for method, own in of_method.items():
+        by_order = [list(zip(*(one.measures for one in own if one.trial.order == order))) for order in orders]
+        cells = [", ".join(map(_spread, measures)) if measures else "-" for measures in by_order]
+        means = [[statistics.mean(values) for values in measures] for measures in by_order if measures]
+        cells += [f"{statistics.mean(of_orders):.1f}" for of_orders in zip(*means)]
         both = method != reference and right.get(reference, {}).keys() & right[method].keys()
         cells.append(str(paired_interval(right[reference], right[method])) if both else "-")
-        settings = next(" ".join(trial.settings) for trial in finished if trial.method == method) or "defaults"
+        settings = " ".join(own[0].trial.settings) or "defaults"
         lines.append(f"| {method} | `{settings}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _means(runs: dict[str, list[Run]], name: str) -> list[float]:
-    """A measure's mean over seeds, for each order that has runs."""
-    return [statistics.mean(run.final(name) for run in of_order) for of_order in runs.values() if of_order]
-
-
-def _spread(values: list[float]) -> str:
+def _spread(values: Sequence[float]) -> str:
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def compare(bench: Bench, name: str, reference: str, trials: list[Trial], workers: int) -> str:
-    """Run the trials, keeping the tables up to date; the table of `write_tables`."""
-    failures: dict[Trial, str] = {}
-
-    def note(trial: Trial, failure: str) -> None:
-        if failure:
-            failures[trial] = failure
-        finished = read_finished(bench.out, trials)
-        write_tables(bench.out, name, reference, finished, failures)
-        scores = failure or ", ".join(f"{measure} {finished[trial].final(measure):.2f}" for measure in SHOWN)
-        print(f"{time.strftime('%H:%M')} {trial.method}, order {trial.order}, seed {trial.seed}: {scores}", flush=True)
-
-    run_all(bench, trials, workers, note)
-    return write_tables(bench.out, name, reference, read_finished(bench.out, trials), failures)
+def compare(bench: Bench, reference: str, trials: list[Trial], workers: int) -> str:
+    """Run the trials; their table, and a line for each that failed."""
+    failures = run_all(bench, trials, workers)
+    outcomes = read_outcomes(bench.out)
+    lines = [f"failed: {trial}: {failure}" for trial, failure in failures.items()]
+    return "\n\n".join([table(reference, [outcomes[trial] for trial in trials if trial in outcomes]), *lines])
 
 
 def main() -> None:
@@ -362,14 +373,14 @@ def main() -> None:
     bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve(), tuple(shlex.split(args.extra)))
     try:
         bench.family()
-        bench.prepare({*args.orders, SEARCHED})
+        bench.prepare()
         if args.search:
-            search(bench, args.methods, args.seeds[0], args.workers)
+            search(bench, args.methods, args.seeds, args.workers)
             return
         methods = QUESTIONS[args.question] if args.question else args.methods
         trials = [Trial(method, order, seed, best_settings(bench.out, method), "dev" if args.question else "test")
                   for seed in args.seeds for order in args.orders for method in methods]
-        print(compare(bench, args.question or "table", methods[0] if args.question else OURS, trials, args.workers))
+        print(compare(bench, methods[0] if args.question else OURS, trials, args.workers))
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
 

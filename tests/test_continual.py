@@ -4,12 +4,25 @@ import dataclasses
 import itertools
 import json
 import random
+import shutil
 
+import numpy
 import pytest
 import torch
 
 from benchmarks import continual
-from benchmarks.continual import Bench, Trial, best_settings, knobs, rates, read_finished, search, write_tables
+from benchmarks.continual import (
+    Bench,
+    Outcome,
+    Trial,
+    best_settings,
+    compare,
+    knobs,
+    rates,
+    read_outcomes,
+    search,
+    table,
+)
 from conftest import ROOT
 from errors import InputError
 from files import read_json
@@ -19,29 +32,20 @@ TINY = ROOT / "initial_model" / "tiny-t5"
 
 
 @pytest.fixture
-def short_order(monkeypatch):
-    monkeypatch.setitem(continual.ORDERS, "A", ["TC/dbpedia", "TC/agnews"])
-
-
-@pytest.fixture
-def bench(mini_benchmark, tmp_path, short_order):
-    bench = Bench(mini_benchmark, TINY, tmp_path / "out", ("--max_steps", "2", "--max_predict_samples", "4"))
-    bench.prepare(["A"])
+def bench(mini_benchmark, tmp_path):
+    bench = Bench(mini_benchmark, TINY, tmp_path / "out", ("--max_steps", "2", "--max_predict_samples", "4"),
+                  {"A": ["TC/dbpedia", "TC/agnews"]})
+    bench.prepare()
     return bench
 
 
-def finish(out, trial, right: list[list[int]], accuracies=((80.0,), (60.0, 90.0))):
-    """Files that a trial of the short order leaves; `right`: which rows of each dataset it answered at the end."""
-    names = ("dbpedia", "agnews")
-    for number, row in enumerate(accuracies, 1):
-        step = trial.folder(out) / "outputs" / f"{number}-{names[number - 1]}"
-        step.mkdir(parents=True)
-        scores = {f"predict_exact_match_for_{name}": value for name, value in zip(names, row)}
-        (step / "predict_results.json").write_text(json.dumps(scores))
-        (step / "completed.json").write_text("{}")
-        (step / "predict_eval_predictions.jsonl").write_text("".join(
-            json.dumps({"Dataset": name, "Instance": {"label": "A"}, "Prediction": "a" if hit else "b"}) + "\n"
-            for name, hits in zip(names, right) for hit in hits))
+def finish(out, trial, right=("11", "11"), accuracies=((80.0, None), (60.0, 90.0))):
+    """Let a trial of the short order be finished; `right`: which rows of each dataset it answered at the end."""
+    outcome = Outcome(trial, [list(row) for row in accuracies], dict(zip(("dbpedia", "agnews"), right)), 1.0, 2, 3, "r")
+    out.mkdir(exist_ok=True)
+    with open(out / "outcomes.jsonl", "a") as file:
+        file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+    return outcome
 
 
 def test_every_method_is_searched_over_three_rates_and_at_most_two_more_values_of_its_knob():
@@ -50,23 +54,21 @@ def test_every_method_is_searched_over_three_rates_and_at_most_two_more_values_o
         assert len(set(knobs(method, ("--learning_rate", "1e-3")))) <= 2
 
 
-def test_the_search_tries_the_knob_with_the_best_rate(bench, monkeypatch, short_order):
-    score = {"3e-4": 10, "1e-3": 30, "3e-3": 20, "5": 40}
+def test_the_search_tries_the_knob_with_the_rate_that_is_best_over_seeds(bench, monkeypatch):
+    score = {"3e-4": (50, 0), "1e-3": (30, 30), "3e-3": (20, 20), "5": (40, 40)}
     tried = []
 
-    def fake(_, trials, __, after_each):
+    def fake(_, trials, __):
         for trial in trials:
             tried.append(trial.settings)
-            value = score.get(trial.settings[-1], 0)
-            finish(bench.out, trial, [[1], [1]], ((value,), (value, value)))
-            after_each(trial, "out of memory" if value == 10 else "")
+            value = score.get(trial.settings[-1], (0, 0))[trial.seed - 1]
+            finish(bench.out, trial, accuracies=((value, None), (value, value)))
 
     monkeypatch.setattr(continual, "run_all", fake)
-    search(bench, ["olora"], 1, 1)
-    assert len(tried) == 5
-    assert all(settings[:2] == ("--learning_rate", "1e-3") for settings in tried[3:])
+    search(bench, ["olora"], [1, 2], 1)
+    assert len(tried) == 10
+    assert all(settings[:2] == ("--learning_rate", "1e-3") for settings in tried[6:])
     assert best_settings(bench.out, "olora") == ("--learning_rate", "1e-3", "--lamda_1", "5")
-    assert read_json(bench.out / "search.json")["olora"]["scores"]["--learning_rate 3e-4"] is None
 
 
 def test_a_method_is_its_name_with_flags_that_win():
@@ -101,44 +103,47 @@ def test_the_whole_matrix_is_measured_on_test_rows_of_the_small_t5(bench):
 
 def test_what_the_search_found_is_for_the_method_and_its_variants(tmp_path):
     assert best_settings(tmp_path, "gorp") == ()
-    (tmp_path / "search.json").write_text(json.dumps({"gorp": {"best": "--lr 1"}, "gorp --b 2": {"best": "--lr 2"}}))
+    finish(tmp_path, Trial("gorp", "A", 1, ("--lr", "1"), "dev"))
+    finish(tmp_path, Trial("gorp --b 2", "A", 1, ("--lr", "2"), "dev"))
+    for elsewhere in (Trial("gorp", "B", 1, ("--lr", "3"), "dev"), Trial("gorp", "A", 1, ("--lr", "3"), "test")):
+        finish(tmp_path, elsewhere, accuracies=((100.0, None), (100.0, 100.0)))
     assert best_settings(tmp_path, "gorp") == best_settings(tmp_path, "gorp --a 1") == ("--lr", "1")
     assert best_settings(tmp_path, "gorp --b 2") == best_settings(tmp_path, "gorp --b 2 --a 1") == ("--lr", "2")
     assert best_settings(tmp_path, "gorp --b 23") == ("--lr", "1")
     assert best_settings(tmp_path, "olora") == ()
 
 
-def test_the_table_has_means_spreads_and_the_interval(tmp_path, short_order):
-    ours = [Trial("gorp", "A", seed) for seed in (1, 2)]
-    theirs = [Trial("olora", "A", seed) for seed in (1, 2)]
-    unfinished = Trial("nlora", "A", 1)
-    for trial in ours:
-        finish(tmp_path, trial, [[1, 1], [1, 1]], ((80.0,), (100.0, 100.0)))
-    finish(tmp_path, theirs[0], [[0, 0], [0, 0]], ((80.0,), (0.0, 0.0)))
-    finish(tmp_path, theirs[1], [[0, 0], [0, 0]], ((80.0,), (20.0, 20.0)))
-    finished = read_finished(tmp_path, [*ours, *theirs, unfinished])
-    assert list(finished) == [*ours, *theirs]
-    text = write_tables(tmp_path, "table", "gorp", finished, {unfinished: "task 1: 2"})
+def test_an_outcome_survives_its_line(tmp_path):
+    outcome = finish(tmp_path, Trial("gorp --b 2", "A", 1, ("--lr", "2")))
+    assert read_outcomes(tmp_path) == {outcome.trial: outcome}
+
+
+def test_the_table_has_means_spreads_and_the_interval(tmp_path):
+    outcomes = [finish(tmp_path, Trial("gorp", "A", seed), accuracies=((80.0, None), (100.0, 100.0)))
+                for seed in (1, 2)]
+    outcomes += [finish(tmp_path, Trial("olora", "A", seed), ("00", "00"), ((80.0, None), (value, value)))
+                 for seed, value in ((1, 0.0), (2, 20.0))]
+    text = table("gorp", outcomes)
     assert "| gorp | `defaults` | 100.0 ± 0.0, 20.0 ± 0.0 | 100.0 | 20.0 | - |" in text
     assert "| olora | `defaults` | 10.0 ± 14.1, -70.0 ± 14.1 | 10.0 | -70.0 | +100.0 [+100.0, +100.0] |" in text
-    assert "failed: nlora, order A, seed 1: task 1: 2" in text
-    assert (tmp_path / "table.md").read_text() == text + "\n"
-    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
 
 
 def test_a_trial_runs_through_the_entry_and_is_not_run_again(bench):
     trial = Trial("inclora", "A", 1)
-    assert continual.run(bench, trial) == (trial, "")
-    assert list(read_finished(bench.out, [trial])) == [trial]
-    assert set(continual.answers(trial.folder(bench.out))) == {"dbpedia", "agnews"}
-    marks = [path.stat().st_mtime_ns for path in sorted(trial.folder(bench.out).rglob("completed.json"))]
-    assert continual.run(bench, trial) == (trial, "")
-    assert [path.stat().st_mtime_ns for path in sorted(trial.folder(bench.out).rglob("completed.json"))] == marks
+    text = compare(bench, "gorp", [trial], 1)
+    assert "| inclora |" in text
+    outcome = read_outcomes(bench.out)[trial]
+    assert {dataset: len(hits) for dataset, hits in outcome.right.items()} == {"dbpedia": 4, "agnews": 4}
+    assert outcome.measures[0] == 100 * sum(map(numpy.sum, outcome.rows().values())) / 8
+    shutil.rmtree(trial.folder(bench.out))
+    assert compare(bench, "gorp", [trial], 1) == text and not trial.folder(bench.out).exists()
 
 
-def test_a_trial_that_fails_says_where(bench):
-    trial, failure = continual.run(bench, Trial("inclora --lora_dim 9999", "A", 1))
-    assert failure.startswith("task 1: 2; ") and "lora_dim" in (trial.folder(bench.out) / "log.txt").read_text()
+def test_a_trial_that_fails_says_where_and_is_no_outcome(bench):
+    trial = Trial("inclora --lora_dim 9999", "A", 1)
+    text = compare(bench, "gorp", [trial], 1)
+    assert f"{trial}: task 1: 2; " in text and "lora_dim" in (trial.folder(bench.out) / "log.txt").read_text()
+    assert trial not in read_outcomes(bench.out)
 
 
 # What the small T5 reads
