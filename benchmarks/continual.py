@@ -63,18 +63,18 @@ METHODS = [
 INPUT = "--protect_side input"
 STRUCTURAL = f"gorp --protect structural {INPUT} --space_from inputs"
 QUESTIONS = {
-    "protection": ["gorp --protect none",
+    "protection": [STRUCTURAL, "gorp --protect none",
                    *(f"gorp --protect {how} --protect_side output" for how in ("gp_first", "gp_second")),
-                   *(f"gorp --protect {how} {INPUT} --space_from {source}" for source in ("moments", "inputs")
-                     for how in ("gp_first", "gp_second", "structural"))],
-    "energy": [f"{STRUCTURAL} --space_energy {share}" for share in (0.5, 0.8, 0.9, 0.95, 0.99)],
-    "rate": [f"{STRUCTURAL} --galore_lr {rate}" for rate in ("1e-5", "1e-4", "1e-3", "3e-3")],
-    "rank": [f"{STRUCTURAL} --galore_lr 1e-3 --galore_rank {rank}" for rank in (4, 8, 32)],
-    "parts": [f"{STRUCTURAL} --galore_lr 1e-3 --{modules} none"
-              for modules in ("optim_target_modules", "proj_lora_modules")],
-    "penalty": [f"{STRUCTURAL} --lamda_1 {weight}" for weight in (0, 0.5, 5)],
+                   *(f"gorp --protect {how} {INPUT} --space_from inputs" for how in ("gp_first", "gp_second")),
+                   *(f"gorp --protect {how} {INPUT}" for how in ("gp_first", "gp_second", "structural"))],
+    "energy": [STRUCTURAL, *(f"{STRUCTURAL} --space_energy {share}" for share in (0.5, 0.8, 0.95, 0.99))],
+    "rate": [STRUCTURAL, *(f"{STRUCTURAL} --galore_lr {rate}" for rate in ("1e-4", "1e-3", "3e-3"))],
+    "rank": [f"{STRUCTURAL} --galore_lr 1e-3{rank}" for rank in ("", " --galore_rank 4", " --galore_rank 32")],
+    "parts": [f"{STRUCTURAL} --galore_lr 1e-3{part}"
+              for part in ("", " --optim_target_modules none", " --proj_lora_modules none")],
+    "penalty": [STRUCTURAL, *(f"{STRUCTURAL} --lamda_1 {weight}" for weight in (0, 5))],
 }
-"""What decides GORP's defaults: variants that `--question` compares."""
+"""What decides GORP's defaults: variants that `--question` compares with the first one."""
 TRAIN_ROWS, TEST_ROWS = 160, 200
 
 COMMON = shlex.split(f"""
@@ -90,7 +90,7 @@ FAMILIES = {
         --proj_lora_modules .*SelfAttention.(q|v).loranew_A.*
     """),
     "llama": shlex.split("""
-        --max_source_length 160 --max_steps 40 --per_device_train_batch_size 4 --per_device_eval_batch_size 20
+        --max_source_length 128 --max_steps 40 --per_device_train_batch_size 4 --per_device_eval_batch_size 20
         --lora_modules .*self_attn.(q_proj|v_proj).* --optim_target_modules .*mlp.gate_proj.*
         --proj_lora_modules .*self_attn.(q_proj|v_proj).loranew_A.*
     """),
