@@ -366,6 +366,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument("--extra", default="", help="more flags of src/run_uie_lora.py, for every method")
+    parser.add_argument("--dev", action="store_true", help="compare --methods on dev rows, to decide something")
     decide = parser.add_mutually_exclusive_group()
     decide.add_argument("--search", action="store_true", help="find each method's settings, on dev rows")
     decide.add_argument("--question", choices=QUESTIONS, help="compare these variants of GORP, on dev rows")
@@ -378,9 +379,10 @@ def main() -> None:
             search(bench, args.methods, args.seeds, args.workers)
             return
         methods = QUESTIONS[args.question] if args.question else args.methods
-        trials = [Trial(method, order, seed, best_settings(bench.out, method), "dev" if args.question else "test")
+        split = "dev" if args.dev or args.question else "test"
+        trials = [Trial(method, order, seed, best_settings(bench.out, method), split)
                   for seed in args.seeds for order in args.orders for method in methods]
-        print(compare(bench, methods[0] if args.question else OURS, trials, args.workers))
+        print(compare(bench, methods[0] if split == "dev" else OURS, trials, args.workers))
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
 

@@ -134,11 +134,12 @@ def loop(subject: Subject, *, one_length: bool = False, stop: bool = True, loss:
 GENERATION = {"max_new_tokens": NEW_TOKENS, "num_beams": 1, "repetition_penalty": 1.0, "do_sample": False}
 
 
-def prediction(subject: Subject, rows: list[dict], *, bounded: bool = True, **generation) -> Prediction:
+def prediction(subject: Subject, rows: list[dict], *, bounded: bool = True, shared: bool = True,
+               **generation) -> Prediction:
     return Prediction(
         subject.model, subject.collator, rows, Accelerator(cpu=True), GENERATION | generation,
         most_rows=subject.batch_rows, most_tokens=subject.batch_rows * subject.collator.max_source_length,
-        bounded=bounded,
+        bounded=bounded, shares_beginnings=shared and subject.collator.decoder_only,
     )  # fmt: skip
 
 
@@ -153,12 +154,13 @@ CONTENDERS: dict[str, Callable[[Subject], list[list[int]]]] = {
     "plain loop: file order, one length, 50 new tokens": lambda subject: loop(subject, one_length=True, stop=False),
     "+ stop at the end token": lambda subject: loop(subject, one_length=True),
     "+ padded to the batch's length": loop,
-    "+ sorted by length": lambda subject: ours(subject, bounded=False),
-    "+ longest label as first bound (ours)": ours,
+    "+ sorted by length": lambda subject: ours(subject, bounded=False, shared=False),
+    "+ longest label as first bound": lambda subject: ours(subject, shared=False),
+    "+ a dataset's common beginning once a batch, if decoder-only (ours)": ours,
     "ours, with the loss too": lambda subject: ours(subject, with_loss=True),
     "the Trainer's loop: file order, batch's length, loss": lambda subject: loop(subject, loss=True),
 }
-PLAIN, OURS = list(CONTENDERS)[0], list(CONTENDERS)[4]
+PLAIN, OURS = list(CONTENDERS)[0], list(CONTENDERS)[5]
 
 
 def measure(subject: Subject, repeats: int) -> dict[str, float]:

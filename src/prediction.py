@@ -4,7 +4,9 @@ What a loop in file order wastes is left out. Rows of like length share a batch,
 when a batch has ended. And since one row that rambles would keep its whole batch going, a batch first gets as many
 tokens as the longest reference answer of its datasets has; rows that have not ended there are collected and generated
 again, in batches of their own, with all the tokens they may have. Greedy search chooses a row's next token from that
-row alone, so every row gets the answer that it would have had in any batch.
+row alone, so every row gets the answer that it would have had in any batch. Prompts of a dataset begin alike (task,
+instruction, options), so where the model continues its prompt, rows of one dataset share a batch, and the keys and
+values of that beginning are computed once a batch, for one row (a prefix cache).
 
 Each of W ranks takes every W-th row. ZeRO-3 gathers weights in each forward pass, so all ranks must call the model
 equally often: a rank that has no batch left runs one more, and its result counts nowhere.
@@ -36,6 +38,8 @@ class Prediction:
         most_rows: of a batch.
         most_tokens: of a batch's prompts, padding included; a prompt above it has a batch of its own.
         bounded: whether the longest reference answer is tried as the first bound.
+        shares_beginnings: whether what all prompts of a batch begin with is computed once; decoder-only models alone
+            can, and not under ZeRO-3 (one rank's batch may begin alike, another's not).
         show_progress: whether a bar counts the rows.
     """
 
@@ -47,6 +51,7 @@ class Prediction:
     most_rows: int
     most_tokens: int
     bounded: bool = True
+    shares_beginnings: bool = False
     show_progress: bool = False
 
     def __post_init__(self) -> None:
@@ -61,6 +66,7 @@ class Prediction:
             for place, example, (prompt, answer) in zip(places, examples, self.collator.lengths(examples)):
                 self.prompt_lengths[place] = prompt
                 self.bounds[example["Dataset"]] = max(answer, self.bounds.get(example["Dataset"], 1))
+        self.shares_beginnings = self.shares_beginnings and self.generation.get("num_beams", 1) == 1
         self.bounded = self.bounded and not _end_depends_on_bound(self.model, self.generation)
 
     @torch.no_grad()
@@ -99,8 +105,34 @@ class Prediction:
         """Ids (n, at most `bound`) that follow the prompt, or the decoder's start."""
         batch = self._on_device(self.collator(examples))
         prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        if self.shares_beginnings:
+            prompts = self._after_common_beginning(**prompts)
         generated = self.model.generate(**prompts, **self.generation | {"max_new_tokens": bound})
         return generated[:, prompts["input_ids"].shape[1] if self.collator.decoder_only else 1 :]
+
+    def _after_common_beginning(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
+        """Left-padded prompts (n, length) with a cache of the tokens that all of them begin with, computed once.
+
+        The padding moves behind that beginning, and positions are counted without it, so that nothing else changes.
+        """
+        padding = (attention_mask == 0).sum(1, keepdim=True)
+        place, length = torch.arange(input_ids.shape[1], device=input_ids.device), input_ids.shape[1]
+        leading = input_ids.gather(1, (place + padding).clamp(max=length - 1))  # right padded with the last token
+        alike = (leading == leading[0]).all(0)[: length - int(padding.max()) - 1]  # each row keeps a token of its own
+        common = int(alike.long().cumprod(0).sum())
+        if not common:
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
+        cache = self.model(input_ids=leading[:1, :common], use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(input_ids))
+        behind = torch.where(place < common + padding, place - common, place)  # first the padding, then the rest
+        source = torch.where(place < common, place + padding, behind)
+        mask = attention_mask.gather(1, source)
+        return {
+            "input_ids": input_ids.gather(1, source),
+            "attention_mask": mask,
+            "position_ids": mask.cumsum(1) - 1,
+            "past_key_values": cache,
+        }
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -130,10 +162,15 @@ class Prediction:
 
     def _batches(self, places: list[int]) -> Iterator[tuple[list[int], bool]]:
         """Batches of places in `rows`, as many on every rank, each with whether its result counts."""
-        lengths = [self.prompt_lengths[place] for place in places]
-        batches = [
-            [places[index] for index in batch] for batch in plan_batches(lengths, self.most_rows, self.most_tokens)
-        ]
+        groups: dict[str, list[int]] = {}
+        for place in places:
+            groups.setdefault(self.rows[place]["Dataset"] if self.shares_beginnings else "", []).append(place)
+        batches = []
+        for group in groups.values():
+            lengths = [self.prompt_lengths[place] for place in group]
+            planned = plan_batches(lengths, self.most_rows, self.most_tokens)
+            batches += [[group[index] for index in batch] for batch in planned]
+        batches.sort(key=lambda batch: self.prompt_lengths[batch[0]], reverse=True)
         calls = torch.tensor([len(batches)], device=self.accelerator.device)
         for number in range(int(self.accelerator.gather(calls).max())):
             yield (batches[number], True) if number < len(batches) else ([0], False)

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
 from checkpoints import mark_whole
@@ -186,6 +187,7 @@ class UIETrainer(Seq2SeqTrainer):
             self.generation,
             most_rows=args.per_device_eval_batch_size,
             most_tokens=args.eval_batch_tokens or args.per_device_eval_batch_size * collator.max_source_length,
+            shares_beginnings=collator.decoder_only and not is_deepspeed_zero3_enabled(),
             show_progress=not args.disable_tqdm and self.is_world_process_zero(),
         )
 

@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from accelerate import Accelerator
@@ -57,7 +58,8 @@ def teach(model, collator, rows) -> None:
 
 
 def prediction(taught, rows=None, **options) -> Prediction:
-    settings = {"generation": GREEDY, "most_rows": 16, "most_tokens": 2000, "accelerator": Accelerator(cpu=True)}
+    settings = {"generation": GREEDY, "most_rows": 16, "most_tokens": 2000, "accelerator": Accelerator(cpu=True),
+                "shares_beginnings": taught.collator.decoder_only}  # fmt: skip
     return Prediction(taught.model, taught.collator, taught.rows if rows is None else rows, **settings | options)
 
 
@@ -96,9 +98,27 @@ def test_answers_are_those_of_a_row_alone_also_past_the_bound(taught):
     again = sum(rows for rows, bound in calls.made if bound == MOST)
     assert any(bound < MOST for _, bound in calls.made)
     assert 0 < again < len(taught.rows), "some rows must go past the bound and some must not"
-    assert sum(rows for rows, _ in calls.made) == len(taught.rows) + again  # none is generated a third time
+    assert sum(rows for rows, _ in calls.made) <= len(taught.rows) + again  # none is generated a third time
     ended = (expected == taught.collator.tokenizer.eos_token_id).any(1)
     assert ended.any() and len({tuple(row) for row in expected.tolist()}) > 3  # something was learned
+
+
+def test_what_prompts_begin_with_is_computed_once_a_batch(taught):
+    """And answers are the same, which the other tests show."""
+    if not taught.collator.decoder_only:
+        pytest.skip("an encoder reads the whole prompt")
+    tokens = {}
+    for shares in (False, True):
+        seen = tokens[shares] = []
+        hook = taught.model.get_input_embeddings().register_forward_hook(
+            lambda _, ids, __, seen=seen: seen.append(tuple(ids[0].shape))
+        )
+        prediction(taught, shares_beginnings=shares, most_rows=12).answers()
+        hook.remove()
+    prompts = [(rows, length) for rows, length in tokens[True] if length > 1]
+    beginnings, rests = prompts[::2], prompts[1::2]
+    assert all(rows == 1 and length > 10 for rows, length in beginnings) and all(rows > 1 for rows, _ in rests)
+    assert sum(map(numpy.prod, tokens[True])) < 0.9 * sum(map(numpy.prod, tokens[False]))
 
 
 def test_answers_under_a_repetition_penalty(taught):
