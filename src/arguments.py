@@ -166,26 +166,26 @@ class MethodArguments:
     )
     galore_lr: float = field(default=1e-5, metadata={"help": "Learning rate of the full-rank weights."})
     protect: str = field(
-        default="gp_first",
+        default="structural",
         metadata={
-            "help": "How the shared gradient space acts: on the gradient before Adam (as published), on the update "
-            "after it, structurally (the change is orthogonal to it exactly), or not at all.",
-            "choices": ["gp_first", "gp_second", "structural", "none"],
+            "help": "How the shared gradient space acts: structurally (the change is orthogonal to it exactly), on the "
+            "gradient before Adam (as published), on the update after it, or not at all.",
+            "choices": ["structural", "gp_first", "gp_second", "none"],
         },
     )
     protect_side: str = field(
-        default="output",
-        metadata={"help": "Which side of a weight it protects: output as published.", "choices": ["output", "input"]},
+        default="input",
+        metadata={"help": "Which side of a weight it protects: output as published.", "choices": ["input", "output"]},
     )
     space_energy: float = field(
         default=0.9, metadata={"help": "Energy of the first moment, or of the inputs, that the space holds."}
     )
     space_from: str = field(
-        default="moments",
+        default="inputs",
         metadata={
-            "help": "What a finished task adds to the space: directions of Adam's first moment (as published), or of "
-            "the inputs that the layers see on its rows (as GPM).",
-            "choices": ["moments", "inputs"],
+            "help": "What a finished task adds to the space: directions of the inputs that the layers see on its rows "
+            "(as GPM), or of Adam's first moment (as published).",
+            "choices": ["inputs", "moments"],
         },
     )
     lamda_1: float = field(default=0.5, metadata={"help": "Weight of sum |A_old A_new^T|; 0: off."})

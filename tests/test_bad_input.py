@@ -379,8 +379,9 @@ CASES: dict[str, list[Case]] = {
         Case("an unknown strategy", flags("--instruction_strategy", "both"), "'both'; allowed: single, multiple"),
         Case("a logger that is not installed", flags("--report_to", "nowhere"), "--report_to: found nowhere; none"),
         Case("both 16-bit precisions", flags("--bf16", "--fp16"), "--bf16 --fp16: both found; at most one"),
-        Case("structural protection of the output side", flags("--protect", "structural"), "--protect_side input"),
-        Case("a space from inputs on the output side", flags("--space_from", "inputs"), "--space_from inputs: found"),
+        Case("structural protection of the output side", flags("--protect_side", "output"), "--protect_side input"),
+        Case("a space from inputs on the output side", flags("--protect_side", "output", "--protect", "gp_first"),
+             "--space_from inputs: found"),
         Case("a sketch without DeepSpeed", flags("--galore_svd", "sketch"), "sketch without --deepspeed",
              needs_model=True),
         Case("the old LoRA merged in 16 bits", flags("--merge_old", "--bf16"),
@@ -524,7 +525,8 @@ CASES: dict[str, list[Case]] = {
         Case("a space of another weight", tensors("adapter", "gradient_space", lambda content: content.update(
             {FULL: torch.eye(7, 2)})), f"{FULL} has a basis of 7 rows; 128 are needed", needs_model=True),
         Case("a space of the other side", lambda place: (place.adapter, place.flags.extend(
-            ["--protect_side", "input"])), "--protect_side: found input;", needs_model=True),
+            ["--protect_side", "output", "--protect", "gp_first", "--space_from", "moments"])),
+             "--protect_side: found output;", needs_model=True),
     ],
 }  # fmt: skip
 ALL = [pytest.param(case, id=f"{area}: {case.what}") for area, cases in CASES.items() for case in cases]

@@ -281,7 +281,7 @@ def options_of(tmp_path, *extra: str):
 
 def test_preset_gives_the_published_settings_where_no_flag_says_otherwise(tmp_path, monkeypatch):
     monkeypatch.setattr("arguments.PRESETS", {"default": {}, "published": {"protect": "gp_second", "lora_dim": 3}})
-    assert (options_of(tmp_path).protect, options_of(tmp_path).lora_dim) == ("gp_first", 8)
+    assert (options_of(tmp_path).protect, options_of(tmp_path).lora_dim) == ("structural", 8)
     published = options_of(tmp_path, "--preset", "published", "--lora_dim", "5")
     assert (published.protect, published.lora_dim) == ("gp_second", 5)
 
