@@ -56,9 +56,7 @@ ORDERS = {
 }
 OURS = "gorp"
 METHODS = [
-    "seqlora", "inclora", "olora", "nlora", "galore", "osf", "replay", "multitask", OURS,
-    "gorp --protect none", "gorp --optim_target_modules none", "gorp --proj_lora_modules none",
-    "gorp --preset published",
+    "seqlora", "inclora", "olora", "nlora", "galore", "osf", "replay", "multitask", OURS, "gorp --preset published",
 ]  # fmt: skip
 INPUT = "--protect_side input"
 STRUCTURAL = f"gorp --protect structural {INPUT} --space_from inputs"
@@ -98,15 +96,15 @@ FAMILIES = {
 """Flags by the model's type: rows a step and steps a task, and where the methods train, as published."""
 
 # What `--search` tries: the rate of what a method trains most, then other values of the knob that is the method's own.
-RATES = {"galore": ("--galore_lr", ["1e-3", "3e-3", "1e-2"])}
+RATES = {"galore": ("--galore_lr", ["1e-3", "3e-3", "1e-2"]), "osf": ("--learning_rate", ["1e-4", "3e-4", "1e-3"])}
 RATES_OF_OTHERS = ("--learning_rate", ["3e-4", "1e-3", "3e-3"])
 KNOBS = {
-    "olora": ("--lamda_1", ["0.05", "5"]),
-    "nlora": ("--nlora_lamda", ["1e-4", "1e-3"]),
-    "galore": ("--galore_rank", ["16", "32"]),
-    "osf": ("--osf_preserved", ["0.3", "0.8"]),
-    "replay": ("--replay_rows", ["40", "80"]),
-    "gorp": ("--galore_lr", ["3e-4", "3e-3"]),
+    "olora": ["--lamda_1 0.05", "--lamda_1 5"],
+    "nlora": ["--nlora_lamda 1e-4", "--nlora_lamda 1e-3"],
+    "galore": ["--galore_rank 16", "--galore_rank 32"],
+    "osf": ["--osf_preserved 0.3", "--osf_preserved 0.8"],
+    "replay": ["--replay_rows 40", "--replay_rows 80"],
+    "gorp": ["--galore_lr 1e-4", "--galore_lr 1e-3 --galore_rank 32"],
 }
 SEARCHED = "A"  # the order of the search
 
@@ -290,8 +288,7 @@ def rates(method: str) -> list[tuple[str, ...]]:
 
 def knobs(method: str, rate: tuple[str, ...]) -> list[tuple[str, ...]]:
     """What it tries then, with the rate that was best."""
-    flag, values = KNOBS.get(method.split()[0], ("", []))
-    return [(*rate, flag, value) for value in values]
+    return [(*rate, *knob.split()) for knob in KNOBS.get(method.split()[0], [])]
 
 
 def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> None:

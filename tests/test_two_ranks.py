@@ -63,6 +63,11 @@ def test_two_ranks_under_zero_train_what_one_process_trains(adapter_name, stage,
         moved = (weight - base[name].float()).norm().item()
         moved_sharded = (weights[1][name] - base[name].float()).norm().item()
         assert moved > 0 and moved_sharded == pytest.approx(moved, rel=0.1), name
+    spaces = [load_file(folder / adapter_name / "gradient_space.safetensors") for folder in (one, two)]
+    assert spaces[0].keys() == spaces[1].keys()
+    for name, S in spaces[0].items():  # from the same rows, whoever has them; the last direction may be a near tie
+        held = torch.linalg.svdvals(S.T @ spaces[1][name])
+        assert (held > 0.99).sum() >= max(S.shape[1], spaces[1][name].shape[1]) - 1, name
 
 
 def test_two_ranks_train_another_method_too(mini_benchmark, tmp_path):
