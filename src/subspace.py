@@ -25,7 +25,7 @@ log = logging.getLogger("gorp")
 FORMAT = "gorp-gradient-space"
 VERSION = "1"
 ROUNDING = 1e-6  # a share of the energy that float32 cannot tell from nothing
-SAMPLE = 64  # input vectors that a layer's sample takes from a batch
+SAMPLE = 16  # input vectors that a layer's sample takes from a row
 
 
 def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9, max_directions: int | None = None) -> Tensor:
@@ -192,7 +192,9 @@ class GradientSpace:
 def layer_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """A sample of the vectors (n, in) that each layer sees, float32 on the CPU: `SAMPLE` of each batch, no padding.
+    """A sample of the vectors (n, in) that each layer sees, float32 on the CPU: `SAMPLE` of each row, no padding.
+
+    Which places of a row are taken depends on its number alone, so the sample is the same however rows share batches.
 
     Args:
         model: takes the batches; as it trains, so under DeepSpeed the engine.
@@ -202,12 +204,15 @@ def layer_inputs(
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     masks: list[Tensor] = []  # of the batch that is running
-    generator = torch.Generator().manual_seed(0)  # the same on every rank
+    rows_before = 0
 
     def take(name: str, X: Tensor) -> None:
         fitting = (mask for mask in masks if mask.shape == X.shape[:-1])
-        vectors = X[next(fitting, torch.ones(X.shape[:-1], dtype=torch.bool))].float().cpu()
-        seen[name].append(vectors[torch.randperm(len(vectors), generator=generator)[:SAMPLE]])
+        mask = next(fitting, torch.ones(X.shape[:-1], dtype=torch.bool))
+        for number, (row, places) in enumerate(zip(X, mask), rows_before):
+            vectors = row[places]
+            chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(number))[:SAMPLE]
+            seen[name].append(vectors[chosen.to(vectors.device)].float().cpu())
 
     hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: take(name, args[0]))
              for name, layer in layers.items()]  # fmt: skip
@@ -217,6 +222,7 @@ def layer_inputs(
         for batch in batches:
             masks[:] = [batch["attention_mask"].bool(), batch["labels"] != -100]
             model(**batch)
+            rows_before += len(batch["labels"])
     finally:
         model.train(training)
         for hook in hooks:

@@ -7,7 +7,7 @@ import torch
 
 from errors import InputError
 from Proj_torch.proj_projector import remove
-from subspace import GradientSpace, extend_basis, layer_inputs
+from subspace import SAMPLE, GradientSpace, extend_basis, layer_inputs
 
 
 def matrix(spectrum: list[float], rows: int = 8, columns: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +136,28 @@ def test_layer_inputs_are_what_the_layers_see_without_padding():
     space = GradientSpace("input", energy=1.0)
     space.extend({"b": seen["b"]})
     assert torch.allclose(remove(seen["b"], space.get("b"), "input"), torch.zeros(6, 6), atol=1e-5)
+
+
+def test_a_sample_of_layer_inputs_does_not_depend_on_the_batches():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 6)
+
+        def forward(self, x, attention_mask, labels):
+            return self.layer(x)
+
+    model, x = Model(), torch.randn(6, 40, 4)
+    lengths = torch.tensor([40, 7, 33, 20, 40, 1])
+    mask = (torch.arange(40) < lengths[:, None]).long()
+
+    def sample(size):
+        batches = [{"x": x[i:i + size], "attention_mask": mask[i:i + size], "labels": torch.zeros(size, 3)}
+                   for i in range(0, 6, size)]
+        return layer_inputs(model, {"layer": model.layer}, batches)["layer"]
+
+    assert torch.equal(sample(1), sample(3)) and torch.equal(sample(2), sample(6))
+    assert len(sample(3)) == lengths.clamp(max=SAMPLE).sum()
 
 
 def test_describe_says_how_full():
