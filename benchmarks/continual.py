@@ -89,6 +89,7 @@ FAMILIES = {
     """),
     "llama": shlex.split("""
         --max_source_length 128 --max_steps 40 --per_device_train_batch_size 4 --per_device_eval_batch_size 20
+        --galore_svd lowrank
         --lora_modules .*self_attn.(q_proj|v_proj).* --optim_target_modules .*mlp.gate_proj.*
         --proj_lora_modules .*self_attn.(q_proj|v_proj).loranew_A.*
     """),
@@ -364,6 +365,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument("--extra", default="", help="more flags of src/run_uie_lora.py, for every method")
     parser.add_argument("--dev", action="store_true", help="compare --methods on dev rows, to decide something")
+    parser.add_argument("--settings_from", type=Path, help="folder of the results that a search is in; default: --out")
     decide = parser.add_mutually_exclusive_group()
     decide.add_argument("--search", action="store_true", help="find each method's settings, on dev rows")
     decide.add_argument("--question", choices=QUESTIONS, help="compare these variants of GORP, on dev rows")
@@ -377,7 +379,7 @@ def main() -> None:
             return
         methods = QUESTIONS[args.question] if args.question else args.methods
         split = "dev" if args.dev or args.question else "test"
-        trials = [Trial(method, order, seed, best_settings(bench.out, method), split)
+        trials = [Trial(method, order, seed, best_settings(args.settings_from or bench.out, method), split)
                   for seed in args.seeds for order in args.orders for method in methods]
         print(compare(bench, methods[0] if split == "dev" else OURS, trials, args.workers))
     except InputError as error:
