@@ -200,7 +200,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
 
     def folded(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r_sum + r, in) and B (out, r_sum + r) of the two pairs together."""
-        rows, columns = [self._seen_new_A(adapter)], [self.loranew_B[adapter].weight]
+        rows, columns = [self.seen_new_A(adapter)], [self.loranew_B[adapter].weight]
         if adapter in self.lora_A:
             rows.insert(0, self.lora_A[adapter].weight)
             columns.insert(0, self.lora_B[adapter].weight)
@@ -223,7 +223,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
             A, B = self._old_branch(adapter)
             delta += B.float() @ A.float()
         if adapter in self.loranew_A:
-            delta += self.loranew_B[adapter].weight.float() @ self._seen_new_A(adapter).float()
+            delta += self.loranew_B[adapter].weight.float() @ self.seen_new_A(adapter).float()
         return self.scaling[adapter] * delta
 
     @torch.no_grad()
@@ -250,7 +250,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
         while self.merged_adapters:
             weight -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
-    def _seen_new_A(self, adapter: str) -> torch.Tensor:
+    def seen_new_A(self, adapter: str) -> torch.Tensor:
         """A_new (I - S S^T), (r, in): the rows as they act on x itself."""
         A = self.loranew_A[adapter].weight
         return A if self.input_space is None else _remove(A, self.input_space)

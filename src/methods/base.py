@@ -234,15 +234,16 @@ class LoraMethod(Method):
     def lora_penalties(self) -> list[torch.Tensor]:
         """The weighted terms of `lamda_1` and `lamda_2`; none of a term whose weight is 0.
 
-        O-LoRA's overlap sum |A_old A_new^T| of each layer that has old factors (Wang et al., 2023), and
-        the Frobenius norm of each new factor.
+        O-LoRA's overlap sum |A_old A_new^T| of each layer that has old factors (Wang et al., 2023), A_new as it acts on
+        the layer's input (a structural projection leaves a part of it without effect), and the Frobenius norm of each
+        new factor.
         """
         terms = []
         if self.options.lamda_1:
             adapter = self.model.active_adapter
             for layer in loranew_layers(self.model).values():
                 if adapter in layer.lora_A:
-                    overlap = layer.lora_A[adapter].weight @ layer.loranew_A[adapter].weight.T
+                    overlap = layer.lora_A[adapter].weight @ layer.seen_new_A(adapter).T
                     terms.append(self.options.lamda_1 * overlap.abs().sum())
         if self.options.lamda_2:
             terms += [self.options.lamda_2 * factor.norm() for _, factor in self.factors()]
