@@ -11,6 +11,8 @@
 #   batch, rows         rows a device takes at once, and rows an optimizer step sees over all ranks
 #   options             the flags of src/run_order.py that are those of src/run_uie_lora.py
 #   gpu_options         flags on a machine with a GPU only
+#
+# lamda_1 is left to the method: 0.5 for O-LoRA, 0 for GORP, whose published scripts pass 0.5 to code that leaves it out.
 
 common=(
     --do_train --do_predict --predict_with_generate
@@ -25,7 +27,7 @@ common=(
 # takes more of a step's time and fewer steps to learn, and the orders of 15 tasks get fewer, so that they take minutes.
 tiny=(
     --max_steps 1200 --learning_rate 3e-3 --galore_lr 3e-3 --galore_rank 16 --galore_scale 1 --lr_scheduler_type cosine
-    --lora_dropout 0 --lamda_1 0 --lamda_2 0 --lamda_3 0 --per_device_eval_batch_size 64
+    --lora_dropout 0 --lamda_2 0 --lamda_3 0 --per_device_eval_batch_size 64
 )
 
 # T5-large. Orders 4-6 have 15 tasks and settings of their own; orders of your own take those of orders 1-3.
@@ -39,7 +41,7 @@ settings_t5() {
         --lora_modules '.*SelfAttention.(q|v).*'
         --optim_target_modules '.*EncDecAttention.(q|v).*'
         --proj_lora_modules '.*SelfAttention.(q|v).loranew_A.*'
-        --learning_rate 1e-3 --galore_lr 1e-5 --galore_update_proj_gap 10 --galore_proj_type std --lamda_1 0.5
+        --learning_rate 1e-3 --galore_lr 1e-5 --galore_update_proj_gap 10 --galore_proj_type std
     )
     case $1 in
         order[456]) options+=(--galore_rank 32 --galore_scale 0.25 --lamda_2 0.1 --lamda_3 0
@@ -65,15 +67,14 @@ settings_llama() {
         --optim_target_modules '.*mlp.gate_proj.*'
         --proj_lora_modules '.*self_attn.(q_proj|v_proj).loranew_A.*'
         --learning_rate 2e-4 --galore_lr 1e-6 --galore_update_proj_gap 10 --galore_proj_type std
-        --galore_rank 8 --galore_scale 0.25 --lamda_1 0.5 --lamda_2 0 --lamda_3 0
+        --galore_rank 8 --galore_scale 0.25 --lamda_2 0 --lamda_3 0
         --per_device_eval_batch_size 4
     )
     case $2 in
         full) options+=(--activation_checkpointing True) ;;  # gradient checkpointing, as transformers calls it now
         small)
             model=initial_model/smollm2-135m batch=4 rows=4
-            options+=(--learning_rate 1e-3 --galore_lr 1e-5 --galore_scale 1 --lamda_1 0
-                      --per_device_eval_batch_size 16) ;;
+            options+=(--learning_rate 1e-3 --galore_lr 1e-5 --galore_scale 1 --per_device_eval_batch_size 16) ;;
         tiny)
             model=initial_model/tiny-llama batch=4 rows=4 gpu_options=()
             options+=("${tiny[@]}" --max_steps 900) ;;

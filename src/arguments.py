@@ -188,7 +188,7 @@ class MethodArguments:
             "choices": ["inputs", "moments"],
         },
     )
-    lamda_1: float = field(default=0.5, metadata={"help": "Weight of sum |A_old A_new^T|; 0: off."})
+    lamda_1: float = field(default=0.0, metadata={"help": "Weight of sum |A_old A_new^T|; 0: off."})
     lamda_2: float = field(default=0.0, metadata={"help": "Weight of the L2 norms of the new LoRA; 0: off."})
     lamda_3: float = field(default=0.0, metadata={"help": "Weight of ||dW dW^T - I||, full-rank weights; 0: off."})
 

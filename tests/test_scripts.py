@@ -72,7 +72,7 @@ def test_shellcheck():
 T5 = {
     "lora_modules": ".*SelfAttention.(q|v).*", "optim_target_modules": ".*EncDecAttention.(q|v).*",
     "proj_lora_modules": ".*SelfAttention.(q|v).loranew_A.*", "model_name_or_path": "initial_model/t5-large",
-    "learning_rate": "1e-3", "galore_lr": "1e-5", "lamda_1": "0.5",
+    "learning_rate": "1e-3", "galore_lr": "1e-5",
     "per_device_train_batch_size": "4", "gradient_accumulation_steps": "2",
 }
 T5_SHORT = T5 | {"galore_rank": "8", "galore_scale": "1", "galore_update_proj_gap": "10", "lamda_2": "0",
@@ -82,7 +82,7 @@ T5_LONG = T5 | {"galore_rank": "32", "galore_scale": "0.25", "lamda_2": "0.1", "
 LLAMA = {
     "lora_modules": ".*self_attn.(q_proj|v_proj).*", "optim_target_modules": ".*mlp.gate_proj.*",
     "proj_lora_modules": ".*self_attn.(q_proj|v_proj).loranew_A.*", "model_name_or_path": "initial_model/llama",
-    "learning_rate": "2e-4", "galore_lr": "1e-6", "galore_rank": "8", "galore_scale": "0.25", "lamda_1": "0.5",
+    "learning_rate": "2e-4", "galore_lr": "1e-6", "galore_rank": "8", "galore_scale": "0.25",
     "lamda_2": "0", "per_device_train_batch_size": "1", "per_device_eval_batch_size": "4",
     "activation_checkpointing": "True",
 }
