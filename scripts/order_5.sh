@@ -3,7 +3,7 @@
 #
 #   Model     pip install huggingface_hub && hf download google-t5/t5-large --local-dir initial_model/t5-large
 #   Launch    bash scripts/order_5.sh          (--tiny: a tiny T5 and made-up data, minutes on a CPU)
-#   Override  SEED=1 EXTRA="--galore_rank 16 --lamda_1 0" bash scripts/order_5.sh
+#   Override  SEED=1 EXTRA="--galore_rank 16 --lamda_2 0.1" bash scripts/order_5.sh
 #             MODEL DATA_DIR METHOD NPROC DS_CONFIG SEED SAVE_STEPS OUTPUT EXTRA DRY_RUN: see order.sh
 #
 # The published settings of orders 4-6 are in settings_t5 of scripts/settings.sh.
