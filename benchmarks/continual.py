@@ -58,19 +58,20 @@ OURS = "gorp"
 METHODS = [
     "seqlora", "inclora", "olora", "nlora", "galore", "osf", "replay", "multitask", OURS, "gorp --preset published",
 ]  # fmt: skip
-INPUT = "--protect_side input"
-STRUCTURAL = f"gorp --protect structural {INPUT} --space_from inputs"
+INPUT, MOMENTS = "--protect_side input", "--space_from moments"
+ASKED = "gorp --lamda_1 0.5"  # then the default
+STRUCTURAL = f"{ASKED} --protect structural {INPUT} --space_from inputs"
 QUESTIONS = {
-    "protection": [STRUCTURAL, "gorp --protect none",
-                   *(f"gorp --protect {how} --protect_side output" for how in ("gp_first", "gp_second")),
-                   *(f"gorp --protect {how} {INPUT} --space_from inputs" for how in ("gp_first", "gp_second")),
-                   *(f"gorp --protect {how} {INPUT}" for how in ("gp_first", "gp_second", "structural"))],
+    "protection": [STRUCTURAL, f"{ASKED} --protect none",
+                   *(f"{ASKED} --protect {how} --protect_side output {MOMENTS}" for how in ("gp_first", "gp_second")),
+                   *(f"{ASKED} --protect {how} {INPUT} --space_from inputs" for how in ("gp_first", "gp_second")),
+                   *(f"{ASKED} --protect {how} {INPUT} {MOMENTS}" for how in ("gp_first", "gp_second", "structural"))],
     "energy": [STRUCTURAL, *(f"{STRUCTURAL} --space_energy {share}" for share in (0.5, 0.8, 0.95, 0.99))],
     "rate": [STRUCTURAL, *(f"{STRUCTURAL} --galore_lr {rate}" for rate in ("1e-4", "1e-3", "3e-3"))],
     "rank": [f"{STRUCTURAL} --galore_lr 1e-3{rank}" for rank in ("", " --galore_rank 4", " --galore_rank 32")],
     "parts": [f"{STRUCTURAL} --galore_lr 1e-3{part}"
               for part in ("", " --optim_target_modules none", " --proj_lora_modules none")],
-    "penalty": [STRUCTURAL, *(f"{STRUCTURAL} --lamda_1 {weight}" for weight in (0, 5))],
+    "penalty": [STRUCTURAL.replace(ASKED, f"gorp --lamda_1 {weight}") for weight in (0.5, 0, 5)],
 }
 """What decides GORP's defaults: variants that `--question` compares with the first one."""
 TRAIN_ROWS, TEST_ROWS = 160, 200
