@@ -10,7 +10,7 @@ of each task, where it has them) after every task; on dev rows, and with a LLaMA
 only that task's own, all of them after the last. A method is its name and, if wanted, flags, which win over all
 others: `--methods olora "gorp --protect gp_second"`. What is decided is decided on dev rows: `--question` compares
 variants of GORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of the
-method's own knob (`KNOBS`), on one order. The other commands take the settings that were best on average over seeds.
+method's own knob (`KNOBS`), on one order. A comparison takes the settings that were best on average over seeds.
 
 RESULTS/outcomes.jsonl gets a line for each finished trial, as it comes: all that the tables and intervals need, and no
 text of the benchmark. What it holds is not run again; benchmarks/results/ holds those of this project, so that
@@ -380,7 +380,8 @@ def main() -> None:
             return
         methods = QUESTIONS[args.question] if args.question else args.methods
         split = "dev" if args.dev or args.question else "test"
-        trials = [Trial(method, order, seed, best_settings(args.settings_from or bench.out, method), split)
+        searched = args.settings_from or bench.out
+        trials = [Trial(method, order, seed, () if args.question else best_settings(searched, method), split)
                   for seed in args.seeds for order in args.orders for method in methods]
         print(compare(bench, methods[0] if split == "dev" else OURS, trials, args.workers))
     except InputError as error:
