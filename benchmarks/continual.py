@@ -1,7 +1,7 @@
 """The methods side by side on real text under one fixed protocol: who keeps most of what it learned, and is it chance?
 
     python initial_model/pretrain_small_t5.py --data_dir FOLDER
-    python benchmarks/continual.py --data_dir FOLDER --out RESULTS --question side --seeds 1 2 3     GORP's, on dev rows
+    python benchmarks/continual.py --data_dir FOLDER --out RESULTS --question protection   variants of GORP, on dev rows
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --search        each method's settings, on dev rows
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --seeds 1 2 3   the comparison, on test rows
 
@@ -330,16 +330,26 @@ def table(reference: str, outcomes: list[Outcome]) -> str:
              for method, own in of_method.items()}
     lines = [f"| method | settings | {' | '.join(f'{order}: AP, BWT' for order in orders)} | mean AP | mean BWT "
              f"| {reference} minus it, 95 % |", "|---|---|" + "---|" * (len(orders) + 3)]
-    for method, own in of_method.items():
-        by_order = [list(zip(*(one.measures for one in own if one.trial.order == order))) for order in orders]
-        cells = [", ".join(map(_spread, measures)) if measures else "-" for measures in by_order]
-        means = [[statistics.mean(values) for values in measures] for measures in by_order if measures]
-        cells += [f"{statistics.mean(of_orders):.1f}" for of_orders in zip(*means)]
+    for method, own in sorted(of_method.items(), key=lambda item: -_mean_over_orders(item[1])[0]):
+        cells = [f"{method} | `{' '.join(own[0].trial.settings) or 'defaults'}`"]
+        cells += [", ".join(map(_spread, zip(*measures))) if (measures := _measures(own, order)) else "-"
+                  for order in orders]  # fmt: skip
+        cells += [f"{mean:.1f}" for mean in _mean_over_orders(own)]
         both = method != reference and right.get(reference, {}).keys() & right[method].keys()
         cells.append(str(paired_interval(right[reference], right[method])) if both else "-")
-        settings = " ".join(own[0].trial.settings) or "defaults"
-        lines.append(f"| {method} | `{settings}` | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _measures(outcomes: list[Outcome], order: str) -> list[tuple[float, float]]:
+    return [outcome.measures for outcome in outcomes if outcome.trial.order == order]
+
+
+def _mean_over_orders(outcomes: list[Outcome]) -> tuple[float, float]:
+    """AP and BWT: the mean over orders of the mean over an order's seeds."""
+    of_orders = [_measures(outcomes, order) for order in sorted({outcome.trial.order for outcome in outcomes})]
+    performance, transfer = zip(*([statistics.mean(values) for values in zip(*one)] for one in of_orders))
+    return statistics.mean(performance), statistics.mean(transfer)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -126,6 +126,34 @@ def test_the_table_has_means_spreads_and_the_interval(tmp_path):
     text = table("gorp", outcomes)
     assert "| gorp | `defaults` | 100.0 ± 0.0, 20.0 ± 0.0 | 100.0 | 20.0 | - |" in text
     assert "| olora | `defaults` | 10.0 ± 14.1, -70.0 ± 14.1 | 10.0 | -70.0 | +100.0 [+100.0, +100.0] |" in text
+    assert text.index("| gorp") < text.index("| olora"), "the best first"
+
+
+@pytest.mark.parametrize("orders", ["AB", "BA"])
+def test_a_mean_over_orders_weighs_orders_alike(tmp_path, orders):
+    """Order A has two seeds, B one."""
+    trials = [Trial("gorp", order, seed) for order in orders for seed in ((1, 2) if order == "A" else (1,))]
+    score = {"A": 20.0, "B": 50.0}
+    outcomes = [finish(tmp_path, trial, accuracies=((80.0, None), (score[trial.order],) * 2)) for trial in trials]
+    assert "| 35.0 | -45.0 | - |" in table("gorp", outcomes)
+
+
+@pytest.mark.parametrize("words", [
+    ["small-t5", "--seeds", "1", "2", "3"],
+    ["smollm2-135m", "--orders", "A"],
+])  # fmt: skip
+def test_the_tables_of_reproduce_are_what_its_commands_print(words, mini_benchmark, tmp_path, monkeypatch, capsys):
+    model, *rest = words
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path, dirs_exist_ok=True)
+    if model != "small-t5":
+        rest += ["--settings_from", str(tmp_path / "small-t5")]
+    monkeypatch.setattr("sys.argv", ["continual.py", "--data_dir", str(mini_benchmark), "--model", str(TINY),
+                                     "--out", str(tmp_path / model), *rest])
+    monkeypatch.setattr(continual, "run_all", lambda bench, trials, workers: {
+        trial: "not kept" for trial in trials if trial not in read_outcomes(bench.out)
+    })
+    continual.main()
+    assert capsys.readouterr().out in (ROOT / "REPRODUCE.md").read_text(encoding="utf-8")
 
 
 def test_a_trial_runs_through_the_entry_and_is_not_run_again(bench):
