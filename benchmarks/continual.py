@@ -42,7 +42,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "data")]
 
 from compute_metrics import exact_match  # noqa: E402
 from errors import InputError  # noqa: E402
-from files import read_json  # noqa: E402
+from files import read_json, write_json  # noqa: E402
 from make_order import make_order  # noqa: E402
 from report.bootstrap import paired_interval  # noqa: E402
 from report.matrix import Matrix, average_performance, backward_transfer  # noqa: E402
@@ -192,7 +192,7 @@ def read_outcomes(out: Path) -> dict[Trial, Outcome]:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all trials share."""
+    """What all trials share; `extra` flags, which an outcome does not tell, are for tests."""
 
     data_dir: Path
     model: Path
@@ -207,14 +207,26 @@ class Bench:
         return kind
 
     def prepare(self) -> None:
-        """Write the orders' files, and the benchmark in which dev rows stand in for test rows."""
+        """Write the orders' files, and the benchmark in which dev rows stand in for test rows.
+
+        Raises:
+            InputError: rows are missing in `data_dir`, or `out` holds the results of another model.
+        """
+        config, kept = read_json(self.model / "config.json"), self.out / "model_config.json"
+        config.pop("transformers_version", None)
+        if kept.exists() and read_json(kept) != config:
+            raise InputError(f"--out: {self.out} holds results of another model than {self.model}; another folder")
         for order, tasks in self.orders.items():
-            make_order(order, tasks, configs_dir=self.out / "configs", data_dir=self.data_dir, overwrite=True)
-        for labels in self.data_dir.glob("*/*/labels.json"):
-            copy = self.out / "dev_benchmark" / labels.parent.relative_to(self.data_dir)
+            where = {"configs_dir": self.out / "configs", "data_dir": self.data_dir}
+            _, missing = make_order(order, tasks, **where, overwrite=True)
+            if missing:
+                raise InputError(f"--data_dir: {self.data_dir} has no rows of {', '.join(missing)}")
+        write_json(kept, config)
+        for task in dict.fromkeys(task for tasks in self.orders.values() for task in tasks):
+            copy = self.out / "dev_benchmark" / task
             copy.mkdir(parents=True, exist_ok=True)
             for name, source in [("labels", "labels"), ("train", "train"), ("dev", "dev"), ("test", "dev")]:
-                shutil.copyfile(labels.with_name(f"{source}.json"), copy / f"{name}.json")
+                shutil.copyfile(self.data_dir / task / f"{source}.json", copy / f"{name}.json")
 
     def command(self, trial: Trial, number: int, start: Path) -> list[str]:
         """Flags of a trial's task, counted from 1, that starts from the model or adapter folder `start`."""
@@ -246,7 +258,10 @@ def run(bench: Bench, trial: Trial) -> Outcome | str:
             if status != 0:
                 return f"task {number}: {status}; {folder / 'log.txt'}"
             start = find_adapter(Path(command[command.index("--output_dir") + 1]))
-    return Outcome.of(trial, bench.out)
+    try:
+        return Outcome.of(trial, bench.out)
+    except (InputError, KeyError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def end_with_parent() -> None:
@@ -374,14 +389,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, help="names, each with flags if wanted")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
-    parser.add_argument("--extra", default="", help="more flags of src/run_uie_lora.py, for every method")
     parser.add_argument("--dev", action="store_true", help="compare --methods on dev rows, to decide something")
     parser.add_argument("--settings_from", type=Path, help="folder of the results that a search is in; default: --out")
     decide = parser.add_mutually_exclusive_group()
     decide.add_argument("--search", action="store_true", help="find each method's settings, on dev rows")
     decide.add_argument("--question", choices=QUESTIONS, help="compare these variants of GORP, on dev rows")
     args = parser.parse_args()
-    bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve(), tuple(shlex.split(args.extra)))
+    bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve())
     try:
         bench.family()
         bench.prepare()

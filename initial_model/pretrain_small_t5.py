@@ -33,6 +33,7 @@ PIECES = 6000
 WIDTH = 128
 UNTIL = {"repeat": 160, "copy": 360}  # steps that begin with one exercise alone, as in build_tiny.py
 MIX = ["choose"] * 5 + ["copy"]
+FEWEST = 20  # different words that exercises are made of
 LONGEST = 40  # words of a text that an exercise shows
 COMMON, RARE = 0.05, 4  # words in more than this share of the texts, or in fewer texts, say little about a text
 SAME_PLACE, PLACE_BEFORE = 0, 1  # rows of T5's table of relative positions
@@ -43,12 +44,22 @@ def sentences(data_dir: Path) -> list[str]:
     """Every training sentence that is not also a dev or test sentence of any dataset.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: a file cannot be read, or there is no sentence.
     """
-    read = {split: [row["sentence"] for path in sorted(data_dir.glob(f"*/*/{split}.json")) for row in read_json(path)]
+    read = {split: [text for path in sorted(data_dir.glob(f"*/*/{split}.json")) for text in _sentences_of(path)]
             for split in ("train", "dev", "test")}
     held_out = {text.strip() for text in read["dev"] + read["test"]}
-    return [text for text in dict.fromkeys(read["train"]) if text.strip() not in held_out]
+    texts = [text for text in dict.fromkeys(read["train"]) if text.strip() not in held_out]
+    if not texts:
+        raise InputError(f"--data_dir: {data_dir} has no training sentence in <TASK>/<DATASET>/train.json")
+    return texts
+
+
+def _sentences_of(path: Path) -> list[str]:
+    try:
+        return [str(row["sentence"]) for row in read_json(path)]
+    except (KeyError, TypeError):
+        raise InputError(f'{path}: not an array of {{"sentence": ..., "label": ...}}') from None
 
 
 class Exercises:
@@ -196,6 +207,11 @@ def pretrain(data_dir: Path, words_from: Path, steps: int, seed: int):
     texts = sentences(data_dir)
     meanings = Meanings(words_from)  # refuses a missing model before anything takes time
     exercises = Exercises(texts, seed)
+    if len(exercises.telling) < FEWEST:
+        raise InputError(
+            f"--data_dir: {len(texts)} training sentences have {len(exercises.telling)} words that are neither rare "
+            f"nor common; {FEWEST} are needed"
+        )
     tokenizer = t5_tokenizer([*texts, *prompts_text(data_dir, exercises.instructions)], PIECES)
     model = T5ForConditionalGeneration(T5Config(
         vocab_size=len(tokenizer), d_model=WIDTH, d_kv=32, num_heads=4, d_ff=384, num_layers=2, num_decoder_layers=2,

@@ -115,7 +115,7 @@ PRESETS = {
 
 @dataclass
 class MethodArguments:
-    """The continual-learning method and its settings (PROTOCOL names; see the README's table for published values).
+    """The continual-learning method and its settings (see the README's table for published values).
 
     A method that has options of its own declares them in a subclass, in its own file.
     """

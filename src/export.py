@@ -32,15 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a task's output folder, or the adapter folder in it")
     parser.add_argument("--to", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--as", dest="form", choices=["model", "adapter"], default="model", help="what to write")
-    parser.add_argument("--dtype", choices=[*DTYPES], default="float32", help="precision of a model's weights")
+    parser.add_argument("--dtype", choices=[*DTYPES], help="precision of a model's weights (float32)")
     options = parser.parse_args(arguments)
     try:
         adapter = find_adapter(options.run)
         if options.to.exists():
             raise InputError(f"--to: {options.to} exists already; a new folder")
         check_writable(options.to.parent)
+        if options.form == "adapter" and options.dtype:
+            raise InputError("--dtype: an adapter keeps the precision of its factors; only --as model takes one")
         if options.form == "model":
-            export_model(adapter, options.to, DTYPES[options.dtype])
+            export_model(adapter, options.to, DTYPES[options.dtype or "float32"])
         else:
             export_adapter(adapter, options.to)
     except InputError as error:
@@ -58,7 +60,7 @@ def find_adapter(run: Path) -> Path:
     """
     if (run / CONFIG_FILE).is_file():
         return run
-    found = sorted(path.parent for path in run.glob(f"*/{CONFIG_FILE}"))
+    found = sorted(path.parent for path in run.glob(f"[!.]*/{CONFIG_FILE}"))  # what begins with a dot is half written
     if len(found) != 1:
         raise InputError(f"{run}: found {len(found)} folders with {CONFIG_FILE}; a task's output folder holds one")
     return found[0]

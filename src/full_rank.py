@@ -1,6 +1,6 @@
 """The full-rank weights: which linear layers a regular expression names, and their values on disk between tasks.
 
-A task trains some weights of the base model themselves (DESIGN: `--optim_target_modules`). The base model on disk
+A task trains some weights of the base model themselves (`--optim_target_modules`). The base model on disk
 never changes, so their new values travel from task to task in one safetensors file beside the LoRA factors.
 """
 

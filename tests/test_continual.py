@@ -92,6 +92,18 @@ def test_the_search_sees_dev_rows_and_no_test_row(bench, mini_benchmark):
     assert command[command.index("--data_dir") + 1] == str(bench.out / "dev_benchmark")
 
 
+def test_results_of_one_model_are_not_mixed_with_anothers(bench):
+    with pytest.raises(InputError, match="--out: .*another model"):
+        dataclasses.replace(bench, model=ROOT / "initial_model" / "tiny-llama").prepare()
+
+
+def test_missing_rows_are_named_before_anything_runs(bench, mini_benchmark, tmp_path):
+    shutil.copytree(mini_benchmark / "TC", tmp_path / "data" / "TC")
+    (tmp_path / "data" / "TC" / "agnews" / "test.json").unlink()
+    with pytest.raises(InputError, match="--data_dir: .*TC/agnews"):
+        dataclasses.replace(bench, data_dir=tmp_path / "data", out=tmp_path / "other").prepare()
+
+
 def test_the_whole_matrix_is_measured_on_test_rows_of_the_small_t5(bench):
     def tests(split, model):
         command = dataclasses.replace(bench, model=model).command(Trial("olora", "A", 1, (), split), 1, TINY)

@@ -83,6 +83,19 @@ def test_what_cannot_be_exported_is_refused(words, fault, tmp_path, capfd, monke
     assert said.startswith("error: ") and fault in said and not list(tmp_path.iterdir())
 
 
+def test_an_adapter_keeps_its_precision(tmp_path, capfd):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert export.main([str(tmp_path), "--to", str(tmp_path / "new"), "--as", "adapter", "--dtype", "bfloat16"]) == 2
+    assert "error: --dtype: " in capfd.readouterr().err
+
+
+def test_a_half_written_adapter_is_not_exported(tmp_path, capfd):
+    (tmp_path / ".t5_adapter.1.partial").mkdir()
+    (tmp_path / ".t5_adapter.1.partial" / "adapter_config.json").write_text("{}")
+    assert export.main([str(tmp_path), "--to", str(tmp_path / "new")]) == 2
+    assert "found 0 folders" in capfd.readouterr().err
+
+
 def test_an_export_replaces_nothing(tmp_path, capfd):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "there").mkdir()

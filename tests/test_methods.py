@@ -13,6 +13,7 @@ import methods
 import run_uie_lora
 from arguments import parse_arguments
 from conftest import ROOT
+from errors import InputError
 from methods import find_method, method_names
 from order_rows import load_rows
 from order_config import read_order
@@ -290,10 +291,43 @@ def test_ablations_of_gorp_by_flags(tmp_path):
     """LoRA and full-rank weights without a space; LoRA and space without full-rank weights."""
     full_rank = method_of("gorp", "--protect", "none", output=tmp_path)
     full_rank.prepare(tiny_t5(), None, decoder_only=False)
-    assert full_rank.targets and not any(full_rank._spaces(full_rank.targets).values())
+    for name in full_rank.targets:
+        full_rank.space.bases[name] = torch.eye(64)[:, :2]
+    spaces = full_rank._spaces(full_rank.targets)
+    assert spaces and not any(basis is not None for basis in spaces.values())
+    full_rank.options.protect = "gp_first"
+    assert all(basis is not None for basis in full_rank._spaces(full_rank.targets).values())
     space = method_of("gorp", "--optim_target_modules", "none", output=tmp_path)
     space.prepare(tiny_t5(), None, decoder_only=False)
     assert space.protected and not space.targets
+
+
+def test_cores_protect_the_lora_alone_where_no_full_rank_weight_trains(mini_benchmark, tmp_path, capfd):
+    none = ["--optim_target_modules", "none", "--galore_engine", "cores", *SHORT]
+    first, second = tmp_path / "1-dbpedia", tmp_path / "2-amazon"
+    assert run_uie_lora.main(arguments(mini_benchmark, first, "dbpedia", T5, T5_MODULES, *none)) == 0
+    assert run_uie_lora.main(
+        arguments(mini_benchmark, second, "amazon", first / "t5_adapter", T5_MODULES, *none)
+    ) == 0
+    assert "8 LoRA factors and 0 weights" in capfd.readouterr().out
+    assert load_file(second / "t5_adapter" / "gradient_space.safetensors")
+
+
+@pytest.mark.parametrize("name, flags, fault", [
+    ("gorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"], "--proj_lora_modules: .*only loranew_A"),
+    ("gorp", ["--optim_target_modules", ".*SelfAttention.q", "--galore_engine", "cores"],
+     "--optim_target_modules: matches .*SelfAttention.q, which has a LoRA too"),
+])  # fmt: skip
+def test_what_gorp_cannot_protect_or_project_is_refused(name, flags, fault, tmp_path):
+    with pytest.raises(InputError, match=fault):
+        method_of(name, *flags, output=tmp_path).prepare(tiny_t5(), None, decoder_only=False)
+
+
+@pytest.mark.parametrize("before, after", [("inclora", "seqlora"), ("replay", "gorp")])
+def test_one_lora_for_all_tasks_and_one_for_each_are_not_mixed(before, after, tmp_path):
+    train(method_of(before, output=tmp_path), None, tmp_path / "before", steps=1)
+    with pytest.raises(InputError, match=f"--method {after}: .*before was left by a method that"):
+        method_of(after, output=tmp_path).prepare(tiny_t5(), tmp_path / "before", decoder_only=False)
 
 
 def test_the_example_of_the_docs_is_a_method(mini_benchmark, tmp_path, monkeypatch):

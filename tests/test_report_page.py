@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -78,6 +79,35 @@ def test_an_order_that_is_not_finished_is_not_compared(tmp_path):
     assert summarise(runs, "average_performance") is None and page.answer(runs) == "No order is finished yet."
 
 
+def test_runs_that_are_not_finished_leave_the_others_pictures_and_costs_alone(tmp_path):
+    write_run(tmp_path / "runs", "gorp", "A", 2, 70.0)
+    killed = write_run(tmp_path / "runs", "gorp", "A", 1, 70.0, finished=1)
+    for step in ("2-amazon", "3-agnews"):  # an order makes a task's folder when it comes to the task
+        shutil.rmtree(killed / "outputs" / step)
+    runs = find_runs([tmp_path / "runs", tmp_path])
+    assert len(runs) == 2, "a folder within another counts once"
+    page.write_report(runs, tmp_path / "report")
+    said = (tmp_path / "report" / "report.md").read_text()
+    assert "60 s of training an order" in said and "gorp, A, seed 1" in said
+    assert "70.0" in (tmp_path / "report" / "figures" / "tiny-t5-A-gorp-matrix.svg").read_text()
+
+
+def test_the_best_on_average_may_be_behind_where_both_were_run(tmp_path):
+    write_run(tmp_path, "gorp", "A", 1, 60.0)
+    write_run(tmp_path, "gorp", "B", 1, 90.0)
+    write_run(tmp_path, "olora", "A", 1, 63.0)
+    assert "On the same orders and seeds olora, the next, leads by 3.0 points" in page.answer(find_runs([tmp_path]))
+
+
+def test_a_difference_weighs_orders_alike(tmp_path):
+    for order, seed, ours in [("A", 1, 70.0), ("A", 2, 70.0), ("B", 1, 40.0)]:
+        write_run(tmp_path, "gorp", order, seed, ours)
+        write_run(tmp_path, "olora", order, seed, 60.0)
+    runs = find_runs([tmp_path])
+    gap = paired_difference(select(runs, method="gorp"), select(runs, method="olora"), "average_performance")
+    assert (gap.mean, gap.count) == ((10 - 20) / 2, 3)
+
+
 def test_a_gap_inside_the_error_is_called_no_result(tmp_path):
     for seed, (ours, theirs) in enumerate([(70.0, 60.0), (60.0, 69.0)]):
         write_run(tmp_path, "gorp", "A", seed, ours)
@@ -104,7 +134,7 @@ def test_command_writes_pages_pictures_and_tables(runs, tmp_path):
         assert name in html and name in text
     assert "src=" not in html and "href=" not in html and "<script" not in html  # one file, offline
     figures = list((out / "figures").glob("*.svg"))
-    assert len(figures) == 1 + 2 + (4 + 3)  # methods; curves of two orders; a matrix for each method and order
+    assert len(figures) == 1 + 2 + 2 * 3  # methods; curves of two orders; a matrix for each finished method and order
     for figure in figures:
         ElementTree.parse(figure)
         assert f"figures/{figure.name}" in text

@@ -241,6 +241,21 @@ def test_cores_train_what_dense_gradients_train(adapter_name, mini_benchmark, tm
         assert moved.norm() > 0 and (found["cores"][1][name] - weight).norm() < 1e-2 * moved.norm(), name
 
 
+def test_cores_train_a_later_task_as_dense_gradients_do(two_tasks, mini_benchmark, tmp_path):
+    """Penalties count the new factors as they act, so it is the same whether their part in S moves (cores) or not."""
+    adapter_name, first, _ = two_tasks
+    exact = ["--lora_dropout", "0", "--galore_update_proj_gap", "20", "--adam_epsilon", "1e-4", "--logging_steps", "1",
+             "--max_grad_norm", "0", "--learning_rate", "1e-3", "--galore_lr", "1e-3", "--lamda_2", "0.1"]  # fmt: skip
+    losses = {}
+    for engine in ("dense", "cores"):
+        out, flags = tmp_path / engine, [*exact, "--galore_engine", engine]
+        command = arguments(mini_benchmark, out, "amazon", first / adapter_name, PREFIX[adapter_name][1], *flags)
+        assert run_uie_lora.main(command) == 0
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        losses[engine] = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses["cores"] == pytest.approx(losses["dense"], rel=1e-4)
+
+
 def test_cores_refresh_from_a_sketch_in_one_process(mini_benchmark, tmp_path, capfd):
     flags = ["--galore_engine", "cores", "--galore_svd", "sketch"]
     assert run_uie_lora.main(arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES, *flags)) == 0

@@ -65,7 +65,7 @@ class CoreEngine:
 
     Args:
         model: holds the targets; they are replaced in it by `CoreLinear` layers.
-        targets: module name -> layer. Their weights are frozen.
+        targets: module name -> layer. Their weights are frozen. May be empty where there are factors to protect.
         rank, update_proj_gap, scale, proj_type: as in ProjAdamW.
         refresh: "exact", "lowrank" (randomised SVD of the summed gradient) or "sketch" (no gradient is summed).
         spaces: module name -> S (out, c) or (in, c), or None.
@@ -97,6 +97,8 @@ class CoreEngine:
     ):
         spaces, factor_spaces = spaces or {}, factor_spaces or {}
         _check_settings(update_proj_gap, scale, refresh, protect_side)
+        if not targets and not factor_spaces:
+            raise InputError("targets: no module matches, so nothing would be projected")
         _check_targets(model, targets)
         self.gap, self.scale, self.refresh = update_proj_gap, scale, refresh
         self.layers: dict[str, CoreLinear] = {}
@@ -124,7 +126,8 @@ class CoreEngine:
     def core_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """The cores' group for `torch.optim.AdamW`; `lr` and `weight_decay` are those of the weights."""
         cores = [layer.core for layer in self.layers.values()]
-        return [{"params": cores, "lr": lr * self.scale, "weight_decay": weight_decay / self.scale, CORE_GROUP: True}]
+        group = {"params": cores, "lr": lr * self.scale, "weight_decay": weight_decay / self.scale, CORE_GROUP: True}
+        return [group] if cores else []
 
     def attach(self, optimizer: Optimizer, engine: Any = None) -> None:
         """Follow the optimizer that holds `core_groups`; once, before the first micro-batch.
@@ -134,7 +137,7 @@ class CoreEngine:
                 there a skipped step looks like a step.
             engine: what `deepspeed.initialize` returned, if DeepSpeed trains the model.
         """
-        if not any(group.get(CORE_GROUP) for group in optimizer.param_groups):
+        if self.layers and not any(group.get(CORE_GROUP) for group in optimizer.param_groups):
             raise InputError("optimizer: it has no group from core_groups, so the projected weights would not train")
         self.optimizer_state = optimizer_state_of(optimizer, engine)
         optimizer.register_step_post_hook(self._on_step)
@@ -442,8 +445,6 @@ def _check_settings(gap: int, scale: float, refresh: str, side: str) -> None:
 
 def _check_targets(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
     """Refuse, by name, what is not a linear layer and a weight that more than one module uses."""
-    if not targets:
-        raise InputError("targets: no module matches, so nothing would be projected")
     users: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         users.setdefault(param, []).append(name)

@@ -92,7 +92,10 @@ class Method:
         """Called before each forward pass in training; `is_last` where an optimizer step follows."""
 
     def penalty(self) -> torch.Tensor | None:
-        """A scalar to add to the loss once an optimizer step, or None where there is nothing to add."""
+        """A scalar to add to the loss, or None where there is nothing to add.
+
+        Called in every micro-batch, whose share of it the trainer adds, so that it counts once an optimizer step.
+        """
         return None
 
     # Finishing
@@ -151,9 +154,18 @@ class LoraMethod(Method):
         else:
             self.changed |= full_rank.load_weights(model, previous)
             self.model = load_loranew(model, previous)
+            self._refuse_other_kind(previous, self.lora_config(decoder_only).save_loranew)
         if self.options.merge_old:
             self._merge_old()
         return self.model
+
+    def _refuse_other_kind(self, previous: Path, one_for_all: bool) -> None:
+        if self.model.peft_config[self.model.active_adapter].save_loranew != one_for_all:
+            kinds = {True: "trains one LoRA through all tasks", False: "adds a LoRA for each task"}
+            raise InputError(
+                f"--method {type(self).__name__.lower()}: {kinds[one_for_all]}, and {previous} was left by "
+                f"a method that {kinds[not one_for_all]}"
+            )
 
     def _merge_old(self) -> None:
         """Let the base weights hold the LoRA of earlier tasks, before DeepSpeed may cut them up.
@@ -235,18 +247,17 @@ class LoraMethod(Method):
         """The weighted terms of `lamda_1` and `lamda_2`; none of a term whose weight is 0.
 
         O-LoRA's overlap sum |A_old A_new^T| of each layer that has old factors (Wang et al., 2023), A_new as it acts on
-        the layer's input (a structural projection leaves a part of it without effect), and the Frobenius norm of each
-        new factor.
+        the layer's input (a structural projection leaves a part of it without effect), and the Frobenius norm of that
+        A_new and of B_new.
         """
         terms = []
-        if self.options.lamda_1:
-            adapter = self.model.active_adapter
-            for layer in loranew_layers(self.model).values():
-                if adapter in layer.lora_A:
-                    overlap = layer.lora_A[adapter].weight @ layer.seen_new_A(adapter).T
-                    terms.append(self.options.lamda_1 * overlap.abs().sum())
-        if self.options.lamda_2:
-            terms += [self.options.lamda_2 * factor.norm() for _, factor in self.factors()]
+        lamda_1, lamda_2, adapter = self.options.lamda_1, self.options.lamda_2, self.model.active_adapter
+        for layer in loranew_layers(self.model).values() if lamda_1 or lamda_2 else []:
+            A_new = layer.seen_new_A(adapter)
+            if lamda_1 and adapter in layer.lora_A:
+                terms.append(lamda_1 * (layer.lora_A[adapter].weight @ A_new.T).abs().sum())
+            if lamda_2:
+                terms += [lamda_2 * A_new.norm(), lamda_2 * layer.loranew_B[adapter].weight.norm()]
         return terms
 
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:

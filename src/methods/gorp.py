@@ -65,7 +65,7 @@ class Gorp(LoraMethod):
             self.start = {name: weight.to(device) for name, weight in self.start.items()}
         factors = dict(self.factors())
         if self.cores is not None:
-            cores = self.cores.core_groups(self.options.galore_lr, weight_decay) if self.targets else []
+            cores = self.cores.core_groups(self.options.galore_lr, weight_decay)
             self.optimizer = torch.optim.AdamW([{"params": list(factors.values())}, *cores], **settings)
         else:
             free = {name: factor for name, factor in factors.items() if name not in self.protected}
@@ -183,6 +183,13 @@ class Gorp(LoraMethod):
             raise InputError(
                 f"--proj_lora_modules: '{pattern}' matches no factor; factors are called {next(iter(names))} ..."
             )
+        # Only A sees what the layer sees; B's input is of the LoRA's own making.
+        others = [name for name in matched if not name.endswith(".loranew_A.weight")]
+        if others and (self.options.space_from == "inputs" or self.options.protect == "structural"):
+            raise InputError(
+                f"--proj_lora_modules: '{pattern}' matches {others[0]}; with --space_from inputs or --protect "
+                "structural only loranew_A factors can be protected"
+            )
         return matched
 
     def _load_space(self, previous: Path | None) -> GradientSpace:
@@ -230,6 +237,12 @@ class Gorp(LoraMethod):
 
     def _core_engine(self) -> CoreEngine:
         options = self.options
+        both = sorted(self.targets.keys() & loranew_layers(self.model).keys())
+        if both:  # a core takes the whole layer's place
+            raise InputError(
+                f"--optim_target_modules: matches {both[0]}, which has a LoRA too; under DeepSpeed, or with "
+                "--galore_engine cores, one of the two"
+            )
         # Structurally, a factor is protected by its forward pass already.
         spaces = {} if options.protect == "structural" else self._spaces(self.protected)
         return CoreEngine(

@@ -19,6 +19,7 @@ from report.runs import (
     Run,
     Summary,
     distinct,
+    finished,
     mean_matrix,
     natural,
     paired_difference,
@@ -83,10 +84,12 @@ def _lead(own: Sequence[Run], second: Sequence[Run], name: str) -> str:
     gap = paired_difference(own, second, "average_performance")
     if gap is None:
         return f"Next is {name}, with no order and seed in common."
+    # It may be ahead on average and yet behind on the orders and seeds that both have.
+    place = f"It leads {name}, the next," if gap.mean >= 0 else f"On the same orders and seeds {name}, the next, leads"
     if gap.spread is None:
-        return f"It leads {name}, the next, by {gap.mean:.1f} points on the one pair of runs: no spread is known."
+        return f"{place} by {abs(gap.mean):.1f} points on the one pair of runs: no spread is known."
     within = ", which is within twice the standard error: no result" if abs(gap.mean) <= 2 * gap.spread else ""
-    return f"It leads {name}, the next, by {gap.mean:.1f} ± {gap.spread:.1f} points ({gap.count} pairs){within}."
+    return f"{place} by {abs(gap.mean):.1f} ± {gap.spread:.1f} points ({gap.count} pairs){within}."
 
 
 def _cost(runs: Sequence[Run]) -> str:
@@ -98,7 +101,7 @@ def _cost(runs: Sequence[Run]) -> str:
 def _costs(runs: Sequence[Run]) -> tuple[str, str, str]:
     """Mean time, values trained and bytes stored, for a table."""
     def mean(name: str) -> float | None:
-        values = [getattr(run, name) for run in runs]
+        values = [getattr(run, name) for run in finished(runs)]
         return None if None in values else sum(values) / len(values)
     return _seconds(mean("seconds")), _count(mean("trained_values")), _bytes(mean("stored_bytes"))
 
@@ -118,7 +121,7 @@ def _model_blocks(runs: Sequence[Run], figures: dict[str, str]) -> list[Block]:
                                 figures)
     unfinished = [run for run in runs if run.unfinished]
     if unfinished:
-        blocks.append(("text", "Not finished, and so in the pictures only: " + "; ".join(
+        blocks.append(("text", "Not finished, and so not compared: " + "; ".join(
             f"{run.method}, {run.order}, seed {run.seed} (without {', '.join(run.unfinished)})" for run in unfinished)))
     return blocks
 
@@ -157,8 +160,9 @@ def _order_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]]
 
 
 def _order_blocks(runs: Sequence[Run], methods: Sequence[str], figures: dict[str, str]) -> list[Block]:
-    """Curves and heat maps of one order; runs over other tasks than the first run's are left out of the pictures."""
-    model, order, tasks = runs[0].model, runs[0].order, runs[0].tasks
+    """Curves and heat maps of one order's finished runs; those over other tasks than the longest are left out."""
+    runs = finished(runs)
+    model, order, tasks = runs[0].model, runs[0].order, max((run.tasks for run in runs), key=len)
     alike = [run for run in runs if run.tasks == tasks]
     matrices = {method: mean_matrix(select(alike, method=method)) for method in methods if select(alike, method=method)}
     title = f"{model}, {order}: accuracy of each task over time"

@@ -52,17 +52,18 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     Raises:
         InputError: a folder is missing, holds no order with results, or a file in it is damaged.
     """
-    runs = []
+    runs: dict[Path, Run] = {}  # by place, for folders may lie within one another
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; expected one with orders below it")
         orders = sorted(path.parent for path in folder.rglob("outputs") if is_order(path.parent))
-        found = [read_run(order) for order in orders if any(order.glob("outputs/*/predict_results.json"))]
+        found = [order for order in orders if any(order.glob("outputs/*/predict_results.json"))]
         if not found:
             raise InputError(f"{folder}: no task has results; expected outputs/<i>-<dataset>/predict_results.json")
-        runs += found
-    _name_variants(runs)
-    return sorted(runs, key=lambda run: (run.model, run.method, natural(run.order), natural(run.seed)))
+        runs |= {order.resolve(): read_run(order) for order in found}
+    _complete_tasks(list(runs.values()))
+    _name_variants(list(runs.values()))
+    return sorted(runs.values(), key=lambda run: (run.model, run.method, natural(run.order), natural(run.seed)))
 
 
 def is_order(folder: Path) -> bool:
@@ -102,6 +103,11 @@ def _stored_bytes(step: Path) -> int | None:
     return sum(path.stat().st_size for path in files) if files else None
 
 
+def finished(runs: Sequence[Run]) -> list[Run]:
+    """Those of the runs that are finished; where none is, all of them, so that there is something to look at."""
+    return [run for run in runs if not run.unfinished] or list(runs)
+
+
 def select(runs: Iterable[Run], **wanted: str) -> list[Run]:
     """The runs whose attributes have these values."""
     return [run for run in runs if all(getattr(run, name) == value for name, value in wanted.items())]
@@ -135,14 +141,18 @@ def summarise(runs: Sequence[Run], name: str) -> Summary | None:
 
 
 def paired_difference(ours: Sequence[Run], theirs: Sequence[Run], name: str) -> Summary | None:
-    """Ours minus theirs over the orders and seeds that both have; `spread` is the standard error of the mean."""
+    """Ours minus theirs over the orders and seeds that both have: mean of the orders' means, standard error, pairs."""
     other = {(run.order, run.seed): run.final(name) for run in theirs}
-    pairs = [(run.final(name), other.get((run.order, run.seed))) for run in ours]
-    differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
+    by_order: dict[str, list[float]] = {}
+    for run in ours:
+        mine, others = run.final(name), other.get((run.order, run.seed))
+        if mine is not None and others is not None:
+            by_order.setdefault(run.order, []).append(mine - others)
+    differences = [difference for group in by_order.values() for difference in group]
     if not differences:
         return None
     error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
-    return Summary(statistics.mean(differences), error, len(differences))
+    return Summary(statistics.mean(map(statistics.mean, by_order.values())), error, len(differences))
 
 
 def ranked_methods(runs: Sequence[Run]) -> list[str]:
@@ -154,10 +164,21 @@ def ranked_methods(runs: Sequence[Run]) -> list[str]:
 
 
 def mean_matrix(runs: Sequence[Run]) -> Matrix:
-    """The mean over runs of one order (seeds); None where a run lacks the value."""
+    """The mean over runs (seeds) of one order's tasks; None where a run lacks the value."""
     size = len(runs[0].tasks)
     cells = [[[run.matrix[i][j] for run in runs] for j in range(size)] for i in range(size)]
     return [[None if None in values else statistics.mean(values) for values in row] for row in cells]
+
+
+def _complete_tasks(runs: list[Run]) -> None:
+    """Add to `unfinished` the steps that a run has no folder for yet, by what other runs of its order have."""
+    for order in distinct(runs, "order"):
+        own = select(runs, order=order)
+        longest = max((run.tasks for run in own), key=len)
+        for run in own:
+            begun = len(run.tasks)
+            if run.tasks == longest[:begun]:
+                run.unfinished += [step_name(i, task) for i, task in enumerate(longest[begun:], begun + 1)]
 
 
 def _name_variants(runs: list[Run]) -> None:
