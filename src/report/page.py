@@ -34,7 +34,8 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; margin: 2rem auto; max-width: 70rem;
        padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; text-align: right;
-        border-bottom: 1px solid #ddd; white-space: nowrap } td:first-child, th:first-child { text-align: left }
+        border-bottom: 1px solid #ddd; white-space: nowrap } td:first-child, th:first-child { text-align: left;
+        white-space: normal; min-width: 9rem }
 p.answer { font-size: 1.15rem } figure { display: inline-block; vertical-align: top; margin: .5rem 1.5rem .5rem 0;
          max-width: 100%; overflow-x: auto } div.wide { overflow-x: auto }
 """
@@ -111,6 +112,10 @@ def _model_blocks(runs: Sequence[Run], figures: dict[str, str]) -> list[Block]:
     model, methods = runs[0].model, ranked_methods(runs)
     blocks: list[Block] = [("heading", model), ("answer", answer(runs)), ("table", _method_table(runs, methods))]
     blocks.append(("text", NOTE))
+    if variants := {run.method: run.varying for run in runs if run.varying}:
+        blocks.append(("text", "Options in which runs of one name differ. " + "; ".join(
+            f"{name}: {', '.join(f'{key}={value}' for key, value in varying.items())}"
+            for name, varying in variants.items()) + "."))
     scored = [(method, summarise(select(runs, method=method), "average_performance")) for method in methods]
     rows = [(method, result.mean, result.spread) for method, result in scored if result]
     if rows:
@@ -128,8 +133,9 @@ def _model_blocks(runs: Sequence[Run], figures: dict[str, str]) -> list[Block]:
 
 NOTE = (
     "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
-    "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against' pairs runs of the same order "
-    "and seed; ± is there the standard error of the mean difference. Definitions: docs/METRICS.md."
+    "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
+    "same order and seed with those of the best method, the ceiling aside; ± is there the standard error of the mean "
+    "difference. Definitions: docs/METRICS.md."
 )
 
 
@@ -138,7 +144,7 @@ def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]
     optional = [name for name in ("average_over_rows", "forward_transfer", "unseen_accuracy")
                 if any(run.measures.get(name) is not None for run in runs)]
     names = {"average_over_rows": "over rows", "forward_transfer": "FWT", "unseen_accuracy": "unseen"}
-    rows = [["method", "AP", f"against {best}", "BWT", "F", *(names[name] for name in optional), "training", "trained",
+    rows = [["method", "AP", "against the best", "BWT", "F", *(names[name] for name in optional), "training", "trained",
              "stored", "runs"]]
     for method in methods:
         own = select(runs, method=method)

@@ -19,7 +19,8 @@ class Run:
     """One order, trained once by one method.
 
     Attributes:
-        method: the method's name, followed by the options in which it differs from other runs of its name.
+        method: the method's name, followed by options that tell it from other runs of its name, the fewest that do.
+        varying: all options in which runs of its name differ, with this run's values.
         measures: see `report.matrix.MEASURES`.
         seconds: training time of all tasks together.
         trained_values: most values that any task trained; stored_bytes: what the last task left for a next one.
@@ -40,6 +41,7 @@ class Run:
     stored_bytes: int | None
     unfinished: list[str]
     options: dict = field(default_factory=dict)
+    varying: dict = field(default_factory=dict)
 
     def final(self, name: str) -> float | None:
         """A measure after the order's last task; None before that, when it cannot be compared with other runs'."""
@@ -182,7 +184,7 @@ def _complete_tasks(runs: list[Run]) -> None:
 
 
 def _name_variants(runs: list[Run]) -> None:
-    """Append to a method's name the options that differ between its runs on one model and one order.
+    """Append to a method's name what tells apart its runs with other options on one model and one order.
 
     What differs only between orders, as the published settings do, makes no other method.
     """
@@ -195,9 +197,22 @@ def _name_variants(runs: list[Run]) -> None:
             len({repr(run.options.get(key)) for run in select(group, order=order)}) > 1
             for order in distinct(group, "order")
         )]  # fmt: skip
-        if varying:
-            for run in group:
-                run.method += f" ({', '.join(f'{key}={run.options.get(key)}' for key in varying)})"
+        for run in group if varying else []:
+            run.varying = {key: run.options.get(key) for key in varying}
+        for run, name in zip(group, _fewest_options([run.varying for run in group])):
+            run.method += name
+
+
+def _fewest_options(settings: Sequence[dict]) -> list[str]:
+    """For each of the settings, ` (option=value, ...)` with options enough to tell it from the others."""
+    def distinguished(keys: Iterable[str]) -> int:
+        return len({repr([one[key] for key in keys]) for one in settings})
+
+    needed: list[str] = []
+    for key in settings[0]:
+        if distinguished([*needed, key]) > distinguished(needed):
+            needed.append(key)
+    return [f" ({', '.join(f'{key}={one[key]}' for key in needed)})" if needed else "" for one in settings]
 
 
 def _object(path: Path) -> dict:
