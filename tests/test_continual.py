@@ -151,10 +151,11 @@ def test_a_mean_over_orders_weighs_orders_alike(tmp_path, orders):
 
 
 @pytest.mark.parametrize("words", [
-    ["small-t5", "--seeds", "1", "2", "3", "--methods", "gorp", "olora", "nlora", "osf", "multitask"],
+    ["small-t5", "--seeds", "1", "2", "3", "--methods", "gorp", "olora", "nlora", "osf", "multitask",
+     "gorp --galore_lr 1e-5 --galore_rank 8"],
     ["small-t5", "--seeds", "1"],
     ["smollm2-135m", "--orders", "A", "--methods", "gorp", "olora", "osf", "inclora", "nlora", "multitask",
-     "multitask --learning_rate 1e-3"],
+     "multitask --learning_rate 1e-3", "gorp --galore_lr 1e-5 --galore_rank 8"],
 ])  # fmt: skip
 def test_the_tables_of_reproduce_are_what_its_commands_print(words, mini_benchmark, tmp_path, monkeypatch, capsys):
     model, *rest = words
