@@ -24,7 +24,7 @@ from errors import InputError
 from methods import find_method
 from order_config import read_order
 from order_rows import row_options
-from run_uie_lora import build_collator, load_model
+from run_uie_lora import build_collator, check_generation, load_model
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import read_examples
 
@@ -86,6 +86,7 @@ def check_flags(flags: list[str]) -> tuple[dict, DataCollatorForUIE | None]:
         find_method(method_args.method)(method_args).prepare(
             loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=launch.deepspeed is not None
         )
+        check_generation(loaded, data_args)
         collator = build_collator(loaded, data_args, training_args)
     return row_options(data_args, training_args), collator
 

@@ -185,16 +185,21 @@ def build_collator(loaded: LoadedModel, data_args: DataArguments,
     )
 
 
+def check_generation(loaded: LoadedModel, data_args: DataArguments) -> None:
+    """Refuse a penalty that would count the padding before a prompt, which a row's batch decides, as end tokens."""
+    padding_ends = loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
+    if loaded.decoder_only and padding_ends and data_args.repetition_penalty != 1:
+        raise InputError(
+            f"--repetition_penalty: found {data_args.repetition_penalty}; 1.0 for this model, whose padding is its end "
+            "token: the penalty on ending would depend on a row's batch"
+        )
+
+
 def build_trainer(model, method, loaded, rows, data_args: DataArguments,
                   training_args: UIETrainingArguments) -> UIETrainer:
     """The trainer of this task, with its collator, generation settings and callbacks."""
     collator = build_collator(loaded, data_args, training_args)
-    padding_ends = loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
-    if loaded.decoder_only and padding_ends and data_args.repetition_penalty != 1:
-        raise InputError(
-            f"--repetition_penalty: found {data_args.repetition_penalty}; 1.0 for this model: its padding is its end "
-            "token, so the penalty on ending would depend on a row's batch"
-        )
+    check_generation(loaded, data_args)
     if not data_args.overwrite_cache:
         collator.kept.read(cache_folder())
     for split, its_rows in rows.items():

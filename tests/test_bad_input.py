@@ -179,6 +179,14 @@ def deepspeed(content: object, *words: str):
     return damage
 
 
+def padding_ends(place: Place) -> None:
+    from test_run import LLAMA, LLAMA_MODULES  # not where this file is run to write the docs
+
+    shutil.copytree(LLAMA, place.folder / "llama")
+    edit(place.folder / "llama" / "tokenizer_config.json", lambda content: content | {"pad_token": "</s>"})
+    place.flags += ["--model_name_or_path", str(place.folder / "llama"), *LLAMA_MODULES, "--repetition_penalty", "1.3"]
+
+
 def unwritable(place: Place) -> None:
     put(place.folder / "file", "")
     place.flags += ["--output_dir", str(place.folder / "file" / "out")]
@@ -357,6 +365,8 @@ CASES: dict[str, list[Case]] = {
     ],
     "Flags": [
         Case("an unknown flag", flags("--lamda_4", "1"), "not used by the HfArgumentParser: ['--lamda_4', '1']"),
+        Case("a repetition penalty where a LLaMA's padding is its end token", padding_ends,
+             "--repetition_penalty: found 1.3; 1.0 for this model, whose padding is its end token", needs_model=True),
         Case("the beginning of a flag", flags("--galore_r", "4"), "['--galore_r', '4']"),
         Case("a flag without its value", flags("--galore_rank"), "--galore-rank: expected one argument"),
         Case("a word where a number belongs", flags("--galore_rank", "four"), "--galore-rank: invalid int value: 'fo"),
