@@ -1,6 +1,7 @@
 """The methods: each one does what its name says, over two tasks of either model, and its folder reloads as it was."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -328,6 +329,21 @@ def test_one_lora_for_all_tasks_and_one_for_each_are_not_mixed(before, after, tm
     train(method_of(before, output=tmp_path), None, tmp_path / "before", steps=1)
     with pytest.raises(InputError, match=f"--method {after}: .*before was left by a method that"):
         method_of(after, output=tmp_path).prepare(tiny_t5(), tmp_path / "before", decoder_only=False)
+
+
+def test_a_later_task_says_which_lora_flags_have_no_effect(tmp_path, caplog):
+    train(method_of("olora", output=tmp_path), None, tmp_path / "first", steps=1)
+    with caplog.at_level("WARNING", logger="gorp"):
+        method_of("olora", output=tmp_path).prepare(tiny_t5(), tmp_path / "first", decoder_only=False)
+    assert not caplog.messages
+    flags = ["--lora_dim", "4", "--lora_alpha", "8", "--lora_dropout", "0.5"]
+    other = method_of("olora", *flags, modules=["--lora_modules", ".*SelfAttention.q"], output=tmp_path)
+    with caplog.at_level("WARNING", logger="gorp"):
+        other.prepare(tiny_t5(), tmp_path / "first", decoder_only=False)
+    said = "\n".join(caplog.messages)
+    for part in ("--lora_dim 4 .*with 8,", "--lora_alpha 8.* with 32", "_dropout 0.5 .*with 0.1", "4 layers.*in 8"):
+        assert re.search(part, said), said
+    assert len(list(other.factors())) == 2 * 8
 
 
 def test_the_example_of_the_docs_is_a_method(mini_benchmark, tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ LoRA for each task and puts no constraint on it; `FullRankMethod` trains weights
 Options of a method's own are fields of a subclass of `MethodArguments`, named by the method's `Arguments`.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from loranew import (
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
 from order_rows import OrderRows
 from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
+
+logger = logging.getLogger("gorp")
 
 
 class Method:
@@ -155,6 +158,7 @@ class LoraMethod(Method):
             self.changed |= full_rank.load_weights(model, previous)
             self.model = load_loranew(model, previous)
             self._refuse_other_kind(previous, self.lora_config(decoder_only).save_loranew)
+            self._say_what_stays(previous, layers.keys())
         if self.options.merge_old:
             self._merge_old()
         return self.model
@@ -166,6 +170,19 @@ class LoraMethod(Method):
                 f"--method {type(self).__name__.lower()}: {kinds[one_for_all]}, and {previous} was left by "
                 f"a method that {kinds[not one_for_all]}"
             )
+
+    def _say_what_stays(self, previous: Path, named_layers: Collection[str]) -> None:
+        """All tasks have the LoRA of the first, whatever the flags of a later one say."""
+        config = self.model.peft_config[self.model.active_adapter]
+        kept = {"lora_dim": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        for flag, value in kept.items():
+            if (given := getattr(self.options, flag)) != value:
+                logger.warning("--%s %s has no effect: %s was left with %s, which stays", flag, given, previous, value)
+        if named_layers != loranew_layers(self.model).keys():
+            logger.warning(
+                "--lora_modules: matches %d layers, without effect: %s was left with a LoRA in %d, which stay",
+                len(named_layers), previous, len(loranew_layers(self.model)),
+            )  # fmt: skip
 
     def _merge_old(self) -> None:
         """Let the base weights hold the LoRA of earlier tasks, before DeepSpeed may cut them up.
