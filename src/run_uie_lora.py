@@ -299,7 +299,7 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) 
         "values": sum(parameter.numel() for parameter in parameters),
         "trained_values": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "options": options | {name: getattr(args, name) for name in settings} | {
-            name: getattr(data_args, name) for name in ("data_dir", "max_train_samples", "max_predict_samples")
+            name: getattr(data_args, name) for name in ("max_train_samples", "max_predict_samples")
         },
     }
 

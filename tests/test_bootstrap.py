@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from errors import InputError
 from report.bootstrap import paired_interval
 
 
@@ -18,10 +19,16 @@ def test_identical_answers_have_no_gap_and_no_width():
 
 
 def test_a_gap_on_every_row_has_no_width():
-    ours, theirs = runs(("A", "1"), x=[1] * 5, y=[1] * 3), runs(("A", "1"), x=[0] * 5, y=[0] * 3)
-    found = paired_interval(ours, theirs)
+    keys = [("A", "1"), ("A", "2"), ("B", "1"), ("B", "2")]
+    found = paired_interval(runs(*keys, x=[1] * 5, y=[1] * 3), runs(*keys, x=[0] * 5, y=[0] * 3))
     assert (found.mean, found.low, found.high) == pytest.approx((100, 100, 100))
-    assert found.is_result
+    assert (found.runs, found.seeds) == (4, 2) and found.is_result
+
+
+def test_one_seed_of_an_order_is_no_result():
+    keys = [("A", "1"), ("A", "2"), ("B", "1")]
+    found = paired_interval(runs(*keys, x=[1] * 5), runs(*keys, x=[0] * 5))
+    assert not found.holds_zero and found.seeds == 1 and not found.is_result
 
 
 def test_datasets_count_alike_whatever_their_size():
@@ -69,10 +76,10 @@ def test_only_common_runs_count_and_there_must_be_one():
     ours = runs(("A", "1"), ("A", "2"), x=[1, 1])
     theirs = runs(("A", "1"), x=[0, 1])
     assert paired_interval(ours, theirs).mean == pytest.approx(50)
-    with pytest.raises(ValueError, match="no run of the same order and seed"):
+    with pytest.raises(InputError, match="no run of the same order and seed"):
         paired_interval(ours, runs(("B", "1"), x=[1, 1]))
 
 
 def test_other_rows_are_refused():
-    with pytest.raises(ValueError, match="order A, seed 1"):
+    with pytest.raises(InputError, match="order A, seed 1"):
         paired_interval(runs(("A", "1"), x=[1, 1]), runs(("A", "1"), x=[1]))

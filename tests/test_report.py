@@ -112,6 +112,13 @@ def test_a_missing_value_gives_no_measure_rather_than_another_one(order):
     assert (average_performance(matrix), backward_transfer(matrix)) == (None, None)
 
 
+def test_rows_of_the_latest_task_alone_are_no_average_over_rows(order):
+    """`--predict_tasks ends` tests all tasks only after the order's last."""
+    folder = order([{"dbpedia": 98.0}, {"amazon": 50.0}, None])
+    measures = measure(folder, *accuracy_matrix(folder))
+    assert measures["average_performance"] is None and measures["average_over_rows"] is None
+
+
 def test_nothing_measured():
     assert average_performance([[None]]) is None
     assert backward_transfer([]) is None

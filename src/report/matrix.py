@@ -111,9 +111,12 @@ def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) 
     last = last_finished(matrix)
     folder = Path(order_dir) / "outputs" / step_name(last + 1, tasks[last])
     unseen = unseen_accuracy(folder).values()
+    average = average_performance(matrix)
     return {
-        "average_performance": average_performance(matrix),
-        "average_over_rows": _results(folder / "predict_results.json").get("predict_exact_match"),
+        "average_performance": average,
+        # Where `ends` has tested the latest task alone, its rows are not those of all tasks.
+        "average_over_rows": None if average is None else _results(folder / "predict_results.json").get(
+            "predict_exact_match"),
         "backward_transfer": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
         "forward_transfer": forward_transfer(zero_shot_matrix(order_dir, tasks), last + 1),

@@ -12,14 +12,15 @@ from pathlib import Path
 
 from files import whole_folder
 from report import svg
+from report.bootstrap import Interval
 from report.matrix import MEASURES, cell
 from report.published import RESULTS
 from report.runs import (
-    CEILING,
     Run,
     Summary,
     distinct,
     finished,
+    is_ceiling,
     mean_matrix,
     natural,
     paired_difference,
@@ -61,13 +62,14 @@ def write_report(runs: Sequence[Run], folder: Path) -> None:
 
 def answer(runs: Sequence[Run]) -> str:
     """Which method, by how much, at what cost, in a few sentences; `runs` are those of one model."""
-    methods = ranked_methods(runs)
-    sequential = [method for method in methods if method.split(" ")[0] != CEILING] or methods
+    methods = [method for method in ranked_methods(runs)
+               if summarise(select(runs, method=method), "average_performance")]
+    if not methods:
+        return "No order is finished yet."
+    sequential = [method for method in methods if not is_ceiling(method)] or methods
     best = sequential[0]
     own = select(runs, method=best)
     result = summarise(own, "average_performance")
-    if result is None:
-        return "No order is finished yet."
     said = [f"Best: {best}, average performance {_with_spread(result)} over {_runs(result.count)}"]
     transfer = summarise(own, "backward_transfer")
     said[0] += f", backward transfer {transfer.mean:+.1f}." if transfer else "."
@@ -75,22 +77,28 @@ def answer(runs: Sequence[Run]) -> str:
         said.append(_lead(own, select(runs, method=sequential[1]), sequential[1]))
     said.append(f"Cost: {_cost(own)}.")
     if ceiling := [method for method in methods if method not in sequential]:
-        gap = paired_difference(own, select(runs, method=ceiling[0]), "average_performance")
+        gap = paired_difference(own, select(runs, method=ceiling[0]))
         if gap:
-            said.append(f"Against {ceiling[0]}, all tasks at once: {gap.mean:+.1f} points.")
+            said.append(f"Against {ceiling[0]}, all tasks at once: {gap} points{_caution(gap)}.")
     return " ".join(said)
 
 
 def _lead(own: Sequence[Run], second: Sequence[Run], name: str) -> str:
-    gap = paired_difference(own, second, "average_performance")
+    gap = paired_difference(own, second)
     if gap is None:
-        return f"Next is {name}, with no order and seed in common."
+        return f"Next is {name}, with no order and seed in common whose predictions are there."
     # It may be ahead on average and yet behind on the orders and seeds that both have.
     place = f"It leads {name}, the next," if gap.mean >= 0 else f"On the same orders and seeds {name}, the next, leads"
-    if gap.spread is None:
-        return f"{place} by {abs(gap.mean):.1f} points on the one pair of runs: no spread is known."
-    within = ", which is within twice the standard error: no result" if abs(gap.mean) <= 2 * gap.spread else ""
-    return f"{place} by {abs(gap.mean):.1f} ± {gap.spread:.1f} points ({gap.count} pairs){within}."
+    low, high = sorted((gap.low, gap.high)) if gap.mean >= 0 else sorted((-gap.low, -gap.high))
+    pairs = "1 pair of runs" if gap.runs == 1 else f"{gap.runs} pairs of runs"
+    return f"{place} by {abs(gap.mean):.1f} [{low:.1f}, {high:.1f}] points ({pairs}){_caution(gap)}."
+
+
+def _caution(gap: Interval) -> str:
+    """What keeps a difference from being a result."""
+    if gap.holds_zero:
+        return ", an interval that holds 0: no result"
+    return "" if gap.is_result else ", over test rows alone: another seed may differ"
 
 
 def _cost(runs: Sequence[Run]) -> str:
@@ -134,13 +142,14 @@ def _model_blocks(runs: Sequence[Run], figures: dict[str, str]) -> list[Block]:
 NOTE = (
     "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
     "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
-    "same order and seed with those of the best method, the ceiling aside; ± is there the standard error of the mean "
-    "difference. Definitions: docs/METRICS.md."
+    "same order and seed with those of the best method, the ceiling aside; in brackets the 95 % interval, resampled "
+    "over test rows and seeds (over rows alone where there is one seed). What holds 0 is no result. "
+    "Trained: the most values that a task trains; stored: what the last task leaves. Definitions: docs/METRICS.md."
 )
 
 
 def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]]:
-    best = next((method for method in methods if method.split(" ")[0] != CEILING), methods[0])
+    best = next((method for method in methods if not is_ceiling(method)), methods[0])
     optional = [name for name in ("average_over_rows", "forward_transfer", "unseen_accuracy")
                 if any(run.measures.get(name) is not None for run in runs)]
     names = {"average_over_rows": "over rows", "forward_transfer": "FWT", "unseen_accuracy": "unseen"}
@@ -148,11 +157,11 @@ def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]
              "stored", "runs"]]
     for method in methods:
         own = select(runs, method=method)
-        gap = None if method == best else paired_difference(own, select(runs, method=best), "average_performance")
+        gap = None if method == best else paired_difference(own, select(runs, method=best))
         shown = [_with_spread(summarise(own, name)) for name in ("backward_transfer", "forgetting", *optional)]
-        name = f"{method} (ceiling)" if method.split(" ")[0] == CEILING else method
-        rows.append([name, _with_spread(summarise(own, "average_performance")), _with_spread(gap, sign="+"), *shown,
-                     *_costs(own), str(sum(not run.unfinished for run in own))])
+        name = f"{method} (ceiling)" if is_ceiling(method) else method
+        rows.append([name, _with_spread(summarise(own, "average_performance")), str(gap or "-"), *shown, *_costs(own),
+                     str(sum(not run.unfinished for run in own))])
     return rows
 
 
@@ -273,10 +282,10 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\|<>*_`\[\]])", r"\\\1", " ".join(text.split()))
 
 
-def _with_spread(result: Summary | None, sign: str = "") -> str:
+def _with_spread(result: Summary | None) -> str:
     if result is None:
         return "-"
-    return format(result.mean, f"{sign}.1f") + ("" if result.spread is None else f" ± {result.spread:.1f}")
+    return f"{result.mean:.1f}" + ("" if result.spread is None else f" ± {result.spread:.1f}")
 
 
 def _runs(count: int) -> str:

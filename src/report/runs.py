@@ -1,13 +1,19 @@
 """Finished orders on disk as `Run`s, and what a set of them comes to: mean, spread, paired differences."""
 
+import hashlib
+import json
 import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from compute_metrics import exact_match, read_predictions
 from errors import InputError
 from files import read_json
+from report.bootstrap import Interval, paired_interval
 from report.matrix import Matrix, accuracy_matrix, last_finished, measure, step_name, unfinished_steps
 
 CEILING = "multitask"
@@ -22,6 +28,8 @@ class Run:
         method: the method's name, followed by options that tell it from other runs of its name, the fewest that do.
         varying: all options in which runs of its name differ, with this run's values.
         measures: see `report.matrix.MEASURES`.
+        right: by dataset, whether each test row (n,) was answered rightly after the order's last task; empty before
+            that, and where the predictions are gone.
         seconds: training time of all tasks together.
         trained_values: most values that any task trained; stored_bytes: what the last task left for a next one.
         unfinished: steps without results; the measures are then those of the last finished step.
@@ -35,6 +43,7 @@ class Run:
     tasks: list[str]
     matrix: Matrix
     measures: dict[str, float | None]
+    right: dict[str, np.ndarray]
     seconds: float | None
     trained_values: int | None
     values: int | None
@@ -52,7 +61,8 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     """Every order at or below the folders that has results, by model, method, order and seed.
 
     Raises:
-        InputError: a folder is missing, holds no order with results, or a file in it is damaged.
+        InputError: a folder is missing, holds no order with results, or a file in it is damaged; or two folders hold
+            the same order by the same method with the same options and seed, which would count as two seeds.
     """
     runs: dict[Path, Run] = {}  # by place, for folders may lie within one another
     for folder in folders:
@@ -65,6 +75,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
         runs |= {order.resolve(): read_run(order) for order in found}
     _complete_tasks(list(runs.values()))
     _name_variants(list(runs.values()))
+    _refuse_twice(list(runs.values()))
     return sorted(runs.values(), key=lambda run: (run.model, run.method, natural(run.order), natural(run.seed)))
 
 
@@ -77,9 +88,9 @@ def read_run(order_dir: Path) -> Run:
     """The run of an order's output folder; folder names stand in for what `run_record.json` would say."""
     tasks, matrix = accuracy_matrix(order_dir)
     steps = [order_dir / "outputs" / step_name(i, task) for i, task in enumerate(tasks, 1)]
-    about = [_object(step / "run_record.json").get("report", {}) for step in steps]
-    trained = [_object(step / "train_results.json") for step in steps]
+    about = [_object(step / "run_record.json", "report") for step in steps]
     last = last_finished(matrix)
+    unfinished = unfinished_steps(tasks, matrix)
     first = about[0]
     return Run(
         folder=order_dir,
@@ -90,13 +101,33 @@ def read_run(order_dir: Path) -> Run:
         tasks=tasks,
         matrix=matrix,
         measures=measure(order_dir, tasks, matrix),
-        seconds=_total([one.get("train_runtime") for one in trained[: last + 1]]),
+        right={} if unfinished else _right_answers(steps[last] / "predict_eval_predictions.jsonl", tasks),
+        seconds=_total([_number(step / "train_results.json", "train_runtime") for step in steps[: last + 1]]),
         trained_values=max((one["trained_values"] for one in about if "trained_values" in one), default=None),
         values=first.get("values"),
         stored_bytes=_stored_bytes(steps[last]),
-        unfinished=unfinished_steps(tasks, matrix),
-        options=dict(first.get("options", {})),
+        unfinished=unfinished,
+        options=_options(steps[0] / "run_record.json"),
     )
+
+
+def _options(record: Path) -> dict:
+    """What makes two runs of a method different ones beside order and seed; input files (data, instructions, DeepSpeed)
+    by their content."""
+    about, files = _object(record, "report"), _object(record, "data")
+    made_of = {"processes": about.get("processes")}
+    if files:
+        made_of["input_files"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8]
+    return _object(record, "report", "options") | made_of
+
+
+def _right_answers(predictions: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    """By task, whether each of its rows was answered rightly; empty without the file."""
+    hits: dict[str, list[bool]] = {task: [] for task in tasks}
+    for row in read_predictions(predictions) if predictions.exists() else []:
+        if row["Dataset"] in hits:
+            hits[row["Dataset"]].append(exact_match(row["Prediction"], row["Instance"]["label"]))
+    return {task: np.array(own, dtype=int) for task, own in hits.items()} if all(hits.values()) else {}
 
 
 def _stored_bytes(step: Path) -> int | None:
@@ -142,19 +173,20 @@ def summarise(runs: Sequence[Run], name: str) -> Summary | None:
     return Summary(statistics.mean(map(statistics.mean, by_order.values())), spread, len(values))
 
 
-def paired_difference(ours: Sequence[Run], theirs: Sequence[Run], name: str) -> Summary | None:
-    """Ours minus theirs over the orders and seeds that both have: mean of the orders' means, standard error, pairs."""
-    other = {(run.order, run.seed): run.final(name) for run in theirs}
-    by_order: dict[str, list[float]] = {}
-    for run in ours:
-        mine, others = run.final(name), other.get((run.order, run.seed))
-        if mine is not None and others is not None:
-            by_order.setdefault(run.order, []).append(mine - others)
-    differences = [difference for group in by_order.values() for difference in group]
-    if not differences:
-        return None
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
-    return Summary(statistics.mean(map(statistics.mean, by_order.values())), error, len(differences))
+def paired_difference(ours: Iterable[Run], theirs: Iterable[Run]) -> Interval | None:
+    """Ours minus theirs in average performance, over the orders and seeds that both have finished; None without one,
+    or without their predictions.
+
+    Raises:
+        InputError: the two answered other rows.
+    """
+    mine, others = ({(run.order, run.seed): run.right for run in runs if run.right} for runs in (ours, theirs))
+    return paired_interval(mine, others) if mine.keys() & others.keys() else None
+
+
+def is_ceiling(method: str) -> bool:
+    """Whether a method, or a variant of it, is the ceiling."""
+    return method.split(" ")[0] == CEILING
 
 
 def ranked_methods(runs: Sequence[Run]) -> list[str]:
@@ -203,6 +235,15 @@ def _name_variants(runs: list[Run]) -> None:
             run.method += name
 
 
+def _refuse_twice(runs: Iterable[Run]) -> None:
+    places: dict[tuple[str, ...], Path] = {}
+    for run in runs:
+        first = places.setdefault((run.model, run.method, run.order, run.seed), run.folder)
+        if first != run.folder:
+            raise InputError(f"{run.folder}: {run.method}, {run.order}, seed {run.seed}, as {first} is, with the same "
+                             "options; a run counts once, so name the folders that shall count")
+
+
 def _fewest_options(settings: Sequence[dict]) -> list[str]:
     """For each of the settings, ` (option=value, ...)` with options enough to tell it from the others."""
     def distinguished(keys: Iterable[str]) -> int:
@@ -215,11 +256,22 @@ def _fewest_options(settings: Sequence[dict]) -> list[str]:
     return [f" ({', '.join(f'{key}={one[key]}' for key in needed)})" if needed else "" for one in settings]
 
 
-def _object(path: Path) -> dict:
+def _object(path: Path, *keys: str) -> dict:
+    """The object in a file, or the one that `keys` lead to; empty where there is none."""
     content = read_json(path) if path.exists() else {}
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found {type(content).__name__}; expected an object")
+    for key in (None, *keys):
+        content = content if key is None else content.get(key, {})
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: found {type(content).__name__}; expected an object" + (f" {key}" if key else ""))
     return content
+
+
+def _number(path: Path, key: str) -> float | None:
+    """A number in the object of a file, None where there is none."""
+    value = _object(path).get(key)
+    if not isinstance(value, int | float | None):
+        raise InputError(f"{path}: {key} is {value!r}; expected a number")
+    return value
 
 
 def _total(values: Sequence[float | None]) -> float | None:
