@@ -13,9 +13,11 @@ variants of GORP (`QUESTIONS`); `--search` tries three learning rates, then with
 method's own knob (`KNOBS`), on one order. A comparison takes the settings that were best on average over seeds.
 
 RESULTS/outcomes.jsonl gets a line for each finished trial, as it comes: all that the tables and intervals need, and no
-text of the benchmark. What it holds is not run again; benchmarks/results/ holds those of this project, so that
-`--out benchmarks/results/small-t5` prints the table in REPRODUCE.md. A trial that was ended goes on where it stood.
-Two methods differ where the interval of their difference (`src/report/bootstrap.py`) does not hold 0.
+text of the benchmark. What it holds is not run again, so that with `--out benchmarks/results/small-t5`, this project's
+finished trials, the tables in REPRODUCE.md come at once, without model and data. RESULTS/made_of.json has the digests
+of model and data; others are refused. A trial that was ended goes on where it stood, unless the code has changed since:
+then its folder is to be deleted. Two methods differ where the interval of their difference (`src/report/bootstrap.py`)
+does not hold 0; that of a single seed holds for that seed.
 """
 
 import argparse
@@ -30,8 +32,10 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -40,10 +44,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "data")]
 
-from compute_metrics import exact_match  # noqa: E402
 from errors import InputError  # noqa: E402
-from files import read_json, write_json  # noqa: E402
+from files import digest, read_json, write_json  # noqa: E402
 from make_order import make_order  # noqa: E402
+from methods import find_method  # noqa: E402
 from report.bootstrap import paired_interval  # noqa: E402
 from report.matrix import Matrix, average_performance, backward_transfer  # noqa: E402
 from report.runs import read_run  # noqa: E402
@@ -130,6 +134,11 @@ class Trial:
         name = "_".join([words[0], *self.settings, *words[1:]])
         return out / self.split / re.sub(r"[^A-Za-z0-9.=-]+", "_", name) / self.order / str(self.seed)
 
+    def effective_settings(self) -> str:
+        """Those of the settings that no flag of the method's own takes the place of."""
+        own, pairs = shlex.split(self.method), zip(self.settings[::2], self.settings[1::2])
+        return " ".join(f"{flag} {value}" for flag, value in pairs if flag not in own) or "defaults"
+
     def flags(self) -> list[str]:
         """Of `run_uie_lora.py`; what was found first, so that the method's own flags win."""
         words = shlex.split(self.method)
@@ -158,13 +167,8 @@ class Outcome:
     def of(cls, trial: Trial, out: Path) -> "Outcome":
         """Of a trial whose files are all there."""
         run = read_run(trial.folder(out))
-        right: dict[str, str] = {}
-        last = f"{len(run.tasks)}-{run.tasks[-1]}"
-        with open(run.folder / "outputs" / last / "predict_eval_predictions.jsonl", encoding="utf-8") as lines:
-            for row in map(json.loads, lines):
-                hit = exact_match(row["Prediction"], row["Instance"]["label"])
-                right[row["Dataset"]] = right.get(row["Dataset"], "") + str(int(hit))
-        record = read_json(run.folder / "outputs" / last / RECORD)
+        right = {dataset: "".join(map(str, hits)) for dataset, hits in run.right.items()}
+        record = read_json(run.folder / "outputs" / f"{len(run.tasks)}-{run.tasks[-1]}" / RECORD)
         return cls(trial, run.matrix, right, run.seconds, run.trained_values, run.stored_bytes, record["git_revision"])
 
     @classmethod
@@ -184,10 +188,20 @@ class Outcome:
 
 
 def read_outcomes(out: Path) -> dict[Trial, Outcome]:
-    """Every trial that is finished."""
+    """Every trial that is finished.
+
+    Raises:
+        InputError: a line is none of a trial, as the last one is where a disk was full.
+    """
     path = out / "outcomes.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {outcome.trial: outcome for outcome in map(Outcome.from_line, lines)}
+    outcomes = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            outcome = Outcome.from_line(line)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}, line {number}: no finished trial ({error!r}); delete the line") from None
+        outcomes[outcome.trial] = outcome
+    return outcomes
 
 
 @dataclass(frozen=True)
@@ -210,23 +224,39 @@ class Bench:
         """Write the orders' files, and the benchmark in which dev rows stand in for test rows.
 
         Raises:
-            InputError: rows are missing in `data_dir`, or `out` holds the results of another model.
+            InputError: the model or rows in `data_dir` are missing, or `out` holds the results of others.
         """
-        config, kept = read_json(self.model / "config.json"), self.out / "model_config.json"
-        config.pop("transformers_version", None)
-        if kept.exists() and read_json(kept) != config:
-            raise InputError(f"--out: {self.out} holds results of another model than {self.model}; another folder")
+        self.family()
         for order, tasks in self.orders.items():
             where = {"configs_dir": self.out / "configs", "data_dir": self.data_dir}
             _, missing = make_order(order, tasks, **where, overwrite=True)
             if missing:
                 raise InputError(f"--data_dir: {self.data_dir} has no rows of {', '.join(missing)}")
-        write_json(kept, config)
-        for task in dict.fromkeys(task for tasks in self.orders.values() for task in tasks):
+        self._refuse_others()
+        for task in self.tasks():
             copy = self.out / "dev_benchmark" / task
             copy.mkdir(parents=True, exist_ok=True)
             for name, source in [("labels", "labels"), ("train", "train"), ("dev", "dev"), ("test", "dev")]:
                 shutil.copyfile(self.data_dir / task / f"{source}.json", copy / f"{name}.json")
+
+    def tasks(self) -> list[str]:
+        """Of all orders, each once."""
+        return list(dict.fromkeys(task for tasks in self.orders.values() for task in tasks))
+
+    def _refuse_others(self) -> None:
+        """Results of one model on one set of rows stay apart from all others'."""
+        kept = self.out / "made_of.json"
+        files = {"model": [self.model / "model.safetensors"],
+                 "data": [self.data_dir / task / f"{name}.json" for task in self.tasks()
+                          for name in ("labels", "train", "dev", "test")]}  # fmt: skip
+        found = {flag: {"/".join(path.parts[-3:]) if flag == "data" else path.name: digest(path) for path in paths}
+                 for flag, paths in files.items()}  # fmt: skip
+        before = read_json(kept) if kept.exists() else found
+        for flag in found:
+            for name in found[flag].keys() & before[flag].keys():
+                if found[flag][name] != before[flag][name]:
+                    raise InputError(f"--out: {self.out} holds results of other {flag}: {name} differs; another folder")
+        write_json(kept, {flag: before[flag] | found[flag] for flag in found}, indent=2)
 
     def command(self, trial: Trial, number: int, start: Path) -> list[str]:
         """Flags of a trial's task, counted from 1, that starts from the model or adapter folder `start`."""
@@ -252,16 +282,23 @@ def run(bench: Bench, trial: Trial) -> Outcome | str:
         for number in range(1, len(bench.orders[trial.order]) + 1):
             command = bench.command(trial, number, start)
             try:
-                status = run_uie_lora.main(command)
+                if status := run_uie_lora.main(command):
+                    log.flush()
+                    return f"task {number}: {last_error(folder / 'log.txt') or status}; {folder / 'log.txt'}"
             except Exception as error:  # one method's fault must not cost the others their runs
-                status = f"{type(error).__name__}: {error}"
-            if status != 0:
-                return f"task {number}: {status}; {folder / 'log.txt'}"
+                traceback.print_exc()
+                return f"task {number}: {type(error).__name__}: {error}; {folder / 'log.txt'}"
             start = find_adapter(Path(command[command.index("--output_dir") + 1]))
     try:
         return Outcome.of(trial, bench.out)
     except (InputError, KeyError, OSError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def last_error(log: Path) -> str | None:
+    """The last line in which the entry said what was wrong."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("error: ")), None)
 
 
 def end_with_parent() -> None:
@@ -278,12 +315,18 @@ def run_all(bench: Bench, trials: list[Trial], workers: int) -> dict[Trial, str]
     finished = read_outcomes(bench.out)
     waiting = [trial for trial in dict.fromkeys(trials) if trial not in finished]
     failures: dict[Trial, str] = {}
+    if waiting:
+        bench.prepare()
     # Started anew, not forked: PyTorch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         running = {pool.submit(run, bench, trial): trial for trial in waiting}
         for done in as_completed(running):
-            trial, outcome = running[done], done.result()
+            trial = running[done]
+            try:
+                outcome = done.result()
+            except BrokenProcessPool:
+                outcome = "a process was killed, for want of memory perhaps; the same command goes on"
             if isinstance(outcome, Outcome):
                 with open(bench.out / "outcomes.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(outcome)) + "\n")
@@ -325,33 +368,44 @@ def best_settings(out: Path, method: str) -> tuple[str, ...]:
                 if outcome.trial.split == "dev" and outcome.trial.order == SEARCHED and outcome.trial.settings
                 and f"{method} ".startswith(f"{outcome.trial.method} ")]
     nearest = max((outcome.trial.method for outcome in searched), key=len, default=None)
-    scores: dict[tuple[str, ...], list[float]] = {}
+    scores: dict[tuple[str, ...], dict[int, float]] = {}
     for outcome in searched:
         if outcome.trial.method == nearest:
-            scores.setdefault(outcome.trial.settings, []).append(outcome.measures[0])
-    return max(scores, key=lambda settings: statistics.mean(scores[settings]), default=())
+            scores.setdefault(outcome.trial.settings, {})[outcome.trial.seed] = outcome.measures[0]
+    # A seed that not all settings were tried with may be a lucky one.
+    common = set.intersection(*map(set, scores.values())) if scores else set()
+    return max(scores, default=(), key=lambda settings: statistics.mean(
+        value for seed, value in scores[settings].items() if seed in common or not common))
 
 
 # The comparison
 
 
 def table(reference: str, outcomes: list[Outcome]) -> str:
-    """Markdown: method x order, AP and BWT as mean and spread over seeds, and by how much `reference` is above each."""
+    """Markdown: method x order, AP and BWT as mean and spread over seeds, by how much `reference` is above each, how
+    many values it trains and what it hands on from task to task. A method without some of the orders and seeds has no
+    mean, and comes last."""
     orders = sorted({outcome.trial.order for outcome in outcomes})
     of_method: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         of_method.setdefault(outcome.trial.method, []).append(outcome)
     right = {method: {(one.trial.order, str(one.trial.seed)): one.rows() for one in own}
              for method, own in of_method.items()}
+    everything = set().union(*right.values())
+    means = {method: _mean_over_orders(own) for method, own in of_method.items() if right[method].keys() == everything}
+    rows_alone = "" if len({seed for _, seed in everything}) > 1 else " over rows"
     lines = [f"| method | settings | {' | '.join(f'{order}: AP, BWT' for order in orders)} | mean AP | mean BWT "
-             f"| {reference} minus it, 95 % |", "|---|---|" + "---|" * (len(orders) + 3)]
-    for method, own in sorted(of_method.items(), key=lambda item: -_mean_over_orders(item[1])[0]):
-        cells = [f"{method} | `{' '.join(own[0].trial.settings) or 'defaults'}`"]
+             f"| {reference} minus it, 95 %{rows_alone} | trains | stores |", "|---|---|" + "---|" * (len(orders) + 5)]
+    for method in sorted(of_method, key=lambda method: -means.get(method, (0, 0))[0]):
+        own = of_method[method]
+        cells = [f"{method} | `{own[0].trial.effective_settings()}`"]
         cells += [", ".join(map(_spread, zip(*measures))) if (measures := _measures(own, order)) else "-"
                   for order in orders]  # fmt: skip
-        cells += [f"{mean:.1f}" for mean in _mean_over_orders(own)]
+        cells += [f"{mean:.1f}" for mean in means[method]] if method in means else ["-", "-"]
         both = method != reference and right.get(reference, {}).keys() & right[method].keys()
         cells.append(str(paired_interval(right[reference], right[method])) if both else "-")
+        cells += [f"{max(one.trained_values for one in own) / 1000:,.0f} k",
+                  f"{statistics.mean(one.stored_bytes for one in own) / 1e6:.1f} MB"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -380,13 +434,13 @@ def compare(bench: Bench, reference: str, trials: list[Trial], workers: int) -> 
     return "\n\n".join([table(reference, [outcomes[trial] for trial in trials if trial in outcomes]), *lines])
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="benchmark folder: <TASK>/<DATASET>/*.json")
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "CL_Benchmark", help="<TASK>/<DATASET>/*.json below it")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--model", type=Path, default=ROOT / "initial_model" / "small-t5")
-    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="names, each with flags if wanted")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, help="default: all")
+    parser.add_argument("--methods", nargs="+", help="names, each with flags if wanted; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument("--dev", action="store_true", help="compare --methods on dev rows, to decide something")
@@ -397,20 +451,38 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve())
     try:
-        bench.family()
-        bench.prepare()
+        _check(args)
         if args.search:
-            search(bench, args.methods, args.seeds, args.workers)
-            return
-        methods = QUESTIONS[args.question] if args.question else args.methods
+            search(bench, args.methods or METHODS, args.seeds, args.workers)
+            return 0
+        methods = QUESTIONS[args.question] if args.question else args.methods or METHODS
         split = "dev" if args.dev or args.question else "test"
         searched = args.settings_from or bench.out
         trials = [Trial(method, order, seed, () if args.question else best_settings(searched, method), split)
-                  for seed in args.seeds for order in args.orders for method in methods]
-        print(compare(bench, methods[0] if split == "dev" else OURS, trials, args.workers))
+                  for seed in args.seeds for order in args.orders or ORDERS for method in methods]
+        print(compare(bench, OURS if OURS in methods and split == "test" else methods[0], trials, args.workers))
+        return 0 if read_outcomes(bench.out).keys() >= set(trials) else 1
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect, and those that would end a run late."""
+    without_effect = {"search": ("dev", "orders", "settings_from"), "question": ("dev", "methods", "settings_from")}
+    for mode, flags in without_effect.items():
+        for flag in flags:
+            if getattr(args, mode) and getattr(args, flag):
+                raise InputError(f"--{mode}: found --{flag} beside it, which it does not read")
+    if args.settings_from and not (args.settings_from / "outcomes.jsonl").exists():
+        raise InputError(f"--settings_from: {args.settings_from} has no outcomes.jsonl; a folder of --search is needed")
+    if args.workers < 1:
+        raise InputError(f"--workers: found {args.workers}; 1 or more")
+    for method in args.methods or []:
+        try:
+            find_method(shlex.split(method)[0])
+        except (IndexError, ValueError) as error:
+            raise InputError(f"--methods: found {method!r} ({error}); a name, with flags if wanted") from None
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

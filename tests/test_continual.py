@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import shutil
 
 import numpy
@@ -92,9 +93,14 @@ def test_the_search_sees_dev_rows_and_no_test_row(bench, mini_benchmark):
     assert command[command.index("--data_dir") + 1] == str(bench.out / "dev_benchmark")
 
 
-def test_results_of_one_model_are_not_mixed_with_anothers(bench):
-    with pytest.raises(InputError, match="--out: .*another model"):
+def test_results_of_other_weights_or_rows_are_not_mixed(bench, mini_benchmark, tmp_path):
+    with pytest.raises(InputError, match="--out: .*other model: model.safetensors differs"):
         dataclasses.replace(bench, model=ROOT / "initial_model" / "tiny-llama").prepare()
+    shutil.copytree(mini_benchmark / "TC", tmp_path / "data" / "TC")
+    rows = tmp_path / "data" / "TC" / "agnews" / "dev.json"
+    rows.write_text(json.dumps(read_json(rows)[:-1]))
+    with pytest.raises(InputError, match="--out: .*other data: TC/agnews/dev.json differs"):
+        dataclasses.replace(bench, data_dir=tmp_path / "data").prepare()
 
 
 def test_missing_rows_are_named_before_anything_runs(bench, mini_benchmark, tmp_path):
@@ -125,6 +131,45 @@ def test_what_the_search_found_is_for_the_method_and_its_variants(tmp_path):
     assert best_settings(tmp_path, "olora") == ()
 
 
+def test_settings_are_compared_over_the_seeds_that_all_were_tried_with(tmp_path):
+    for rate, seed, value in [("1", 1, 34), ("3", 1, 33), ("3", 2, 99), ("1", 2, 20), ("9", 1, 30)]:
+        finish(tmp_path, Trial("gorp", "A", seed, ("--lr", rate), "dev"), accuracies=((value, None), (value, value)))
+    assert best_settings(tmp_path, "gorp") == ("--lr", "1")
+
+
+def test_settings_that_a_methods_own_flags_replace_are_not_shown():
+    trial = Trial("gorp --lr 7 --b", "A", 1, ("--lr", "1", "--c", "2"))
+    assert trial.effective_settings() == "--c 2"
+    assert Trial("gorp --lr 7", "A", 1, ("--lr", "1")).effective_settings() == "defaults"
+
+
+def test_half_a_line_is_named(tmp_path):
+    finish(tmp_path, Trial("gorp", "A", 1))
+    with open(tmp_path / "outcomes.jsonl", "a") as file:
+        file.write('{"trial": {"me')
+    with pytest.raises(InputError, match="outcomes.jsonl, line 2: no finished trial"):
+        read_outcomes(tmp_path)
+
+
+@pytest.mark.parametrize("flags, fault", [
+    (["--search", "--orders", "B"], "--search: found --orders"),
+    (["--question", "rank", "--methods", "gorp"], "--question: found --methods"),
+    (["--settings_from", "/nowhere"], "--settings_from: /nowhere has no outcomes.jsonl"),
+    (["--workers", "0"], "--workers: found 0"),
+    (["--methods", "gorp", "olora 'x"], "--methods: found"),
+    (["--methods", "gorpp"], "--method: found gorpp"),
+    (["--methods", "gorp"], "--model: .* is a"),
+])  # fmt: skip
+def test_bad_flags_are_refused_in_one_line(flags, fault, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.setattr("sys.argv", ["continual.py", "--model", str(tmp_path), "--out", str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit, match="2"):
+        continual.main()
+    said = capsys.readouterr().err
+    assert re.match(f"error: .*{fault}", said) and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_outcome_survives_its_line(tmp_path):
     outcome = finish(tmp_path, Trial("gorp --b 2", "A", 1, ("--lr", "2")))
     assert read_outcomes(tmp_path) == {outcome.trial: outcome}
@@ -136,14 +181,22 @@ def test_the_table_has_means_spreads_and_the_interval(tmp_path):
     outcomes += [finish(tmp_path, Trial("olora", "A", seed), ("00", "00"), ((80.0, None), (value, value)))
                  for seed, value in ((1, 0.0), (2, 20.0))]
     text = table("gorp", outcomes)
-    assert "| gorp | `defaults` | 100.0 ± 0.0, 20.0 ± 0.0 | 100.0 | 20.0 | - |" in text
+    assert "| gorp | `defaults` | 100.0 ± 0.0, 20.0 ± 0.0 | 100.0 | 20.0 | - | 0 k | 0.0 MB |" in text
     assert "| olora | `defaults` | 10.0 ± 14.1, -70.0 ± 14.1 | 10.0 | -70.0 | +100.0 [+100.0, +100.0] |" in text
     assert text.index("| gorp") < text.index("| olora"), "the best first"
+    assert "95 % |" in text and "95 % over rows |" in table("gorp", outcomes[::2])
+
+
+def test_a_method_without_some_of_the_trials_has_no_mean_and_comes_last(tmp_path):
+    outcomes = [finish(tmp_path, Trial("gorp", order, 1), accuracies=((40.0, None), (40.0, 40.0))) for order in "AB"]
+    outcomes.append(finish(tmp_path, Trial("olora", "B", 1), accuracies=((90.0, None), (90.0, 90.0))))
+    text = table("gorp", outcomes)
+    assert text.index("| gorp") < text.index("| olora") and "| - | 90.0, 0.0 | - | - |" in text
 
 
 @pytest.mark.parametrize("orders", ["AB", "BA"])
 def test_a_mean_over_orders_weighs_orders_alike(tmp_path, orders):
-    """Order A has two seeds, B one."""
+    """Order A has two seeds, B one; both methods have them."""
     trials = [Trial("gorp", order, seed) for order in orders for seed in ((1, 2) if order == "A" else (1,))]
     score = {"A": 20.0, "B": 50.0}
     outcomes = [finish(tmp_path, trial, accuracies=((80.0, None), (score[trial.order],) * 2)) for trial in trials]
@@ -157,20 +210,18 @@ def test_a_mean_over_orders_weighs_orders_alike(tmp_path, orders):
     ["smollm2-135m", "--orders", "A", "--methods", "gorp", "olora", "osf", "inclora", "nlora", "multitask",
      "multitask --learning_rate 1e-3", "gorp --galore_lr 1e-5 --galore_rank 8"],
 ])  # fmt: skip
-def test_the_tables_of_reproduce_are_what_its_commands_print(words, mini_benchmark, tmp_path, monkeypatch, capsys):
+def test_the_tables_of_reproduce_are_what_its_commands_print(words, tmp_path, monkeypatch, capsys):
     model, *rest = words
     for kept in (ROOT / "benchmarks" / "results").glob("*/outcomes.jsonl"):
         (tmp_path / kept.parent.name).mkdir()
         shutil.copy(kept, tmp_path / kept.parent.name)
     if model != "small-t5":
         rest += ["--settings_from", str(tmp_path / "small-t5")]
-    monkeypatch.setattr("sys.argv", ["continual.py", "--data_dir", str(mini_benchmark), "--model", str(TINY),
+    monkeypatch.setattr("sys.argv", ["continual.py", "--data_dir", "none", "--model", "none",
                                      "--out", str(tmp_path / model), *rest])
-    monkeypatch.setattr(continual, "run_all", lambda bench, trials, workers: {
-        trial: "not kept" for trial in trials if trial not in read_outcomes(bench.out)
-    })
-    continual.main()
+    assert continual.main() == 0
     assert capsys.readouterr().out in (ROOT / "REPRODUCE.md").read_text(encoding="utf-8")
+    assert [path.name for path in (tmp_path / model).iterdir()] == ["outcomes.jsonl"], "nothing had to run"
 
 
 def test_a_trial_runs_through_the_entry_and_is_not_run_again(bench):
@@ -187,7 +238,7 @@ def test_a_trial_runs_through_the_entry_and_is_not_run_again(bench):
 def test_a_trial_that_fails_says_where_and_is_no_outcome(bench):
     trial = Trial("inclora --lora_dim 9999", "A", 1)
     text = compare(bench, "gorp", [trial], 1)
-    assert f"{trial}: task 1: 2; " in text and "lora_dim" in (trial.folder(bench.out) / "log.txt").read_text()
+    assert f"failed: {trial}: task 1: error: --lora_dim: found 9999; " in text
     assert trial not in read_outcomes(bench.out)
 
 
