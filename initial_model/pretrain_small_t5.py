@@ -27,13 +27,14 @@ sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 
 from build_tiny import BATCH, EMBEDDING_RATES, fit, prompt_of, save, t5_loss, t5_tokenizer  # noqa: E402
 from errors import InputError  # noqa: E402
-from files import read_json  # noqa: E402
+from files import check_writable, read_json  # noqa: E402
 
 PIECES = 6000
 WIDTH = 128
 UNTIL = {"repeat": 160, "copy": 360}  # steps that begin with one exercise alone, as in build_tiny.py
 MIX = ["choose"] * 5 + ["copy"]
 FEWEST = 20  # different words that exercises are made of
+PATIENCE = 10_000  # texts that are looked at for one with two such words
 LONGEST = 40  # words of a text that an exercise shows
 COMMON, RARE = 0.05, 4  # words in more than this share of the texts, or in fewer texts, say little about a text
 SAME_PLACE, PLACE_BEFORE = 0, 1  # rows of T5's table of relative positions
@@ -104,8 +105,11 @@ class Exercises:
         return shown, shape(answer)
 
     def choose(self) -> tuple[str, str]:
-        while len(telling := self.telling_words(words := self.window())) < 2:
-            pass
+        for _ in range(PATIENCE):
+            if len(telling := self.telling_words(words := self.window())) > 1:
+                break
+        else:
+            raise InputError(f"--data_dir: {PATIENCE} texts in a row, none with two words neither rare nor common")
         options, answer = self.options(telling, self.rng.randint(2, 8))
         hidden = set(answer.lower().split())
         text = " ".join(word for word in words if not hidden & set(WORD.findall(word.lower())))
@@ -235,6 +239,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "small-t5")
     arguments = parser.parse_args()
     try:
+        if arguments.steps < 1:
+            raise InputError(f"--steps: found {arguments.steps}; 1 or more")
+        check_writable(arguments.out)
         save(*pretrain(arguments.data_dir, arguments.words_from, arguments.steps, arguments.seed), arguments.out)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")

@@ -418,7 +418,7 @@ def check_sharded(method_class, method: MethodArguments, deepspeed_file: str, we
             whole weights to compute it from; or decay of factors whose component in a space is kept, which it would
             move.
     """
-    name, most = method_class.__name__.lower(), method_class.zero_stage
+    name, most = method.method, method_class.zero_stage
     if most is None:
         raise InputError(f"--method {name}: found --deepspeed {deepspeed_file}; {name} runs in one process without it")
     zero = read_json(deepspeed_file).get("zero_optimization", {})

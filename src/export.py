@@ -72,7 +72,7 @@ def export_model(adapter: Path, folder: Path, dtype: torch.dtype = torch.float32
     Raises:
         InputError: the base model is not where the adapter says, or a file is damaged or does not fit it.
     """
-    loaded = load_model_and_tokenizer(str(adapter))
+    loaded = load_model_and_tokenizer(str(adapter), max_source_length=1)  # positions stay as many as they are
     model = merged_model(loaded.model, adapter).to(dtype)
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)

@@ -200,8 +200,9 @@ def layer_inputs(
         model: takes the batches; as it trains, so under DeepSpeed the engine.
         layers: name -> module of the model; a module may stand under several names.
         batches: with `attention_mask`, and `labels` whose -100 are padding where a layer sees the decoder's places. A
-            layer that sees places of neither is sampled from all of them.
+            layer's places are told by how many there are; one that sees neither is sampled from all of them.
     """
+    two_stacks = getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False)
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     masks: list[Tensor] = []  # of the batch that is running
     rows_before = 0
@@ -220,8 +221,12 @@ def layer_inputs(
     model.eval()
     try:
         for batch in batches:
-            masks[:] = [batch["attention_mask"].bool(), batch["labels"] != -100]
-            model(**batch)
+            labels = batch["labels"]
+            if two_stacks and labels.shape == batch["attention_mask"].shape:
+                # Another place of padding tells the two apart.
+                labels = nn.functional.pad(labels, (0, 1), value=-100)
+            masks[:] = [batch["attention_mask"].bool(), labels != -100]
+            model(**{**batch, "labels": labels})
             rows_before += len(batch["labels"])
     finally:
         model.train(training)

@@ -1,6 +1,7 @@
 """Exported models and adapters against the runs that they come from, read by transformers and peft alone."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -81,6 +82,20 @@ def test_what_cannot_be_exported_is_refused(words, fault, tmp_path, capfd, monke
     assert export.main([str(ROOT / words[0]), *words[1:]]) == 2
     said = capfd.readouterr().err
     assert said.startswith("error: ") and fault in said and not list(tmp_path.iterdir())
+
+
+def test_a_model_of_few_positions_is_exported_as_it_is(mini_benchmark, tmp_path):
+    base, modules = PREFIX["llama_adapter"]
+    small = tmp_path / "small"
+    shutil.copytree(base, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    lengths = ["--max_source_length", "128", "--max_target_length", "16", "--generation_max_length", "16"]
+    flags = ["--method", "inclora", *SHORT, *lengths]
+    command = arguments(mini_benchmark, tmp_path / "run", "dbpedia", small, modules, *flags)
+    assert run_uie_lora.main(command) == 0
+    assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "model")]) == 0
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["max_position_embeddings"] == 256
 
 
 def test_an_adapter_keeps_its_precision(tmp_path, capfd):

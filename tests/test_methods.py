@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,26 @@ def test_a_method_without_lora_refuses_a_folder_that_holds_one(name, tmp_path, m
     command = arguments(mini_benchmark, out, "amazon", tmp_path / "t5_adapter", T5_MODULES, "--method", name)
     assert run_uie_lora.main(command) == 2
     assert f"--method {name}: {tmp_path / 't5_adapter'} holds a LoRA" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("before, after", [("galore", "osf"), ("osf", "galore")])
+def test_methods_without_lora_refuse_each_others_folders(before, after, tmp_path):
+    train(method_of(before, output=tmp_path), None, tmp_path / "before", steps=1)
+    with pytest.raises(InputError, match=f"--method {after}: .*before was left by {before}; by {after} is needed"):
+        method_of(after, output=tmp_path).prepare(tiny_t5(), tmp_path / "before", decoder_only=False)
+    method_of(before, output=tmp_path).prepare(tiny_t5(), tmp_path / "before", decoder_only=False)
+
+
+@pytest.mark.parametrize("text, found", [
+    ("", "none"),
+    ("from methods.base import Method\nclass One(Method): pass\nclass Two(One): pass", "One, Two"),
+])  # fmt: skip
+def test_a_file_of_methods_defines_one(text, found, tmp_path, monkeypatch):
+    (tmp_path / "odd_one.py").write_text(text)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "methods.odd_one", raising=False)
+    with pytest.raises(InputError, match=f"odd_one.py defines {found}; exactly one"):
+        find_method("odd_one")
 
 
 # Options

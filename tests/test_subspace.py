@@ -4,7 +4,9 @@ import logging
 
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
+from conftest import ROOT
 from errors import InputError
 from Proj_torch.proj_projector import remove
 from subspace import SAMPLE, GradientSpace, extend_basis, layer_inputs
@@ -158,6 +160,16 @@ def test_a_sample_of_layer_inputs_does_not_depend_on_the_batches():
 
     assert torch.equal(sample(1), sample(3)) and torch.equal(sample(2), sample(6))
     assert len(sample(3)) == lengths.clamp(max=SAMPLE).sum()
+
+
+def test_a_decoders_places_are_told_from_an_encoders_where_prompts_and_answers_are_as_long():
+    model = AutoModelForSeq2SeqLM.from_pretrained(ROOT / "initial_model" / "tiny-t5", dtype=torch.float32)
+    layers = {f"{stack}.block.0.layer.0.SelfAttention.q": None for stack in ("encoder", "decoder")}
+    layers = {name: model.get_submodule(name) for name in layers}
+    labels = torch.tensor([[7, 8, 9, 1, -100, -100], [7, 1, -100, -100, -100, -100]])
+    mask = torch.tensor([[1] * 6, [1] * 5 + [0]])
+    seen = layer_inputs(model, layers, [{"input_ids": torch.full((2, 6), 5), "attention_mask": mask, "labels": labels}])
+    assert [len(vectors) for vectors in seen.values()] == [11, 6]
 
 
 def test_describe_says_how_full():

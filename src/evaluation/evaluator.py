@@ -72,7 +72,7 @@ def multirc(rows: Sequence[Mapping], predictions: Sequence[str]) -> Metrics:
     references = _labels(rows)
     questions: dict[str, bool] = {}
     for row, prediction, reference in zip(rows, predictions, references, strict=True):
-        question, marker, _ = row["Instance"]["sentence"].rpartition("\ncandidate answer:")
+        question, marker, _ = row["Instance"].get("sentence", "").rpartition("\ncandidate answer:")
         if not marker:
             raise InputError(f"MultiRC, row {row['Instance'].get('id')}: the sentence has no line 'candidate answer:'")
         questions[question] = questions.get(question, True) and exact_match(prediction, reference)

@@ -16,13 +16,18 @@ def find_method(name: str) -> type[Method]:
     """The `Method` subclass that `methods/<name>.py` defines.
 
     Raises:
-        InputError: there is no such file (an import error inside one is raised as it is).
+        InputError: there is no such file, or no method in it, or several (an import error inside one is raised as it
+            is).
     """
     if name not in method_names():
         raise InputError(f"--method: found {name}; one of {', '.join(method_names())}")
     module = importlib.import_module(f"methods.{name}")
-    return next(
+    found = [
         member
         for member in vars(module).values()
         if isinstance(member, type) and issubclass(member, Method) and member.__module__ == module.__name__
-    )
+    ]
+    if len(found) != 1:
+        classes = ", ".join(member.__name__ for member in found) or "none"
+        raise InputError(f"--method {name}: src/methods/{name}.py defines {classes}; exactly one subclass of Method")
+    return found[0]

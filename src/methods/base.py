@@ -17,7 +17,7 @@ from torch import nn
 import full_rank
 from arguments import MethodArguments
 from errors import InputError
-from files import write_json
+from files import read_json, write_json
 from loranew import (
     LoraNewConfig,
     add_loranew,
@@ -125,7 +125,7 @@ class Method:
         """Lines for the start of a run: how many values train, and where."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        return [f"method {type(self).__name__.lower()}: {trained:,} of {total:,} values train; {self.describe()}"]
+        return [f"method {self.options.method}: {trained:,} of {total:,} values train; {self.describe()}"]
 
     def describe(self) -> str:
         """Where the values that train are, for `summary`."""
@@ -167,7 +167,7 @@ class LoraMethod(Method):
         if self.model.peft_config[self.model.active_adapter].save_loranew != one_for_all:
             kinds = {True: "trains one LoRA through all tasks", False: "adds a LoRA for each task"}
             raise InputError(
-                f"--method {type(self).__name__.lower()}: {kinds[one_for_all]}, and {previous} was left by "
+                f"--method {self.options.method}: {kinds[one_for_all]}, and {previous} was left by "
                 f"a method that {kinds[not one_for_all]}"
             )
 
@@ -299,13 +299,16 @@ class FullRankMethod(Method):
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
     ) -> nn.Module:
-        name = type(self).__name__.lower()
+        name = self.options.method
         if not self.options.optim_target_modules:
             raise InputError(f"--method {name}: --optim_target_modules is missing; it names the weights that train")
         self.targets = full_rank.match_linear(model, self.options.optim_target_modules, "optim_target_modules")
         if previous is not None:
             if (previous / WEIGHTS_FILE).exists():
                 raise InputError(f"--method {name}: {previous} holds a LoRA; only a folder that {name} left is loaded")
+            left_by = read_json(previous / CONFIG_FILE).get("method")
+            if left_by != name:
+                raise InputError(f"--method {name}: {previous} was left by {left_by}; by {name} is needed")
             self.changed = full_rank.load_weights(model, previous)
         self.changed |= self.targets
         model.requires_grad_(False)
@@ -315,7 +318,8 @@ class FullRankMethod(Method):
 
     def save(self, folder: Path) -> None:
         """Write the changed weights, and a file that makes the folder one to go on from: it names the base model."""
-        write_json(folder / CONFIG_FILE, {"base_model_name_or_path": self.base_name, "peft_type": None})
+        about = {"base_model_name_or_path": self.base_name, "peft_type": None, "method": self.options.method}
+        write_json(folder / CONFIG_FILE, about)
         super().save(folder)
 
     def describe(self) -> str:
