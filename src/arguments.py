@@ -426,7 +426,7 @@ def check_sharded(method_class, method: MethodArguments, deepspeed_file: str, we
     if stage > most:
         raise InputError(f"--method {name}: found ZeRO stage {stage} ({deepspeed_file}); at most stage {most}")
     if stage == 3:
-        for flag in ("lamda_1", "lamda_2", "lamda_3"):
+        for flag in {"lamda_1", "lamda_2", "lamda_3"}.difference(method_class.unread):
             check(not getattr(method, flag), flag, getattr(method, flag), f"only 0 at stage 3 ({deepspeed_file})")
     check(method.galore_engine != "dense", "galore_engine", "dense", "auto or cores under DeepSpeed")
     check_decay(method, weight_decay, "DeepSpeed")

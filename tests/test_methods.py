@@ -367,6 +367,24 @@ def test_a_later_task_says_which_lora_flags_have_no_effect(tmp_path, caplog):
     assert len(list(other.factors())) == 2 * 8
 
 
+@pytest.mark.parametrize("name, vain, read", [
+    ("inclora", ["optim_target_modules", "proj_lora_modules", "lamda_1", "lamda_3", "galore_lr"], ["lora_dim"]),
+    ("olora", ["optim_target_modules", "proj_lora_modules", "lamda_3", "galore_lr"], ["lamda_1", "lora_dim"]),
+    ("galore", ["lora_modules", "lora_dim", "proj_lora_modules", "lamda_1"], ["optim_target_modules", "galore_lr"]),
+    ("osf", ["lora_dim", "lamda_1", "galore_lr"], ["optim_target_modules", "osf_growth"]),
+    ("gorp --optim_target_modules none", ["lamda_3", "galore_lr"], ["proj_lora_modules", "lamda_1", "lora_dim"]),
+    ("gorp", [], ["optim_target_modules", "proj_lora_modules", "lamda_1", "lamda_3", "galore_lr"]),
+])  # fmt: skip
+def test_a_run_says_which_options_have_no_effect(name, vain, read, tmp_path):
+    name, *own = name.split()
+    values = "--lora_dim 4 --galore_lr 1e-3 --lamda_1 0.1 --lamda_3 1".split()
+    method = method_of(name, *values, *own, output=tmp_path)
+    method.prepare(tiny_t5(), None, decoder_only=False)
+    lines = [line for line in method.summary() if line.startswith("without effect")]
+    said = {word.rstrip(",").removeprefix("--") for word in " ".join(lines).split() if word.startswith("--")}
+    assert said >= set(vain) and not said & set(read) and len(lines) == bool(vain)
+
+
 def test_the_example_of_the_docs_is_a_method(mini_benchmark, tmp_path, monkeypatch):
     """The file from docs/METHODS.md, found beside the other methods, runs by name and pulls the LoRA back."""
     text = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ LoRA for each task and puts no constraint on it; `FullRankMethod` trains weights
 Options of a method's own are fields of a subclass of `MethodArguments`, named by the method's `Arguments`.
 """
 
+import dataclasses
 import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -34,6 +35,13 @@ from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_
 
 logger = logging.getLogger("gorp")
 
+# Options by what reads them, for a method to say which it does not read.
+LORA = ("lora_modules", "lora_dim", "lora_alpha", "lora_dropout", "merge_old")
+SPACE = ("proj_lora_modules", "protect", "protect_side", "space_energy", "space_from")
+PROJECTION = ("galore_rank", "galore_update_proj_gap", "galore_scale", "galore_proj_type", "galore_svd",
+              "galore_engine", "galore_lr")  # fmt: skip
+PENALTIES = ("lamda_1", "lamda_2", "lamda_3")
+
 
 class Method:
     """One task's training by one method.
@@ -46,11 +54,13 @@ class Method:
         Arguments: the method's group of command-line options.
         zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
         step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_rows` may set it.
+        unread: options of `MethodArguments` that have no effect with this method.
     """
 
     Arguments: type[MethodArguments] = MethodArguments
     zero_stage: int | None = 3
     step_factor = 1
+    unread: tuple[str, ...] = ()
 
     def __init__(self, options: MethodArguments):
         self.options = options
@@ -122,10 +132,20 @@ class Method:
     # Saying what the run does
 
     def summary(self) -> list[str]:
-        """Lines for the start of a run: how many values train, and where."""
+        """Lines for the start of a run: how many values train, and where; what was asked for in vain."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        return [f"method {self.options.method}: {trained:,} of {total:,} values train; {self.describe()}"]
+        lines = [f"method {self.options.method}: {trained:,} of {total:,} values train; {self.describe()}"]
+        if vain := self.without_effect():
+            lines.append(f"without effect with method {self.options.method}: {', '.join(f'--{name}' for name in vain)}")
+        return lines
+
+    def without_effect(self) -> list[str]:
+        """The unread options that are not at their defaults."""
+        defaults = {option.name: option.default for option in dataclasses.fields(self.options)}
+        unset = ([], None)
+        return [name for name in self.unread
+                if (value := getattr(self.options, name)) not in unset and value != defaults[name]]
 
     def describe(self) -> str:
         """Where the values that train are, for `summary`."""
@@ -138,6 +158,8 @@ class Method:
 
 class LoraMethod(Method):
     """A new LoRA for each task, which joins the frozen LoRA of all earlier tasks when its task ends."""
+
+    unread = ("optim_target_modules", *SPACE, *PROJECTION, *PENALTIES)
 
     def __init__(self, options: MethodArguments):
         super().__init__(options)
@@ -295,6 +317,7 @@ class FullRankMethod(Method):
 
     Arguments = FullRankArguments
     zero_stage = None  # the optimizer, or the hooks on gradients, need whole weights
+    unread = (*LORA, *SPACE, *PROJECTION, *PENALTIES)
 
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False

@@ -7,11 +7,13 @@ stay frozen, so that the weights are those that GORP changes.
 
 import full_rank
 from errors import InputError
-from methods.base import FullRankMethod
+from methods.base import LORA, PENALTIES, SPACE, FullRankMethod
 from Proj_torch import ProjAdamW
 
 
 class Galore(FullRankMethod):
+    unread = (*LORA, *SPACE, *PENALTIES)
+
     def prepare(self, model, previous, *, decoder_only, sharded=False):
         if self.options.galore_engine == "cores":
             raise InputError("--galore_engine: found cores; auto or dense with --method galore")

@@ -1,8 +1,8 @@
 """GORP (Wang et al., ACL 2025): LoRA and full-rank weights, both kept clear of what earlier tasks need.
 
 Full-rank weights train through a rank-k gradient projection; the protected LoRA factors and the full-rank weights
-keep out of the shared gradient space, which each finished task extends by its first moments (or by what its layers
-saw, `--space_from inputs`).
+keep out of the shared gradient space, which each finished task extends by what its layers saw (or, as published, by
+its first moments, `--space_from moments`).
 
 Two engines do the same mathematics: `ProjAdamW` where the optimizer sees whole weights, and `CoreEngine` with a plain
 AdamW where DeepSpeed cuts them up, or where `--galore_engine cores` asks for it.
@@ -18,7 +18,7 @@ from torch import nn
 import full_rank
 from errors import InputError
 from loranew import loranew_layers, set_input_space
-from methods.base import LoraMethod
+from methods.base import PROJECTION, LoraMethod
 from Proj_torch import ProjAdamW
 from Proj_torch.zero_core import CoreEngine
 from subspace import GradientSpace, layer_inputs
@@ -30,10 +30,14 @@ SPACE_FILE = "gradient_space.safetensors"
 class Gorp(LoraMethod):
     """The published method; what its options switch is in `MethodArguments`."""
 
+    unread = ()
+
     def prepare(self, model, previous: Path | None, *, decoder_only: bool, sharded: bool = False):
         options = self.options
         self.targets = full_rank.match_linear(model, options.optim_target_modules, "optim_target_modules")
         full_rank.check_rank(self.targets, options.galore_rank, "galore_rank")
+        if not self.targets:
+            self.unread = (*PROJECTION, "lamda_3")
         self.changed |= self.targets
         model = super().prepare(model, previous, decoder_only=decoder_only)
         self.protected = self._protected_factors()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from arguments import MethodArguments
-from methods.base import LoraMethod
+from methods.base import PROJECTION, SPACE, LoraMethod
 
 
 @dataclass
@@ -17,6 +17,7 @@ class Olora(LoraMethod):
     """The base method with the penalties `lamda_1` (overlap with the old factors) and `lamda_2` (size)."""
 
     Arguments = OloraArguments
+    unread = ("optim_target_modules", *SPACE, *PROJECTION, "lamda_3")
 
     def penalty(self):
         terms = self.lora_penalties()
