@@ -23,8 +23,8 @@ common=(
     --logging_strategy steps --logging_steps 10 --eval_strategy no --save_strategy no
 )
 
-# The tiny models: equal steps for every task, and the task loss alone (as the published code has it). LLaMA, which
-# takes more of a step's time and fewer steps to learn, and the orders of 15 tasks get fewer, so that they take minutes.
+# The tiny models: equal steps for every task, without lamda_2 and lamda_3. LLaMA, which takes more of a step's time and
+# fewer steps to learn, and the orders of 15 tasks get fewer, so that they take minutes.
 tiny=(
     --max_steps 1200 --learning_rate 3e-3 --galore_lr 3e-3 --galore_rank 16 --galore_scale 1 --lr_scheduler_type cosine
     --lora_dropout 0 --lamda_2 0 --lamda_3 0 --per_device_eval_batch_size 64
