@@ -18,6 +18,7 @@ from report.published import RESULTS
 from report.runs import (
     Run,
     Summary,
+    base_method,
     distinct,
     finished,
     is_ceiling,
@@ -73,8 +74,9 @@ def answer(runs: Sequence[Run]) -> str:
     said = [f"Best: {best}, average performance {_with_spread(result)} over {_runs(result.count)}"]
     transfer = summarise(own, "backward_transfer")
     said[0] += f", backward transfer {transfer.mean:+.1f}." if transfer else "."
-    if len(sequential) > 1:
-        said.append(_lead(own, select(runs, method=sequential[1]), sequential[1]))
+    others = [method for method in sequential if base_method(method) != base_method(best)]
+    rivals = dict.fromkeys([*sequential[1:2], *others[:1]])  # the next may be a variant of the best
+    said += [_lead(own, select(runs, method=rival), rival) for rival in rivals]
     said.append(f"Cost: {_cost(own)}.")
     if ceiling := [method for method in methods if method not in sequential]:
         gap = paired_difference(own, select(runs, method=ceiling[0]))
@@ -86,9 +88,9 @@ def answer(runs: Sequence[Run]) -> str:
 def _lead(own: Sequence[Run], second: Sequence[Run], name: str) -> str:
     gap = paired_difference(own, second)
     if gap is None:
-        return f"Next is {name}, with no order and seed in common whose predictions are there."
+        return f"With {name} it has no order and seed in common whose predictions are there."
     # It may be ahead on average and yet behind on the orders and seeds that both have.
-    place = f"It leads {name}, the next," if gap.mean >= 0 else f"On the same orders and seeds {name}, the next, leads"
+    place = f"It leads {name}" if gap.mean >= 0 else f"On the same orders and seeds {name} leads"
     low, high = sorted((gap.low, gap.high)) if gap.mean >= 0 else sorted((-gap.low, -gap.high))
     pairs = "1 pair of runs" if gap.runs == 1 else f"{gap.runs} pairs of runs"
     return f"{place} by {abs(gap.mean):.1f} [{low:.1f}, {high:.1f}] points ({pairs}){_caution(gap)}."

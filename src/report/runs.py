@@ -184,9 +184,14 @@ def paired_difference(ours: Iterable[Run], theirs: Iterable[Run]) -> Interval | 
     return paired_interval(mine, others) if mine.keys() & others.keys() else None
 
 
+def base_method(method: str) -> str:
+    """The method that a variant is one of."""
+    return method.split(" ")[0]
+
+
 def is_ceiling(method: str) -> bool:
     """Whether a method, or a variant of it, is the ceiling."""
-    return method.split(" ")[0] == CEILING
+    return base_method(method) == CEILING
 
 
 def ranked_methods(runs: Sequence[Run]) -> list[str]:
