@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=[*DTYPES], help="precision of a model's weights (float32)")
     options = parser.parse_args(arguments)
     try:
-        adapter = find_adapter(options.run)
+        adapter = adapter_folder(options.run)
         if options.to.exists():
             raise InputError(f"--to: {options.to} exists already; a new folder")
         check_writable(options.to.parent)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def find_adapter(run: Path) -> Path:
+def adapter_folder(run: Path) -> Path:
     """The adapter folder that `run` is or holds.
 
     Raises:

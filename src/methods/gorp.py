@@ -164,11 +164,11 @@ class Gorp(LoraMethod):
         ]
 
     def closing_summary(self) -> list[str]:
-        full = sum(line.endswith("full") for line in self.space.describe())
-        bases = len(list(self.space))
+        bases = self.space.bases.values()
+        full = sum(S.shape[1] == S.shape[0] for S in bases)
         return [
             self.projection_line,
-            f"shared space: {self._count_directions()} directions in {bases} bases, {full} of them full",
+            f"shared space: {self._count_directions()} directions in {len(bases)} bases, {full} of them full",
         ]
 
     # The parts
@@ -294,7 +294,7 @@ class Gorp(LoraMethod):
             yield torch.linalg.norm(change @ change.T - torch.eye(change.shape[0], device=change.device))
 
     def _count_directions(self) -> int:
-        return sum(self.space.get(name).shape[1] for name in self.space)
+        return sum(S.shape[1] for S in self.space.bases.values())
 
 
 def _space_name(parameter_name: str) -> str:

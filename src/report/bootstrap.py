@@ -14,7 +14,7 @@ import numpy as np
 
 from errors import InputError
 
-Run = tuple[str, str]
+RunKey = tuple[str, str]
 """Order and seed."""
 
 
@@ -46,8 +46,8 @@ class Interval:
 
 
 def paired_interval(
-    ours: Mapping[Run, Mapping[str, np.ndarray]],
-    theirs: Mapping[Run, Mapping[str, np.ndarray]],
+    ours: Mapping[RunKey, Mapping[str, np.ndarray]],
+    theirs: Mapping[RunKey, Mapping[str, np.ndarray]],
     *,
     level: float = 0.95,
     resamples: int = 2000,
@@ -82,7 +82,7 @@ def paired_interval(
     return Interval(*bounds, runs=len(runs), seeds=min(seeds.values()))
 
 
-def _gaps(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], run: Run) -> dict[str, np.ndarray]:
+def _gaps(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], run: RunKey) -> dict[str, np.ndarray]:
     if {name: len(rows) for name, rows in ours.items()} != {name: len(rows) for name, rows in theirs.items()}:
         raise InputError(f"order {run[0]}, seed {run[1]}: the two methods were not tested on the same rows")
     return {name: np.asarray(ours[name], float) - np.asarray(theirs[name], float) for name in ours}
