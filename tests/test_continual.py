@@ -204,11 +204,14 @@ def test_a_mean_over_orders_weighs_orders_alike(tmp_path, orders):
 
 
 @pytest.mark.parametrize("words", [
-    ["small-t5", "--seeds", "1", "2", "3", "--methods", "gorp", "olora", "nlora", "osf", "multitask",
-     "gorp --galore_lr 1e-5 --galore_rank 8"],
-    ["small-t5", "--seeds", "1"],
-    ["smollm2-135m", "--orders", "A", "--methods", "gorp", "olora", "osf", "inclora", "nlora", "multitask",
-     "multitask --learning_rate 1e-3", "gorp --galore_lr 1e-5 --galore_rank 8"],
+    ["small-t5", "--seeds", "1", "2", "3", "--methods", "gorp", "gorp --galore_lr 1e-5 --galore_rank 8",
+     "gorp --preset published", "olora", "nlora", "osf", "replay", "inclora", "seqlora", "galore", "multitask"],
+    ["small-t5", "--seeds", "1", "--methods", "gorp", "gorp --protect none", "gorp --preset published",
+     "gorp --preset published --lamda_1 0"],
+    ["smollm2-135m", "--orders", "A", "--methods", "gorp", "gorp --galore_lr 1e-5 --galore_rank 8",
+     "gorp --preset published", "olora", "olora --lamda_1 0.05", "nlora", "osf", "replay", "inclora", "seqlora",
+     "galore", "multitask", "multitask --learning_rate 1e-3"],
+    ["smollm2-135m", "--orders", "A", "B", "--methods", "gorp", "replay", "galore", "olora"],
 ])  # fmt: skip
 def test_the_tables_of_reproduce_are_what_its_commands_print(words, tmp_path, monkeypatch, capsys):
     model, *rest = words
