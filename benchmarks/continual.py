@@ -165,8 +165,14 @@ class Outcome:
 
     @classmethod
     def of(cls, trial: Trial, out: Path) -> "Outcome":
-        """Of a trial whose files are all there."""
+        """Of a trial whose files are all there.
+
+        Raises:
+            InputError: they are not.
+        """
         run = read_run(trial.folder(out))
+        if not run.right:
+            raise InputError(f"{run.folder}: the last task's predictions are not there")
         right = {dataset: "".join(map(str, hits)) for dataset, hits in run.right.items()}
         record = read_json(run.folder / "outputs" / f"{len(run.tasks)}-{run.tasks[-1]}" / RECORD)
         return cls(trial, run.matrix, right, run.seconds, run.trained_values, run.stored_bytes, record["git_revision"])
@@ -245,18 +251,18 @@ class Bench:
 
     def _refuse_others(self) -> None:
         """Results of one model on one set of rows stay apart from all others'."""
+        from model.loading import model_files  # slow, so only where something runs
+
+        files = {name: path for name, path in model_files(str(self.model)).items() if path.suffix == ".safetensors"}
+        files |= {f"{task}/{part}.json": self.data_dir / task / f"{part}.json"
+                  for task in self.tasks() for part in ("labels", "train", "dev", "test")}
+        found = {name: digest(path) for name, path in files.items()}
         kept = self.out / "made_of.json"
-        files = {"model": [self.model / "model.safetensors"],
-                 "data": [self.data_dir / task / f"{name}.json" for task in self.tasks()
-                          for name in ("labels", "train", "dev", "test")]}  # fmt: skip
-        found = {flag: {"/".join(path.parts[-3:]) if flag == "data" else path.name: digest(path) for path in paths}
-                 for flag, paths in files.items()}  # fmt: skip
-        before = read_json(kept) if kept.exists() else found
-        for flag in found:
-            for name in found[flag].keys() & before[flag].keys():
-                if found[flag][name] != before[flag][name]:
-                    raise InputError(f"--out: {self.out} holds results of other {flag}: {name} differs; another folder")
-        write_json(kept, {flag: before[flag] | found[flag] for flag in found}, indent=2)
+        before = read_json(kept) if kept.exists() else {}
+        for name, value in found.items():
+            if before.get(name, value) != value:
+                raise InputError(f"--out: {self.out} holds results of another {name}; another folder, or that file")
+        write_json(kept, before | found, indent=2)
 
     def command(self, trial: Trial, number: int, start: Path) -> list[str]:
         """Flags of a trial's task, counted from 1, that starts from the model or adapter folder `start`."""
@@ -363,7 +369,10 @@ def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> 
 
 
 def best_settings(out: Path, method: str) -> tuple[str, ...]:
-    """What the search found for a method, or else for it with fewer of its flags; nothing without a search."""
+    """What the search found for a method, or else for it with fewer of its flags; nothing without a search.
+
+    Settings are compared over the seeds that all of them were tried with (over all seeds where there is no such one).
+    """
     searched = [outcome for outcome in read_outcomes(out).values()
                 if outcome.trial.split == "dev" and outcome.trial.order == SEARCHED and outcome.trial.settings
                 and f"{method} ".startswith(f"{outcome.trial.method} ")]
@@ -372,7 +381,6 @@ def best_settings(out: Path, method: str) -> tuple[str, ...]:
     for outcome in searched:
         if outcome.trial.method == nearest:
             scores.setdefault(outcome.trial.settings, {})[outcome.trial.seed] = outcome.measures[0]
-    # A seed that not all settings were tried with may be a lucky one.
     common = set.intersection(*map(set, scores.values())) if scores else set()
     return max(scores, default=(), key=lambda settings: statistics.mean(
         value for seed, value in scores[settings].items() if seed in common or not common))
@@ -393,7 +401,9 @@ def table(reference: str, outcomes: list[Outcome]) -> str:
              for method, own in of_method.items()}
     everything = set().union(*right.values())
     means = {method: _mean_over_orders(own) for method, own in of_method.items() if right[method].keys() == everything}
-    rows_alone = "" if len({seed for _, seed in everything}) > 1 else " over rows"
+    intervals = {method: paired_interval(right[reference], own) for method, own in right.items()
+                 if method != reference and right.get(reference, {}).keys() & own.keys()}
+    rows_alone = " over rows" if any(interval.seeds == 1 for interval in intervals.values()) else ""
     lines = [f"| method | settings | {' | '.join(f'{order}: AP, BWT' for order in orders)} | mean AP | mean BWT "
              f"| {reference} minus it, 95 %{rows_alone} | trains | stores |", "|---|---|" + "---|" * (len(orders) + 5)]
     for method in sorted(of_method, key=lambda method: -means.get(method, (0, 0))[0]):
@@ -402,8 +412,7 @@ def table(reference: str, outcomes: list[Outcome]) -> str:
         cells += [", ".join(map(_spread, zip(*measures))) if (measures := _measures(own, order)) else "-"
                   for order in orders]  # fmt: skip
         cells += [f"{mean:.1f}" for mean in means[method]] if method in means else ["-", "-"]
-        both = method != reference and right.get(reference, {}).keys() & right[method].keys()
-        cells.append(str(paired_interval(right[reference], right[method])) if both else "-")
+        cells.append(str(intervals.get(method, "-")))
         cells += [f"{max(one.trained_values for one in own) / 1000:,.0f} k",
                   f"{statistics.mean(one.stored_bytes for one in own) / 1e6:.1f} MB"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -8,7 +8,6 @@ projects and protects, and of how well it then does.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import shutil
@@ -285,9 +284,7 @@ def score(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path, part: s
 
 def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) -> dict:
     """What a report needs to know about a run beside its scores; part of its record."""
-    args, options, config = trainer.args, dataclasses.asdict(trainer.method.options), Path(data_args.task_config_dir)
-    for name in trainer.method.without_effect():
-        options.pop(name)
+    args, options, config = trainer.args, trainer.method.effective_options(), Path(data_args.task_config_dir)
     parameters = list(trainer.model.parameters())
     settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
                 "gradient_accumulation_steps")

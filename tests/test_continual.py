@@ -94,12 +94,12 @@ def test_the_search_sees_dev_rows_and_no_test_row(bench, mini_benchmark):
 
 
 def test_results_of_other_weights_or_rows_are_not_mixed(bench, mini_benchmark, tmp_path):
-    with pytest.raises(InputError, match="--out: .*other model: model.safetensors differs"):
+    with pytest.raises(InputError, match="--out: .*another base/model.safetensors"):
         dataclasses.replace(bench, model=ROOT / "initial_model" / "tiny-llama").prepare()
     shutil.copytree(mini_benchmark / "TC", tmp_path / "data" / "TC")
     rows = tmp_path / "data" / "TC" / "agnews" / "dev.json"
     rows.write_text(json.dumps(read_json(rows)[:-1]))
-    with pytest.raises(InputError, match="--out: .*other data: TC/agnews/dev.json differs"):
+    with pytest.raises(InputError, match="--out: .*another TC/agnews/dev.json"):
         dataclasses.replace(bench, data_dir=tmp_path / "data").prepare()
 
 
@@ -141,6 +141,14 @@ def test_settings_that_a_methods_own_flags_replace_are_not_shown():
     trial = Trial("gorp --lr 7 --b", "A", 1, ("--lr", "1", "--c", "2"))
     assert trial.effective_settings() == "--c 2"
     assert Trial("gorp --lr 7", "A", 1, ("--lr", "1")).effective_settings() == "defaults"
+
+
+def test_a_trial_without_its_predictions_is_no_outcome(bench):
+    trial = Trial("inclora", "A", 1)
+    assert isinstance(continual.run(bench, trial), Outcome)
+    (trial.folder(bench.out) / "outputs" / "2-agnews" / "predict_eval_predictions.jsonl").unlink()
+    with pytest.raises(InputError, match="predictions are not there"):
+        Outcome.of(trial, bench.out)
 
 
 def test_half_a_line_is_named(tmp_path):

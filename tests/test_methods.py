@@ -383,6 +383,8 @@ def test_a_run_says_which_options_have_no_effect(name, vain, read, tmp_path):
     lines = [line for line in method.summary() if line.startswith("without effect")]
     said = {word.rstrip(",").removeprefix("--") for word in " ".join(lines).split() if word.startswith("--")}
     assert said >= set(vain) and not said & set(read) and len(lines) == bool(vain)
+    # The report tells runs apart by what is left: at the default or not, what is not read is not among it.
+    assert method.effective_options().keys() >= set(read) and not method.effective_options().keys() & set(vain)
 
 
 def test_the_example_of_the_docs_is_a_method(mini_benchmark, tmp_path, monkeypatch):

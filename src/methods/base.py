@@ -140,6 +140,10 @@ class Method:
             lines.append(f"without effect with method {self.options.method}: {', '.join(f'--{name}' for name in vain)}")
         return lines
 
+    def effective_options(self) -> dict[str, object]:
+        """The options that this method reads, by name."""
+        return {name: value for name, value in dataclasses.asdict(self.options).items() if name not in self.unread}
+
     def without_effect(self) -> list[str]:
         """The unread options that are not at their defaults."""
         defaults = {option.name: option.default for option in dataclasses.fields(self.options)}
