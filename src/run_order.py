@@ -25,9 +25,9 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 import run_uie_lora
-from arguments import Parser
 from check import check_flags, check_order
 from checkpoints import checkpoint_folders
+from command_line import Parser
 from errors import InputError
 from files import check_writable
 from order_config import OrderStep, read_order

@@ -108,7 +108,7 @@ def test_published_settings(script, published):
 
 
 def test_every_flag_is_one_of_the_entry(tmp_path):
-    from arguments import parse_arguments
+    from command_line import parse_arguments
     from run_order import parse_order
 
     for script in ("scripts/order_1.sh", "scripts/order_4.sh", "scripts_llama/order_1.sh"):
