@@ -290,7 +290,7 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) 
     settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
                 "gradient_accumulation_steps")
     return {
-        "method": options.pop("method"),
+        "method": trainer.method.full_name,
         "seed": args.seed,
         "base_model": base_name,
         "order": config.resolve().parent.name.removesuffix("_configs"),

@@ -150,9 +150,9 @@ class Method:
         """Lines for the start of a run: how many values train, and where; what was asked for in vain."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        lines = [f"method {self.options.method}: {trained:,} of {total:,} values train; {self.describe()}"]
+        lines = [f"method {self.full_name}: {trained:,} of {total:,} values train; {self.describe()}"]
         if ignored := self.ignored():
-            lines.append(f"ignored by method {self.options.method}: {', '.join(f'--{name}' for name in ignored)}")
+            lines.append(f"ignored by method {self.full_name}: {', '.join(f'--{name}' for name in ignored)}")
         return lines
 
     def ignored(self) -> list[str]:
@@ -163,11 +163,16 @@ class Method:
                 if getattr(self.options, name) not in ([], None, options[name].default)]
         return [*self.options.ignored, *idle]
 
+    @property
+    def full_name(self) -> str:
+        """The method's name in reports; a preset is a method of its own."""
+        return self.options.method + (f" --preset {self.options.preset}" if self.options.preset else "")
+
     def effective_options(self) -> dict[str, object]:
         """The options that decide something in this run, by name."""
         options = dataclasses.asdict(self.options)
-        unset = {"ignored"} if self.options.preset else {"ignored", "preset"}
-        return {name: value for name, value in options.items() if name not in unset | self.idle}
+        return {name: value for name, value in options.items()
+                if name not in {"method", "preset", "ignored"} | self.idle}
 
     def describe(self) -> str:
         """Where the values that train are, for `summary`."""
