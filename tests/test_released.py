@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from arguments import parse_arguments
+from command_line import parse_arguments
 from loranew import loranew_layers
 from methods import find_method
 from Proj_torch import ProjAdamW
@@ -33,8 +33,7 @@ FLAGS = [
     "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "True", "--model_name_or_path", "toy",
 ]  # fmt: skip
 RELEASED = ["--preset", "released", "--lora_dropout", "0"]
-PLAIN = ["--space_from", "moments", "--protect_side", "output", "--protect", "gp_first",
-         "--lora_dropout", "0", "--lamda_1", "0", "--galore_svd", "exact", "--galore_engine", "dense"]  # fmt: skip
+PLAIN = ["--lora_dropout", "0", "--lamda_1", "0", "--galore_svd", "exact", "--galore_engine", "dense"]
 SETTINGS = {"lora_scale": ALPHA / RANK, "lr": LR, "galore_lr": GALORE_LR,
             "projection": {"rank": RANK, "gap": GAP, "scale": SCALE}}  # fmt: skip
 
@@ -347,15 +346,14 @@ def protected_steps(shape, rank, protection: dict, *, released_eps: bool, rules:
     theirs, largest, eps = copy(weight), 0.0, 1e-4
     S = torch.linalg.qr(torch.randn(shape[0], 2, generator=draw, dtype=torch.float64)).Q
     projected = {} if rank is None else {"rank": rank, "update_proj_gap": GAP, "scale": SCALE, "proj_type": "std"}
-    optimizer = ProjAdamW([{"params": [weight], "scale_mats": [S]} | protection | projected], lr=LR, eps=eps)
+    group = {"params": [weight], "scale_mats": [S]} | protection | projected
+    optimizer = ProjAdamW([group], lr=LR, eps=eps, eps_before_correction=released_eps)
     rules = replace(rules, eps_before_correction=released_eps)
     adam = Adam(LR, eps, rank, GAP, SCALE, S, rules=rules, **protection)
     lean = torch.randn(shape, generator=draw, dtype=torch.float64)  # so that moments and bases have something to hold
     for step in range(1, 11):
         G = (lean + torch.randn(shape, generator=draw, dtype=torch.float64)) * 10 ** (-step / 3)
         weight.grad = copy(G)
-        if released_eps:
-            optimizer.param_groups[0]["eps"] = eps / (1 - 0.999**step) ** 0.5
         optimizer.step()
         theirs += adam.change(G)
         largest = max(largest, (weight - theirs).abs().max().item())
