@@ -24,17 +24,17 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from arguments import (
     DataArguments,
-    MethodArguments,
     ModelArguments,
     UIETrainingArguments,
     check_data_arguments,
-    parse_arguments,
 )
 from checkpoints import latest_whole
+from command_line import parse_arguments
 from compute_metrics import accuracy_line
 from errors import InputError, RunStopped, is_disk_full
 from files import whole_file, whole_folder, write_json
 from methods import find_method
+from methods.base_options import MethodArguments
 from model.loading import LoadedModel, load_model_and_tokenizer
 from order_rows import load_rows, row_options
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
@@ -94,6 +94,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         logger.info("%s: trained before; only what is left is evaluated", output_dir)
         training_args.do_train = data_args.zero_shot = False
         model_args.model_name_or_path = str(find_adapter(output_dir))
+    method.trains = training_args.do_train
     set_seed(training_args.seed)
     rows = load_rows(data_args, training_args, method)
 

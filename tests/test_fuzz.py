@@ -17,7 +17,8 @@ from test_collator import tokenizers  # noqa: F401  (a fixture)
 from torch import nn
 
 import full_rank
-from arguments import check_deepspeed_file, parse_arguments
+from arguments import check_deepspeed_file
+from command_line import parse_arguments
 from conftest import ROOT
 from errors import InputError
 from files import read_json
