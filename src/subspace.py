@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from errors import InputError
 from files import whole_file
-from Proj_torch.proj_projector import SIDES, at_least_float32, truncated_svd
+from Proj_torch.proj_projector import SIDES
+from Proj_torch.svd import at_least_float32, truncated_svd
 
 log = logging.getLogger("gorp")
 

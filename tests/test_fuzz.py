@@ -26,7 +26,8 @@ from loranew import load_loranew
 from model.loading import load_model_and_tokenizer
 from order_config import SAMPLING, TASK_FILES, TASKS, read_order, read_task_config, write_order
 from Proj_torch import ProjAdamW
-from Proj_torch.proj_projector import PROJ_TYPES, SIDES, SVD_METHODS, ProjProjector
+from Proj_torch.proj_projector import PROJ_TYPES, SIDES, ProjProjector
+from Proj_torch.svd import SVD_METHODS
 from report.matrix import accuracy_matrix
 from subspace import GradientSpace, extend_basis
 from uie_dataset_lora import prompt_parts, read_examples, read_instructions, read_labels, read_rows
