@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import checkpoint_folders, is_whole
+from checkpoints import checkpoint_folders, is_complete
 from errors import InputError
 from files import digest, read_json, write_json
 from model.loading import model_files
@@ -124,7 +124,7 @@ def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoint
         for path in _kept(output_dir, checkpoints=not keep_checkpoints):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for folder in checkpoint_folders(output_dir):
-        if not (is_whole(folder) or keep_checkpoints):
+        if not (is_complete(folder) or keep_checkpoints):
             shutil.rmtree(folder)
     for partial in output_dir.glob(".*.partial"):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
@@ -150,7 +150,7 @@ def _kept(output_dir: Path, *, checkpoints: bool = True) -> list[Path]:
     """What an earlier run left that would be lost, the mark of its completion first."""
     kept = [output_dir / name for name in (COMPLETED, *RESULT_FILES, *ADAPTERS)]
     if checkpoints and (output_dir / RECORD).exists():
-        kept += filter(is_whole, checkpoint_folders(output_dir))
+        kept += filter(is_complete, checkpoint_folders(output_dir))
     return [path for path in kept if path.exists()]
 
 
