@@ -303,6 +303,71 @@ def test_every_part_of_a_record_is_compared(finished):
     assert run_record.differences(record, record | {"git_revision": "other", "machine": {}}) == []
 
 
+@pytest.fixture
+def source(tmp_path, monkeypatch) -> Path:
+    """A copy of src/ that a test may edit; its record is made from it."""
+    copy = Path(shutil.copytree(run_record.SOURCE, tmp_path / "project" / "src"))
+    monkeypatch.setattr(run_record, "SOURCE", copy)
+    return copy
+
+
+def test_comments_docstrings_and_other_methods_change_no_record(source):
+    before = run_record.code_digests("gorp")
+    methods = source / "methods"
+    subspace = (source / "subspace.py").read_text()
+    (source / "subspace.py").write_text(f'"""Another docstring."""\n# And a comment.\n{subspace}')
+    (methods / "olora.py").write_text("from methods import nowhere\n")
+    (methods / "new.py").write_text("from methods.seqlora import Seqlora\n\n\nclass New(Seqlora):\n    pass\n")
+    (source / "check.py").unlink()
+    assert run_record.code_digests("gorp") == before
+    (source / "subspace.py").write_text(f"{subspace}CHANGED = 1\n")
+    changes = run_record.differences({"code": before}, {"code": run_record.code_digests("gorp")})
+    assert changes == ["src/subspace.py has changed"]
+    new = run_record.code_digests("new")  # of a method, what it is built on counts
+    assert {"src/methods/new.py", "src/methods/seqlora.py", "src/methods/base.py"} <= new.keys()
+    assert not {"src/methods/olora.py", "src/report/page.py", "src/plan_memory.py", "src/export.py"} & new.keys()
+
+
+@pytest.mark.parametrize("method", ["gorp", "nlora"])
+def test_every_module_that_a_run_imports_counts(method):
+    lines = f"""import sys, run_uie_lora, methods
+methods.find_method({method!r})
+for module in list(sys.modules.values()):
+    print(getattr(module, "__file__", None))"""
+    command = [sys.executable, "-c", lines]
+    done = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": "src"}, cwd=ROOT, capture_output=True, text=True)
+    paths = [Path(line) for line in done.stdout.splitlines()]
+    loaded = {f"src/{path.relative_to(ROOT / 'src')}" for path in paths if path.is_relative_to(ROOT / "src")}
+    assert loaded and loaded <= run_record.code_digests(method).keys()
+
+
+def test_a_revision_is_that_of_the_projects_own_repository(source):
+    def git(*words: str) -> None:
+        own = ["-c", "user.name=a", "-c", "user.email=a@b", *words]
+        subprocess.run(["git", "-C", str(source.parent), *own], check=True, capture_output=True)
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "of another project, into which src/ was unpacked")
+    assert run_record._git_revision() is None
+    git("add", "src/run_record.py")
+    git("commit", "-m", "ours")
+    assert len(run_record._git_revision()) == 40
+    git("mv", "src", "vendor")
+    git("commit", "-m", "as a part of another project")
+    run_record.SOURCE = source.with_name("vendor")  # the fixture puts it back
+    assert run_record._git_revision() is None
+
+
+def test_what_gorp_was_by_default_is_said_to_be_sgorp(finished, mini_benchmark, capfd):
+    path = finished / "run_record.json"
+    record = json.loads(path.read_text())
+    record["configuration"] |= {"method": "gorp", "protect": "structural"}
+    path.write_text(json.dumps(record))
+    assert run_uie_lora.main(command(mini_benchmark, finished, "--protect", "none")) == 2
+    said = capfd.readouterr().err
+    assert said.count("error: ") == 1 and "--method sgorp now" in said
+
+
 def test_a_large_file_is_told_by_its_size_and_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "WHOLLY_DIGESTED", 100)
     monkeypatch.setattr(files, "DIGESTED_END", 10)
