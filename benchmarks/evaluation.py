@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
-from errors import InputError  # noqa: E402
+from errors import InputError, entry_point  # noqa: E402
 from loranew import LoraNewConfig, add_loranew, merge_old  # noqa: E402
 from model.loading import load_model_and_tokenizer  # noqa: E402
 from order_config import read_order  # noqa: E402
@@ -353,17 +353,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     hf_logging.set_verbosity_error()  # a fixed number of tokens is asked for on purpose
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, float32, processor time\n")
     print("| what | against | figure | target |\n|---|---|---|---|")
-    try:
-        for row in results(arguments(argv)):
-            print(f"| {' | '.join(row)} |", flush=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for row in results(arguments(argv)):
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
