@@ -21,7 +21,7 @@ import full_rank
 from errors import InputError, entry_point
 from files import check_writable, read_json, whole_folder, write_json
 from loranew import load_loranew
-from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors
+from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_factors
 from model.loading import load_model_and_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,7 +94,7 @@ def export_adapter(adapter: Path, folder: Path) -> None:
     """
     if (adapter / full_rank.FILE_NAME).exists():
         raise InputError(f"--as adapter: {adapter} holds changed full-rank weights, which are no LoRA; --as model")
-    config, factors = read_config(adapter), plain_factors(read_tensors(adapter))
+    config, factors = read_config(adapter), plain_factors(read_factors(adapter))
     if not factors:
         raise InputError(f"{adapter / WEIGHTS_FILE}: holds no LoRA factor")
     rank = len(next(tensor for name, tensor in factors.items() if ".lora_A." in name))

@@ -49,8 +49,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, PretrainedConfig, T5Config
 
-import full_rank
 from errors import InputError
+from module_matching import check_rank, match_linear
 from model.llama import LlamaForCausalLM_with_lossmask
 from Proj_torch.layer_gradient import OVERSAMPLING, PROBES
 from Proj_torch.proj_projector import PROJ_TYPES, mode_ranks
@@ -186,10 +186,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
         InputError: no such model, one of a kind that is not trained here, or an expression or a rank that does not fit.
     """
     model = build_on_meta(read_config(options.model_name_or_path))
-    lora_layers = full_rank.match_linear(model, [options.lora_modules], "lora_modules")
-    full_rank.check_rank(lora_layers, options.lora_dim, "lora_dim")
-    matched = full_rank.match_linear(model, options.optim_target_modules, "optim_target_modules")
-    full_rank.check_rank(matched, options.galore_rank, "galore_rank")
+    lora_layers = match_linear(model, [options.lora_modules], "--lora_modules")
+    check_rank(lora_layers, options.lora_dim, "--lora_dim")
+    matched = match_linear(model, options.optim_target_modules, "--optim_target_modules")
+    check_rank(matched, options.galore_rank, "--galore_rank")
     shapes = Shapes.of(model.config)
     targets = {name: _target(name, tuple(layer.weight.shape), shapes, options) for name, layer in matched.items()}
     lora = sum(options.lora_dim * sum(layer.weight.shape) for layer in lora_layers.values())

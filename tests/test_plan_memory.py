@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import full_rank
 import plan_memory
 from arguments import MethodArguments
 from loranew import fold_loranew, renew_loranew
 from methods.gorp import Gorp
 from model.loading import load_model_and_tokenizer
+from module_matching import match_linear
 from plan_memory import GIB, Target, layer_bytes, make_plan, parse_arguments
 from Proj_torch.layer_gradient import LayerGradient, sketched_bases
 from Proj_torch.proj_projector import mode_ranks
@@ -118,7 +118,7 @@ def test_activations_are_what_autograd_keeps(name):
     plan = make_plan(options)
     model = plan_memory.build_on_meta(plan_memory.read_config(options.model_name_or_path))
     shapes = plan_memory.Shapes.of(model.config)
-    layers = full_rank.match_linear(model, [LORA[name]], "lora_modules")
+    layers = match_linear(model, [LORA[name]], "--lora_modules")
     for refresh in (True, False):  # the first step takes bases, the second has them
         planned = sum(layer_bytes(shapes, layers, plan, options, refresh))
         kept = step(method) - 4 * ROWS * ANSWER * shapes.vocabulary  # log-softmax
