@@ -39,7 +39,7 @@ from model.loading import LoadedModel, load_model_and_tokenizer
 from order_rows import load_rows, row_options
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
 from uie_collator import DataCollatorForUIE
-from uie_dataset_lora import cache_folder, data_files
+from uie_dataset_lora import data_files
 from uie_trainer_lora import DenserEvaluation, UIETrainer
 
 logger = logging.getLogger("gorp")
@@ -130,7 +130,6 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     if "unseen" in rows:
         score(trainer, rows["unseen"], output_dir, "unseen")
     if trainer.is_world_process_zero():
-        trainer.data_collator.kept.write(cache_folder())
         complete(output_dir)
 
 
@@ -199,8 +198,6 @@ def build_trainer(model, method, loaded, rows, data_args: DataArguments,
     """The trainer of this task, with its collator, generation settings and callbacks."""
     collator = build_collator(loaded, data_args, training_args)
     check_generation(loaded, data_args)
-    if not data_args.overwrite_cache:
-        collator.kept.read(cache_folder())
     for split, its_rows in rows.items():
         if split != "validation" and len(its_rows):  # nothing to train where a method passes on what it has
             collator.check(its_rows)

@@ -101,11 +101,6 @@ class _Source:
         return [self.file(name) for name in names]
 
 
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """Where this project keeps what it can make again, below `cache_dir` or the `datasets` library's own cache."""
-    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "cl_benchmark"
-
-
 def load_uie_dataset(
     data_dir: str | os.PathLike,
     task_config_dir: str | os.PathLike,
@@ -159,7 +154,7 @@ def load_uie_dataset(
         source for subset in SUBSETS for source in _sources(Path(data_dir), Path(task_config_dir), subset, options)
     ]
     instructions = _choose_instructions(instruction_file, {source.task: None for source in sources}, options)
-    cache = cache_folder(cache_dir)
+    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "cl_benchmark"
     check_writable(cache)
     folder = cache / _cache_key(sources, instruction_file, options)
     rebuild = overwrite_cache and os.environ.get("LOCAL_RANK", "0") == "0"
