@@ -29,7 +29,7 @@ from order_config import read_order  # noqa: E402
 from prediction import Prediction, plan_batches  # noqa: E402
 from token_ids import shared_ids  # noqa: E402
 from uie_collator import DataCollatorForUIE  # noqa: E402
-from uie_dataset_lora import read_examples  # noqa: E402
+from uie_dataset_lora import ExampleOptions, read_examples  # noqa: E402
 
 ORDER = ROOT / "configs" / "order4_configs"
 INSTRUCTIONS = ROOT / "configs" / "instruction_config.json"
@@ -76,16 +76,13 @@ def rows_of_order(data: Path, datasets: int) -> list[dict]:
     steps = [step for step in read_order(ORDER) if any(data.glob(f"*/{step.dataset}/test.json"))][:datasets]
     if not steps:
         raise InputError(f"--data: {data} has no dataset of {ORDER.name}; a folder <TASK>/<DATASET>/test.json")
-    options = {
-        "instruction_strategy": "single", "max_num_instances_per_task": None, "max_num_instances_per_eval_task": None,
-        "num_examples": 0, "over_sampling": False, "seed": 42,
-    }  # fmt: skip
-    return [row for step in steps for row in step_rows(data, step, options)]
+    options = ExampleOptions(data, INSTRUCTIONS, max_num_instances_per_task=None, max_num_instances_per_eval_task=None)
+    return [row for step in steps for row in step_rows(step, options)]
 
 
-def step_rows(data: Path, step, options: dict) -> list[dict]:
+def step_rows(step, options: ExampleOptions) -> list[dict]:
     """Rows of the dataset that a step trains, which its task files name among those of earlier steps."""
-    rows = read_examples(data, [step.folder], INSTRUCTIONS, **options)
+    rows = read_examples([step.folder], options)
     return [row for row in rows if row["Dataset"] == step.dataset]
 
 

@@ -31,8 +31,8 @@ from loranew import (
 )
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
 from module_matching import check_rank, check_unshared, match_linear
-from order_rows import OrderRows
 from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
+from task_examples import OrderExamples
 
 logger = logging.getLogger("gorp")
 
@@ -74,7 +74,7 @@ class Method:
 
     # Setting up
 
-    def training_rows(self, own: Dataset, order: OrderRows) -> Dataset:
+    def training_rows(self, own: Dataset, order: OrderExamples) -> Dataset:
         """The rows to train on: the task's `own`. Without rows nothing trains, and the folder before is passed on."""
         return own
 
