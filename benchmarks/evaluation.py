@@ -23,10 +23,10 @@ from transformers.utils import logging as hf_logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 from errors import InputError, entry_point  # noqa: E402
+from evaluation.generate import Prediction, plan_batches  # noqa: E402
 from loranew import LoraNewConfig, add_loranew, merge_old  # noqa: E402
 from model.loading import load_model_and_tokenizer  # noqa: E402
 from order_config import read_order  # noqa: E402
-from prediction import Prediction, plan_batches  # noqa: E402
 from token_ids import shared_ids  # noqa: E402
 from uie_collator import DataCollatorForUIE  # noqa: E402
 from uie_dataset_lora import ExampleOptions, read_examples  # noqa: E402

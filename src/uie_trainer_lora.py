@@ -18,10 +18,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from checkpoints import mark_whole
 from compute_metrics import evaluate_predictions
 from errors import InputError
+from evaluation.generate import Prediction
 from files import read_json, whole_file, write_json
 from finite import FiniteSteps
 from methods import Method
-from prediction import Prediction
 from Proj_torch.sharded_state import start_moments
 
 TRAINABLE_FILE = "trainable.safetensors"
@@ -156,7 +156,7 @@ class UIETrainer(Seq2SeqTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """Every row's prediction as text and its scores per task and dataset, see `prediction.py`.
+        """Every row's prediction as text and its scores per task and dataset, see `evaluation/generate.py`.
 
         The parent's loop makes the model ready (place, precision, DeepSpeed) and gets no batch to run. The loss of the
         reference answers needs a pass of its own: validation has it, since the best step may be chosen by it, and a

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from conftest import ROOT
+from evaluation.generate import Prediction, plan_batches
 from model.loading import load_model_and_tokenizer
-from prediction import Prediction, plan_batches
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import ExampleOptions, load_uie_dataset
 
