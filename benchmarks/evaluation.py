@@ -22,14 +22,14 @@ from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
-from errors import InputError  # noqa: E402
+from errors import InputError, entry_point  # noqa: E402
+from evaluation.generate import Prediction, plan_batches  # noqa: E402
 from loranew import LoraNewConfig, add_loranew, merge_old  # noqa: E402
 from model.loading import load_model_and_tokenizer  # noqa: E402
 from order_config import read_order  # noqa: E402
-from prediction import Prediction, plan_batches  # noqa: E402
 from token_ids import shared_ids  # noqa: E402
 from uie_collator import DataCollatorForUIE  # noqa: E402
-from uie_dataset_lora import read_examples  # noqa: E402
+from uie_dataset_lora import ExampleOptions, read_examples  # noqa: E402
 
 ORDER = ROOT / "configs" / "order4_configs"
 INSTRUCTIONS = ROOT / "configs" / "instruction_config.json"
@@ -76,16 +76,13 @@ def rows_of_order(data: Path, datasets: int) -> list[dict]:
     steps = [step for step in read_order(ORDER) if any(data.glob(f"*/{step.dataset}/test.json"))][:datasets]
     if not steps:
         raise InputError(f"--data: {data} has no dataset of {ORDER.name}; a folder <TASK>/<DATASET>/test.json")
-    options = {
-        "instruction_strategy": "single", "max_num_instances_per_task": None, "max_num_instances_per_eval_task": None,
-        "num_examples": 0, "over_sampling": False, "seed": 42,
-    }  # fmt: skip
-    return [row for step in steps for row in step_rows(data, step, options)]
+    options = ExampleOptions(data, INSTRUCTIONS, max_num_instances_per_task=None, max_num_instances_per_eval_task=None)
+    return [row for step in steps for row in step_rows(step, options)]
 
 
-def step_rows(data: Path, step, options: dict) -> list[dict]:
+def step_rows(step, options: ExampleOptions) -> list[dict]:
     """Rows of the dataset that a step trains, which its task files name among those of earlier steps."""
-    rows = read_examples(data, [step.folder], INSTRUCTIONS, **options)
+    rows = read_examples([step.folder], options)
     return [row for row in rows if row["Dataset"] == step.dataset]
 
 
@@ -353,17 +350,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     hf_logging.set_verbosity_error()  # a fixed number of tokens is asked for on purpose
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, float32, processor time\n")
     print("| what | against | figure | target |\n|---|---|---|---|")
-    try:
-        for row in results(arguments(argv)):
-            print(f"| {' | '.join(row)} |", flush=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for row in results(arguments(argv)):
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

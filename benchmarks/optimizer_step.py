@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-from errors import InputError  # noqa: E402
+from errors import InputError, entry_point  # noqa: E402
 from Proj_torch import ProjAdamW  # noqa: E402
 
 SIZE, MATRICES_PER_LAYER = 1024, 2
@@ -138,13 +138,9 @@ def benchmark(args: argparse.Namespace) -> None:
     print_results(measure(optimizers, args.gap, args.repeats))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        benchmark(arguments(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    benchmark(arguments(argv))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
-from errors import InputError  # noqa: E402
+from errors import InputError, entry_point  # noqa: E402
 from Proj_torch.layer_gradient import LayerGradient, sketched_bases  # noqa: E402
 from Proj_torch.proj_projector import Bases, matrix_bases, mode_ranks, project  # noqa: E402
 
@@ -254,13 +254,9 @@ def benchmark(args: argparse.Namespace) -> None:
     print_targets(results)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        benchmark(arguments(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    benchmark(arguments(argv))
 
 
 if __name__ == "__main__":

@@ -63,8 +63,7 @@ def build(contender: str, args: argparse.Namespace, output: Path):
 
     from command_line import parse_arguments
     from methods import find_method
-    from order_rows import load_rows
-    from run_uie_lora import build_trainer, load_model
+    from task_setup import build_trainer, load_examples, load_model
 
     if contender == "gorp, full logits":
         from transformers import LlamaForCausalLM
@@ -81,7 +80,7 @@ def build(contender: str, args: argparse.Namespace, output: Path):
         flags += ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")]
     model_args, data_args, method_args, training_args = parse_arguments(flags)
     method = find_method(method_args.method)(method_args)
-    rows = load_rows(data_args, training_args, method)
+    rows = load_examples(data_args, training_args, method)
     unset_hf_deepspeed_config()
     loaded = load_model(model_args, data_args)
     if not ours:
@@ -99,7 +98,7 @@ def build_other(contender: str, loaded, rows, data_args, training_args):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM, Trainer
 
-    from run_uie_lora import build_collator
+    from task_setup import build_collator
 
     if contender != "lora, our logits":
         loaded.model.__class__ = LlamaForCausalLM

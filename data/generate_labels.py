@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-from errors import InputError
+from errors import InputError, entry_point
 from files import read_json, write_json
 from order_config import SUBSETS, benchmark_datasets
 from uie_dataset_lora import UNLABELLED, read_labels, read_rows
@@ -61,20 +61,16 @@ def _used_labels(path: Path, sort: bool) -> list[str]:
     return sorted(labels) if sort else labels
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a dataset's folder, or a benchmark such as CL_Benchmark")
     parser.add_argument("--sort", action="store_true", help="sorted, instead of in order of first appearance")
     parser.add_argument("--overwrite", action="store_true", help="replace a labels.json that exists")
     arguments = parser.parse_args(argv)
-    try:
-        for folder in dataset_folders(arguments.folder):
-            written = generate_labels(folder, sort=arguments.sort, overwrite=arguments.overwrite)
-            print(f"{folder / 'labels.json'}: {'written' if written else 'kept'}; covers train, dev and test")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for folder in dataset_folders(arguments.folder):
+        written = generate_labels(folder, sort=arguments.sort, overwrite=arguments.overwrite)
+        print(f"{folder / 'labels.json'}: {'written' if written else 'kept'}; covers train, dev and test")
 
 
 if __name__ == "__main__":

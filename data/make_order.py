@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-from errors import InputError
+from errors import InputError, entry_point
 from order_config import SAMPLING, TASKS, benchmark_datasets, check_name, is_complete, write_order
 
 
@@ -45,7 +45,8 @@ def make_order(
     return folder, [task for task in tasks if not is_complete(Path(data_dir) / task)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="the order's name; its folder is <configs_dir>/<name>_configs")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK/DATASET", help="the steps, first to last")
@@ -54,17 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sampling", choices=SAMPLING, default="full", help="sampling strategy (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an order of this name")
     arguments = vars(parser.parse_args(argv))
-    try:
-        folder, unprepared = make_order(**arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder, unprepared = make_order(**arguments)
     print(f"{folder}: {len(arguments['tasks'])} steps; run it with: bash scripts/order.sh {arguments['name']}")
     if unprepared:
         print(
             f"not complete in {arguments['data_dir']}: {', '.join(unprepared)} (see data/prepare_benchmark.py --help)"
         )
-    return 0
 
 
 if __name__ == "__main__":

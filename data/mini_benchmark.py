@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from errors import InputError  # noqa: E402
+from errors import InputError, entry_point  # noqa: E402
 from files import read_json, whole_folder, write_json  # noqa: E402
 
 LEXICON = json.loads(Path(__file__).with_name("mini_lexicon.json").read_text(encoding="utf-8"))
@@ -281,19 +281,15 @@ def write_benchmark(out: Path, seed: int) -> None:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from None
 
 
-def main() -> int:
+@entry_point
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "mini_benchmark", help="folder to make")
     parser.add_argument("--seed", type=int, default=42)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        write_benchmark(arguments.out, arguments.seed)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    write_benchmark(arguments.out, arguments.seed)
     logger.info("wrote %s: %d datasets", arguments.out, len(DATASETS))
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from datasets import load_dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-from errors import InputError
+from errors import InputError, entry_point
 from files import check_writable, whole_folder, write_json
 from order_config import BENCHMARK_FILES, SUBSETS, benchmark_datasets, is_complete
 from uie_dataset_lora import read_labels, read_rows
@@ -292,7 +292,8 @@ def _unfinished(data_dir: str | Path, names: Iterable[str], overwrite: bool) -> 
     return [name for name in dict.fromkeys(names) if name not in finished]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="CL_Benchmark", help="folder to fill (default: %(default)s)")
     parser.add_argument("--datasets", nargs="+", metavar="TASK/DATASET", help="only these (default: all)")
@@ -303,15 +304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO)
     common = {"names": arguments.datasets, "overwrite": arguments.overwrite}
-    try:
-        if arguments.folder:
-            prepare_from_folder(arguments.data_dir, arguments.folder, **common)
-        else:
-            prepare_from_hub(arguments.data_dir, **common, seed=arguments.seed)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if arguments.folder:
+        prepare_from_folder(arguments.data_dir, arguments.folder, **common)
+    else:
+        prepare_from_hub(arguments.data_dir, **common, seed=arguments.seed)
 
 
 if __name__ == "__main__":

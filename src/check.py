@@ -24,10 +24,9 @@ from command_line import Parser, parse_arguments
 from errors import InputError
 from methods import find_method
 from order_config import read_order
-from order_rows import row_options
-from run_uie_lora import build_collator, check_generation, load_model
+from task_setup import build_collator, check_generation, example_options, load_model
 from uie_collator import DataCollatorForUIE
-from uie_dataset_lora import read_examples
+from uie_dataset_lora import ExampleOptions, read_examples
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +64,7 @@ def all_orders(configs: Path) -> list[Path]:
     return orders
 
 
-def check_flags(flags: list[str]) -> tuple[dict, DataCollatorForUIE | None]:
+def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | None]:
     """What decides an order's examples, and the collator of the model, if one is named.
 
     Raises:
@@ -89,17 +88,17 @@ def check_flags(flags: list[str]) -> tuple[dict, DataCollatorForUIE | None]:
         )
         check_generation(loaded, data_args)
         collator = build_collator(loaded, data_args, training_args)
-    return row_options(data_args, training_args), collator
+    return example_options(data_args, training_args), collator
 
 
-def check_order(order: str | os.PathLike, options: dict, collator: DataCollatorForUIE | None) -> str:
+def check_order(order: str | os.PathLike, options: ExampleOptions, collator: DataCollatorForUIE | None) -> str:
     """How much the order at `order` (its folder) trains and tests.
 
     Raises:
         InputError: a file, a row, a label or an instruction is not allowed, or does not fit the model.
     """
     steps = read_order(order)
-    examples = list(read_examples(task_config_dirs=[step.folder for step in steps], **options))
+    examples = list(read_examples([step.folder for step in steps], options))
     if collator is not None:
         collator.check(examples)
     return f"{len(steps)} tasks, {len(examples):,} rows"

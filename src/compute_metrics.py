@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
 
-from errors import InputError
+from errors import InputError, entry_point
 
 GPT2_FOLDER = Path(__file__).resolve().parents[1] / "data" / "gpt2tokenizer"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -203,20 +203,16 @@ def _gpt2_folder() -> Path:
     return GPT2_FOLDER
 
 
+@entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Exact match and ROUGE of a predictions file, as JSON.")
     parser.add_argument("--predictions", required=True, type=Path, help="predict_eval_predictions.jsonl of a run")
     parser.add_argument("--multilingual", action="store_true", help="ROUGE over GPT-2's pieces instead of words")
     options = parser.parse_args(arguments)
-    try:
-        rows = read_predictions(options.predictions)
-        metrics = evaluate_predictions(
-            rows, [row["Prediction"] for row in rows], multilingual=options.multilingual
-        )
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
+    rows = read_predictions(options.predictions)
+    metrics = evaluate_predictions(rows, [row["Prediction"] for row in rows], multilingual=options.multilingual)
     print(json.dumps(metrics, indent=4, ensure_ascii=False))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,9 @@
 """The exceptions that end a run with one line: bad input, and what stops a run that was well begun."""
 
 import errno
+import functools
+import sys
+from collections.abc import Callable
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded")
@@ -20,6 +23,20 @@ class InputError(Exception):
         line = " ".join(str(message).split())
         line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
         super().__init__(line if len(line) <= MOST else f"{line[: MOST // 2]} ... {line[-MOST // 2 :]}")
+
+
+def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Decorate a program's `main`: it returns an exit code, 2 after one line on stderr about bad input."""
+
+    @functools.wraps(main)
+    def program(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return program
 
 
 class RunStopped(Exception):

@@ -18,38 +18,34 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import full_rank
-from errors import InputError
+from errors import InputError, entry_point
 from files import check_writable, read_json, whole_folder, write_json
 from loranew import load_loranew
-from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors
+from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_factors
 from model.loading import load_model_and_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@entry_point
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="export", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a task's output folder, or the adapter folder in it")
     parser.add_argument("--to", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--as", dest="form", choices=["model", "adapter"], default="model", help="what to write")
     parser.add_argument("--dtype", choices=[*DTYPES], help="precision of a model's weights (float32)")
     options = parser.parse_args(arguments)
-    try:
-        adapter = adapter_folder(options.run)
-        if options.to.exists():
-            raise InputError(f"--to: {options.to} exists already; a new folder")
-        check_writable(options.to.parent)
-        if options.form == "adapter" and options.dtype:
-            raise InputError("--dtype: an adapter keeps the precision of its factors; only --as model takes one")
-        if options.form == "model":
-            export_model(adapter, options.to, DTYPES[options.dtype or "float32"])
-        else:
-            export_adapter(adapter, options.to)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    adapter = adapter_folder(options.run)
+    if options.to.exists():
+        raise InputError(f"--to: {options.to} exists already; a new folder")
+    check_writable(options.to.parent)
+    if options.form == "adapter" and options.dtype:
+        raise InputError("--dtype: an adapter keeps the precision of its factors; only --as model takes one")
+    if options.form == "model":
+        export_model(adapter, options.to, DTYPES[options.dtype or "float32"])
+    else:
+        export_adapter(adapter, options.to)
     print(f"{options.form} written to {options.to}")
-    return 0
 
 
 def adapter_folder(run: Path) -> Path:
@@ -98,7 +94,7 @@ def export_adapter(adapter: Path, folder: Path) -> None:
     """
     if (adapter / full_rank.FILE_NAME).exists():
         raise InputError(f"--as adapter: {adapter} holds changed full-rank weights, which are no LoRA; --as model")
-    config, factors = read_config(adapter), plain_factors(read_tensors(adapter))
+    config, factors = read_config(adapter), plain_factors(read_factors(adapter))
     if not factors:
         raise InputError(f"{adapter / WEIGHTS_FILE}: holds no LoRA factor")
     rank = len(next(tensor for name, tensor in factors.items() if ".lora_A." in name))

@@ -1,4 +1,4 @@
-"""Reading and writing the project's files: JSON that explains its faults, and writes that are whole or not there."""
+"""Reading and writing the project's files: readers that explain a fault, and writes that are complete or not there."""
 
 import contextlib
 import errno
@@ -8,9 +8,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator
+from typing import TYPE_CHECKING, Any, Iterator
 
 from errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WHOLLY_DIGESTED = 2**30  # bytes
 DIGESTED_END = 2**26
@@ -57,6 +60,35 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{path}: nested too deeply; allowed: what the README describes") from None
     except ValueError as error:  # a path with a NUL, a number of thousands of digits
         raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """The tensors of a safetensors file, by name and on the CPU, and its metadata.
+
+    Raises:
+        InputError: the file is missing, unreadable or damaged.
+    """
+    from safetensors import SafetensorError, safe_open  # with torch, which the scripts in data/ do without
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def check_values(name: str, tensor: "Tensor", path: str | os.PathLike) -> None:
+    """Reject a stored tensor from which nothing can be trained.
+
+    Raises:
+        InputError: integers, or values that are not finite.
+    """
+    if not tensor.is_floating_point():
+        raise InputError(f"{path}: {name} holds {tensor.dtype}; floating-point values are needed")
+    if not tensor.isfinite().all():
+        raise InputError(f"{path}: {name} holds values that are not finite; the task that saved it has failed")
 
 
 @contextlib.contextmanager

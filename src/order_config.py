@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from errors import InputError
+from errors import InputError, entry_point
 from files import check_writable, read_json, whole_folder, write_json
 
 TASKS = ("SC", "TC", "NLI", "QQP", "WiC", "MultiRC", "COPA", "BoolQA")
@@ -233,17 +233,13 @@ def _listed(names: Iterable, *, pairs: bool = False) -> str:
     return ", ".join(sorted("/".join(pair) for pair in names) if pairs else names) or "none"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Print the steps of an order, one TASK/DATASET a line, in order.")
     parser.add_argument("config_dir", help="folder of the order, for instance configs/order1_configs")
     arguments = parser.parse_args(argv)
-    try:
-        for step in read_order(arguments.config_dir):
-            print(f"{step.task}/{step.dataset}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for step in read_order(arguments.config_dir):
+        print(f"{step.task}/{step.dataset}")
 
 
 if __name__ == "__main__":

@@ -4,65 +4,53 @@
         --activation_checkpointing --lora_modules '.*self_attn.(q_proj|v_proj).*'
         --optim_target_modules '.*mlp.gate_proj.*'
 
-The run that is planned trains through `Proj_torch.zero_core` under DeepSpeed. Counts of parameters are exact, since the
-model is built (on the meta device, which holds no values); what lives only within a step is an estimate. With e bytes
-a value (2 with --bf16, else 4), N ranks, T trained values (new LoRA factors and cores):
+The model is built and run forward on the meta device, which holds no values: numbers of parameters and what autograd
+keeps are counted. With e bytes a value in the model:
 
-* resident: weights e each, whole at stages 0 to 2, 1/N at stage 3; the frozen LoRA of earlier tasks likewise; the
-  model's own copy of what trains, e T; fp32 master and two Adam moments, 12 T, of which ZeRO (1 to 3) leaves 1/N, or
-  nothing with --offload_optimizer (stage 0 in fp32 has no second master: 8 T); gradients e T, 1/N from stage 2 on;
-  bases in fp32 and the rounding error of a 16-bit target weight (2 bytes a value), whole on every rank at every stage;
-  ZeRO's reduction buckets, as the files in configs/ds_configs size them; CONTEXT for CUDA and NCCL, an assumption.
-* activations that autograd keeps, per layer and token, in bytes:
+* One GPU without `--stage` is a run without DeepSpeed: e = 4 whatever the precision of training. Under `--bf16`,
+  autocast also keeps a 16-bit copy of every weight until the backward pass; with checkpointing, of one layer at a time.
+* Under DeepSpeed (e = 2 with `--bf16`) ZeRO divides optimizer state between ranks (stages 1 to 3), gradients (2, 3) and
+  weights (3), the last only once each GPU has held all of them. Its buffers are those of configs/ds_configs.
+* A step that takes bases collects each target's gradient, as factors of e (out + in) bytes a token or in float32 where
+  that is smaller; an SVD makes one such gradient and copies of it at a time.
+* A task's end makes float32 copies of one weight; with `--space_from moments` cores give all moments at once.
+* Assumed: 1 GiB for CUDA and NCCL; attention that keeps queries, keys, values, output and mask, but no scores; e (3 f +
+  2 h) bytes a token for a layer's own backward pass, f its widest and h its hidden size; 12 bytes a value of LLaMA's
+  logits and 3 e of the others', at answer tokens.
 
-      LLaMA     8 h + e (3 f + 4 a + L) + trained
-      T5, BART  (4 + e mod 4) h s + e (u f + 2 a + s_x 2 a + w m L) + dropped + trained, k and v (e 2 a) by their tokens
-
-  h hidden, f feed-forward, a attention width, m heads, L keys, s sublayers (2, decoder 3), s_x cross-attention (0 or
-  1), u = 1 (3 if gated), w = attentions whose position bias is kept (1, decoder 2). 8 h and 4 h: a norm's fp32 input.
-  LLaMA's keys and values count at full width and its mask L in each layer, as in a padded batch. Dropped: a byte a
-  value and dropout. Trained: a LoRA adds e (in + r) + in, its own dropped input and the mask, or e r and one e in for
-  the LoRAs of a module together without dropout; a core e k, e in if its input side is not projected or the basis is
-  due. Attention never keeps its scores (sdpa). With checkpointing a layer keeps e h, and one whole layer exists at a
-  time.
-* logits: 12 bytes a value for log-softmax and two gradients (T5 3 e), only at answer tokens: LLaMA's class scores no
-  other, T5's decoder has no other. A layer's backward itself takes e (3 f + 2 h).
-* refresh step: each target's factors GY and X, e (out + in) a token, or its fp32 gradient where accumulation makes
-  that smaller, kept until the optimizer steps. `exact` and `lowrank` also make one target's fp32 gradient at a time,
-  and copies: with several ranks one to sum, one scaled, and for the exact SVD its own and the singular vectors.
-
-Not counted: the shared space S (4 bytes x side of the weight for each direction), lamda_3's copies of the target
-weights, evaluation, and fragmentation of the GPU's memory.
+Not counted: the shared space S (4 bytes x side of the weight for each direction), lamda_3's copies, evaluation,
+fragmentation of the GPU's memory.
 """
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, PretrainedConfig, T5Config
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
+from transformers.hf_argparser import string_to_bool
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-import full_rank
-from errors import InputError
+from arguments import Parser, check
+from errors import InputError, entry_point
+from loranew import LoraNewConfig, add_loranew
 from model.llama import LlamaForCausalLM_with_lossmask
-from Proj_torch.layer_gradient import OVERSAMPLING, PROBES
+from module_matching import check_rank, match_linear
+from Proj_torch.layer_gradient import OVERSAMPLING
 from Proj_torch.proj_projector import PROJ_TYPES, mode_ranks
 from Proj_torch.zero_core import REFRESHES
 
 GIB = 1024**3
-CONTEXT = GIB  # CUDA context, cuBLAS and NCCL workspaces; not derived from anything
-MARGIN = 0.1  # of a GPU, below which a plan says so: its own error, and fragmentation
+CONTEXT = GIB
+MARGIN = 0.1  # of a GPU, below which a plan warns: its own error, and fragmentation
 BUCKET = 200_000_000  # reduce_bucket_size of configs/ds_configs, values
 PREFETCH, LIVE = 50_000_000, 1_000_000_000  # stage3_prefetch_bucket_size, stage3_max_live_parameters, values
-CROSS_KEYS = re.compile(r".*(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj)")  # these read the encoder's output
-
 PRESETS = {
     "llama-2-7b": lambda: LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
@@ -71,112 +59,27 @@ PRESETS = {
         vocab_size=32128, d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16, feed_forward_proj="relu",
         decoder_start_token_id=0),
 }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------- the plan
-
-
-@dataclass(frozen=True)
-class Target:
-    """A full-rank weight that trains by projection.
-
-    Attributes:
-        shape: (out, in). ranks: of the left and the right basis, None where that side is not projected.
-        tokens: rows of a micro-batch times the tokens of each that pass through it.
-        own_input: whether its input is a tensor of its own; the encoder's output is one for all decoder layers.
-    """
-
-    shape: tuple[int, int]
-    ranks: tuple[int | None, int | None]
-    tokens: int
-    own_input: bool = True
-
-    @property
-    def weight(self) -> int:
-        """Values of the weight."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def core(self) -> int:
-        """Values of the core, which train."""
-        return (self.ranks[0] or self.shape[0]) * (self.ranks[1] or self.shape[1])
-
-    @property
-    def bases(self) -> int:
-        """Values of the bases."""
-        return sum((rank or 0) * size for rank, size in zip(self.ranks, self.shape, strict=True))
-
-    def collected(self, micro_batches: int, value: int) -> int:
-        """Bytes of the gradient after so many micro-batches, in the form that `LayerGradient` keeps it in."""
-        out, inp = self.shape
-        numbers = micro_batches * self.tokens * (out + inp)
-        if numbers > self.weight:
-            return 4 * self.weight
-        return micro_batches * self.tokens * (out + (inp if self.own_input else 0)) * value
-
-    def sent_at_refresh(self, refresh: str) -> int:
-        """Numbers that a rank puts into collectives for new bases: gradient or sketch, and the bases themselves."""
-        if not self.bases:
-            return 0
-        if refresh != "sketch":
-            return self.weight + self.bases
-        out, inp = self.shape if self.ranks[1] is not None else self.shape[::-1]
-        width = min((self.ranks[1] or self.ranks[0]) + OVERSAMPLING, out, inp)
-        return out * (2 * width + PROBES) + inp * 2 * width + self.bases  # the products in `sketched_bases`
+STATE = "fp32 masters and Adam moments"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one rank, by part; `peak` is the fullest moment of an optimizer step.
+    """Bytes on one rank, by part.
 
     Attributes:
-        resident: what is there all the time.
-        moments: what else there is at each moment that can be the fullest.
-        host: bytes in the CPU's memory for each rank.
-        parameters, lora, lora_old: values of the base model, of the new LoRA, of the frozen LoRA.
+        values: numbers of values: the model's, the new LoRA's, those that train in place of full-rank weights, theirs.
+        resident: what is there all the time. moments: all parts at each moment that can be the fullest.
+        host: all parts at moments in the CPU's memory.
     """
 
-    targets: dict[str, Target]
-    parameters: int
-    lora: int
-    lora_old: int
+    values: tuple[int, int, int, int]
     resident: dict[str, int]
-    moments: dict[str, dict[str, int]] = field(default_factory=dict)
-    host: dict[str, int] = field(default_factory=dict)
+    moments: dict[str, dict[str, int]]
+    host: dict[str, dict[str, int]]
 
-    @property
-    def weights(self) -> int:
-        """Values of all target weights."""
-        return sum(target.weight for target in self.targets.values())
-
-    @property
-    def cores(self) -> int:
-        """Values of all cores."""
-        return sum(target.core for target in self.targets.values())
-
-    @property
-    def trained(self) -> int:
-        """Values that train."""
-        return self.lora + self.cores
-
-    @property
-    def fullest(self) -> str:
-        """Name of the moment with the peak."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
-
-    @property
-    def peak(self) -> int:
-        """Bytes at the fullest moment."""
-        return sum(self.resident.values()) + sum(self.moments[self.fullest].values())
-
-    @property
-    def largest(self) -> tuple[str, int]:
-        """Name and bytes of the largest part at the fullest moment."""
-        return max((self.resident | self.moments[self.fullest]).items(), key=lambda part: part[1])
-
-    def sent(self, refresh: str, gap: int) -> float:
-        """Gradient numbers that a rank sends in a step, the refreshes of the targets spread over `gap` steps."""
-        return self.trained + sum(target.sent_at_refresh(refresh) for target in self.targets.values()) / gap
+    def peak(self) -> tuple[int, str]:
+        """Bytes at the fullest moment, and its name."""
+        return max((sum(parts.values()), name) for name, parts in self.moments.items())
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
@@ -185,381 +88,264 @@ def make_plan(options: argparse.Namespace) -> Plan:
     Raises:
         InputError: no such model, one of a kind that is not trained here, or an expression or a rank that does not fit.
     """
-    model = build_on_meta(read_config(options.model_name_or_path))
-    lora_layers = full_rank.match_linear(model, [options.lora_modules], "lora_modules")
-    full_rank.check_rank(lora_layers, options.lora_dim, "lora_dim")
-    matched = full_rank.match_linear(model, options.optim_target_modules, "optim_target_modules")
-    full_rank.check_rank(matched, options.galore_rank, "galore_rank")
-    shapes = Shapes.of(model.config)
-    targets = {name: _target(name, tuple(layer.weight.shape), shapes, options) for name, layer in matched.items()}
-    lora = sum(options.lora_dim * sum(layer.weight.shape) for layer in lora_layers.values())
-    plan = Plan(
-        targets, sum(p.numel() for p in model.parameters()), lora, lora * options.tasks_before, resident={}
-    )
-    plan.resident.update(_resident(plan, options))
-    plan.moments.update(_moments(plan, shapes, lora_layers, options))
-    plan.host.update(_host(plan, options))
-    return plan
+    stage, dense, value = options.stage or 0, options.galore_engine == "dense", _value(options)
+    model = build_on_meta(options.model_name_or_path).to(torch.bfloat16 if value == 2 else torch.float32)
+    values = sum(parameter.numel() for parameter in model.parameters())
+    check_rank(match_linear(model, [options.lora_modules], "--lora_modules"), options.lora_dim, "--lora_dim")
+    targets = match_linear(model, options.optim_target_modules, "--optim_target_modules")
+    check_rank(targets, options.galore_rank, "--galore_rank")
+    model.requires_grad_(False)
+    config = LoraNewConfig(r=options.lora_dim, r_sum=options.tasks_before * options.lora_dim,
+                           lora_dropout=options.lora_dropout, target_modules=options.lora_modules)  # fmt: skip
+    model = add_loranew(model, config).get_base_model()
+    lora, old = (sum(p.numel() for p in model.parameters() if p.requires_grad == trains) for trains in (True, False))
+    old -= values
+    shapes = [tuple(layer.weight.shape) for layer in targets.values()]
+    ranks = [mode_ranks(shape, options.galore_rank, options.galore_proj_type) for shape in shapes]
+    cores = sum((left or out) * (right or inp) for (out, inp), (left, right) in zip(shapes, ranks))
+    bases = sum((left or 0) * out + (right or 0) * inp for (out, inp), (left, right) in zip(shapes, ranks))
+    weights, largest = (of(out * inp for out, inp in shapes) for of in (sum, max))
 
-
-def _target(name: str, shape: tuple[int, int], shapes: "Shapes", options: argparse.Namespace) -> Target:
-    tokens = options.per_device_train_batch_size * shapes.tokens(name, options)
-    ranks = mode_ranks(shape, options.galore_rank, options.galore_proj_type)
-    return Target(shape, ranks, tokens, own_input=CROSS_KEYS.fullmatch(name) is None)
-
-
-# ---------------------------------------------------------------------------------------------- the model
-
-
-def read_config(name: str) -> PretrainedConfig:
-    """The config of a preset, a folder or a hub model.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    if name in PRESETS:
-        return PRESETS[name]()
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"--model_name_or_path: {name} has no config.json")
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) != 2):
-        raise InputError(
-            f"--model_name_or_path: {name} does not exist; a folder with config.json, a hub id such as "
-            f"google-t5/t5-large, or one of {', '.join(PRESETS)}"
-        )
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # whatever the hub's client or a config's own checks raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--model_name_or_path: {name}: the config cannot be loaded: {reason}") from error
-
-
-def build_on_meta(config: PretrainedConfig) -> nn.Module:
-    """The model that the entry would train, without values.
-
-    Raises:
-        InputError: neither LLaMA nor an encoder-decoder, or sizes that contradict each other.
-    """
-    decoder_only = config.model_type == "llama"
-    if not decoder_only and not config.is_encoder_decoder:
-        raise InputError(f"--model_name_or_path: found model_type {config.model_type!r}; llama and encoder-decoders")
-    try:
-        with torch.device("meta"):
-            if decoder_only:
-                return LlamaForCausalLM_with_lossmask(config)
-            return AutoModelForSeq2SeqLM.from_config(config)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--model_name_or_path: no model can be built from its config: {reason}") from error
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The sizes that activations depend on, in values."""
-
-    decoder_only: bool
-    hidden: int
-    attention: int  # heads x width of a head
-    heads: int
-    feed_forward: int
-    feed_forward_kept: int  # u: tensors of that width that autograd keeps
-    dropout: bool
-    position_bias: bool  # T5: a bias for each pair of positions is kept by every attention
-    encoder_layers: int
-    decoder_layers: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> "Shapes":
-        """Read from a config, whatever its model calls them.
-
-        Raises:
-            InputError: a size has none of the names known here.
-        """
-        decoder_only = config.model_type == "llama"
-        heads, hidden = _size(config, "num_attention_heads", "num_heads"), _size(config, "hidden_size", "d_model")
-        width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or hidden // heads
-        gated = decoder_only or getattr(config, "is_gated_act", False)
-        decoder = ("num_hidden_layers",) if decoder_only else ("num_decoder_layers", "decoder_layers")
-        return cls(
-            decoder_only=decoder_only,
-            hidden=hidden,
-            attention=heads * width,
-            heads=heads,
-            feed_forward=_size(config, "intermediate_size", "d_ff", "encoder_ffn_dim"),
-            feed_forward_kept=3 if gated else 1,
-            dropout=not decoder_only and bool(getattr(config, "dropout_rate", getattr(config, "dropout", 0))),
-            position_bias=hasattr(config, "relative_attention_num_buckets"),
-            encoder_layers=0 if decoder_only else _size(config, "num_layers", "encoder_layers"),
-            decoder_layers=_size(config, *decoder),
-            vocabulary=config.vocab_size,
-        )
-
-    def tokens(self, module: str, options: argparse.Namespace) -> int:
-        """Tokens of a row that pass through a module: prompt and answer, or one of the two."""
-        if self.decoder_only:
-            return options.max_source_length + options.max_target_length
-        of_encoder = "encoder" in module.split(".") or CROSS_KEYS.fullmatch(module)
-        return options.max_source_length if of_encoder else options.max_target_length
-
-
-def _size(config: PretrainedConfig, *names: str) -> int:
-    for name in names:
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    raise InputError(f"--model_name_or_path: the {config.model_type} config has none of {', '.join(names)}")
-
-
-# ---------------------------------------------------------------------------------------------- resident
-
-
-def _resident(plan: Plan, options: argparse.Namespace) -> dict[str, int]:
-    ranks, stage, value = options.gpus, options.stage, _value(options)
-    of_model = ranks if stage == 3 else 1  # how many ranks share the model's weights
-    bases = sum(target.bases for target in plan.targets.values())
-    return {
-        "weights": _share(value * plan.parameters, of_model),
-        "frozen LoRA of earlier tasks": _share(value * plan.lora_old, of_model),
-        "trained values in the model": _share(value * plan.trained, of_model),
-        "fp32 masters and Adam moments": 0 if options.offload_optimizer else _optimizer_state(plan.trained, options),
-        "gradients of what trains": _share(value * plan.trained, ranks if stage >= 2 else 1),
+    trained, in_model = lora + cores, lora + (0 if dense else cores)
+    masters = 2 if value == 4 and not stage else 3  # without ZeRO the float32 values in the model are the masters
+    state = _share(4 * masters * trained, stage >= 1, options)
+    resident = {
+        "weights": _share(value * values, stage == 3, options),
+        "frozen LoRA of earlier tasks": _share(value * old, stage == 3, options),
+        "trained values in the model": _share(value * in_model, stage == 3, options),
+        STATE: 0 if options.offload_optimizer else state,
+        "gradients": _share(value * (lora + weights if dense else trained), stage >= 2, options),
         "bases": 4 * bases,
-        "rounding error of 16-bit targets": 2 * plan.weights if options.bf16 else 0,
-        "DeepSpeed's buffers": _buffers(plan, options),
+        "rounding error of 16-bit targets": 2 * weights if value == 2 else 0,
+        "DeepSpeed's buffers": _buffers(values, options),
         "CUDA context (assumed)": CONTEXT,
     }
+    layers, inputs, tokens = count_activations(model, targets, options)
+    *layers, outside = layers
+    activations = outside + (sum(inputs) + max(layers) if options.activation_checkpointing else sum(layers))
+    copies = 2 * values // (len(layers) if options.activation_checkpointing else 1)
+    logits, working = _backward(model, options)
+    svd = max(_decomposition(shape, of_shape, options) for shape, of_shape in zip(shapes, ranks))
+    before, after = (
+        sum(collected(shape, count * tokens[name], value) for name, shape in zip(targets, shapes)) * (not dense)
+        for count in (options.gradient_accumulation_steps - 1, options.gradient_accumulation_steps)
+    )
+    from_moments = options.space_from == "moments"
+    moments = {
+        "loading": {"weights, complete": value * (values + old + in_model), "CUDA context (assumed)": CONTEXT},
+        "a refresh step, backward begins": resident | {
+            "activations": activations,
+            "16-bit copies of weights": copies if options.bf16 and value == 4 else 0,
+            "gradients collected so far": before,
+            "logits and backward, one SVD": max(logits, working) + svd,
+        },
+        "a refresh step, backward ends": resident | {
+            "activations": outside + max(layers),
+            "gradients collected so far": after,
+            "logits and backward, one SVD": working + svd,
+        },
+        "the task's end": resident | {
+            "one weight and its copies": 12 * largest,
+            "first moments": from_moments * (8 * largest if dense else 4 * (weights + lora)),
+            "a forward pass": working * (not from_moments),
+        },
+    }  # fmt: skip
+    host = {
+        "loading": {"weights, fp32": 4 * (values + old + lora)},
+        "the task's end": {
+            STATE: state if options.offload_optimizer else 0,
+            "full-rank weights to save, fp32": 4 * weights,
+            "first moments": from_moments * 4 * (weights + lora),
+        },
+    }
+    return Plan((values, lora, cores, weights), resident, moments, host)
 
 
 def _value(options: argparse.Namespace) -> int:
     """Bytes of a value in the model."""
-    return 2 if options.bf16 else 4
+    return 2 if options.bf16 and options.stage is not None else 4
 
 
-def _share(count: int, ranks: int) -> int:
-    return -(-count // ranks)
+def _share(count: int, is_shared: bool, options: argparse.Namespace) -> int:
+    return -(-count // options.gpus) if is_shared else count
 
 
-def _optimizer_state(trained: int, options: argparse.Namespace) -> int:
-    """Bytes of masters and moments; in fp32 without ZeRO the values in the model are the masters."""
-    numbers = 2 if options.stage == 0 and not options.bf16 else 3
-    return _share(4 * numbers * trained, options.gpus if options.stage else 1)
+def _buffers(values: int, options: argparse.Namespace) -> int:
+    if options.stage in (1, 2):  # two, for communication overlaps with the backward pass; stage 1 sums in fp32
+        return 2 * BUCKET * (4 if options.stage == 1 else _value(options))
+    return _value(options) * (BUCKET + PREFETCH + min(LIVE, values)) if options.stage == 3 else 0
 
 
-def _buffers(plan: Plan, options: argparse.Namespace) -> int:
-    value = _value(options)
-    if options.stage in (1, 2):
-        # Two, for communication overlaps with the backward pass; stage 1 keeps its sums in fp32.
-        return 2 * BUCKET * (4 if options.stage == 1 else value)
-    if options.stage == 3:
-        return value * (BUCKET + PREFETCH + min(LIVE, plan.parameters))
-    return 0
+def _backward(model: nn.Module, options: argparse.Namespace) -> tuple[int, int]:
+    """Bytes of the logits and their gradients, and of a layer's own backward pass."""
+    rows, source, answer = options.per_device_train_batch_size, options.max_source_length, options.max_target_length
+    linear = {module.out_features for module in model.modules() if isinstance(module, nn.Linear)}
+    widths = 3 * max(linear - {model.get_output_embeddings().out_features}) + 2 * model.config.hidden_size
+    if model.config.is_encoder_decoder:
+        return rows * answer * model.config.vocab_size * 3 * _value(options), rows * source * widths * _value(options)
+    return rows * answer * model.config.vocab_size * 12, rows * (source + answer) * widths * _value(options)
 
 
-def _host(plan: Plan, options: argparse.Namespace) -> dict[str, int]:
-    host = {"weights while loading, fp32": 4 * plan.parameters}
-    if options.offload_optimizer:
-        host["fp32 masters and Adam moments"] = _optimizer_state(plan.trained, options)
-    return host
+def collected(shape: tuple[int, int], tokens: int, value: int) -> int:
+    """Bytes of a target's gradient after so many tokens, in the form that `LayerGradient` keeps."""
+    out, inp = shape
+    numbers = tokens * (out + inp)
+    return 4 * out * inp if numbers > out * inp else numbers * value
 
 
-# ---------------------------------------------------------------------------------------------- within a step
-
-
-def _moments(
-    plan: Plan, shapes: Shapes, lora_layers: dict[str, nn.Linear], options: argparse.Namespace
-) -> dict[str, dict[str, int]]:
-    """The transient parts at the moments that can be the fullest."""
-    loss, targets = logits_bytes(shapes, options), plan.targets.values()
-    working = _backward_bytes(shapes, options)
-    gradient = max(_decomposition_bytes(target, options) for target in targets)
-    before, after = (
-        sum(target.collected(count, _value(options)) for target in targets)
-        for count in (options.gradient_accumulation_steps - 1, options.gradient_accumulation_steps)
-    )
-    ordinary, refresh = (layer_bytes(shapes, lora_layers, plan, options, due) for due in (False, True))
-    return {
-        "an ordinary step, backward begins": {
-            "activations": activation_bytes(ordinary, shapes, options),
-            "logits and backward": max(loss, working),
-        },
-        "a refresh step, cores are folded": {
-            # W, a term of it and their sum, in fp32.
-            "refresh: one weight and its copies": 12 * max(target.weight for target in targets),
-        },
-        "a refresh step, backward begins": {
-            "activations": activation_bytes(refresh, shapes, options),
-            "refresh: gradients collected so far": before,
-            "refresh: one gradient and its SVD": gradient,
-            "logits and backward": max(loss, working),
-        },
-        "a refresh step, backward ends": {
-            "activations": max(refresh),
-            "refresh: gradients collected so far": after,
-            "refresh: one gradient and its SVD": gradient,
-            "logits and backward": working,
-        },
-    }
-
-
-def logits_bytes(shapes: Shapes, options: argparse.Namespace) -> int:
-    """Bytes of log-softmax and its two gradients at the answer tokens of a micro-batch."""
-    rows = options.per_device_train_batch_size * options.max_target_length
-    return rows * shapes.vocabulary * (12 if shapes.decoder_only else 3 * _value(options))
-
-
-def _backward_bytes(shapes: Shapes, options: argparse.Namespace) -> int:
-    tokens = options.max_source_length + (options.max_target_length if shapes.decoder_only else 0)
-    widths = 3 * shapes.feed_forward + 2 * shapes.hidden
-    return options.per_device_train_batch_size * tokens * widths * _value(options)
-
-
-def _decomposition_bytes(target: Target, options: argparse.Namespace) -> int:
+def _decomposition(shape: tuple[int, int], ranks: tuple[int | None, int | None], options: argparse.Namespace) -> int:
     """Bytes to take bases from one gradient: it and its copies in fp32, or only thin products."""
-    out, inp = target.shape
-    small = min(out, inp)
-    width = min(max(rank or 0 for rank in target.ranks) + OVERSAMPLING, small)
-    if not target.bases:
+    if not any(ranks):
         return 0
-    if options.galore_svd == "sketch":
-        return 4 * 4 * (out + inp) * width
-    copies = 2 + (options.gpus > 1)
-    if options.galore_svd == "lowrank":
-        return 4 * (copies * target.weight + 3 * (out + inp) * width)
-    return 4 * ((copies + 1) * target.weight + (out + inp) * small)
+    sides, small, weight = sum(shape), min(shape), shape[0] * shape[1]
+    width = min(max(rank or 0 for rank in ranks) + OVERSAMPLING, small)
+    copies = 2 + (options.gpus > 1)  # the gradient, one scaled and, with several ranks, one to sum
+    numbers = {"sketch": 4 * sides * width, "lowrank": copies * weight + 3 * sides * width,
+               "exact": (copies + 1) * weight + sides * small}  # fmt: skip
+    return 4 * numbers[options.galore_svd]
 
 
-def layer_bytes(
-    shapes: Shapes, lora_layers: dict[str, nn.Linear], plan: Plan, options: argparse.Namespace, refresh: bool
-) -> list[int]:
-    """Bytes that autograd keeps of one micro-batch in each layer, encoder first, by the head of this file.
+# The model on the meta device
 
-    Args:
-        refresh: whether bases are due, so that every target keeps its whole input.
+
+def build_on_meta(name: str) -> nn.Module:
+    """The model of a preset, a folder or a hub id, without values; its attention keeps what a GPU's does.
+
+    Raises:
+        InputError: there is none, it is neither LLaMA nor an encoder-decoder, or its sizes contradict each other.
     """
-    rows, value = options.per_device_train_batch_size, _value(options)
-    layers = [_frozen_bytes(shapes, options, decoder=False)] * shapes.encoder_layers
-    layers += [_frozen_bytes(shapes, options, decoder=True)] * shapes.decoder_layers
-    trained = sum(_lora_bytes(name, layer, shapes, options) for name, layer in lora_layers.items())
-    if not options.lora_dropout:  # then the LoRAs of an attention read one tensor
-        readers = {name.rpartition(".")[0]: (name, layer.in_features) for name, layer in lora_layers.items()}
-        trained += sum(rows * shapes.tokens(name, options) * width * value for name, width in readers.values())
-    trained += sum(_core_bytes(target, options, refresh) for target in plan.targets.values())
-    return [layer + trained // len(layers) for layer in layers]
+    try:
+        config = PRESETS[name]() if name in PRESETS else AutoConfig.from_pretrained(name, trust_remote_code=False)
+        decoder_only = config.model_type == "llama"
+        if decoder_only or config.is_encoder_decoder:
+            AttentionInterface.register("planned", _attention)
+            config._attn_implementation = "planned"
+            with torch.device("meta"):
+                build = LlamaForCausalLM_with_lossmask if decoder_only else AutoModelForSeq2SeqLM.from_config
+                return build(config)
+    except Exception as error:  # whatever the hub's client, a config's own checks or a model's layers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--model_name_or_path: no model can be built for {name} ({reason}); a folder with "
+                         f"config.json, a hub id such as google-t5/t5-large, or one of {', '.join(PRESETS)}") from None
+    raise InputError(f"--model_name_or_path: found model_type {config.model_type!r}; llama and encoder-decoders")
 
 
-def activation_bytes(layers: list[int], shapes: Shapes, options: argparse.Namespace) -> int:
-    """Bytes kept when the backward pass begins: of all layers, or their inputs and one layer that is recomputed."""
-    if not options.activation_checkpointing:
-        return sum(layers)
-    source, target = options.max_source_length, options.max_target_length
-    tokens = source * shapes.encoder_layers + (target + source * shapes.decoder_only) * shapes.decoder_layers
-    return options.per_device_train_batch_size * tokens * shapes.hidden * _value(options) + max(layers)
+class _Kernel(torch.autograd.Function):
+    """Stands for a fused kernel of a GPU: its output, and what it keeps for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, kept: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        return output
 
 
-def _frozen_bytes(shapes: Shapes, options: argparse.Namespace, decoder: bool) -> int:
-    """Bytes that one layer of the frozen model keeps of a micro-batch."""
-    value, h, a = _value(options), shapes.hidden, shapes.attention
-    source, target = options.max_source_length, options.max_target_length
-    kept = shapes.feed_forward_kept * shapes.feed_forward
-    if shapes.decoder_only:
-        tokens = source + target
-        return options.per_device_train_batch_size * tokens * (8 * h + value * (kept + 4 * a + tokens))
-    tokens, sublayers = (target, 3) if decoder else (source, 2)
-    norms = (4 + value % 4) * h * sublayers  # in 16 bits its own input is kept beside the fp32 one
-    dropped = (sublayers * h + shapes.feed_forward) if shapes.dropout else 0
-    per_token = norms + dropped + value * (kept + 4 * a)
-    keys = tokens
-    cross = 0
-    if decoder:
-        per_token += value * 2 * a
-        cross = source * value * 2 * a
-        keys += source
-    if shapes.position_bias:
-        per_token += value * shapes.heads * keys
-    return options.per_device_train_batch_size * (tokens * per_token + cross)
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, position_bias=None, **_):
+    """Attention as `sdpa` computes it on a padded batch: keys and values at full width, a mask of the values' dtype."""
+    rows, heads, length, _ = query.shape
+    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    mask = query.new_empty(rows, 1 if position_bias is None else heads, length, key.shape[2])
+    output = query.new_empty(rows, length, heads, value.shape[3])
+    return _Kernel.apply(output, (query, key, value, mask, output), query, key, value), None
 
 
-def _lora_bytes(name: str, layer: nn.Linear, shapes: Shapes, options: argparse.Namespace) -> int:
-    value, tokens = _value(options), options.per_device_train_batch_size * shapes.tokens(name, options)
-    own = layer.in_features * (value + 1) if options.lora_dropout else 0
-    return tokens * (own + options.lora_dim * value)
+def _dropout(x: Tensor) -> Tensor:
+    return _Kernel.apply(torch.empty_like(x), [torch.empty_like(x, dtype=torch.bool)], x)
 
 
-def _core_bytes(target: Target, options: argparse.Namespace, refresh: bool) -> int:
-    whole = refresh or target.ranks[1] is None
-    return target.tokens * _value(options) * (target.shape[1] if whole else target.ranks[1])
+def count_activations(
+    model: nn.Module, targets: Mapping[str, nn.Linear], options: argparse.Namespace
+) -> tuple[list[int], list[int], dict[str, int]]:
+    """Run a micro-batch through `model` on the meta device, and count what autograd keeps until the backward pass.
+
+    Every target keeps its input, as in a step that takes bases.
+
+    Returns:
+        Bytes that each layer keeps, last those outside of layers; of each layer's input; tokens that each target sees.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    rows, source, answer = options.per_device_train_batch_size, options.max_source_length, options.max_target_length
+    kept, inputs, held = [0] * (len(layers) + 1), [], {}
+    tokens = dict.fromkeys(targets, rows * answer)  # what the head sees, which does not run here
+    running = len(layers)
+
+    def enter(number: int, *inputs_of_layer: Tensor) -> None:
+        nonlocal running
+        running = number
+        inputs.extend(x.untyped_storage().nbytes() for x in inputs_of_layer)
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in held:
+            held[storage._cdata] = x  # so that no other gets its address
+            kept[running] += storage.nbytes()
+        return x
+
+    def see(name: str, x: Tensor) -> None:
+        tokens[name] = x.shape[:-1].numel()
+        keep(x)
+
+    for parameter in model.parameters():
+        held[parameter.untyped_storage()._cdata] = parameter
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda _, args, number=number: enter(number, args[0]))
+        layer.register_forward_hook(lambda *_: enter(len(layers)))
+    for name, target in targets.items():
+        target.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p:
+            module.forward = _dropout
+    batch = {"use_cache": False}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        if model.config.is_encoder_decoder:
+            prompts = _embedded(model, rows, source)
+            batch["encoder_hidden_states"] = model.get_encoder().train()(inputs_embeds=prompts).last_hidden_state
+        length = answer if model.config.is_encoder_decoder else source + answer
+        model.get_decoder().train()(inputs_embeds=_embedded(model, rows, length), **batch)
+    return kept, inputs, tokens
 
 
-# ---------------------------------------------------------------------------------------------- saying it
+def _embedded(model: nn.Module, rows: int, length: int) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    return weight.new_empty(rows, length, weight.shape[1])
+
+
+# Printing it
 
 
 def describe(plan: Plan, options: argparse.Namespace) -> list[str]:
     """The lines that the program prints; the last one is the verdict."""
-    return [*_parts(plan, options), "", *_against_dense(plan, options), "", verdict(plan, options)]
-
-
-def _parts(plan: Plan, options: argparse.Namespace) -> list[str]:
+    values, lora, cores, weights = plan.values
+    engine = "without DeepSpeed" if options.stage is None else f"ZeRO stage {options.stage}"
     lines = [
-        f"{options.model_name_or_path}: {plan.parameters:,} values, {plan.trained:,} train: {plan.lora:,} of the new "
-        f"LoRA, {plan.cores:,} in the cores of {len(plan.targets)} weights of {plan.weights:,}",
-        "",
-        f"bytes on each of {options.gpus} ranks, ZeRO stage {options.stage}, {'bf16' if options.bf16 else 'fp32'}, "
-        f"{options.per_device_train_batch_size} x {options.gradient_accumulation_steps} rows, refresh by "
-        f"{options.galore_svd}",
+        f"{options.model_name_or_path}: {values:,} values, {lora + cores:,} train: {lora:,} of the new LoRA, {cores:,} "
+        f"in place of full-rank weights of {weights:,}",
+        f"bytes on each of {options.gpus} ranks, {engine}, {options.galore_engine}, "
+        f"{'bf16' if options.bf16 else 'fp32'}, {options.per_device_train_batch_size} x "
+        f"{options.gradient_accumulation_steps} rows, refresh by {options.galore_svd}",
+        *(_row(name, count) for name, count in plan.resident.items()),
     ]
-    lines += [_row(name, count) for name, count in plan.resident.items()]
-    for moment, parts in plan.moments.items():
-        total = sum(plan.resident.values()) + sum(parts.values())
-        lines += [f"  {moment}:", *(_row(f"  {name}", count) for name, count in parts.items())]
-        lines.append(_row("  all parts", total))
-    return lines + ["in the CPU's memory, for each rank", *(_row(name, count) for name, count in plan.host.items())]
+    for place, moments in (("in all", plan.moments), ("in the CPU's memory", plan.host)):
+        for moment, parts in moments.items():
+            lines += [f"{moment}:", *(_row(name, n) for name, n in parts.items() if n and plan.resident.get(name) != n)]
+            lines.append(_row(place, sum(parts.values())))
+    return [*lines, verdict(plan, options)]
 
 
 def _row(name: str, count: int) -> str:
-    return f"  {name:<40}{count:>18,}  {count / GIB:8.3f} GiB"
-
-
-def _against_dense(plan: Plan, options: argparse.Namespace) -> list[str]:
-    """The same weights by dense AdamW: state, gradient and traffic, with the factor between them."""
-    dense_state = _share(12 * plan.weights, options.gpus if options.stage else 1)
-    dense_gradient = _share(_value(options) * plan.weights, options.gpus if options.stage >= 2 else 1)
-    amortised = plan.sent(options.galore_svd, options.galore_update_proj_gap)
-    without_lora = amortised - plan.lora
-    return [
-        f"dense AdamW on the same {len(plan.targets)} weights, on each rank",
-        _row("fp32 masters and Adam moments", dense_state),
-        _row("gradients", dense_gradient),
-        "times less here than dense                  cores alone    cores and LoRA",
-        _ratios("trained state (masters and moments)", plan.weights, plan.cores, plan.trained),
-        _ratios("gradient numbers sent, ordinary step", plan.weights, plan.cores, plan.trained),
-        _ratios(
-            f"the same, refreshes spread over {options.galore_update_proj_gap} steps", plan.weights, without_lora,
-            amortised),
-    ]  # fmt: skip
-
-
-def _ratios(name: str, dense: int, cores: float, trained: float) -> str:
-    return f"  {name:<40}{dense / cores:>13.1f}{dense / trained:>18.1f}"
+    return f"  {name:<36}{count:>18,}  {count / GIB:8.3f} GiB"
 
 
 def verdict(plan: Plan, options: argparse.Namespace) -> str:
-    """One line: whether the peak fits in each GPU, at which moment it is, and its largest part."""
-    room = options.gpu_gib * GIB
-    fits = "fits" if plan.peak <= room else "does not fit"
-    close = " (too close to rely on)" if fits == "fits" and plan.peak > (1 - MARGIN) * room else ""
-    name, count = plan.largest
+    """One line: whether the peak fits in each GPU, at which moment it is, its largest part, and the host's memory."""
+    (peak, moment), room = plan.peak(), options.gpu_gib * GIB
+    close = " (too close to rely on)" if (1 - MARGIN) * room < peak <= room else ""
+    name, count = max(plan.moments[moment].items(), key=lambda part: part[1])
+    host = options.gpus * max(sum(parts.values()) for parts in plan.host.values())
     return (
-        f"verdict: {fits} in {options.gpus} x {options.gpu_gib:g} GiB{close}: {plan.peak / GIB:.2f} GiB on each at "
-        f"{plan.fullest}; largest part: {name}, {count / GIB:.2f} GiB"
+        f"verdict: {'fits' if peak <= room else 'does not fit'} in {options.gpus} x {options.gpu_gib:g} GiB{close}: "
+        f"{peak / GIB:.2f} GiB on each at {moment}; largest part: {name}, {count / GIB:.2f} GiB; the CPU's memory: "
+        f"{host / GIB:.1f} GiB in all"
     )
-
-
-# ---------------------------------------------------------------------------------------------- command line
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"command line: {message}")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -568,61 +354,50 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         InputError: an unknown option, a missing one, or a value out of range.
     """
-    parser = _Parser(prog="plan_memory", description="Whether a GORP run fits, from the model's config alone.")
-    text, number = parser.add_argument, _positive
-    text("--model_name_or_path", required=True, help=f"folder with config.json, hub id, or {', '.join(PRESETS)}")
-    text("--gpus", type=number, default=1, help="ranks, one GPU each")
-    text("--gpu_gib", type=float, default=24.0, help="memory of a GPU, GiB")
-    text("--stage", type=int, default=2, choices=(0, 1, 2, 3), help="DeepSpeed's ZeRO stage")
-    for flag in ("bf16", "offload_optimizer", "activation_checkpointing"):
-        text(f"--{flag}", type=_boolean, nargs="?", const=True, default=False)
-    text("--lora_modules", required=True, help="regular expression for whole module names")
-    text("--optim_target_modules", required=True, nargs="+", help="regular expressions for whole module names")
-    text("--lora_dim", type=number, default=8)
-    text("--lora_dropout", type=float, default=0.1)
-    text("--galore_rank", type=number, default=8)
-    text("--galore_proj_type", default="std", choices=PROJ_TYPES)
-    text("--galore_svd", default="exact", choices=REFRESHES)
-    text("--galore_update_proj_gap", type=number, default=10, help="optimizer steps between two bases")
-    text("--tasks_before", type=int, default=0, help="earlier tasks, whose LoRA is frozen")
-    text("--per_device_train_batch_size", type=number, default=1)
-    text("--gradient_accumulation_steps", type=number, default=1)
-    text("--max_source_length", type=number, default=512)
-    text("--max_target_length", type=number, default=50)
+    parser = Parser(prog="plan_memory", description="Whether a GORP run fits, from the model's config alone.")
+    flag = parser.add_argument
+    flag("--model_name_or_path", required=True, help=f"folder with config.json, hub id, or {', '.join(PRESETS)}")
+    flag("--gpus", type=int, default=1, help="ranks, one GPU each")
+    flag("--gpu_gib", type=float, default=24.0, help="memory of a GPU, GiB")
+    flag("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage; default: 2, on one GPU no DeepSpeed")
+    for name in ("bf16", "offload_optimizer", "activation_checkpointing"):
+        flag(f"--{name}", type=string_to_bool, nargs="?", const=True, default=False)
+    flag("--lora_modules", required=True, help="regular expression for complete module names")
+    flag("--optim_target_modules", required=True, nargs="+", help="regular expressions for complete module names")
+    flag("--lora_dropout", type=float, default=0.1)
+    flag("--galore_proj_type", default="std", choices=PROJ_TYPES)
+    flag("--galore_svd", default="exact", choices=REFRESHES)
+    flag("--galore_engine", default="auto", choices=("auto", "dense", "cores"))
+    flag("--space_from", default="inputs", choices=("inputs", "moments"))
+    flag("--tasks_before", type=int, default=0, help="earlier tasks, whose LoRA is frozen")
+    sizes = {"lora_dim": 8, "galore_rank": 8, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+             "max_source_length": 512, "max_target_length": 50}  # fmt: skip
+    for name, default in sizes.items():
+        flag(f"--{name}", type=int, default=default)
     options = parser.parse_args(argv)
-    if not options.gpu_gib > 0:
-        raise InputError(f"--gpu_gib: found {options.gpu_gib:g}; a number above 0")
-    if options.tasks_before < 0:
-        raise InputError(f"--tasks_before: found {options.tasks_before}; 0 or more")
-    if not 0 <= options.lora_dropout < 1:
-        raise InputError(f"--lora_dropout: found {options.lora_dropout:g}; 0 up to, not including, 1")
-    if options.offload_optimizer and options.stage == 0:
-        raise InputError("--offload_optimizer: found with --stage 0; stages 1 to 3 can")
+    if options.stage is None and options.gpus > 1:
+        options.stage = 2
+    if options.galore_engine == "auto":
+        options.galore_engine = "dense" if options.stage is None else "cores"
+    for name in ("gpus", *sizes):
+        check(getattr(options, name) >= 1, name, getattr(options, name), "a whole number from 1")
+    cores = options.galore_engine == "cores"
+    check(options.gpu_gib > 0, "gpu_gib", options.gpu_gib, "a number above 0")
+    check(options.tasks_before >= 0, "tasks_before", options.tasks_before, "0 or more")
+    check(0 <= options.lora_dropout < 1, "lora_dropout", options.lora_dropout, "0 up to, not including, 1")
+    check(options.stage or not options.offload_optimizer, "offload_optimizer", "without --stage 1, 2 or 3", "with one")
+    check(cores or options.stage is None, "galore_engine", "dense", "auto or cores under DeepSpeed")
+    check(cores or options.galore_svd != "sketch", "galore_svd", "sketch with dense gradients", "exact or lowrank")
     return options
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text}; a whole number from 1")
-    return int(text)
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"found {text}; True or False")
-    return text.lower() == "true"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan; 0, or 2 after one line about bad input. A plan that does not fit is an answer, not a fault."""
-    try:
-        options = parse_arguments(argv)
-        print("\n".join(describe(make_plan(options), options)))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parse_arguments(argv)
+    print("\n".join(describe(make_plan(options), options)))
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # libraries' notes on their own future
     sys.exit(main())

@@ -35,12 +35,10 @@ from errors import InputError, RunStopped, is_disk_full
 from files import whole_file, whole_folder, write_json
 from methods import find_method
 from methods.base_options import MethodArguments
-from model.loading import LoadedModel, load_model_and_tokenizer
-from order_rows import load_rows, row_options
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
-from uie_collator import DataCollatorForUIE
-from uie_dataset_lora import cache_folder, data_files
-from uie_trainer_lora import DenserEvaluation, UIETrainer
+from task_setup import build_trainer, example_options, load_examples, load_model
+from uie_dataset_lora import data_files
+from uie_trainer_lora import UIETrainer
 
 logger = logging.getLogger("gorp")
 INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
@@ -84,7 +82,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     check_data_arguments(data_args)
     method = find_method(method_args.method)(method_args)
     output_dir = Path(training_args.output_dir)
-    files = data_files(task_config_dir=data_args.task_config_dir, **row_options(data_args, training_args))
+    files = data_files(data_args.task_config_dir, example_options(data_args, training_args))
     run_record = make_record(files, model_args, data_args, method_args, training_args)
     progress = find_progress(output_dir, run_record, start_over=training_args.overwrite_output_dir)
     if progress is Progress.COMPLETED:
@@ -96,7 +94,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         model_args.model_name_or_path = str(find_adapter(output_dir))
     method.trains = training_args.do_train
     set_seed(training_args.seed)
-    rows = load_rows(data_args, training_args, method)
+    examples = load_examples(data_args, training_args, method)
 
     # ZeRO-3 would cut the model up while it is read; it is cut up when training begins, after the method is attached.
     unset_hf_deepspeed_config()
@@ -105,19 +103,19 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:
         set_hf_deepspeed_config(training_args.hf_deepspeed_config)
-    trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
+    trainer = build_trainer(model, method, loaded, examples, data_args, training_args)
     run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
     claim_output_dir(trainer, run_record, progress)  # after every check: what is refused must not cost earlier results
 
-    if "zero_shot" in rows:
+    if "zero_shot" in examples:
         with torch.random.fork_rng():  # what is measured must not change what is trained
-            score(trainer, rows["zero_shot"], output_dir, "zero_shot")
+            score(trainer, examples["zero_shot"], output_dir, "zero_shot")
     if training_args.do_train:
         for line in method.summary():
             logger.info(line)
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
-        if len(rows["train"]):
-            record(output_dir, "train", train(trainer, len(rows["train"]), progress), trainer)
+        if len(examples["train"]):
+            record(output_dir, "train", train(trainer, len(examples["train"]), progress), trainer)
             leave_behind(trainer, adapter, loaded.tokenizer)  # from here on the task counts as trained
         else:
             record(output_dir, "train", {"train_samples": 0, "train_runtime": 0.0}, trainer)
@@ -127,11 +125,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     if training_args.do_eval:
         record(output_dir, "eval", trainer.evaluate(), trainer)
     if training_args.do_predict:
-        predict(trainer, rows["test"], output_dir)
-    if "unseen" in rows:
-        score(trainer, rows["unseen"], output_dir, "unseen")
+        predict(trainer, examples["test"], output_dir)
+    if "unseen" in examples:
+        score(trainer, examples["unseen"], output_dir, "unseen")
     if trainer.is_world_process_zero():
-        trainer.data_collator.kept.write(cache_folder())
         complete(output_dir)
 
 
@@ -151,79 +148,6 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
             yield
     except Timeout:
         raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or end it") from None
-
-
-def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True) -> LoadedModel:
-    """The model that the arguments name; without `weights` its shapes alone, enough to check all else against."""
-    return load_model_and_tokenizer(
-        model_args.model_name_or_path,
-        cache_dir=model_args.cache_dir,
-        revision=model_args.model_revision,
-        token=True if model_args.use_auth_token else None,
-        config_name=model_args.config_name,
-        tokenizer_name=model_args.tokenizer_name,
-        use_fast_tokenizer=model_args.use_fast_tokenizer,
-        resize_position_embeddings=model_args.resize_position_embeddings,
-        max_source_length=data_args.max_source_length,
-        weights=weights,
-    )
-
-
-def build_collator(loaded: LoadedModel, data_args: DataArguments,
-                   training_args: UIETrainingArguments) -> DataCollatorForUIE:
-    """The collator for this model's tokenizer."""
-    return DataCollatorForUIE(
-        loaded.tokenizer,
-        decoder_only=loaded.decoder_only,
-        max_source_length=data_args.max_source_length,
-        max_target_length=data_args.max_target_length,
-        add_task_name=data_args.add_task_name,
-        add_dataset_name=data_args.add_dataset_name,
-        pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
-        input_record_file=data_args.input_record_file,
-        name_rows=True,
-    )
-
-
-def check_generation(loaded: LoadedModel, data_args: DataArguments) -> None:
-    """Refuse a penalty that would count the padding before a prompt, which a row's batch decides, as end tokens."""
-    padding_ends = loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
-    if loaded.decoder_only and padding_ends and data_args.repetition_penalty != 1:
-        raise InputError(
-            f"--repetition_penalty: found {data_args.repetition_penalty}; 1.0 for this model, whose padding is its end "
-            "token: the penalty on ending would depend on a row's batch"
-        )
-
-
-def build_trainer(model, method, loaded, rows, data_args: DataArguments,
-                  training_args: UIETrainingArguments) -> UIETrainer:
-    """The trainer of this task, with its collator, generation settings and callbacks."""
-    collator = build_collator(loaded, data_args, training_args)
-    check_generation(loaded, data_args)
-    if not data_args.overwrite_cache:
-        collator.kept.read(cache_folder())
-    for split, its_rows in rows.items():
-        if split != "validation" and len(its_rows):  # nothing to train where a method passes on what it has
-            collator.check(its_rows)
-    return UIETrainer(
-        model=model,
-        args=training_args,
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
-        processing_class=loaded.tokenizer,
-        data_collator=collator,
-        callbacks=[DenserEvaluation()] if training_args.denser_evaluation else None,
-        method=method,
-        decoder_only=loaded.decoder_only,
-        multilingual=data_args.multilingual,
-        generation={
-            "max_new_tokens": training_args.generation_max_length or data_args.max_target_length,
-            "num_beams": data_args.num_beams,
-            "repetition_penalty": data_args.repetition_penalty,
-            "do_sample": False,
-            "use_cache": True,
-        },
-    )
 
 
 def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from errors import InputError
-from files import whole_file
+from files import read_tensors, whole_file
 from Proj_torch.proj_projector import SIDES
 from Proj_torch.svd import at_least_float32, truncated_svd
 
@@ -168,15 +167,7 @@ class GradientSpace:
         Raises:
             InputError: the file is missing, damaged, no gradient space of this version, or holds what is no basis.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = file.keys()
-                bases = {name: file.get_tensor(name) for name in names}
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+        bases, metadata = read_tensors(path)
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
             raise InputError(f"{path}: not a gradient space of version {VERSION}, its metadata is {metadata}")
         for name, S in bases.items():

@@ -3,16 +3,14 @@
 The prompt and the answer are tokenised apart and joined as ids, so the border between what is masked from the loss
 and what is learnt is where it was put, whatever the tokenizer would merge. Only the sentence is ever cut.
 
-A text is tokenised once: later epochs, and the evaluations after later tasks, find its ids kept (`token_ids.py`).
+A text is tokenised once in a process: later epochs and later tasks find its ids kept (`token_ids.py`).
 """
 
 import bisect
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -53,7 +51,7 @@ class DataCollatorForUIE:
         input_record_file: append each batch to this file, a JSON object {"source", "label"} a line; rank 0 only.
 
     Attributes:
-        kept: the ids of the texts met so far, shared by collators of the same tokenizer and cut.
+        kept: the ids of the texts tokenised so far, shared by collators of the same tokenizer and cut.
 
     Raises:
         InputError: a tokenizer without EOS; a row (named) whose prompt without its sentence, or whose answer, is too
@@ -208,10 +206,8 @@ class DataCollatorForUIE:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:  # a tokenizer in plain Python, whose rules cannot be compared
             return KeptIds()
-        code = Path(__file__).read_text(encoding="utf-8")  # ids outlive the process, so also the way prompts are cut
         special = str(self.tokenizer.special_tokens_map)
-        rules = (backend.to_str(), special, self.decoder_only, self.max_source_length, code)
-        return shared_ids(hashlib.sha256(repr(rules).encode()).hexdigest())
+        return shared_ids((backend.to_str(), special, self.decoder_only, self.max_source_length))
 
     def _pad(self, rows: list[list[int]], value: int, *, left: bool) -> torch.Tensor:
         """(n, width) tensor of the rows, width being the longest row's, rounded up to `pad_to_multiple_of`."""

@@ -50,15 +50,30 @@ FEATURES = datasets.Features(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
-    """What a run asks for beyond the files; part of the cache key."""
+class ExampleOptions:
+    """What decides an example beside the task file that names its dataset.
 
-    instruction_strategy: str
-    max_num_instances_per_task: int | None
-    max_num_instances_per_eval_task: int | None
-    num_examples: int
-    over_sampling: bool
-    seed: int
+    Args:
+        data_dir: the benchmark.
+        instruction_strategy: "single" takes the first instruction of a task, "multiple" a seeded choice for each row.
+        max_num_instances_per_task, max_num_instances_per_eval_task: None or a negative number means no limit.
+        num_examples: above 0, each row shows this many labelled rows of its dataset's train.json (`Samples`, a seeded
+            choice that never holds the row itself), under the task's "few-shot" instructions.
+        over_sampling: fill each training set up to `max_num_instances_per_task` with seeded repetitions, under either
+            sampling strategy.
+
+    Raises:
+        InputError: an unknown strategy, or a negative number of examples.
+    """
+
+    data_dir: str | os.PathLike
+    instruction_file: str | os.PathLike
+    instruction_strategy: str = "single"
+    max_num_instances_per_task: int | None = 10000
+    max_num_instances_per_eval_task: int | None = 200
+    num_examples: int = 0
+    over_sampling: bool = False
+    seed: int = 42
 
     def __post_init__(self) -> None:
         if self.instruction_strategy not in INSTRUCTION_STRATEGIES:
@@ -86,37 +101,21 @@ class _Source:
     task: str
     dataset: str
     strategy: str
-    data_dir: Path
-
-    @property
-    def folder(self) -> Path:
-        return self.data_dir / self.task / self.dataset
+    folder: Path
 
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
-    def files(self, options: "_Options") -> list[Path]:
+    def files(self, options: ExampleOptions) -> list[Path]:
         """What is read of this dataset: its rows, its labels and, few-shot, the rows that are shown."""
         names = [self.subset, "labels"] + ["train"] * (options.num_examples > 0)
         return [self.file(name) for name in names]
 
 
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """Where this project keeps what it can make again, below `cache_dir` or the `datasets` library's own cache."""
-    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "cl_benchmark"
-
-
 def load_uie_dataset(
-    data_dir: str | os.PathLike,
     task_config_dir: str | os.PathLike,
-    instruction_file: str | os.PathLike,
+    options: ExampleOptions,
     *,
-    instruction_strategy: str = "single",
-    max_num_instances_per_task: int | None = 10000,
-    max_num_instances_per_eval_task: int | None = 200,
-    num_examples: int = 0,
-    over_sampling: bool = False,
-    seed: int = 42,
     cache_dir: str | os.PathLike | None = None,
     overwrite_cache: bool = False,
 ) -> datasets.DatasetDict:
@@ -134,34 +133,18 @@ def load_uie_dataset(
       published code takes the *first* N rows under this name, which in a file sorted by label means one label only.
 
     Args:
-        instruction_strategy: "single" takes the first instruction of a task, "multiple" a seeded choice for each row.
-        max_num_instances_per_task, max_num_instances_per_eval_task: None or a negative number means no limit.
-        num_examples: above 0, each row shows this many labelled rows of its dataset's train.json (`Samples`, a seeded
-            choice that never holds the row itself), under the task's "few-shot" instructions.
-        over_sampling: fill each training set up to `max_num_instances_per_task` with seeded repetitions, under either
-            strategy.
         cache_dir: where the Arrow files go; None is the `datasets` library's own cache. Ranks that share it wait for
             the first of them.
         overwrite_cache: build anew even if the cache has an answer; with several ranks, the first of a machine does.
 
     Raises:
-        InputError: a file, row, label, name or option that is not allowed, found before anything is written.
+        InputError: a file, row, label or name that is not allowed, found before anything is written.
     """
-    options = _Options(
-        instruction_strategy,
-        max_num_instances_per_task,
-        max_num_instances_per_eval_task,
-        num_examples,
-        over_sampling,
-        seed,
-    )
-    sources = [
-        source for subset in SUBSETS for source in _sources(Path(data_dir), Path(task_config_dir), subset, options)
-    ]
-    instructions = _choose_instructions(instruction_file, {source.task: None for source in sources}, options)
-    cache = cache_folder(cache_dir)
+    sources = _sources(task_config_dir, options)
+    instructions = _choose_instructions(sources, options)
+    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "cl_benchmark"
     check_writable(cache)
-    folder = cache / _cache_key(sources, instruction_file, options)
+    folder = cache / _cache_key(sources, options)
     rebuild = overwrite_cache and os.environ.get("LOCAL_RANK", "0") == "0"
     with FileLock(f"{folder}.lock"):  # one rank builds while the others wait, and none opens a folder being replaced
         if rebuild or not folder.is_dir():
@@ -171,42 +154,28 @@ def load_uie_dataset(
         return datasets.load_from_disk(folder)
 
 
-def read_examples(
-    data_dir: str | os.PathLike, task_config_dirs: Iterable[str | os.PathLike], instruction_file: str | os.PathLike,
-    **options,
-) -> Iterator[dict]:
-    """The examples of many steps, each file read once and nothing written: what a check of a whole order looks at.
-
-    Args:
-        options: those of `load_uie_dataset` that are not about its cache.
+def read_examples(task_config_dirs: Iterable[str | os.PathLike], options: ExampleOptions) -> Iterator[dict]:
+    """The examples of many steps, each file read once and nothing written: what a check of a complete order looks at.
 
     Raises:
         InputError: as `load_uie_dataset`.
     """
-    chosen = _Options(**options)
-    listed = [
-        source for step in task_config_dirs for subset in SUBSETS
-        for source in _sources(Path(data_dir), Path(step), subset, chosen)
-    ]  # fmt: skip
-    instructions = _choose_instructions(instruction_file, {source.task: None for source in listed}, chosen)
+    listed = [source for step in task_config_dirs for source in _sources(step, options)]
+    instructions = _choose_instructions(listed, options)
     for source in dict.fromkeys(listed):
-        yield from _examples(source, instructions[source.task], chosen)
-def data_files(
-    data_dir: str | os.PathLike, task_config_dir: str | os.PathLike, instruction_file: str | os.PathLike, **options
-) -> dict[str, Path]:
-    """Every file from which a step's examples are made, by a name that does not depend on where the folders are.
+        yield from _examples(source, instructions[source.task], options)
 
-    Args:
-        options: those of `load_uie_dataset` that are not about its cache.
+
+def data_files(task_config_dir: str | os.PathLike, options: ExampleOptions) -> dict[str, Path]:
+    """Every file from which a step's examples are made, by a name that does not depend on where the folders are.
 
     Raises:
         InputError: a task file is bad, or names a dataset that the benchmark does not have.
     """
-    chosen, files = _Options(**options), {"instructions": Path(instruction_file)}
-    for subset in SUBSETS:
-        files[f"{subset}_tasks.json"] = Path(task_config_dir) / f"{subset}_tasks.json"
-        for source in _sources(Path(data_dir), Path(task_config_dir), subset, chosen):
-            files |= {f"{source.task}/{source.dataset}/{path.name}": path for path in source.files(chosen)}
+    files = {"instructions": Path(options.instruction_file)}
+    files |= {f"{subset}_tasks.json": Path(task_config_dir) / f"{subset}_tasks.json" for subset in SUBSETS}
+    for source in _sources(task_config_dir, options):
+        files |= {f"{source.task}/{source.dataset}/{path.name}": path for path in source.files(options)}
     return files
 
 
@@ -325,20 +294,21 @@ def _kind(value: Any) -> str:
     return f"empty {name}" if value in ([], {}, "") else name
 
 
-def _sources(data_dir: Path, task_config_dir: Path, subset: str, options: _Options) -> list[_Source]:
-    """The datasets that a task file names, in its order, each with its files in the benchmark."""
-    config = task_config_dir / f"{subset}_tasks.json"
-    sources = [
-        _Source(subset, task, entry["dataset name"], entry["sampling strategy"], data_dir)
-        for task, listed in read_task_config(config).items()
-        for entry in listed
-    ]
-    for source in sources:
-        if not source.folder.is_dir():
-            known = ", ".join(benchmark_datasets(data_dir)) or "none"
-            raise InputError(f"{config}: {source.task}/{source.dataset} is not in {data_dir}; allowed: {known}")
-        for path in source.files(options):
-            _check_place(path, data_dir)
+def _sources(task_config_dir: str | os.PathLike, options: ExampleOptions) -> list[_Source]:
+    """The datasets that a step's task files name, in their order, each with its files in the benchmark."""
+    data_dir, sources = Path(options.data_dir), []
+    for subset in SUBSETS:
+        config = Path(task_config_dir) / f"{subset}_tasks.json"
+        for task, listed in read_task_config(config).items():
+            for entry in listed:
+                name = entry["dataset name"]
+                source = _Source(subset, task, name, entry["sampling strategy"], data_dir / task / name)
+                if not source.folder.is_dir():
+                    known = ", ".join(benchmark_datasets(data_dir)) or "none"
+                    raise InputError(f"{config}: {task}/{name} is not in {data_dir}; allowed: {known}")
+                for path in source.files(options):
+                    _check_place(path, data_dir)
+                sources.append(source)
     return sources
 
 
@@ -354,19 +324,20 @@ def _check_place(path: Path, data_dir: Path) -> None:
         raise InputError(f"{path}: a link to {place}; allowed: files inside {data_dir}")
 
 
-def _cache_key(sources: list[_Source], instruction_file: str | os.PathLike, options: _Options) -> str:
+def _cache_key(sources: list[_Source], options: ExampleOptions) -> str:
     """A digest of all that decides the rows: what the task files name, the contents of the files, the options.
 
     This module's own text counts as well, so that a change of the code cannot meet rows of its predecessor.
     """
-    parts: list[Any] = [digest(__file__), digest(instruction_file), dataclasses.asdict(options)]
+    places = {"data_dir": None, "instruction_file": digest(options.instruction_file)}  # contents count, not places
+    parts: list[Any] = [digest(__file__), dataclasses.asdict(options) | places]
     for source in sources:
         parts.append([source.subset, source.task, source.dataset, source.strategy])
         parts.append([digest(path) for path in source.files(options)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _build(sources: list[_Source], instructions: dict[str, list[str]], options: _Options) -> datasets.DatasetDict:
+def _build(sources: list[_Source], instructions: dict[str, list[str]], options: ExampleOptions) -> datasets.DatasetDict:
     """Read, check and lay out every source; a split that no task file names a dataset for is empty."""
     examples: dict[str, list[dict]] = {subset: [] for subset in SUBSETS}
     for source in sources:
@@ -377,12 +348,13 @@ def _build(sources: list[_Source], instructions: dict[str, list[str]], options: 
     )
 
 
-def _choose_instructions(path: str | os.PathLike, tasks: Iterable[str], options: _Options) -> dict[str, list[str]]:
+def _choose_instructions(sources: Iterable[_Source], options: ExampleOptions) -> dict[str, list[str]]:
     """The instructions that a row of each task may get; none for COPA, unless the file has an entry for it."""
     kind = "few-shot" if options.num_examples else "zero-shot"
+    path = options.instruction_file
     available = {task: texts[kind] for task, texts in read_instructions(path).items()}
     chosen = {}
-    for task in tasks:
+    for task in dict.fromkeys(source.task for source in sources):
         texts = available.get(task, [])
         if not texts and (task != "COPA" or task in available):
             found = ", ".join(name for name in available if available[name]) or "none"
@@ -391,7 +363,7 @@ def _choose_instructions(path: str | os.PathLike, tasks: Iterable[str], options:
     return chosen
 
 
-def _examples(source: _Source, instructions: list[str], options: _Options) -> list[dict]:
+def _examples(source: _Source, instructions: list[str], options: ExampleOptions) -> list[dict]:
     """The examples of one file, laid out as `FEATURES`."""
     labels = read_labels(source.file("labels"))
     rows = _choose(read_rows(source.file(source.subset), labels), source, options)
@@ -400,7 +372,7 @@ def _examples(source: _Source, instructions: list[str], options: _Options) -> li
 
 
 def _example(
-    row: dict, source: _Source, labels: list[str], instructions: list[str], pool: list[dict], options: _Options
+    row: dict, source: _Source, labels: list[str], instructions: list[str], pool: list[dict], options: ExampleOptions
 ) -> dict:
     """One example; `pool` holds the rows of train.json that may be shown in it."""
     instruction = ""
@@ -416,7 +388,7 @@ def _example(
     }
 
 
-def _choose(rows: list[dict], source: _Source, options: _Options) -> list[dict]:
+def _choose(rows: list[dict], source: _Source, options: ExampleOptions) -> list[dict]:
     """The rows that the sampling strategy and the limits leave, or repeat."""
     limit = options.limit(source.subset)
     if limit is None:
@@ -429,7 +401,7 @@ def _choose(rows: list[dict], source: _Source, options: _Options) -> list[dict]:
     return rows
 
 
-def _samples(pool: list[dict], row: dict, source: _Source, options: _Options) -> list[dict]:
+def _samples(pool: list[dict], row: dict, source: _Source, options: ExampleOptions) -> list[dict]:
     """`num_examples` rows of `pool`, the dataset's train.json, but never `row` itself."""
     own_id = row["id"] if source.subset == "train" else None
     wanted = options.num_examples

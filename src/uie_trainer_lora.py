@@ -17,10 +17,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from checkpoints import SCHEDULE, load_random_state, read_tensors, write_manifest, write_random_state, write_tensors
 from compute_metrics import evaluate_predictions
 from errors import InputError
+from evaluation.generate import Prediction
 from files import read_json, write_json
 from methods import Method
 from non_finite import NonFiniteGuard
-from prediction import Prediction
 from Proj_torch.sharded_state import start_moments
 
 REVISITED_ROWS = 64  # that show a method what the layers see once a task is learned
@@ -144,7 +144,7 @@ class UIETrainer(Seq2SeqTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """Every row's prediction as text and its scores per task and dataset, see `prediction.py`.
+        """Every row's prediction as text and its scores per task and dataset, see `evaluation/generate.py`.
 
         The parent's loop makes the model ready (place, precision, DeepSpeed) and gets no batch to run. The loss of the
         reference answers needs a pass of its own: validation has it, since the best step may be chosen by it, and a

@@ -523,10 +523,10 @@ CASES: dict[str, list[Case]] = {
         Case("a tensor that is not finite", tensors("adapter", "adapter_model", lambda content: content[KEY].fill_(
             torch.nan)), f"{KEY} holds values that are not finite", needs_model=True),
         Case("a pickle", adapter_as_pickle, "adapter_model.bin: a pickle, which is not loaded", needs_model=True),
-        Case("factors cut short", cut("adapter", "adapter_model.safetensors"), "not a whole safetensors file",
+        Case("factors cut short", cut("adapter", "adapter_model.safetensors"), "not a readable safetensors file",
              needs_model=True),
-        Case("full-rank weights cut short", cut("adapter", "full_rank_weights.safetensors"), "damaged safetensors file",
-             needs_model=True),
+        Case("full-rank weights cut short", cut("adapter", "full_rank_weights.safetensors"),
+             "not a readable safetensors file", needs_model=True),
         Case("a full-rank weight without a place", tensors("adapter", "full_rank_weights", lambda content:
              content.update({"stray.weight": torch.zeros(2, 2)})), "holds stray.weight; the base model has no linear",
              needs_model=True),

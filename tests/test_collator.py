@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 from test_dataset import GOLDEN, SMALL_BENCHMARK, Benchmark
-from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
@@ -469,46 +468,6 @@ def test_what_is_kept_serves_the_collator_of_the_next_task_but_no_other_rules(to
         fresh = other(rows)["input_ids"]
         shared_ids.cache_clear()
         assert torch.equal(fresh, other(rows)["input_ids"]) and fresh.shape != first["input_ids"].shape
-
-
-def test_a_later_run_does_not_tokenise_again(tokenizers, tmp_path):
-    shared_ids.cache_clear()
-    rows = [example("short", "Good"), example("cut " * 400, "Bad"), example("", "Good")]
-    collate = collator(tokenizers[llama], True, max_source_length=200)
-    first = collate(rows)
-    collate.kept.write(tmp_path)
-    shared_ids.cache_clear()  # as in a new process
-    counted = Counted(llama())
-    later = collator(counted, True, max_source_length=200)
-    later.kept.read(tmp_path)
-    met = counted.texts
-    assert torch.equal(later(rows)["input_ids"], first["input_ids"]) and counted.texts == met
-    [file] = tmp_path.iterdir()
-    written = file.stat().st_mtime_ns
-    later.kept.write(tmp_path)
-    assert file.stat().st_mtime_ns == written  # nothing new
-    other = collator(llama(), True, max_source_length=150)
-    other.kept.read(tmp_path)
-    assert not torch.equal(other(rows)["input_ids"], first["input_ids"])
-
-
-@pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: b"", lambda content: content[:-4],
-                                    lambda _: save({"digests": torch.zeros(2, 16, dtype=torch.uint8),
-                                                    "lengths": torch.tensor([1, 1]), "ids": torch.tensor([5])})])
-def test_damaged_ids_are_made_anew(tmp_path, caplog, damage):
-    kept_ids = KeptIds(rules="r")
-    kept_ids.look_up(["a", "b"], lambda indices: [[1, 2], []])
-    kept_ids.write(tmp_path)
-    file = tmp_path / "r.safetensors"
-    file.write_bytes(damage(file.read_bytes()))
-    kept_ids = KeptIds(rules="r")
-    kept_ids.read(tmp_path)
-    assert str(file) in caplog.text
-    assert kept_ids.look_up(["a", "b"], lambda indices: [[3], [4]]) == [[3], [4]]
-    kept_ids.write(tmp_path)
-    healed = KeptIds(rules="r")
-    healed.read(tmp_path)
-    assert healed.look_up(["b"], None) == [[4]]
 
 
 def test_what_is_kept_is_bounded(tokenizers):

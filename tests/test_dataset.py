@@ -9,7 +9,15 @@ import pytest
 
 from errors import InputError
 from order_config import TASKS
-from uie_dataset_lora import FEATURES, load_uie_dataset, prompt_parts, read_instructions, read_labels, read_rows
+from uie_dataset_lora import (
+    FEATURES,
+    ExampleOptions,
+    load_uie_dataset,
+    prompt_parts,
+    read_instructions,
+    read_labels,
+    read_rows,
+)
 
 SMALL_BENCHMARK = Path(__file__).parents[2] / "shared" / "cl_benchmark_small"
 
@@ -208,7 +216,8 @@ class Benchmark:
         write(self.instructions, entries)
 
     def load(self, **options):
-        return load_uie_dataset(self.data, self.configs, self.instructions, cache_dir=self.folder / "cache", **options)
+        cache = {"cache_dir": self.folder / "cache", "overwrite_cache": options.pop("overwrite_cache", False)}
+        return load_uie_dataset(self.configs, ExampleOptions(self.data, self.instructions, **options), **cache)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from Proj_torch.proj_projector import PROJ_TYPES, SIDES, ProjProjector
 from Proj_torch.svd import SVD_METHODS
 from report.matrix import accuracy_matrix
 from subspace import GradientSpace, extend_basis
-from uie_dataset_lora import prompt_parts, read_examples, read_instructions, read_labels, read_rows
+from uie_dataset_lora import ExampleOptions, prompt_parts, read_examples, read_instructions, read_labels, read_rows
 
 TOTAL = int(os.environ.get("GORP_FUZZ", "400"))
 
@@ -274,10 +274,9 @@ def test_a_dataset_of_any_text_gives_its_prompts_or_is_refused(tmp_path, labels,
     entries = [{"instruction_type": kind, "instruction": instruction} for kind in ("zero-shot", "few-shot")]
     (tmp_path / "instructions.json").write_text(json.dumps({"TC": entries}))
     try:
-        examples = list(read_examples(
-            tmp_path / "benchmark", [tmp_path / "mine_configs" / "mine"], tmp_path / "instructions.json",
-            instruction_strategy="single", max_num_instances_per_task=-1, max_num_instances_per_eval_task=-1,
-            num_examples=shown, over_sampling=False, seed=0))  # fmt: skip
+        options = ExampleOptions(tmp_path / "benchmark", tmp_path / "instructions.json", num_examples=shown,
+                                 max_num_instances_per_task=-1, max_num_instances_per_eval_task=-1)  # fmt: skip
+        examples = list(read_examples([tmp_path / "mine_configs" / "mine"], options))
     except InputError as error:
         assert "allowed:" in str(error) or len(str(error)) >= 2000
         return

@@ -17,7 +17,7 @@ from command_line import parse_arguments
 from conftest import ROOT
 from errors import InputError
 from methods import find_method, method_names
-from order_rows import load_rows
+from task_setup import load_examples
 from order_config import read_order
 from test_run import LLAMA, LLAMA_MODULES, PREFIX, T5, T5_MODULES, arguments, predictions
 
@@ -114,7 +114,7 @@ def rows_of(mini_benchmark, tmp_path):
             arguments(mini_benchmark, tmp_path / "out", dataset, T5, T5_MODULES, *flags)
         )
         method = find_method(name)(options)
-        return load_rows(data, training, method)["train"], training
+        return load_examples(data, training, method)["train"], training
     return choose
 
 

@@ -23,7 +23,7 @@ from loranew import load_loranew
 from model.loading import load_model_and_tokenizer
 from order_config import check_name, read_order
 from subspace import GradientSpace
-from uie_dataset_lora import read_examples
+from uie_dataset_lora import ExampleOptions, read_examples
 
 T5 = ROOT / "initial_model" / "tiny-t5"
 SOURCES = sorted(path for folder in ("src", "scripts", "data", "initial_model", "benchmarks")
@@ -262,10 +262,8 @@ def step(tmp_path) -> Path:
 
 
 def read(root: Path) -> list[dict]:
-    return list(read_examples(
-        root / "benchmark", [root / "mine_configs" / "mine"], ROOT / "configs" / "instruction_config.json",
-        instruction_strategy="single", max_num_instances_per_task=None, max_num_instances_per_eval_task=None,
-        num_examples=0, over_sampling=False, seed=0))  # fmt: skip
+    options = ExampleOptions(root / "benchmark", ROOT / "configs" / "instruction_config.json")
+    return list(read_examples([root / "mine_configs" / "mine"], options))
 
 
 @pytest.mark.parametrize("link", ["benchmark/TC/mine/train.json", "benchmark/TC/mine/labels.json", "benchmark/TC/mine",

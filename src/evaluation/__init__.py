@@ -1,1 +1,1 @@
-"""Metrics beyond exact match and ROUGE, each belonging to a task."""
+"""Evaluation: how answers are generated (`generate.py`), and the metrics that belong to a task (`evaluator.py`)."""

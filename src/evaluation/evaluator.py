@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a file, Python looks for modules beside it;
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compute_metrics import exact_match, normalise, read_predictions
-from errors import InputError
+from errors import InputError, entry_point
 
 Metrics = dict[str, float]
 Tuples = set[tuple[str, ...]]
@@ -185,17 +185,15 @@ def _key_and_value(field: str) -> tuple[str, ...]:
     return (key.strip(), value.strip()) if colon else (field,)
 
 
+@entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Each dataset's own metrics of a predictions file, as JSON.")
     parser.add_argument("--predictions", required=True, type=Path, help="predict_eval_predictions.jsonl of a run")
     options = parser.parse_args(arguments)
-    try:
-        rows = read_predictions(options.predictions)
-        metrics = evaluate_by_dataset(rows, [row["Prediction"] for row in rows])
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
+    rows = read_predictions(options.predictions)
+    metrics = evaluate_by_dataset(rows, [row["Prediction"] for row in rows])
     print(json.dumps(metrics, indent=4, ensure_ascii=False))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

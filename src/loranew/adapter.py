@@ -7,17 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import safetensors
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from errors import InputError
-from files import read_json
-from full_rank import check_values
+from files import check_values, read_json, read_tensors
 from loranew.layer import LoraNewConfig, LoraNewLinear
+from module_matching import check_linear, check_rank
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,7 +47,7 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
     """
     folder = Path(folder)
     config = read_config(folder)
-    tensors = read_tensors(folder)
+    tensors = read_factors(folder)
     _check_memory(config, tensors, folder / WEIGHTS_FILE)
     config.inference_mode = not trainable
     # The model's own name is right: the base may have moved since the adapter was written.
@@ -149,21 +148,13 @@ def loranew_layers(peft_model: PeftModel) -> dict[str, LoraNewLinear]:
 
 
 def _check_targets(model: nn.Module, config: LoraNewConfig) -> None:
-    pattern = config.target_modules
     try:
         modules = {name: module for name, module in model.named_modules() if name}
         targets = {name: modules[name] for name in modules if check_target_module_exists(config, name)}
     except (re.error, TypeError) as error:
-        raise InputError(f"target_modules: found {pattern!r}, which is no regular expression ({error})") from None
-    if not targets:
-        raise InputError(f"target_modules: found {pattern!r}, which matches no module of {type(model).__name__}")
-    for name, linear in targets.items():
-        if not isinstance(linear, nn.Linear):
-            kind = type(linear).__name__
-            raise InputError(f"target_modules: {pattern!r} matches {name}, a {kind}; only linear layers are allowed")
-        if config.r > min(linear.in_features, linear.out_features):
-            shape = f"{linear.out_features} x {linear.in_features}"
-            raise InputError(f"r: found {config.r}, which is above the rank of {name}, a {shape} matrix")
+        raise InputError(f"target_modules: {config.target_modules!r} is no regular expression ({error})") from None
+    check_linear(model, targets, f"target_modules: {config.target_modules!r}")
+    check_rank(targets, config.r, "r")
 
 
 def read_config(folder: Path) -> LoraNewConfig:
@@ -186,7 +177,7 @@ def read_config(folder: Path) -> LoraNewConfig:
         raise InputError(f"{path}: {error}") from None
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_factors(folder: Path) -> dict[str, torch.Tensor]:
     """The factors that an adapter folder holds, by name.
 
     Raises:
@@ -197,10 +188,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         if (folder / PICKLE_FILE).is_file():
             raise InputError(f"{folder / PICKLE_FILE}: a pickle, which is not loaded; {_conversion(folder)}")
         raise InputError(f"{path}: no such file")
-    try:
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    tensors, _ = read_tensors(path)
     # O-LoRA may store its empty first memory (r_sum = 0); here a layer without memory has no such factors.
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 

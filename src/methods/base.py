@@ -30,9 +30,10 @@ from loranew import (
     save_folded,
 )
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
-from methods.base_options import LoraArguments, MethodArguments, PenaltyArguments, TargetArguments
-from order_rows import OrderRows
+from methods.base_options import LoraArguments, MethodArguments, TargetArguments
+from module_matching import check_rank, check_unshared, match_linear
 from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
+from task_examples import OrderExamples
 
 logger = logging.getLogger("gorp")
 
@@ -89,7 +90,7 @@ class Method:
 
     # Setting up
 
-    def training_rows(self, own: Dataset, order: OrderRows) -> Dataset:
+    def training_rows(self, own: Dataset, order: OrderExamples) -> Dataset:
         """The rows to train on: the task's `own`. Without rows nothing trains, and the folder before is passed on."""
         return own
 
@@ -218,8 +219,8 @@ class LoraMethod(Method):
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
     ) -> PeftModel:
-        layers = full_rank.match_linear(model, [self.options.lora_modules], "lora_modules")
-        full_rank.check_rank(layers, self.options.lora_dim, "lora_dim")
+        layers = match_linear(model, [self.options.lora_modules], "--lora_modules")
+        check_rank(layers, self.options.lora_dim, "--lora_dim")
         model.requires_grad_(False)
         if previous is None:
             self.model = add_loranew(model, self.lora_config(decoder_only))
@@ -265,9 +266,7 @@ class LoraMethod(Method):
             InputError: a weight that would not then be the LoRA layer's alone.
         """
         layers = loranew_layers(self.model)
-        full_rank.refuse_shared(
-            self.model, {name: layer.get_base_layer() for name, layer in layers.items()}, "merge_old"
-        )
+        check_unshared(self.model, {name: layer.get_base_layer() for name, layer in layers.items()}, "--merge_old")
         both = sorted(layers.keys() & self.changed.keys())
         if both:  # saved with the old LoRA in it, such a weight would get it twice in the next task
             raise InputError(f"--merge_old: found {both[0]} with a LoRA and as a full-rank weight; one of the two")
@@ -369,7 +368,7 @@ class FullRankMethod(Method):
         name = self.options.method
         if not self.options.optim_target_modules:
             raise InputError(f"--method {name}: --optim_target_modules is missing; it names the weights that train")
-        self.targets = full_rank.match_linear(model, self.options.optim_target_modules, "optim_target_modules")
+        self.targets = match_linear(model, self.options.optim_target_modules, "--optim_target_modules")
         if previous is not None:
             if (previous / WEIGHTS_FILE).exists():
                 raise InputError(f"--method {name}: {previous} holds a LoRA; only a folder that {name} left is loaded")

@@ -5,10 +5,10 @@ without a LoRA and without a protected space. The paper trains every other param
 stay frozen, so that the weights are those that GORP changes.
 """
 
-import full_rank
 from errors import InputError
 from methods.base import FullRankMethod
 from methods.base_options import ProjectionArguments
+from module_matching import check_rank
 from Proj_torch import ProjAdamW
 
 
@@ -19,7 +19,7 @@ class Galore(FullRankMethod):
         if self.options.galore_engine == "cores":
             raise InputError("--galore_engine: found cores; auto or dense with --method galore")
         model = super().prepare(model, previous, decoder_only=decoder_only)
-        full_rank.check_rank(self.targets, self.options.galore_rank, "galore_rank")
+        check_rank(self.targets, self.options.galore_rank, "--galore_rank")
         for layer in self.targets.values():
             layer.weight.requires_grad_(True)
         return model

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import full_rank
 from errors import InputError
 from loranew import loranew_layers, set_shared_dropout
 from methods.base import LoraMethod
 from methods.base_options import ChangePenaltyArguments, LoraArguments, ProjectionArguments, SpaceArguments
+from module_matching import check_rank, match_linear
 from Proj_torch import ProjAdamW
 from Proj_torch.zero_core import CoreEngine
 from subspace import GradientSpace, layer_inputs
@@ -68,8 +68,8 @@ class Gorp(LoraMethod):
 
     def prepare(self, model, previous: Path | None, *, decoder_only: bool, sharded: bool = False):
         options = self.options
-        self.targets = full_rank.match_linear(model, options.optim_target_modules, "optim_target_modules")
-        full_rank.check_rank(self.targets, options.galore_rank, "galore_rank")
+        self.targets = match_linear(model, options.optim_target_modules, "--optim_target_modules")
+        check_rank(self.targets, options.galore_rank, "--galore_rank")
         if not self.targets:
             self.idle |= {*self.options.of_projection(), "lamda_3"}
         self.changed |= self.targets

@@ -14,13 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a folder run as a program has only itself on the path
 
-from errors import InputError
+from errors import InputError, entry_point
 from files import write_json
 from report.matrix import accuracy_matrix, format_table, measure, order_results
 from report.page import answer, write_report
 from report.runs import distinct, find_runs, is_order, select
 
 
+@entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="report", description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="an order's output folder, or folders with orders below")
@@ -32,10 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report_order(first)
         else:
             report_runs(options.folders, options.out or first / "report")
-    except InputError as error:
-        parser.exit(2, f"error: {error}\n")
     except OSError as error:
-        parser.exit(2, f"error: {error.filename or options.out or first}: cannot be written ({error.strerror})\n")
+        raise InputError(f"{error.filename or options.out or first}: cannot be written ({error.strerror})") from None
 
 
 def report_order(order_dir: Path) -> None:
@@ -62,4 +61,4 @@ def report_runs(folders: Sequence[Path], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from conftest import ROOT
+from evaluation.generate import Prediction, plan_batches
 from model.loading import load_model_and_tokenizer
-from prediction import Prediction, plan_batches
 from uie_collator import DataCollatorForUIE
-from uie_dataset_lora import load_uie_dataset
+from uie_dataset_lora import ExampleOptions, load_uie_dataset
 
 MOST = 12
 GREEDY = {"max_new_tokens": MOST, "num_beams": 1, "repetition_penalty": 1.0, "do_sample": False}
@@ -28,10 +28,10 @@ def taught(request, mini_benchmark, tmp_path_factory):
     """
     cache = tmp_path_factory.mktemp("cache")
     config = ROOT / "configs" / "order1_configs"
-    instructions = ROOT / "configs" / "instruction_config.json"
+    options = ExampleOptions(mini_benchmark, ROOT / "configs" / "instruction_config.json")
 
     def rows(dataset: str, split: str, count: int) -> list[dict]:
-        loaded = load_uie_dataset(mini_benchmark, config / dataset, instructions, cache_dir=cache)[split]
+        loaded = load_uie_dataset(config / dataset, options, cache_dir=cache)[split]
         return [row for row in loaded if row["Dataset"] == dataset][:count]
 
     loaded = load_model_and_tokenizer(str(ROOT / "initial_model" / request.param))

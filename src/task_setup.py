@@ -1,0 +1,154 @@
+"""What a task is made of: its examples, model, collator and trainer, built from the groups of arguments.
+
+`run_uie_lora.py` trains with these functions and `check.py` checks with the same ones.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from datasets import Dataset, DatasetDict
+
+from arguments import DataArguments, ModelArguments, UIETrainingArguments
+from errors import InputError
+from methods import Method
+from model.loading import LoadedModel, load_model_and_tokenizer
+from task_examples import OrderExamples, first_examples, first_examples_of_each
+from uie_collator import DataCollatorForUIE
+from uie_dataset_lora import ExampleOptions, load_uie_dataset
+from uie_trainer_lora import DenserEvaluation, UIETrainer
+
+
+def example_options(data_args: DataArguments, training_args: UIETrainingArguments) -> ExampleOptions:
+    """What decides an example beside its task file, from the flags of the same names."""
+    given = vars(data_args) | {"seed": training_args.seed}
+    return ExampleOptions(**{option.name: given[option.name] for option in dataclasses.fields(ExampleOptions)})
+
+
+def load_examples(data_args: DataArguments, training_args: UIETrainingArguments, method: Method) -> DatasetDict:
+    """The task's examples, cut to the sample limits; every split that the run needs has some.
+
+    The training examples are those that the method chooses, and `--max_steps` becomes the number of steps that it
+    takes.
+    """
+    examples = read_task(data_args.task_config_dir, data_args, training_args)
+    needed = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
+    for split, is_needed in needed.items():
+        if is_needed and len(examples[split]) == 0:
+            raise InputError(f"--task_config_dir: {data_args.task_config_dir} has no dataset for {split}; one at least")
+    examples["validation"] = first_examples(examples["validation"], data_args.max_eval_samples)
+    examples["test"] = first_examples_of_each(examples["test"], data_args.max_predict_samples)
+    order = OrderExamples(
+        data_args.task_config_dir,
+        lambda folder: read_task(folder, data_args, training_args)["train"],
+        seed=training_args.seed,
+        fixed_steps=training_args.max_steps > 0,
+    )
+    if data_args.predict_tasks == "ends" and order.index() + 1 < len(order.steps()):
+        own = order.steps()[order.index()].dataset
+        examples["test"] = _of_datasets(examples["test"], own.__eq__)
+    if data_args.zero_shot:
+        waiting = {step.dataset for step in order.steps()[order.index() :]}
+        examples["zero_shot"] = read_tests(order.steps()[-1].folder, waiting.__contains__, data_args, training_args)
+    if data_args.unseen_config_dir:
+        trained = {step.dataset for step in order.steps()}
+        examples["unseen"] = read_tests(
+            data_args.unseen_config_dir, lambda dataset: dataset not in trained, data_args, training_args
+        )
+        if len(examples["unseen"]) == 0:
+            raise InputError(f"--unseen_config_dir: {data_args.unseen_config_dir} tests only what this order trains")
+    if training_args.do_train:
+        examples["train"] = method.training_rows(examples["train"], order)
+        if training_args.max_steps > 0:
+            training_args.max_steps *= method.step_factor
+    return examples
+
+
+def read_task(config_dir, data_args: DataArguments, training_args: UIETrainingArguments) -> DatasetDict:
+    """The examples of the task of `config_dir`, its training examples cut to `--max_train_samples`."""
+    options = example_options(data_args, training_args)
+    examples = load_uie_dataset(config_dir, options, overwrite_cache=data_args.overwrite_cache)
+    examples["train"] = first_examples(examples["train"], data_args.max_train_samples)
+    return examples
+
+
+def read_tests(config_dir, wanted: Callable[[str], bool], data_args: DataArguments,
+               training_args: UIETrainingArguments) -> Dataset:
+    """The test examples of the task of `config_dir`, of the datasets that are wanted, cut to
+    `--max_predict_samples`."""
+    tests = _of_datasets(read_task(config_dir, data_args, training_args)["test"], wanted)
+    return first_examples_of_each(tests, data_args.max_predict_samples)
+
+
+def _of_datasets(examples: Dataset, wanted: Callable[[str], bool]) -> Dataset:
+    return examples.select([index for index, dataset in enumerate(examples["Dataset"]) if wanted(dataset)])
+
+
+def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True) -> LoadedModel:
+    """The model that the arguments name; without `weights` its shapes alone, enough to check all else against."""
+    return load_model_and_tokenizer(
+        model_args.model_name_or_path,
+        cache_dir=model_args.cache_dir,
+        revision=model_args.model_revision,
+        token=True if model_args.use_auth_token else None,
+        config_name=model_args.config_name,
+        tokenizer_name=model_args.tokenizer_name,
+        use_fast_tokenizer=model_args.use_fast_tokenizer,
+        resize_position_embeddings=model_args.resize_position_embeddings,
+        max_source_length=data_args.max_source_length,
+        weights=weights,
+    )
+
+
+def build_collator(loaded: LoadedModel, data_args: DataArguments,
+                   training_args: UIETrainingArguments) -> DataCollatorForUIE:
+    """The collator for this model's tokenizer."""
+    return DataCollatorForUIE(
+        loaded.tokenizer,
+        decoder_only=loaded.decoder_only,
+        max_source_length=data_args.max_source_length,
+        max_target_length=data_args.max_target_length,
+        add_task_name=data_args.add_task_name,
+        add_dataset_name=data_args.add_dataset_name,
+        pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
+        input_record_file=data_args.input_record_file,
+        name_rows=True,
+    )
+
+
+def check_generation(loaded: LoadedModel, data_args: DataArguments) -> None:
+    """Reject a penalty that would count the padding before a prompt as end tokens: its length depends on the batch."""
+    padding_ends = loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
+    if loaded.decoder_only and padding_ends and data_args.repetition_penalty != 1:
+        raise InputError(
+            f"--repetition_penalty: found {data_args.repetition_penalty}; 1.0 for this model, whose padding is its end "
+            "token: the penalty on ending would depend on a row's batch"
+        )
+
+
+def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetDict, data_args: DataArguments,
+                  training_args: UIETrainingArguments) -> UIETrainer:
+    """The trainer of this task, with its collator, generation settings and callbacks."""
+    collator = build_collator(loaded, data_args, training_args)
+    check_generation(loaded, data_args)
+    for split, of_split in examples.items():
+        if split != "validation" and len(of_split):  # nothing to train where a method passes on what it has
+            collator.check(of_split)
+    return UIETrainer(
+        model=model,
+        args=training_args,
+        train_dataset=examples["train"],
+        eval_dataset=examples["validation"],
+        processing_class=loaded.tokenizer,
+        data_collator=collator,
+        callbacks=[DenserEvaluation()] if training_args.denser_evaluation else None,
+        method=method,
+        decoder_only=loaded.decoder_only,
+        multilingual=data_args.multilingual,
+        generation={
+            "max_new_tokens": training_args.generation_max_length or data_args.max_target_length,
+            "num_beams": data_args.num_beams,
+            "repetition_penalty": data_args.repetition_penalty,
+            "do_sample": False,
+            "use_cache": True,
+        },
+    )
