@@ -37,7 +37,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForSeq2SeqLM, 
 from transformers.hf_argparser import string_to_bool
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from arguments import Parser, check
+from arguments import check
+from command_line import Parser
 from errors import InputError, entry_point
 from loranew import LoraNewConfig, add_loranew
 from model.llama import LlamaForCausalLM_with_lossmask

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -172,10 +173,10 @@ def _change(section: str, name: str, before, now) -> str:
 
 def code_digests(method: str) -> dict[str, str]:
     """Digests of the files in src/ that a run by this method imports; comments and docstrings do not count."""
-    digests, waiting = {}, [SOURCE / "run_uie_lora.py", SOURCE / "methods" / f"{method}.py"]
+    digests, waiting = {}, [SOURCE / "run_uie_lora.py", Path(find_spec(f"methods.{method}").origin)]
     while waiting:
         path = waiting.pop()
-        name = f"src/{path.relative_to(SOURCE)}"
+        name = f"src/{path.relative_to(SOURCE)}" if path.is_relative_to(SOURCE) else path.name
         if name not in digests:
             tree = _WithoutDocstrings().visit(ast.parse(path.read_bytes()))
             digests[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()

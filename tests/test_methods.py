@@ -321,14 +321,13 @@ def test_the_three_gorps_have_their_own_defaults(tmp_path):
 
 def test_ablations_of_gorp_by_flags(tmp_path):
     """LoRA and full-rank weights without a space; LoRA and space without full-rank weights."""
+    train(method_of("gorp", output=tmp_path), None, tmp_path / "first")
     full_rank = method_of("gorp", "--protect", "none", output=tmp_path)
-    full_rank.prepare(tiny_t5(), None, decoder_only=False)
-    for name in full_rank.targets:
-        full_rank.space.bases[name] = torch.eye(64)[:, :2]
-    spaces = full_rank._spaces(full_rank.targets)
-    assert spaces and not any(basis is not None for basis in spaces.values())
-    full_rank.options.protect = "gp_first"
-    assert all(basis is not None for basis in full_rank._spaces(full_rank.targets).values())
+    full_rank.prepare(tiny_t5(), tmp_path / "first", decoder_only=False)
+    assert full_rank.targets and not full_rank.engine.plan.spaces
+    both = method_of("gorp", output=tmp_path)
+    both.prepare(tiny_t5(), tmp_path / "first", decoder_only=False)
+    assert both.engine.plan.spaces.keys() == {*both.targets, *both.protected}
     space = method_of("gorp", "--optim_target_modules", "none", output=tmp_path)
     space.prepare(tiny_t5(), None, decoder_only=False)
     assert space.protected and not space.targets

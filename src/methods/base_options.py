@@ -166,6 +166,11 @@ class SpaceArguments(MethodArguments):
         },
     )
 
+    @staticmethod
+    def of_space() -> set[str]:
+        """Names of the options that decide nothing where nothing is protected."""
+        return {"proj_lora_modules", "protect_side", "space_energy", "space_from"}
+
     def __post_init__(self):
         super().__post_init__()
         if self.proj_lora_modules == NOTHING:
