@@ -248,20 +248,24 @@ class UIETrainer(Seq2SeqTrainer):
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
+    def _loss_scaler(self):
+        """What finds fp16's loss scale by trial, DeepSpeed's or PyTorch's, if anything does."""
+        if self.is_deepspeed_enabled:
+            return getattr(self.model_wrapped.optimizer, "loss_scaler", None)
+        return self.accelerator.scaler
+
     def _loss_scale(self) -> dict[str, float]:
-        """The state of the loss scaler of fp16, DeepSpeed's or PyTorch's; empty without fp16."""
-        if not self.args.fp16:
-            return {}
-        if not self.is_deepspeed_enabled:
-            return self.accelerator.scaler.state_dict()
-        scaler = vars(self.model_wrapped.optimizer.loss_scaler)
-        return {name: value for name, value in scaler.items() if isinstance(value, (int, float))}
+        scaler = self._loss_scaler()
+        if scaler is None or isinstance(scaler, torch.amp.GradScaler):
+            return scaler.state_dict() if scaler else {}
+        return {name: value for name, value in vars(scaler).items() if isinstance(value, (int, float))}
 
     def _load_loss_scale(self, saved: dict[str, float]) -> None:
-        if self.args.fp16 and self.is_deepspeed_enabled:
-            vars(self.model_wrapped.optimizer.loss_scaler).update(saved)
-        elif self.args.fp16:
-            self.accelerator.scaler.load_state_dict(saved)
+        scaler = self._loss_scaler()
+        if isinstance(scaler, torch.amp.GradScaler):
+            scaler.load_state_dict(saved)
+        elif scaler is not None:
+            vars(scaler).update(saved)
 
     def _start_moments(self) -> None:
         """Have DeepSpeed make its optimizer state, without drawing random numbers."""

@@ -126,8 +126,8 @@ def test_the_best_step_is_loaded_at_the_end(mini_benchmark, tmp_path):
     shutil.copytree(ROOT / "configs" / "order1_configs" / "dbpedia", step)
     shutil.copy(step / "test_tasks.json", step / "dev_tasks.json")
     words = command(mini_benchmark, output, "--eval_strategy", "steps", "--eval_steps", "3", "--max_eval_samples", "8",
-                    "--load_best_model_at_end", "True", "--metric_for_best_model", "loss", "--greater_is_better", "True",
-                    "--space_from", "moments", "--protect", "none")  # fmt: skip
+                    "--load_best_model_at_end", "True", "--metric_for_best_model", "loss", "--greater_is_better",
+                    "True")  # fmt: skip
     words[words.index("--task_config_dir") + 1] = str(step)
     assert run_uie_lora.main(words) == 0
     best = Path(json.loads((output / "trainer_state.json").read_text())["best_model_checkpoint"])
@@ -182,6 +182,27 @@ def test_optimizer_state_is_restored_by_name():
         with pytest.raises(InputError, match="more|plain.weight: found|projected.weight: found nothing"):
             checkpoints.load_training_state(others, other, wrong)
     assert torch.equal(before, others["plain.weight"])
+
+
+def test_the_loss_scale_of_fp16_is_saved_as_numbers(monkeypatch):
+    """DeepSpeed's scaler and PyTorch's; only a GPU trains with them."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    def deepspeeds(scale: float) -> DynamicLossScaler:
+        return DynamicLossScaler(scale, 1000, 1, 1, False)
+
+    def pytorchs(scale: float) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=scale)
+
+    trainer = object.__new__(UIETrainer)
+    for make in (deepspeeds, pytorchs):
+        saving, loading = make(2.0**20), make(2.0**10)
+        monkeypatch.setattr(UIETrainer, "_loss_scaler", lambda self: saving)
+        saved = json.loads(json.dumps(trainer._loss_scale()))
+        monkeypatch.setattr(UIETrainer, "_loss_scaler", lambda self: loading)
+        assert trainer._loss_scale() != saved
+        trainer._load_loss_scale(saved)
+        assert trainer._loss_scale() == saved and 2.0**20 in saved.values()
 
 
 OVERRIDDEN = {  # private method of Hugging Face's Trainer: its parameters, and why no public one does
