@@ -1,15 +1,15 @@
 """The methods side by side on real text under one fixed protocol: who keeps most of what it learned, and is it chance?
 
     python initial_model/pretrain_small_t5.py --data_dir FOLDER
-    python benchmarks/continual.py --data_dir FOLDER --out RESULTS --question protection   variants of GORP, on dev rows
+    python benchmarks/continual.py --data_dir FOLDER --out RESULTS --question protection   variants of SGORP, on dev rows
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --search        each method's settings, on dev rows
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --seeds 1 2 3   the comparison, on test rows
 
 Every method trains on the same 160 rows of each task for the same number of steps and answers the same test rows (200
 of each task, where it has them) after every task; on dev rows, and with a LLaMA, which answers slowly, after a task
 only that task's own, all of them after the last. A method is its name and, if wanted, flags, which win over all
-others: `--methods olora "gorp --protect gp_second"`. What is decided is decided on dev rows: `--question` compares
-variants of GORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of the
+others: `--methods olora "sgorp --protect none"`. What is decided is decided on dev rows: `--question` compares
+variants of SGORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of the
 method's own knob (`KNOBS`), on one order. A comparison takes the settings that were best on average over seeds.
 
 RESULTS/outcomes.jsonl gets a line for each finished trial, as it comes: all that the tables and intervals need, and no
@@ -58,26 +58,26 @@ ORDERS = {
     "B": ["TC/agnews", "SC/yelp", "SC/amazon", "TC/dbpedia"],
     "C": ["NLI/MNLI", "NLI/CB", "WiC/WiC", "COPA/COPA", "QQP/QQP", "SC/SST-2", "TC/dbpedia", "TC/agnews"],
 }
-OURS = "gorp"
+OURS = "sgorp"
 METHODS = [
-    "seqlora", "inclora", "olora", "nlora", "galore", "osf", "replay", "multitask", OURS, "gorp --preset published",
+    "seqlora", "inclora", "olora", "nlora", "galore", "osf", "replay", "multitask", "gorp", "gorp --preset released", OURS,
 ]  # fmt: skip
 INPUT, MOMENTS = "--protect_side input", "--space_from moments"
-ASKED = "gorp --lamda_1 0.5"  # then the default
+ASKED = "sgorp --lamda_1 0.5"  # then the default
 STRUCTURAL = f"{ASKED} --protect structural {INPUT} --space_from inputs"
 QUESTIONS = {
     "protection": [STRUCTURAL, f"{ASKED} --protect none",
-                   *(f"{ASKED} --protect {how} --protect_side output {MOMENTS}" for how in ("gp_first", "gp_second")),
-                   *(f"{ASKED} --protect {how} {INPUT} --space_from inputs" for how in ("gp_first", "gp_second")),
-                   *(f"{ASKED} --protect {how} {INPUT} {MOMENTS}" for how in ("gp_first", "gp_second", "structural"))],
+                   f"{ASKED} --protect gp_first --protect_side output {MOMENTS}",
+                   f"{ASKED} --protect gp_first {INPUT} --space_from inputs",
+                   *(f"{ASKED} --protect {how} {INPUT} {MOMENTS}" for how in ("gp_first", "structural"))],
     "energy": [STRUCTURAL, *(f"{STRUCTURAL} --space_energy {share}" for share in (0.5, 0.8, 0.95, 0.99))],
     "rate": [STRUCTURAL, *(f"{STRUCTURAL} --galore_lr {rate}" for rate in ("1e-4", "1e-3", "3e-3"))],
     "rank": [f"{STRUCTURAL} --galore_lr 1e-3{rank}" for rank in ("", " --galore_rank 4", " --galore_rank 32")],
     "parts": [f"{STRUCTURAL} --galore_lr 1e-3{part}"
               for part in ("", " --optim_target_modules none", " --proj_lora_modules none")],
-    "penalty": [STRUCTURAL.replace(ASKED, f"gorp --lamda_1 {weight}") for weight in (0.5, 0, 5)],
+    "penalty": [STRUCTURAL.replace(ASKED, f"sgorp --lamda_1 {weight}") for weight in (0.5, 0, 5)],
 }
-"""What decides GORP's defaults: variants that `--question` compares with the first one."""
+"""What decides SGORP's defaults: variants that `--question` compares with the first one."""
 TRAIN_ROWS, TEST_ROWS = 160, 200
 
 COMMON = shlex.split(f"""
@@ -94,7 +94,6 @@ FAMILIES = {
     """),
     "llama": shlex.split("""
         --max_source_length 128 --max_steps 40 --per_device_train_batch_size 4 --per_device_eval_batch_size 20
-        --galore_svd lowrank
         --lora_modules .*self_attn.(q_proj|v_proj).* --optim_target_modules .*mlp.gate_proj.*
         --proj_lora_modules .*self_attn.(q_proj|v_proj).loranew_A.*
     """),
@@ -111,6 +110,7 @@ KNOBS = {
     "osf": ["--osf_preserved 0.3", "--osf_preserved 0.8"],
     "replay": ["--replay_rows 40", "--replay_rows 80"],
     "gorp": ["--galore_lr 1e-4", "--galore_lr 1e-3 --galore_rank 32"],
+    "sgorp": ["--galore_lr 1e-4", "--galore_lr 1e-3 --galore_rank 32"],
 }
 SEARCHED = "A"  # the order of the search
 
@@ -369,14 +369,15 @@ def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> 
 
 
 def best_settings(out: Path, method: str) -> tuple[str, ...]:
-    """What the search found for a method, or else for it with fewer of its flags; nothing without a search.
+    """What the search found for a method, or else for it with fewer of its flags, or with others; nothing without one.
 
     Settings are compared over the seeds that all of them were tried with (over all seeds where there is no such one).
     """
     searched = [outcome for outcome in read_outcomes(out).values()
                 if outcome.trial.split == "dev" and outcome.trial.order == SEARCHED and outcome.trial.settings
-                and f"{method} ".startswith(f"{outcome.trial.method} ")]
-    nearest = max((outcome.trial.method for outcome in searched), key=len, default=None)
+                and outcome.trial.method.split()[0] == method.split()[0]]
+    nearest = max((outcome.trial.method for outcome in searched), default=None, key=lambda name: (
+        f"{method} ".startswith(f"{name} "), len(name) if f"{method} ".startswith(f"{name} ") else -len(name)))
     scores: dict[tuple[str, ...], dict[int, float]] = {}
     for outcome in searched:
         if outcome.trial.method == nearest:
@@ -456,7 +457,7 @@ def main() -> int:
     parser.add_argument("--settings_from", type=Path, help="folder of the results that a search is in; default: --out")
     decide = parser.add_mutually_exclusive_group()
     decide.add_argument("--search", action="store_true", help="find each method's settings, on dev rows")
-    decide.add_argument("--question", choices=QUESTIONS, help="compare these variants of GORP, on dev rows")
+    decide.add_argument("--question", choices=QUESTIONS, help="compare these variants of SGORP, on dev rows")
     args = parser.parse_args()
     bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve())
     try:

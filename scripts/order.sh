@@ -2,6 +2,7 @@
 # Any order on T5-large: trains the tasks of configs/NAME_configs/ one after the other (data/make_order.py makes one).
 #
 #   Launch    bash scripts/order.sh NAME          (--tiny: a tiny T5 and made-up data, minutes on a CPU)
+#   Values    order1 to order6: those in order_1.sh to order_6.sh; any other order: those in order_1.sh
 #   Again     the same command goes on where it stood; --fresh moves earlier results aside and starts over
 #   Override  by variables in front of the command:
 #     MODEL=FOLDER     base model: a folder or a hub id    (initial_model/t5-large)
@@ -12,7 +13,9 @@
 #     SEED=N           random seed                         (42)
 #     SAVE_STEPS=N     a checkpoint every N steps, for going on within a task   (none: an unfinished task starts over)
 #     OUTPUT=FOLDER    results in FOLDER/NAME/, log in FOLDER/NAME.log   (logs_and_outputs/NAME/, logs/NAME.log)
-#     EXTRA="..."      more flags of src/run_uie_lora.py; they win over the script's
+#     EXTRA="..."      more flags of src/run_uie_lora.py or src/run_order.py; they win over the script's:
+#                      "--preset released" computes what the authors' released code computes (METHOD=gorp, NPROC=1),
+#                      "--task_epochs DATASET=N ..." trains these tasks N times
 #     DRY_RUN=1        only print the command
 source "$(dirname "$0")/lib.sh"
 parse_arguments "bash scripts/order.sh [--tiny] [--fresh] NAME" "$@"

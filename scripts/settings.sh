@@ -1,18 +1,22 @@
 # shellcheck shell=bash disable=SC2034
-# The settings of every family of runs, each in one place. `full` is the published run; `--small` and `--tiny` change
-# what a small model needs. A later flag wins over an earlier one: small values follow the published ones, EXTRA both.
+# What all orders of a family share, in one place; what is an order's own is in its script, order_K.sh. `full` is the
+# published run; `--small` and `--tiny` change what a small model needs.
 #
 # A settings function gets ORDER and MODE (full, small or tiny) and sets
+#   scripts             the folder of the orders' scripts
 #   model               the base model's folder, unless MODEL says another
 #   source              where a missing one comes from, on the hub
 #   small_flags         what runs without it
 #   outputs, logs       where results and logs go
 #   deepspeed_config    for several ranks, unless DS_CONFIG says another
-#   batch, rows         rows a device takes at once, and rows an optimizer step sees over all ranks
-#   options             the flags of src/run_order.py that are those of src/run_uie_lora.py
-#   gpu_options         flags on a machine with a GPU only
-#
-# lamda_1 is left to the method: 0.5 for O-LoRA, 0 for GORP, whose published scripts pass 0.5 to code that leaves it out.
+#   batch, rows         examples a device takes at once, and examples an optimizer step sees over all ranks
+#   shared              flags of src/run_order.py; the order's values follow them
+#   changed             flags that a small model needs in place of published ones, after both; EXTRA comes last
+#   changed_penalties   the same of penalty weights, which only `METHOD=gorp` gets
+#   memory_options      flags that save memory, on a machine with a GPU also gpu_options; not with --preset released
+#   released_precision  what the released runs did instead of those, for the first lines
+
+published_rows=64  # on 8 GPUs: T5 4 x 2 micro-batches each, LLaMA 1 x 8
 
 common=(
     --do_train --do_predict --predict_with_generate
@@ -20,6 +24,7 @@ common=(
     --add_task_name True --add_dataset_name True
     --max_source_length 512 --max_target_length 50 --generation_max_length 50
     --num_train_epochs 1 --lr_scheduler_type constant --warmup_steps 0
+    --galore_proj_type std  # the default of the released code, whose scripts pass none
     --logging_strategy steps --logging_steps 10 --eval_strategy no --save_strategy no
 )
 
@@ -27,56 +32,52 @@ common=(
 # fewer steps to learn, and the orders of 15 tasks get fewer, so that they take minutes.
 tiny=(
     --max_steps 1200 --learning_rate 3e-3 --galore_lr 3e-3 --galore_rank 16 --galore_scale 1 --lr_scheduler_type cosine
-    --lora_dropout 0 --lamda_2 0 --lamda_3 0 --per_device_eval_batch_size 64
+    --lora_dropout 0 --per_device_eval_batch_size 64
 )
+tiny_penalties=(--lamda_2 0 --lamda_3 0)
 
-# T5-large. Orders 4-6 have 15 tasks and settings of their own; orders of your own take those of orders 1-3.
-# Not published for orders 4-6: galore_update_proj_gap. For none: galore_proj_type.
+# T5-large.
 settings_t5() {
+    scripts=scripts outputs=logs_and_outputs logs=logs
     model=initial_model/t5-large source=google-t5/t5-large small_flags=--tiny
-    outputs=logs_and_outputs logs=logs deepspeed_config=configs/ds_configs/stage2.config
-    batch=4 rows=8 gpu_options=()
-    options=(
+    deepspeed_config=configs/ds_configs/stage2.config
+    batch=4 rows=$published_rows
+    shared=(
         "${common[@]}"
         --lora_modules '.*SelfAttention.(q|v).*'
         --optim_target_modules '.*EncDecAttention.(q|v).*'
         --proj_lora_modules '.*SelfAttention.(q|v).loranew_A.*'
-        --learning_rate 1e-3 --galore_lr 1e-5 --galore_update_proj_gap 10 --galore_proj_type std
+        --learning_rate 1e-3 --galore_lr 1e-5
     )
-    case $1 in
-        order[456]) options+=(--galore_rank 32 --galore_scale 0.25 --lamda_2 0.1 --lamda_3 0
-                              --per_device_eval_batch_size 128) ;;
-        *) options+=(--galore_rank 8 --galore_scale 1 --lamda_2 0 --lamda_3 0.05 --per_device_eval_batch_size 64) ;;
-    esac
     if [ "$2" = tiny ]; then
-        model=initial_model/tiny-t5 batch=4 rows=4
-        options+=("${tiny[@]}")
-        case $1 in order[456]) options+=(--max_steps 200) ;; esac
+        model=initial_model/tiny-t5 rows=4
+        changed=("${tiny[@]}") changed_penalties=("${tiny_penalties[@]}")
+        case $1 in order[456]) changed+=(--max_steps 200) ;; esac
     fi
 }
 
-# LLaMA-2-7B. Not published: galore_update_proj_gap, galore_proj_type. Published on 8 GPUs, 1 row x 8 micro-batches each.
+# LLaMA-2-7B.
 settings_llama() {
-    model=initial_model/llama source=meta-llama/Llama-2-7b-hf
-    small_flags='--tiny, or --small for SmolLM2-135M'
-    outputs=logs_and_outputs_llama logs=logs_llama deepspeed_config=configs/ds_configs/stage2_llama.config
-    batch=1 rows=64 gpu_options=(--bf16 True)
-    options=(
+    scripts=scripts_llama outputs=logs_and_outputs_llama logs=logs_llama
+    model=initial_model/llama source=meta-llama/Llama-2-7b-hf small_flags='--tiny, or --small for SmolLM2-135M'
+    deepspeed_config=configs/ds_configs/stage2_llama.config
+    batch=1 rows=$published_rows gpu_options=(--bf16 True)
+    shared=(
         "${common[@]}"
         --lora_modules '.*self_attn.(q_proj|v_proj).*'
         --optim_target_modules '.*mlp.gate_proj.*'
         --proj_lora_modules '.*self_attn.(q_proj|v_proj).loranew_A.*'
-        --learning_rate 2e-4 --galore_lr 1e-6 --galore_update_proj_gap 10 --galore_proj_type std
-        --galore_rank 8 --galore_scale 0.25 --lamda_2 0 --lamda_3 0
-        --per_device_eval_batch_size 4
+        --learning_rate 2e-4 --galore_lr 1e-6
     )
     case $2 in
-        full) options+=(--activation_checkpointing True) ;;  # gradient checkpointing, as transformers calls it now
+        full)
+            memory_options=(--activation_checkpointing True)  # gradient checkpointing, as transformers calls it now
+            released_precision='float32 without recomputation (27 GB of weights)' ;;
         small)
             model=initial_model/smollm2-135m batch=4 rows=4
-            options+=(--learning_rate 1e-3 --galore_lr 1e-5 --galore_scale 1 --per_device_eval_batch_size 16) ;;
+            changed=(--learning_rate 1e-3 --galore_lr 1e-5 --galore_scale 1 --per_device_eval_batch_size 16) ;;
         tiny)
             model=initial_model/tiny-llama batch=4 rows=4 gpu_options=()
-            options+=("${tiny[@]}" --max_steps 900) ;;
+            changed=("${tiny[@]}" --max_steps 900) changed_penalties=("${tiny_penalties[@]}") ;;
     esac
 }

@@ -3,6 +3,7 @@
 #
 #   Launch    bash scripts_llama/order.sh NAME
 #             --small: SmolLM2-135M instead; --tiny: a tiny LLaMA and made-up data, minutes on a CPU
+#   Values    order1 to order3: those in order_1.sh to order_3.sh; any other order: those in order_1.sh
 #   Override  by variables in front of the command, as scripts/order.sh says; here the defaults are
 #             MODEL=initial_model/llama, results in logs_and_outputs_llama/NAME/, log in logs_llama/NAME.log
 source "$(dirname "$0")/../scripts/lib.sh"

@@ -3,10 +3,21 @@
 #
 #   Model     pip install huggingface_hub && hf download meta-llama/Llama-2-7b-hf --local-dir initial_model/llama
 #             (once `hf auth login` knows you and access is granted; any LLaMA will do)
-#   Launch    NPROC=8 bash scripts_llama/order_3.sh     (published on 8 GPUs; any number keeps the 64 rows a step)
+#   Launch    NPROC=8 bash scripts_llama/order_3.sh     (published on 8 GPUs; 1, 2 or 4 see the same 64 examples a step)
 #             --small: SmolLM2-135M instead; --tiny: a tiny LLaMA and made-up data, minutes on a CPU
 #   Override  EXTRA="--max_source_length 384" bash scripts_llama/order_3.sh     (less memory)
-#             MODEL DATA_DIR METHOD NPROC DS_CONFIG SEED SAVE_STEPS OUTPUT EXTRA DRY_RUN: see order.sh
-#
-# The published settings are in settings_llama of scripts/settings.sh.
-exec bash "$(dirname "$0")/order.sh" order3 "$@"
+#             EXTRA="--preset released" computes what the authors' released code computes, in float32 on one GPU
+#             MODEL DATA_DIR METHOD NPROC DS_CONFIG SEED SAVE_STEPS OUTPUT EXTRA DRY_RUN: see ../scripts/order.sh
+
+# This order's values, as published. What all orders share is in settings_llama of ../scripts/settings.sh.
+# shellcheck disable=SC2034  # order.sh and run_llama.sh read them
+values=(
+    --galore_rank 8 --galore_scale 0.25
+    --galore_update_proj_gap 20  # the released script passes no gap: its default
+    --per_device_eval_batch_size 4
+)
+# shellcheck disable=SC2034
+penalties=(--lamda_1 0.5 --lamda_2 0 --lamda_3 0)  # only METHOD=gorp gets them
+
+# Launched, it runs; read by order.sh or run_llama.sh, it only gives its values.
+[[ ${BASH_SOURCE[0]} != "$0" ]] || exec bash "$(dirname "$0")/order.sh" order3 "$@"

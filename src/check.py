@@ -19,7 +19,8 @@ from pathlib import Path
 
 from transformers.utils import logging as hf_logging
 
-from arguments import Parser, check_data_arguments, parse_arguments
+from arguments import check_data_arguments
+from command_line import Parser, parse_arguments
 from errors import InputError
 from methods import find_method
 from order_config import read_order

@@ -5,7 +5,8 @@
 
 The folder of the order comes first, then the flags of `run_uie_lora.py`, which runs each task as it would alone. Here
 `--model_name_or_path` is what the first task starts from, `--output_dir` gets a folder `<number>-<dataset>` for each
-task. Before the first task, everything is checked that `check.py` checks. An order that was begun goes on.
+task, and `--task_epochs MNLI=2` trains that dataset for two epochs whatever `--num_train_epochs` says. Before the first
+task, everything is checked that `check.py` checks. An order that was begun goes on.
 
 What the tasks share is what one process a task would do again and again: imports, reading files that have not changed.
 Under DeepSpeed's launcher each rank runs the whole order; the first one checks, writes and speaks.
@@ -13,6 +14,7 @@ Under DeepSpeed's launcher each rank runs the whole order; the first one checks,
 
 import argparse
 import gc
+import math
 import os
 import shlex
 import shutil
@@ -25,9 +27,9 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 import run_uie_lora
-from arguments import Parser
 from check import check_flags, check_order
 from checkpoints import checkpoint_folders
+from command_line import Parser
 from errors import InputError
 from files import check_writable
 from order_config import OrderStep, read_order
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.freeze()  # what imports made stays: no collection needs to look at it again
     start = options.model_name_or_path
     for number, step in enumerate(steps, start=1):
-        command = [*task_flags(options, number, step, start), *flags]
+        command = [*task_flags(options, number, step, start), *flags, *epoch_flags(options, step)]
         if is_first():
             print(f"[gorp] {order_name(options.order)}, task {number} of {len(steps)}: {step.task}/{step.dataset}")
             print(shlex.join(["python", "src/run_uie_lora.py", *command]), flush=True)
@@ -69,7 +71,7 @@ def parse_order(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The order's own options, and the flags that all of its tasks get.
 
     Raises:
-        InputError: one of the order's own is missing.
+        InputError: one of the order's own is missing, or its value is not allowed.
     """
     parser = Parser(prog="run_order.py", usage="run_order.py ORDER [flags of run_uie_lora.py]")
     parser.add_argument("order", type=Path, help="folder of the order, for instance configs/order1_configs")
@@ -77,7 +79,31 @@ def parse_order(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output_dir", type=Path, required=True, help="gets a folder for each task")
     parser.add_argument("--fresh", type=Path, metavar="LOG", help="move earlier results, and this log, aside")
     parser.add_argument("--drop_checkpoints", action="store_true", help="remove those of each task that is finished")
-    return parser.parse_known_args(argv)
+    parser.add_argument("--task_epochs", nargs="+", default=[], metavar="DATASET=N", help="epochs of these tasks alone")
+    options, flags = parser.parse_known_args(argv)
+    options.task_epochs = read_task_epochs(options.task_epochs)
+    return options, flags
+
+
+def read_task_epochs(words: Sequence[str]) -> dict[str, str]:
+    """Dataset -> epochs, as written, of words such as MNLI=2.
+
+    Raises:
+        InputError: a word of another form, epochs that are no number above 0, or a dataset that is named twice.
+    """
+    epochs = {}
+    for word in words:
+        dataset, _, number = word.partition("=")
+        try:
+            allowed = dataset != "" and 0 < float(number) < math.inf
+        except ValueError:
+            allowed = False
+        if not allowed:
+            raise InputError(f"--task_epochs: found {word!r}; DATASET=N is allowed, N a number of epochs above 0")
+        if dataset in epochs:
+            raise InputError(f"--task_epochs: found {dataset} twice; once is allowed")
+        epochs[dataset] = number
+    return epochs
 
 
 def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep] | None:
@@ -87,9 +113,11 @@ def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep] | No
         The order's steps; None on ranks that the first one leaves behind.
 
     Raises:
-        InputError: what `check.py` refuses; results of another order in the folder, or a folder that is not writable.
+        InputError: what `check.py` refuses; epochs of a dataset that is not in the order; results of another order in
+            the folder, or a folder that is not writable.
     """
     steps, fault = read_order(options.order), None
+    options.task_epochs = own_epochs(options, steps, flags)
     words = ["--model_name_or_path", options.model_name_or_path, *flags]
     checked = check_flags(words)  # by every rank: it is also where they meet
     if is_first():
@@ -102,6 +130,27 @@ def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep] | No
     if fault is not None:
         raise fault
     return None if refused else steps
+
+
+def own_epochs(options: argparse.Namespace, steps: list[OrderStep], flags: list[str]) -> dict[str, str]:
+    """What `--task_epochs` comes to: nothing, with a warning, where `--max_steps` says how long each task trains.
+
+    Raises:
+        InputError: a dataset that the order does not train.
+    """
+    trained = [step.dataset for step in steps]
+    for dataset in options.task_epochs:
+        if dataset not in trained:
+            raise InputError(f"--task_epochs: found {dataset!r}; datasets of {order_name(options.order)} are allowed: "
+                             f"{', '.join(trained)}")
+    parser = Parser(add_help=False)
+    parser.add_argument("--max_steps", type=int, default=-1)
+    max_steps = parser.parse_known_args(flags)[0].max_steps
+    if max_steps <= 0:
+        return options.task_epochs
+    if options.task_epochs and is_first():
+        print(f"[gorp] --task_epochs is ignored: each task trains for --max_steps {max_steps}", flush=True)
+    return {}
 
 
 def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:
@@ -136,6 +185,12 @@ def task_flags(options: argparse.Namespace, number: int, step: OrderStep, start:
         "--output_dir", str(options.output_dir / task_folder(number, step)),
         "--run_name", f"{order_name(options.order)}_round{number}",
     ]  # fmt: skip
+
+
+def epoch_flags(options: argparse.Namespace, step: OrderStep) -> list[str]:
+    """What follows the shared flags of a task that has epochs of its own, and so wins over them."""
+    epochs = options.task_epochs.get(step.dataset)
+    return [] if epochs is None else ["--num_train_epochs", epochs]
 
 
 def task_folder(number: int, step: OrderStep) -> str:

@@ -24,17 +24,17 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from arguments import (
     DataArguments,
-    MethodArguments,
     ModelArguments,
     UIETrainingArguments,
     check_data_arguments,
-    parse_arguments,
 )
 from checkpoints import latest_whole
+from command_line import parse_arguments
 from compute_metrics import accuracy_line
 from errors import InputError, RunStopped, is_disk_full
 from files import whole_file, whole_folder, write_json
 from methods import find_method
+from methods.base_options import MethodArguments
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
 from task_setup import build_trainer, example_options, load_examples, load_model
 from uie_dataset_lora import data_files
@@ -92,6 +92,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         logger.info("%s: trained before; only what is left is evaluated", output_dir)
         training_args.do_train = data_args.zero_shot = False
         model_args.model_name_or_path = str(find_adapter(output_dir))
+    method.trains = training_args.do_train
     set_seed(training_args.seed)
     examples = load_examples(data_args, training_args, method)
 
@@ -213,7 +214,7 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) 
     settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
                 "gradient_accumulation_steps")
     return {
-        "method": options.pop("method"),
+        "method": trainer.method.full_name,
         "seed": args.seed,
         "base_model": base_name,
         "order": config.resolve().parent.name.removesuffix("_configs"),

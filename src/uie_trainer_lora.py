@@ -117,7 +117,9 @@ class UIETrainer(Seq2SeqTrainer):
         loss = outputs.loss
         if self.label_smoother is not None:
             loss = self.label_smoother(outputs, inputs["labels"])
-        if num_items_in_batch is not None:
+        if self.method.averages_micro_batches:
+            loss = loss / self.current_gradient_accumulation_steps
+        elif num_items_in_batch is not None:
             share = (inputs["labels"] != -100).sum() / num_items_in_batch
             loss = loss * share * self.accelerator.num_processes  # gradients are averaged over ranks afterwards
         if model.training:

@@ -17,7 +17,8 @@ from test_collator import tokenizers  # noqa: F401  (a fixture)
 from torch import nn
 
 import full_rank
-from arguments import check_deepspeed_file, parse_arguments
+from arguments import check_deepspeed_file
+from command_line import parse_arguments
 from conftest import ROOT
 from errors import InputError
 from files import read_json
@@ -349,7 +350,7 @@ def test_any_matrix_is_projected_or_its_rank_refused(case):
 
 @share(6)
 @given(case=MATRICES, side=st.sampled_from(SIDES), space=st.integers(0, 13), steps=st.integers(1, 3),
-       protect=st.sampled_from(["gp_first", "gp_second"]))  # fmt: skip
+       protect=st.sampled_from(["gp_first", "gp_second", "orthogonal"]))  # fmt: skip
 def test_a_step_of_any_weight_is_finite_and_stays_out_of_the_space(case, side, space, steps, protect):
     case = case | {"rank": 1 + case["rank"] % min(case["rows"], case["columns"]), "scale": min(case["scale"], 1e4)}
     size = case["rows"] if side == "output" else case["columns"]
@@ -357,14 +358,13 @@ def test_a_step_of_any_weight_is_finite_and_stays_out_of_the_space(case, side, s
     weight = nn.Parameter(torch.zeros(case["rows"], case["columns"]))
     optimizer = ProjAdamW([{
         "params": [weight], "rank": case["rank"], "update_proj_gap": 2, "scale": 1.0, "proj_type": case["proj_type"],
-        "svd": case["svd"], "scale_mats": [S], "protect_side": side, "gp_first": protect == "gp_first",
-        "gp_second": protect == "gp_second"}], lr=1.0, weight_decay=0.0)  # fmt: skip
+        "svd": case["svd"], "scale_mats": [S], "protect_side": side, protect: True}], lr=1.0, weight_decay=0.0)  # fmt: skip
     for step in range(steps):
         weight.grad = matrix(case | {"seed": case["seed"] + step, "dtype": torch.float32})
         optimizer.step()
     assert weight.isfinite().all()
     inside = S.T @ weight if side == "output" else weight @ S
-    if protect == "gp_second":
+    if protect == "orthogonal":
         assert inside.abs().max().item() <= 1e-4 * steps if inside.numel() else True
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import methods
 import run_uie_lora
-from arguments import parse_arguments
+from command_line import parse_arguments
 from conftest import ROOT
 from errors import InputError
 from methods import find_method, method_names
@@ -66,7 +66,7 @@ def family(request):
     return request.param, *PREFIX[request.param]
 
 
-@pytest.mark.parametrize("name", [name for name in method_names() if name != "gorp"])
+@pytest.mark.parametrize("name", [name for name in method_names() if name not in ("gorp", "sgorp")])
 def test_two_tasks_then_the_folder_predicts_what_the_run_did(name, family, mini_benchmark, tmp_path):
     adapter_name, model, modules = family
     first, second, again = tmp_path / "1-dbpedia", tmp_path / "2-amazon", tmp_path / "again"
@@ -280,12 +280,19 @@ REFUSED = {
     "seqlora": (["--method", "seqlora", *DEEPSPEED[:1], DEEPSPEED[1].replace("stage2", "stage3")],
                 "--method seqlora: found ZeRO stage 3"),
     "no weights": (["--method", "galore", "--optim_target_modules", "none"], "--optim_target_modules is missing"),
-    "another method's option": (["--replay_rows", "3"], "--replay_rows"),
     "replay of nothing": (["--method", "replay", "--replay_rows", "0"], "--replay_rows: found 0"),
     "negative weight": (["--method", "nlora", "--nlora_lamda", "-1"], "--nlora_lamda: found -1.0"),
     "all preserved": (["--method", "osf", "--osf_preserved", "1"], "--osf_preserved: found 1.0"),
     "nothing preserved": (["--method", "osf", "--osf_preserved", "0.001"], "less than one direction of"),
-    "unknown preset": (["--preset", "best"], "--preset: found best"),
+    "unknown preset": (["--preset", "best"], "--preset: found best; released"),
+    "former preset": (["--preset", "published"], "--preset: found published; --method gorp is the paper's method now"),
+    "another method's preset": (["--method", "sgorp", "--preset", "released"], "--preset: found released; none with"),
+    "released with a penalty": (["--preset", "released", "--lamda_1", "0.5"], "--lamda_1: found 0.5; 0.0 with --preset"),
+    "released with clipping": (["--preset", "released", "--lamda_1", "0", "--max_grad_norm", "1"], "--max_grad_norm: found 1.0; 0.0 with"),
+    "released in 16 bits": (["--preset=released", "--lamda_1", "0", "--bf16", "True"], "--bf16: found True; False with --preset"),
+    "released under DeepSpeed": (["--preset", "released", "--lamda_1", "0", *DEEPSPEED], "--deepspeed: found"),
+    "gp_second with cores": (["--protect", "gp_second", "--galore_engine", "cores"], "--protect: found gp_second"),
+    "gp_second under DeepSpeed": (["--protect", "gp_second", *DEEPSPEED], "--protect: found gp_second"),
 }  # fmt: skip
 
 
@@ -298,15 +305,18 @@ def test_what_a_method_cannot_do_is_refused_by_name(case, mini_benchmark, tmp_pa
     assert len(said) == 1 and wanted in said[0]
 
 
-def options_of(tmp_path, *extra: str):
-    return parse_arguments(arguments(tmp_path, tmp_path / "out", "dbpedia", LLAMA, LLAMA_MODULES, *extra))[2]
+def test_the_three_gorps_have_their_own_defaults(tmp_path):
+    def settings(*flags: str) -> tuple:
+        command = arguments(tmp_path, tmp_path / "out", "dbpedia", LLAMA, LLAMA_MODULES, *flags)
+        at = command.index("--lamda_1")
+        options = parse_arguments(command[:at] + command[at + 2 :])[2]
+        return (options.method, options.protect, options.protect_side, options.space_from, options.lamda_1,
+                options.galore_svd)
 
-
-def test_preset_gives_the_published_settings_where_no_flag_says_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setattr("arguments.PRESETS", {"default": {}, "published": {"protect": "gp_second", "lora_dim": 3}})
-    assert (options_of(tmp_path).protect, options_of(tmp_path).lora_dim) == ("structural", 8)
-    published = options_of(tmp_path, "--preset", "published", "--lora_dim", "5")
-    assert (published.protect, published.lora_dim) == ("gp_second", 5)
+    assert settings() == ("gorp", "gp_first", "output", "moments", 0.5, "lowrank")
+    assert settings("--method", "sgorp") == ("sgorp", "structural", "input", "inputs", 0.0, "lowrank")
+    released = settings("--preset", "released")
+    assert (released[1], *released[4:]) == ("none", 0.0, "exact")
 
 
 def test_ablations_of_gorp_by_flags(tmp_path):
@@ -336,7 +346,7 @@ def test_cores_protect_the_lora_alone_where_no_full_rank_weight_trains(mini_benc
 
 
 @pytest.mark.parametrize("name, flags, fault", [
-    ("gorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"], "--proj_lora_modules: .*only loranew_A"),
+    ("sgorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"], "--proj_lora_modules: .*only loranew_A"),
     ("gorp", ["--optim_target_modules", ".*SelfAttention.q", "--galore_engine", "cores"],
      "--optim_target_modules: matches .*SelfAttention.q, which has a LoRA too"),
 ])  # fmt: skip
@@ -369,18 +379,19 @@ def test_a_later_task_says_which_lora_flags_have_no_effect(tmp_path, caplog):
 
 @pytest.mark.parametrize("name, vain, read", [
     ("inclora", ["optim_target_modules", "proj_lora_modules", "lamda_1", "lamda_3", "galore_lr"], ["lora_dim"]),
+    ("seqlora", ["optim_target_modules", "proj_lora_modules", "lamda_1", "lamda_3", "galore_lr"], ["lora_dim"]),
     ("olora", ["optim_target_modules", "proj_lora_modules", "lamda_3", "galore_lr"], ["lamda_1", "lora_dim"]),
     ("galore", ["lora_modules", "lora_dim", "proj_lora_modules", "lamda_1"], ["optim_target_modules", "galore_lr"]),
     ("osf", ["lora_dim", "lamda_1", "galore_lr"], ["optim_target_modules", "osf_growth"]),
     ("gorp --optim_target_modules none", ["lamda_3", "galore_lr"], ["proj_lora_modules", "lamda_1", "lora_dim"]),
     ("gorp", [], ["optim_target_modules", "proj_lora_modules", "lamda_1", "lamda_3", "galore_lr"]),
 ])  # fmt: skip
-def test_a_run_says_which_options_have_no_effect(name, vain, read, tmp_path):
+def test_a_run_says_which_options_it_ignores(name, vain, read, tmp_path):
     name, *own = name.split()
     values = "--lora_dim 4 --galore_lr 1e-3 --lamda_1 0.1 --lamda_3 1".split()
     method = method_of(name, *values, *own, output=tmp_path)
     method.prepare(tiny_t5(), None, decoder_only=False)
-    lines = [line for line in method.summary() if line.startswith("without effect")]
+    lines = [line for line in method.summary() if line.startswith("ignored by")]
     said = {word.rstrip(",").removeprefix("--") for word in " ".join(lines).split() if word.startswith("--")}
     assert said >= set(vain) and not said & set(read) and len(lines) == bool(vain)
     # The report tells runs apart by what is left: at the default or not, what is not read is not among it.

@@ -106,9 +106,9 @@ def test_equals_galore_step_by_step(proj_type, shape):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("proj_type", [None, *PROJ_TYPES])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gp_second_keeps_the_change_orthogonal_to_the_space(shape, proj_type, side):
+def test_orthogonal_keeps_the_change_orthogonal_to_the_space(shape, proj_type, side):
     p = parameter(*shape)
-    group = protected(p, side, gp_second=True) | (PROJECTION | {"proj_type": proj_type} if proj_type else {})
+    group = protected(p, side, orthogonal=True) | (PROJECTION | {"proj_type": proj_type} if proj_type else {})
     S, start = group["scale_mats"][0], p.detach().clone()
     train(ProjAdamW([group], lr=1e-2), 20)
     change = p.detach() - start
@@ -136,7 +136,7 @@ def test_how_far_gp_first_is_from_orthogonal(proj_type, side):
         assert 0.05 < share < 0.6, f"{share:.2g} of the change lies in S"
 
 
-@pytest.mark.parametrize("when", ["gp_first", "gp_second"])
+@pytest.mark.parametrize("when", ["gp_first", "gp_second", "orthogonal"])
 @pytest.mark.parametrize("projection", [{}, PROJECTION])
 def test_a_full_space_stops_every_change(projection, when):
     """Rounding noise of the removal must not become whole Adam steps."""
@@ -161,7 +161,7 @@ def every_kind(dtype: torch.dtype, svd: str) -> ProjAdamW:
     groups = [
         {"params": [parameter(6, dtype=dtype)]},
         protected(parameter(8, 12, dtype=dtype), "output", gp_first=True),
-        protected(parameter(10, 8, dtype=dtype), "input", gp_second=True, svd=svd, **PROJECTION),
+        protected(parameter(10, 8, dtype=dtype), "input", orthogonal=True, svd=svd, **PROJECTION),
         {"params": [parameter(6, 5, 4, dtype=dtype), parameter(7, 9, dtype=dtype)], "svd": svd}
         | PROJECTION
         | {"proj_type": "full"},
@@ -375,7 +375,7 @@ def test_learning_rate_schedules_and_closures_work():
         (PROJECTION | {"svd": "fast"}, "svd is 'fast'; allowed is exact, lowrank"),
         ({"gp_first": True}, "scale_mats missing"),
         ({"scale_mats": [], "gp_first": True}, "0 entries for 1 parameters"),
-        ({"scale_mats": [orthonormal(12)]}, "gp_first and gp_second are both off"),
+        ({"scale_mats": [orthonormal(12)]}, "gp_first, gp_second, orthogonal are all off"),
         ({"scale_mats": [orthonormal(7)], "gp_first": True}, "q.weight: shape (7, 2); allowed is (12, c)"),
         ({"scale_mats": [2 * orthonormal(12)], "gp_first": True}, "q.weight: columns 3 from orthonormal"),
         ({"scale_mats": [None], "gp_first": True, "protect_side": "top"}, "protect_side is 'top'; allowed is output"),

@@ -167,19 +167,19 @@ def test_runs_of_a_method_with_other_options_are_other_methods(tmp_path):
 
 
 def test_a_name_has_the_fewest_options_that_tell_it_apart_and_the_page_all(tmp_path):
-    variants = [("default", "structural", 8), ("default", "structural", 32), ("published", "gp_first", 8)]
+    variants = [("input", "gp_first", 8), ("input", "gp_first", 32), ("output", "gp_second", 8)]
     for values in variants:
-        options = dict(zip(("preset", "protect", "galore_rank"), values))
+        options = dict(zip(("protect_side", "protect", "galore_rank"), values))
         write_run(tmp_path / "runs", "gorp", "A", 1, 70.0, options)
     runs = find_runs([tmp_path / "runs"])
     assert {run.method for run in runs} == {
-        "gorp (preset=default, galore_rank=8)",
-        "gorp (preset=default, galore_rank=32)",
-        "gorp (preset=published, galore_rank=8)",
+        "gorp (protect_side=input, galore_rank=8)",
+        "gorp (protect_side=input, galore_rank=32)",
+        "gorp (protect_side=output, galore_rank=8)",
     }
     page.write_report(runs, tmp_path / "report")
     said = (tmp_path / "report" / "report.html").read_text()
-    assert "gorp (preset=published, galore_rank=8): preset=published, protect=gp_first, galore_rank=8" in said
+    assert "gorp (protect_side=output, galore_rank=8): protect_side=output, protect=gp_second, galore_rank=8" in said
 
 
 def test_command_writes_pages_pictures_and_tables(runs, tmp_path):

@@ -69,49 +69,134 @@ def test_shellcheck():
 
 # --- settings ---
 
+# The values of the released scripts and, where these pass none, the defaults of the released code. Examples a step are
+# those of 8 GPUs, here of one: T5 4 x 2 x 8 = 4 x 16, LLaMA 1 x 8 x 8 = 1 x 64.
 T5 = {
+    "model_name_or_path": "initial_model/t5-large", "learning_rate": "1e-3", "galore_lr": "1e-5",
     "lora_modules": ".*SelfAttention.(q|v).*", "optim_target_modules": ".*EncDecAttention.(q|v).*",
-    "proj_lora_modules": ".*SelfAttention.(q|v).loranew_A.*", "model_name_or_path": "initial_model/t5-large",
-    "learning_rate": "1e-3", "galore_lr": "1e-5",
-    "per_device_train_batch_size": "4", "gradient_accumulation_steps": "2",
+    "proj_lora_modules": ".*SelfAttention.(q|v).loranew_A.*",
+    "per_device_train_batch_size": "4", "gradient_accumulation_steps": "16",
 }
-T5_SHORT = T5 | {"galore_rank": "8", "galore_scale": "1", "galore_update_proj_gap": "10", "lamda_2": "0",
-                 "lamda_3": "0.05", "per_device_eval_batch_size": "64"}
-T5_LONG = T5 | {"galore_rank": "32", "galore_scale": "0.25", "lamda_2": "0.1", "lamda_3": "0",
+T5_SHORT = T5 | {"galore_rank": "8", "galore_scale": "1", "galore_update_proj_gap": "10",
+                 "per_device_eval_batch_size": "64"}
+T5_LONG = T5 | {"galore_rank": "32", "galore_scale": "0.25", "galore_update_proj_gap": "20",
                 "per_device_eval_batch_size": "128"}
 LLAMA = {
+    "model_name_or_path": "initial_model/llama", "learning_rate": "2e-4", "galore_lr": "1e-6",
     "lora_modules": ".*self_attn.(q_proj|v_proj).*", "optim_target_modules": ".*mlp.gate_proj.*",
-    "proj_lora_modules": ".*self_attn.(q_proj|v_proj).loranew_A.*", "model_name_or_path": "initial_model/llama",
-    "learning_rate": "2e-4", "galore_lr": "1e-6", "galore_rank": "8", "galore_scale": "0.25",
-    "lamda_2": "0", "per_device_train_batch_size": "1", "per_device_eval_batch_size": "4",
-    "activation_checkpointing": "True",
+    "proj_lora_modules": ".*self_attn.(q_proj|v_proj).loranew_A.*",
+    "galore_rank": "8", "galore_scale": "0.25", "galore_update_proj_gap": "20", "per_device_eval_batch_size": "4",
+    "per_device_train_batch_size": "1", "gradient_accumulation_steps": "64",
 }
 EVERYWHERE = {
     "method": "gorp", "seed": "42", "data_dir": "CL_Benchmark", "do_train": "", "do_predict": "",
     "predict_with_generate": "", "instruction_file": "configs/instruction_config.json",
     "instruction_strategy": "single", "add_task_name": "True", "add_dataset_name": "True", "max_source_length": "512",
     "max_target_length": "50", "generation_max_length": "50", "num_train_epochs": "1", "lr_scheduler_type": "constant",
-    "warmup_steps": "0", "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "steps",
-    "logging_steps": "10",
+    "warmup_steps": "0", "galore_proj_type": "std", "eval_strategy": "no", "save_strategy": "no",
+    "logging_strategy": "steps", "logging_steps": "10",
 }
+TWO_EPOCHS = {"task_epochs": "MNLI=2"}
+RELEASED = {  # script -> its values, and the weights of its penalties
+    "scripts/order_1.sh": (T5_SHORT, ("0.5", "0", "0.05")),
+    "scripts/order_2.sh": (T5_SHORT, ("0.5", "0", "0.05")),
+    "scripts/order_3.sh": (T5_SHORT, ("0.5", "0", "0.05")),
+    "scripts/order_4.sh": (T5_LONG, ("0.5", "0.1", "0")),
+    "scripts/order_5.sh": (T5_LONG | TWO_EPOCHS, ("0.5", "0.1", "0")),
+    "scripts/order_6.sh": (T5_LONG | TWO_EPOCHS, ("0.5", "0.1", "0")),
+    "scripts_llama/order_1.sh": (LLAMA, ("0.5", "0", "0")),
+    "scripts_llama/order_2.sh": (LLAMA, ("0.5", "0", "0")),
+    "scripts_llama/order_3.sh": (LLAMA, ("0.5", "0", "0")),
+}
+PENALTIES = ("lamda_1", "lamda_2", "lamda_3")
+OWN_SCRIPTS = [name for name in RELEASED if name.startswith("scripts/")]
+LLAMA_SCRIPTS = [name for name in RELEASED if name not in OWN_SCRIPTS]
 
 
-@pytest.mark.parametrize("script, published", [
-    *((f"scripts/order_{order}.sh", T5_SHORT) for order in (1, 2, 3)),
-    *((f"scripts/order_{order}.sh", T5_LONG) for order in (4, 5, 6)),
-    *((f"scripts_llama/order_{order}.sh", LLAMA) for order in (1, 2, 3)),
-])
-def test_published_settings(script, published):
+def order_of(script: str) -> str:
+    return f"order{script[-len('1.sh')]}"
+
+
+def places(script: str) -> dict[str, str]:
+    """Flags that say where results go."""
+    outputs = "logs_and_outputs" if script in OWN_SCRIPTS else "logs_and_outputs_llama"
+    return {"output_dir": f"{outputs}/order_{order_of(script)[-1]}/outputs"}
+
+
+@pytest.mark.parametrize("script", RELEASED)
+def test_the_published_method_with_the_released_values(script):
+    values, penalties = RELEASED[script]
+    memory = {"activation_checkpointing": "True"} if script in LLAMA_SCRIPTS else {}
     [command] = dry_run(script)
-    assert command[1] == "src/run_order.py"
-    assert flags(command).items() >= (EVERYWHERE | published).items()
+    assert command[1:3] == ["src/run_order.py", f"configs/{order_of(script)}_configs"]
+    found = flags(command)
+    assert found.pop("bf16", "True") == "True"  # LLaMA on a machine with a GPU
+    assert found == EVERYWHERE | places(script) | values | memory | dict(zip(PENALTIES, penalties))
+
+
+@pytest.mark.parametrize("script", RELEASED)
+def test_what_the_released_code_computes_has_neither_penalties_nor_what_saves_memory(script):
+    [command] = dry_run(script, EXTRA="--preset released")
+    assert flags(command) == EVERYWHERE | places(script) | RELEASED[script][0] | {"preset": "released"}
+
+
+def with_a_gpu(**variables: str) -> dict[str, str]:
+    """Flags of LLaMA's order 1 on a machine whose GPU is made up."""
+    run = "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order llama order1"
+    return flags(dry_run("-c", run, **variables)[0])
+
+
+def test_llama_saves_memory_unless_the_released_code_is_asked_for():
+    saving = {"bf16": "True", "activation_checkpointing": "True"}
+    assert with_a_gpu().items() >= saving.items()
+    for extra in ("--preset released", "--preset=released", "--preset default --seed 1 --preset released"):
+        assert not with_a_gpu(EXTRA=extra).keys() & {*saving, *PENALTIES, "galore_svd"}
+    assert with_a_gpu(EXTRA="--preset released --preset default").items() >= saving.items()
+
+
+def test_a_flag_that_contradicts_the_preset_reaches_the_entry():
+    command = flags(dry_run("scripts/order_1.sh", EXTRA="--preset released --lamda_1 0.5 --bf16")[0])
+    assert command.items() >= {"preset": "released", "lamda_1": "0.5", "bf16": ""}.items()
+    assert "lamda_2" not in command
+
+
+@pytest.mark.parametrize("script", ["scripts/order_1.sh", "scripts/order_5.sh", "scripts_llama/order_1.sh"])
+def test_penalties_reach_gorp_alone(script):
+    for mode in ([], ["--tiny"]):
+        assert flags(dry_run(script, *mode)[0]).keys() >= {*PENALTIES}
+        for others in ({"METHOD": "sgorp"}, {"METHOD": "olora"}, {"EXTRA": "--method inclora"}):
+            assert not flags(dry_run(script, *mode, **others)[0]).keys() & {*PENALTIES}
+    assert flags(dry_run(script, METHOD="olora", EXTRA="--lamda_1 0.3")[0])["lamda_1"] == "0.3"
+    assert flags(dry_run(script, METHOD="olora", EXTRA="--method gorp")[0])["lamda_1"] == "0.5"
+    tiny = flags(dry_run(script, "--tiny")[0])
+    assert [tiny[name] for name in PENALTIES] == ["0.5", "0", "0"]
+
+
+def test_an_orders_values_stand_in_its_own_script():
+    for script, (values, penalties) in RELEASED.items():
+        text = (ROOT / script).read_text()
+        for name in ("galore_rank", "galore_scale", "galore_update_proj_gap", "per_device_eval_batch_size"):
+            assert text.count(f"--{name} {values[name]}") == 1, (script, name)
+        for name, weight in zip(PENALTIES, penalties):
+            assert f"--{name} {weight}" in text, (script, name)
+    shared = (ROOT / "scripts" / "settings.sh").read_text()
+    assert "order_" not in shared.replace("order_K.sh", "") and "galore_update_proj_gap" not in shared
+
+
+def test_the_values_of_an_orders_script_are_read_not_run(checkout):
+    """What `order.sh` and `run.sh` take is what a user writes into the order's script."""
+    script = checkout / "scripts" / "order_1.sh"
+    script.write_text(script.read_text().replace("--galore_rank 8", "--galore_rank 5"))
+    for command in ("scripts/order_1.sh", "scripts/order.sh order1", "scripts/run.sh 1"):
+        done = bash(*command.split(), cwd=checkout, DRY_RUN="1")
+        assert flags(shlex.split(done.stdout))["galore_rank"] == "5", done.stderr
 
 
 def test_every_flag_is_one_of_the_entry(tmp_path):
-    from arguments import parse_arguments
+    from command_line import parse_arguments
     from run_order import parse_order
 
-    for script in ("scripts/order_1.sh", "scripts/order_4.sh", "scripts_llama/order_1.sh"):
+    for script in ("scripts/order_1.sh", "scripts/order_5.sh", "scripts_llama/order_1.sh"):
         [command] = dry_run(script, OUTPUT=str(tmp_path), SAVE_STEPS="5")
         options, rest = parse_order(command[2:])
         assert options.drop_checkpoints and options.fresh is None
@@ -128,7 +213,26 @@ def test_run_scripts_run_the_orders():
     assert orders("scripts/run.sh") == [f"configs/order{number}_configs" for number in range(1, 7)]
     assert orders("scripts/run.sh", "--tiny", "4", "2") == ["configs/order4_configs", "configs/order2_configs"]
     assert orders("scripts_llama/run_llama.sh") == [f"configs/order{number}_configs" for number in (1, 2, 3)]
-    assert dry_run("scripts/order.sh", "order4") == dry_run("scripts/run.sh", "4")
+
+
+@pytest.mark.parametrize("script", RELEASED)
+def test_an_order_by_its_name_or_number_is_that_of_its_script(script):
+    folder, run = ("scripts", "run.sh") if script in OWN_SCRIPTS else ("scripts_llama", "run_llama.sh")
+    name = order_of(script)
+    alone = dry_run(script)
+    assert alone == dry_run(f"{folder}/order.sh", name) == dry_run(f"{folder}/{run}", name[-1])
+
+
+@pytest.mark.parametrize("family, number", [("scripts", 7), ("scripts_llama", 4)])
+@pytest.mark.parametrize("name", ["mine", "order", "run", "order{number}"])
+def test_an_order_of_ones_own_takes_the_values_of_order_1(family, number, name, checkout):
+    name = name.format(number=number)
+    shutil.copytree(checkout / "configs" / "order1_configs", checkout / "configs" / f"{name}_configs")
+    done = bash(f"{family}/order.sh", name, cwd=checkout, DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    assert f"with the published values of {family}/order_1.sh; 64 examples a step" in done.stderr
+    values, penalties = RELEASED[f"{family}/order_1.sh"]
+    assert flags(shlex.split(done.stdout)).items() >= (values | dict(zip(PENALTIES, penalties))).items()
 
 
 def test_overrides():
@@ -152,20 +256,60 @@ def test_extra_is_only_words(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_several_ranks_use_the_launcher_and_keep_the_rows_of_a_step():
+def test_several_ranks_use_the_launcher():
     command = dry_run("scripts/order_1.sh", NPROC="2")[0]
     assert command[:3] == ["deepspeed", "--num_accelerators", "2"]
     assert flags(command)["deepspeed"] == "configs/ds_configs/stage2.config"
-    assert flags(command)["gradient_accumulation_steps"] == "1"
     assert ("use_cpu" in flags(command)) is not torch.cuda.is_available()
     assert "use_cpu" not in flags(dry_run("scripts/order_1.sh")[0])
-    four = flags(dry_run("scripts/order_1.sh", NPROC="4")[0])
-    assert (four["per_device_train_batch_size"], four["gradient_accumulation_steps"]) == ("2", "1")
-    tiny = flags(dry_run("scripts/order_1.sh", "--tiny", NPROC="2")[0])
-    assert (tiny["per_device_train_batch_size"], tiny["gradient_accumulation_steps"]) == ("2", "1")
-    command = flags(dry_run("scripts_llama/order_1.sh", NPROC="8")[0])
-    assert command["gradient_accumulation_steps"] == "8"
-    assert command["deepspeed"] == "configs/ds_configs/stage2_llama.config"
+    [command] = dry_run("scripts_llama/order_1.sh", NPROC="2")
+    assert flags(command)["deepspeed"] == "configs/ds_configs/stage2_llama.config"
+
+
+@pytest.mark.parametrize("script, batches", [
+    ("scripts/order_1.sh", {1: (4, 16), 2: (4, 8), 8: (4, 2), 32: (2, 1), 3: (4, 5)}),
+    ("scripts/order_4.sh", {1: (4, 16), 2: (4, 8), 8: (4, 2)}),
+    ("scripts_llama/order_1.sh", {1: (1, 64), 2: (1, 32), 8: (1, 8)}),
+    ("scripts_llama/order_1.sh --small", {1: (4, 1), 2: (2, 1)}),
+    ("scripts/order_1.sh --tiny", {1: (4, 1), 2: (2, 1), 8: (1, 1)}),
+    ("scripts_llama/order_1.sh --tiny", {1: (4, 1)}),
+])
+def test_examples_of_a_step_stay_the_same_on_any_number_of_processes(script, batches):
+    wanted = 64 if script.endswith(".sh") else 4
+    for ranks, (batch, accumulation) in batches.items():
+        done = bash(*script.split(), DRY_RUN="1", NPROC=str(ranks))
+        command = flags(shlex.split(done.stdout))
+        assert command["per_device_train_batch_size"] == str(batch), ranks
+        assert command["gradient_accumulation_steps"] == str(accumulation), ranks
+        size = batch * accumulation * ranks
+        assert f"; {size} examples a step = {batch} x {accumulation} micro-batch" in done.stderr
+        assert (size == wanted) is ("would need a number of processes that divides it" not in done.stderr)
+
+
+def test_the_first_lines_say_what_is_run():
+    def said(*command, **variables):
+        return bash(*command, DRY_RUN="1", **variables).stderr.splitlines()
+
+    steps = "64 examples a step = 4 x 16 micro-batches on 1 process"
+    assert said("scripts/order_1.sh") == [
+        f"[gorp] order1: gorp, the published method, with the published values; {steps}"]
+    assert said("scripts/order_1.sh", EXTRA="--galore_rank 16")[1:] == [
+        "[gorp] order1: flags in EXTRA win over these: --galore_rank 16"]
+    assert said("scripts/order_1.sh", EXTRA="--preset released")[0] == (
+        "[gorp] order1: gorp as its released code computes it (--preset released), with the published values; " + steps)
+    assert said("scripts/order_1.sh", METHOD="olora") == [
+        "[gorp] order1: olora, not the published method, with the published values, but its own defaults for "
+        f"penalties; {steps}"]
+    assert said("scripts/order_1.sh", METHOD="sgorp")[0].startswith(
+        "[gorp] order1: sgorp, this project's variant of gorp, with the published values, but its own defaults")
+    assert said("scripts/order_1.sh", "--tiny", NPROC="2") == [
+        "[gorp] order1: gorp, the published method, with values for a small model (settings.sh); 4 examples a step = "
+        "2 x 1 micro-batch on 2 processes"]
+    assert said("-c", "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order llama order1")[1:] == [
+        "[gorp] order1: bf16 with recomputation of activations, to save memory; the released runs were float32 without "
+        "recomputation (27 GB of weights)"]
+    assert said("scripts_llama/order_1.sh", EXTRA="--preset released")[1] == (
+        "[gorp] order1: float32 without recomputation (27 GB of weights), as in the released runs")
 
 
 def test_one_rank_uses_the_launcher_where_a_deepspeed_config_is_given():
@@ -202,6 +346,9 @@ def test_small_models(script, model):
     ("scripts/order_1.sh --tiny", {"SAVE_STEPS": "often"}, "SAVE_STEPS=often"),
     ("scripts/order_1.sh --tiny", {"DS_CONFIG": "none.config"}, "DS_CONFIG=none.config"),
     ("scripts/order_1.sh --tiny", {"DATA_DIR": "none"}, "DATA_DIR=none"),
+    ("scripts/order_1.sh", {"EXTRA": "--preset released", "NPROC": "2"}, "--preset released: found with NPROC=2"),
+    ("scripts/order_1.sh", {"EXTRA": "--preset=released", "DS_CONFIG": "configs/ds_configs/stage2.config"},
+     "--preset released: found with NPROC=1 and DS_CONFIG=configs/ds_configs/stage2.config"),
 ])
 def test_bad_arguments_are_one_line(command, variables, said):
     done = bash(*command.split(), **variables)
@@ -256,8 +403,9 @@ def test_an_order_from_anywhere(checkout, tmp_path):
     done = bash(str(checkout / "scripts" / "order_1.sh"), "--tiny", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     terminal = done.stdout.splitlines()
-    assert terminal[0] == "[gorp] checking order1: data, flags and model"
-    assert terminal[1].startswith("[gorp] began src/run_order.py configs/order1_configs --model_name_or_path initial_m")
+    assert terminal[0].startswith("[gorp] order1: gorp, the published method, with values for a small model")
+    assert terminal[1] == "[gorp] checking order1: data, flags and model"
+    assert terminal[2].startswith("[gorp] began src/run_order.py configs/order1_configs --model_name_or_path initial_m")
     assert terminal[-2] == "table of logs_and_outputs/order_1"
     log = (checkout / "logs" / "order_1.log").read_text()
     assert log.count("a library's line") == 1 and "a library's line" not in done.stdout
@@ -325,6 +473,66 @@ def test_dry_run_leaves_nothing(checkout):
     before = sorted(checkout.rglob("*"))
     assert bash("scripts/order_1.sh", cwd=checkout, DRY_RUN="1").returncode == 0
     assert [path for path in sorted(checkout.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+# --- epochs of one task ---
+
+def epochs_of(words: list[str], monkeypatch) -> dict[str, list[str]]:
+    """Dataset -> the epochs that `run_order.py` writes into the command of its task; nothing is checked or trained."""
+    import run_order
+
+    said = {}
+
+    def train(command: list[str]) -> int:
+        dataset = Path(command[command.index("--task_config_dir") + 1]).name
+        said[dataset] = [after for flag, after in zip(command, command[1:]) if flag == "--num_train_epochs"]
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_order, "check_flags", lambda flags: ())
+        patch.setattr(run_order, "check_order", lambda order: "no rows")
+        patch.setattr(run_order, "find_adapter", lambda folder: folder)
+        patch.setattr(run_order.run_uie_lora, "main", train)
+        assert run_order.main(words) == 0
+    return said
+
+
+@pytest.mark.parametrize("script", ["scripts/order_5.sh", "scripts/order_6.sh"])
+def test_mnli_trains_twice_in_orders_5_and_6(script, monkeypatch, tmp_path):
+    [command] = dry_run(script, OUTPUT=str(tmp_path))
+    said = epochs_of(command[2:], monkeypatch)
+    assert len(said) == 15 and said.pop("MNLI") == ["1", "2"]  # the last one counts
+    assert all(epochs == ["1"] for epochs in said.values())
+    [command] = dry_run(script, OUTPUT=str(tmp_path), EXTRA="--task_epochs CB=3 COPA=0.5")
+    said = epochs_of(command[2:], monkeypatch)
+    assert (said["MNLI"], said["CB"], said["COPA"]) == (["1"], ["1", "3"], ["1", "0.5"])
+
+
+def test_max_steps_leaves_epochs_without_effect_and_says_so_once(monkeypatch, tmp_path, capfd):
+    [command] = dry_run("scripts/order_5.sh", "--tiny", OUTPUT=str(tmp_path))
+    said = epochs_of(command[2:], monkeypatch)
+    assert all(epochs == ["1"] for epochs in said.values())
+    assert capfd.readouterr().out.count("[gorp] --task_epochs is ignored: each task trains for --max_steps 200\n") == 1
+    [command] = dry_run("scripts/order_4.sh", "--tiny", OUTPUT=str(tmp_path))
+    epochs_of(command[2:], monkeypatch)
+    assert "--task_epochs" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("words, said", [
+    (["dbpedia=2", "MNLI=2"], "found 'MNLI'; datasets of order1 are allowed: dbpedia, amazon, yahoo, agnews"),
+    *((["amazon=2", word], f"found {word!r}; DATASET=N is allowed, N a number of epochs above 0")
+      for word in ("yahoo", "yahoo=", "yahoo=two", "yahoo=0", "yahoo=-1", "yahoo=nan", "yahoo=inf", "=2")),
+    (["yahoo=2", "yahoo=3"], "found yahoo twice; once is allowed"),
+])
+def test_bad_epochs_are_one_line_before_anything_is_checked(words, said, tmp_path, monkeypatch, capfd):
+    import run_order
+
+    monkeypatch.setattr(run_order, "check_flags", lambda flags: pytest.fail("checked"))
+    out = tmp_path / "out"
+    command = ["configs/order1_configs", "--model_name_or_path", "m", "--output_dir", str(out), "--task_epochs", *words]
+    assert run_order.main(command) == 2
+    assert capfd.readouterr().err == f"error: --task_epochs: {said}\n"
+    assert not out.exists()
 
 
 # --- set-up ---

@@ -47,8 +47,7 @@ class Case:
     rank: int = 3
     steps: int = 16
     side: str = ""  # protected side, "" for no protected space
-    gp_first: bool = False
-    gp_second: bool = False
+    way: str = "gp_first"  # in which S acts on the targets; from a factor's gradient it is removed
     precision: str = "fp32"
     stop_at: int = 0  # save after this many steps and go on from the file in a new model
     bad_step: int = -1  # the loss of this step is infinite, and the step is skipped
@@ -148,12 +147,12 @@ def dense(case: Case) -> dict:
              "svd": "lowrank" if case.refresh == "lowrank" else "exact"}
     if case.side:
         group |= {"scale_mats": list(spaces(case, net).values()), "protect_side": case.side,
-                  "gp_first": case.gp_first, "gp_second": case.gp_second}
+                  case.way: True}
     groups = [group, {"params": others, "lr": LR}]
     if case.factor:
         groups[1]["params"] = [p for p in others if p is not net.head.weight]
         groups.append({"params": [net.head.weight], "lr": LR, "scale_mats": [factor_space(case)],
-                       "protect_side": case.side, "gp_first": case.gp_first, "gp_second": case.gp_second})
+                       "protect_side": case.side, "gp_first": True})
     optimizer = ProjAdamW(groups, lr=LR, eps=case.eps)
     starts = [w.detach().clone() for w in weights]
     losses = []
@@ -186,7 +185,7 @@ class Run:
             self.net, {name: self.net.get_submodule(name) for name in TARGETS[case.model]}, rank=case.rank,
             update_proj_gap=case.gap, scale=case.scale, proj_type=case.proj_type, refresh=case.refresh,
             spaces=spaces(case, self.net), protect_side=case.side or "output",
-            gp_first=case.gp_first, gp_second=case.gp_second,
+            orthogonal=case.way == "orthogonal",
             factor_spaces={"head": (self.net.head.weight, factor_space(case))} if case.factor else None,
         )
         cores = {layer.core for layer in self.cores.layers.values()}

@@ -8,16 +8,18 @@
 
 One step for a weight W (out, in) with gradient G, in a group with a rank and a protected space S:
 
-1. if the step's number (from 0) is a multiple of `update_proj_gap`, new bases from G (`proj_projector.next_bases`);
-   the moments are neither reset nor rotated, as published (GaLore, Zhao et al. 2024);
-2. R = the projection of G; with `gp_first`, of G without its component in S, and the bases come from that too;
-3. Adam on R gives a direction in the projected coordinates, exactly as `torch.optim.AdamW` does;
-4. W shrinks by `lr * weight_decay` and moves by -lr * scale * (the direction projected back); with `gp_second`, by
-   that without its component in S.
+1. if the step's number (from 0) is a multiple of `update_proj_gap`, new bases from the whole G, its part in S included
+   (`proj_projector.next_bases`); the moments are neither reset nor rotated, as in GaLore (Zhao et al. 2024);
+2. R = the projection of G; with `gp_first`, R loses its component in S;
+3. Adam on R gives a direction in the projected coordinates, exactly as `torch.optim.AdamW` does; with `gp_second`, the
+   first moment loses its component in S for this step, before it is divided by the root of the second;
+4. W shrinks by `lr * weight_decay` and moves by -lr * scale * (the direction projected back).
 
-S is always in W's own coordinates. Under `gp_second` every change of W is orthogonal to S, except for weight decay,
-which acts on W itself. Under `gp_first` that holds only where S's side is itself projected, because the basis is then
-orthogonal to S; elsewhere Adam's elementwise division turns a direction orthogonal to S into one that is not.
+S is always in W's own coordinates; where its side is projected, it is taken out of that side's basis. `gp_first` and
+`gp_second` are the two ways of the released GORP code. With neither is the change of W orthogonal to S, except where
+S's side is itself projected: Adam's elementwise division turns a direction orthogonal to S into one that is not. With
+`orthogonal`, this project's third way, it is (except for weight decay, which acts on W itself): S is removed from G
+before the bases are taken, and from the update that is projected back.
 """
 
 import logging
@@ -43,6 +45,7 @@ from Proj_torch.proj_projector import (
     project,
     project_back,
     remove,
+    remove_projected,
 )
 from Proj_torch.proj_projector_tensor import ProjProjectorTensor
 
@@ -50,23 +53,31 @@ log = logging.getLogger("gorp")
 
 ADAM_KEYS = ("params", "param_names", "lr", "betas", "eps", "weight_decay")
 PROJECTION_KEYS = ("rank", "update_proj_gap", "scale", "proj_type", "svd")
-PROTECTION_KEYS = ("scale_mats", "gp_first", "gp_second", "protect_side")
+WAYS = ("gp_first", "gp_second", "orthogonal")  # in which a protected space acts
+PROTECTION_KEYS = ("scale_mats", *WAYS, "protect_side")
 
 
 def adam_direction(
-    exp_avg: Tensor, exp_avg_sq: Tensor, R: Tensor, step: int, betas: tuple[float, float], eps: float
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    R: Tensor,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    clear: Callable[[Tensor], Tensor] = lambda moment: moment,
 ) -> Tensor:
     """Update both moments in place and return m_hat / (sqrt(v_hat) + eps), as `torch.optim.AdamW` defines it.
 
     Args:
         exp_avg, exp_avg_sq, R: first moment, second moment and gradient, of one shape and dtype.
         step: number of this step, counted from 1.
+        clear: what the first moment goes through before it is divided; what is stored does not.
     """
     beta1, beta2 = betas
     exp_avg.lerp_(R, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(R, R, value=1 - beta2)
     denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    return torch.div(exp_avg, denominator, out=denominator).div_(1 - beta1**step)
+    return torch.div(clear(exp_avg), denominator, out=denominator).div_(1 - beta1**step)
 
 
 @dataclass(frozen=True)
@@ -104,9 +115,11 @@ class ProjAdamW(Optimizer):
               "lowrank"): the projection, see `ProjProjector`; tensors of more than two dimensions get
               `ProjProjectorTensor`;
             * `scale_mats`: one entry a parameter, S with orthonormal columns ((out, c) or (in, c), as `protect_side`
-              says) or None where nothing is protected; `gp_first`, `gp_second`: where S is removed; `protect_side`:
-              "output" (the default, as published) or "input".
+              says) or None where nothing is protected; `gp_first`, `gp_second`, `orthogonal`: how S acts, see the
+              head of this file; `protect_side`: "output" (the default, as published) or "input".
         lr, betas, eps, weight_decay: defaults of the groups, as in `torch.optim.AdamW`.
+        eps_before_correction: add eps to sqrt(v) before the bias correction, as Hugging Face's former AdamW does; it is
+            then eps / sqrt(1 - beta2^t) in the usual place.
 
     The moments and bases are float32 whatever the parameter's dtype (float64 for float64), and saved and loaded so.
     A parameter whose gradient is not finite is left as it is for that step, its state included, and counted.
@@ -124,7 +137,9 @@ class ProjAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        eps_before_correction: bool = False,
     ):
+        self.eps_before_correction = eps_before_correction
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -154,12 +169,17 @@ class ProjAdamW(Optimizer):
                 if p.grad is None or p in skipped:
                     continue
                 S = _space(group, index)
-                if "rank" not in group and S is None and p.dtype in (torch.float32, torch.float64):
+                if self._is_plain(group, p, S):
                     plain.append(p)
                 else:
                     self._step_one(group, p, S)
             self._step_plain(group, plain)
         return loss
+
+    def _is_plain(self, group: dict[str, Any], p: Tensor, S: Tensor | None) -> bool:
+        """Whether PyTorch's own AdamW does what is to be done."""
+        own_precision = p.dtype in (torch.float32, torch.float64)
+        return "rank" not in group and S is None and own_precision and not self.eps_before_correction
 
     def _skip_non_finite(self) -> set[Tensor]:
         """Parameters whose gradient is not finite: counted, and named once. Costs one device synchronisation."""
@@ -198,22 +218,28 @@ class ProjAdamW(Optimizer):
         """The step described at the head of this file, for one parameter."""
         state = self.state[p]
         step = int(state.get("step", 0))
-        before, after = _protection(group, S)
         projector = _projector(group, p, state)
+        on_gradient, on_moment, on_update = _removals(group, S, projector, p.shape)
         if projector is None:
-            R = project(p.grad, None, None, *before)
+            R = project(p.grad, None, None, *on_gradient)
         else:
             if projector.is_due(step):
-                _refresh(projector, remove(p.grad, *before) if before else p.grad, state)
-            R = projector.project(p.grad, *before)
+                G = remove(p.grad, *on_update) if on_update and group["orthogonal"] else p.grad
+                _refresh(projector, G, state)
+            R = projector.project(p.grad, *on_gradient)
         _started(state, R)["step"] += 1
-        direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], R, step + 1, group["betas"], group["eps"])
+        bases = (None, None) if projector is None else projector.bases
+        eps = group["eps"] / (math.sqrt(1 - group["betas"][1] ** (step + 1)) if self.eps_before_correction else 1)
+        direction = adam_direction(
+            state["exp_avg"], state["exp_avg_sq"], R, step + 1, group["betas"], eps,
+            clear=lambda moment: remove_projected(moment, *bases, *on_moment) if on_moment else moment,
+        )  # fmt: skip
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
         if projector is None:
-            p.add_(project_back(direction, None, None, *after), alpha=-group["lr"])
+            p.add_(project_back(direction, None, None, *on_update), alpha=-group["lr"])
         else:
-            projector.add_back_(p, direction, -group["lr"], *after)
+            projector.add_back_(p, direction, -group["lr"], *on_update)
 
     def get_first_moment(self, param: Tensor) -> Tensor:
         """Adam's first moment of a parameter in the parameter's own coordinates and shape, as a copy.
@@ -230,7 +256,11 @@ class ProjAdamW(Optimizer):
         if "exp_avg" not in state:
             return torch.zeros_like(at_least_float32(param.detach()))
         projector = _projector(group, param, state)
-        return (projector.project_back(state["exp_avg"]) if projector else state["exp_avg"]).clone()
+        if projector is None:
+            return state["exp_avg"].clone()
+        index = next(index for index, p in enumerate(group["params"]) if p is param)
+        on_update = _removals(group, _space(group, index), projector, param.shape)[2]
+        return projector.project_back(state["exp_avg"], *on_update).clone()
 
     def projection_report(self) -> "ProjectionReport":
         """What the projection did so far, by parameter name, and how many updates were left out in all groups."""
@@ -278,10 +308,23 @@ def _started(state: dict[str, Any], like: Tensor) -> dict[str, Any]:
     return state
 
 
-def _protection(group: dict[str, Any], S: Tensor | None) -> tuple[tuple, tuple]:
-    """(S, side) for the gradient and for the update, each empty where nothing is removed."""
-    protection = () if S is None else (S, group["protect_side"])
-    return protection if group.get("gp_first") else (), protection if group.get("gp_second") else ()
+def _removals(
+    group: dict[str, Any], S: Tensor | None, projector: ProjProjector | None, shape: torch.Size
+) -> tuple[tuple, tuple, tuple]:
+    """(S, side) for the gradient, for the first moment and for the update, each empty where nothing is removed.
+
+    With `gp_first`, S leaves a projected side's basis once it is taken, and so the way back too.
+    """
+    if S is None:
+        return (), (), ()
+    protection = (S, group["protect_side"])
+    first, second, orthogonal = (group[way] for way in WAYS)
+    projected = projector is not None and projector.ranks(shape)[SIDES.index(group["protect_side"])] is not None
+    return (
+        protection if first or orthogonal else (),
+        protection if second else (),
+        protection if orthogonal or (first and projected) else (),
+    )
 
 
 def _projector(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> ProjProjector | None:
@@ -331,7 +374,7 @@ def _check_keys(group: dict[str, Any]) -> None:
         group.setdefault("svd", "exact")
         _require(group, PROJECTION_KEYS, "a projection")
     if any(key in group for key in PROTECTION_KEYS):
-        for key, value in (("gp_first", False), ("gp_second", False), ("protect_side", "output")):
+        for key, value in (*((way, False) for way in WAYS), ("protect_side", "output")):
             group.setdefault(key, value)
         _require(group, PROTECTION_KEYS, "a protected space")
         _check_spaces(group)
@@ -357,8 +400,8 @@ def _check_spaces(group: dict[str, Any]) -> None:
             f"optimizer group: scale_mats has {len(spaces)} entries for {len(group['params'])} parameters; "
             "allowed is one a parameter, None where nothing is protected"
         )
-    if any(S is not None for S in spaces) and not (group["gp_first"] or group["gp_second"]):
-        raise InputError("optimizer group: gp_first and gp_second are both off, so scale_mats would do nothing")
+    if any(S is not None for S in spaces) and not any(group[way] for way in WAYS):
+        raise InputError(f"optimizer group: {', '.join(WAYS)} are all off, so scale_mats would do nothing")
 
 
 def _check_fit(group: dict[str, Any], index: int, p: Tensor) -> None:

@@ -1,7 +1,4 @@
-"""Linear layers whose weights are kept in a form that ZeRO may cut up; `zero_core` says why, and drives them.
-
-`CoreLinear` is frozen and trains a small core; `GuardedLinear` trains whole, but for its component in a space.
-"""
+"""A frozen linear layer with a small trainable core, which ZeRO may cut up; `zero_core` says why, and drives it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +9,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 from Proj_torch.layer_gradient import LayerGradient
-from Proj_torch.proj_projector import Bases, back_factors, project, remove, times_thin
+from Proj_torch.proj_projector import SIDES, Bases, back_factors, project, remove, times_thin
 
 
 class CoreLinear(nn.Linear):
@@ -23,7 +20,7 @@ class CoreLinear(nn.Linear):
         ranks: of the left and the right basis, None where that side is not projected.
         space: S, orthonormal columns, or None.
         side: "output" for S (out, c), "input" for S (in, c).
-        gp_first, gp_second: remove S from the gradient, from the update.
+        orthogonal: how S acts, as ProjAdamW's `orthogonal`, otherwise as its `gp_first`.
     """
 
     def __init__(
@@ -32,8 +29,7 @@ class CoreLinear(nn.Linear):
         ranks: Sequence[int | None],
         space: Tensor | None = None,
         side: str = "output",
-        gp_first: bool = False,
-        gp_second: bool = False,
+        orthogonal: bool = False,
     ):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
@@ -45,7 +41,7 @@ class CoreLinear(nn.Linear):
         self.core_shape = tuple(rank or size for rank, size in zip(self.ranks, self.shape, strict=True))
         self.core = nn.Parameter(torch.zeros(self.core_shape, device=linear.weight.device))
         self.space = None if space is None else space.detach().float()
-        self.side, self.gp_first, self.gp_second = side, gp_first, gp_second
+        self.side, self.orthogonal = side, orthogonal
         self.decay = 1.0  # d
         self.bases: Bases | None = None
         self.bases_before: Bases | None = None  # what a skipped refresh step goes back to
@@ -76,19 +72,26 @@ class CoreLinear(nn.Linear):
             raise InputError("DeepSpeed stage 3: a penalty on a partitioned weight; allowed are stages 0 to 2")
         return _EffectiveWeight.apply(self.core, self)
 
-    def removed(self, first: bool) -> tuple:
-        """(S, side) for the gradient (`first`) or for the update, empty where nothing is removed."""
-        active = self.gp_first if first else self.gp_second
-        return (self.space, self.side) if active and self.space is not None else ()
+    def removed(self, from_update: bool) -> tuple:
+        """(S, side) for the gradient or for the update, empty where nothing is removed.
 
-    def factors(self, first: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Left and right basis in `dtype` and S in float32, for the gradient (`first`) or for the update.
+        S leaves a projected side's basis once it is taken, and so the way back too.
+        """
+        applies = self.orthogonal or not from_update or self.ranks[SIDES.index(self.side)] is not None
+        return (self.space, self.side) if self.space is not None and applies else ()
+
+    def removed_before_bases(self) -> tuple:
+        """(S, side) for the gradient that the bases are taken from; with `gp_first` that is the whole gradient."""
+        return self.removed(from_update=False) if self.orthogonal else ()
+
+    def factors(self, from_update: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Left and right basis in `dtype` and S in float32, for the gradient or for the update.
 
         S is taken out of the basis of its side where that side is projected, which is the same (the removal is
         linear and symmetric); only where it is not projected S is left over for the core.
         """
         (left, right), space = self.bases, None
-        if self.removed(first):
+        if self.removed(from_update):
             if self.side == "output" and left is not None:
                 left = remove(left, self.space, "output")
             elif self.side == "input" and right is not None:
@@ -123,54 +126,8 @@ class CoreLinear(nn.Linear):
         """W <- d W + L C R^T, in place."""
         if self.bases is None:
             return W.mul_(self.decay)
-        factors = back_factors(core, *self.bases, *self.removed(first=False))
+        factors = back_factors(core, *self.bases, *self.removed(from_update=True))
         return W.addmm_(*factors, beta=self.decay) if len(factors) == 2 else W.mul_(self.decay).add_(*factors)
-
-
-class GuardedLinear(nn.Linear):
-    """A trainable linear layer that keeps its weight's component in S, whatever the optimizer does (`gp_second`).
-
-    y = (W - S S^T W + C) x, with C = S S^T W as it was at the start (or the same from the right). The gradient of W is
-    that of y = W x. So an optimizer that sees slices of W moves W as it always would, and the layer moves by that
-    update without its component in S, as ProjAdamW does it with the whole update at hand. Not for weight decay, which
-    would move C.
-
-    Args:
-        linear: the layer whose weight and bias this one takes over.
-        space: S, orthonormal columns.
-        side: "output" for S (out, c), "input" for S (in, c).
-    """
-
-    def __init__(self, linear: nn.Linear, space: Tensor, side: str):
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        self.weight, self.bias, self.space, self.side = linear.weight, linear.bias, space, side
-        W = linear.weight.detach().float()
-        self.kept = W - remove(W, space, side)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y (..., out) for x (..., in)."""
-        return F.linear(x, _Guarded.apply(self.weight, self), self.bias)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Let the weight itself hold what the layer computes with. The weight must be whole (see `gathered`)."""
-        self.weight.copy_(self.guarded(self.weight))
-
-    def guarded(self, weight: Tensor) -> Tensor:
-        """W - S S^T W + C, float32."""
-        return remove(weight, self.space.to(weight.device), self.side) + self.kept.to(weight.device)
-
-
-class _Guarded(torch.autograd.Function):
-    """The guarded weight, whose gradient goes to the weight as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, layer: GuardedLinear) -> Tensor:
-        return layer.guarded(weight).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad, None
 
 
 class _Tap(torch.autograd.Function):
@@ -195,14 +152,13 @@ class _CoreTerm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, core: Tensor, layer: CoreLinear) -> Tensor:
-        left, right, space = layer.factors(first=False, dtype=x.dtype)
+        left, right, space = layer.factors(from_update=True, dtype=x.dtype)
         z = x if right is None else times_thin(x, right)
         C = core.to(x.dtype) if space is None else remove(core, space, layer.side).to(x.dtype)
         h = F.linear(z, C)
-        right_of_gradient = layer.factors(first=True, dtype=x.dtype)[1]
-        same = right_of_gradient is None or layer.gp_first == layer.gp_second
+        # S leaves the right basis alike for the gradient and the update, so that z serves both.
         ctx.layer = layer
-        ctx.save_for_backward(z if same else times_thin(x, right_of_gradient), core)
+        ctx.save_for_backward(z, core)
         return h if left is None else F.linear(h, left)
 
     @staticmethod
@@ -210,11 +166,11 @@ class _CoreTerm(torch.autograd.Function):
         z, core = ctx.saved_tensors
         layer, grad_x = ctx.layer, None
         if ctx.needs_input_grad[0]:
-            left, right, space = layer.factors(first=False, dtype=grad_y.dtype)
+            left, right, space = layer.factors(from_update=True, dtype=grad_y.dtype)
             C = core.to(grad_y.dtype) if space is None else remove(core, space, layer.side).to(grad_y.dtype)
             grad_x = (grad_y if left is None else times_thin(grad_y, left)) @ C
             grad_x = grad_x if right is None else F.linear(grad_x, right)
-        left, _, space = layer.factors(first=True, dtype=grad_y.dtype)
+        left, _, space = layer.factors(from_update=False, dtype=grad_y.dtype)
         grad_h = grad_y if left is None else times_thin(grad_y, left)
         grad_core = grad_h.flatten(0, -2).mT @ z.flatten(0, -2)
         grad_core = grad_core if space is None else remove(grad_core, space, layer.side)
@@ -233,6 +189,6 @@ class _EffectiveWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         layer = ctx.layer
         if layer.gradient is None:
-            return project(grad, *layer.bases, *layer.removed(first=True)).to(ctx.core_dtype), None
+            return project(grad, *layer.bases, *layer.removed(from_update=False)).to(ctx.core_dtype), None
         layer.gradient.add_matrix(grad)
         return torch.zeros(layer.core_shape, dtype=ctx.core_dtype, device=grad.device), None

@@ -195,7 +195,7 @@ def next_bases(
     the first refresh, where there are none, the first unit vectors stand in until the next refresh.
 
     Args:
-        G: gradient; its component in a protected space already removed where that is wanted.
+        G: gradient.
         ranks: one for each mode of G, from `mode_ranks` or `tucker_ranks`.
         svd: "exact" or "lowrank".
         previous: what this function last returned for the weight.
@@ -236,7 +236,24 @@ def remove(X: Tensor, S: Tensor, side: str) -> Tensor:
     X = at_least_float32(X)
     if S.shape[0] == S.shape[1]:
         return torch.zeros_like(X)
-    return torch.addmm(X, S, S.mT @ X, alpha=-1) if side == "output" else torch.addmm(X, X @ S, S.mT, alpha=-1)
+    return _less(X, S, side)
+
+
+def _less(X: Tensor, T: Tensor, side: str) -> Tensor:
+    """X - T T^T X ("output") or X - X T T^T ("input"), whatever T's columns are."""
+    return torch.addmm(X, T, T.mT @ X, alpha=-1) if side == "output" else torch.addmm(X, X @ T, T.mT, alpha=-1)
+
+
+def remove_projected(R: Tensor, left: Tensor | None, right: Tensor | None, S: Tensor, side: str) -> Tensor:
+    """R of projected coordinates without its component in S, in projected coordinates again: L^T (I - S S^T) L R.
+
+    Args:
+        R: (out or k, in or l).
+        left, right: the bases (out, k) and (in, l), None for a side that is not projected.
+        S, side: as in `remove`, in full coordinates.
+    """
+    basis = left if side == "output" else right
+    return remove(R, S, side) if basis is None else _less(R, basis.mT @ S, side)
 
 
 def times_thin(X: Tensor, thin: Tensor) -> Tensor:

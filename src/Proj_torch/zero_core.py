@@ -22,8 +22,9 @@ with elementwise AdamW on C; elementwise AdamW does not mind how C is cut up. Wh
   is AdamW's own. GaLore's scale and the learning rate are one number, because the fold is linear: the core trains
   with lr * scale, and with wd / scale, so that lr wd is the same. eps sees the gradient's own scale, as dense.
 
-A protected space S acts as in ProjAdamW: with `gp_first` the core's gradient and the bases are those of G without its
-component in S; with `gp_second` L C R^T in the forward pass and in the fold is without it.
+A protected space S acts as in ProjAdamW. As `gp_first` it leaves the core's gradient; as `orthogonal` it leaves the
+gradient that the bases are taken from too, and L C R^T in the forward pass and in the fold. `gp_second` would have to
+change Adam's moment within its step, which ZeRO makes of slices: only ProjAdamW has it.
 
 Clipping: the core's gradient enters the norm that DeepSpeed or `clip_grad_norm_` clips, not the full gradient.
 """
@@ -38,7 +39,7 @@ from torch.optim import Optimizer
 
 from errors import InputError
 from module_matching import check_unshared
-from Proj_torch.core_linear import CoreLinear, GuardedLinear
+from Proj_torch.core_linear import CoreLinear
 from Proj_torch.layer_gradient import sketched_bases
 from Proj_torch.proj_projector import SIDES, Bases, mode_ranks, next_bases, project, project_back, remove
 from Proj_torch.sharded_state import MOMENTS, LocalState, ZeroState, optimizer_state_of
@@ -71,10 +72,9 @@ class CoreEngine:
         refresh: "exact", "lowrank" (randomised SVD of the summed gradient) or "sketch" (no gradient is summed).
         spaces: module name -> S (out, c) or (in, c), or None.
         protect_side: "output" or "input".
-        gp_first, gp_second: remove S from the gradient, from the update.
-        factor_spaces: parameter name -> (parameter, S or None), weights of linear layers that the optimizer trains
-            directly (LoRA factors). With `gp_first` a hook removes S from their gradient before it is reduced,
-            with `gp_second` a `GuardedLinear` takes the layer's place.
+        orthogonal: how S acts on a target, as ProjAdamW's `orthogonal`, otherwise as its `gp_first`.
+        factor_spaces: parameter name -> (parameter, S or None), of weights that the optimizer trains directly (LoRA
+            factors): a hook removes S from their gradient before it is reduced, as ProjAdamW's `gp_first` does.
 
     Raises:
         InputError: a target is not a linear layer or shares its weight, or a setting or a space does not fit.
@@ -92,8 +92,7 @@ class CoreEngine:
         refresh: str = "exact",
         spaces: dict[str, Tensor | None] | None = None,
         protect_side: str = "output",
-        gp_first: bool = False,
-        gp_second: bool = False,
+        orthogonal: bool = False,
         factor_spaces: dict[str, tuple[nn.Parameter, Tensor | None]] | None = None,
     ):
         spaces, factor_spaces = spaces or {}, factor_spaces or {}
@@ -110,12 +109,14 @@ class CoreEngine:
                 raise InputError(f"{name}: {error}") from None
             space = spaces.get(name)
             _check_space(name, space, (linear.out_features, linear.in_features), protect_side)
-            layer = CoreLinear(linear, ranks, space, protect_side, gp_first, gp_second)
+            layer = CoreLinear(linear, ranks, space, protect_side, orthogonal)
             _replace(model, name, layer)
             self.layers[name] = layer
         self.factors = {name: param for name, (param, _) in factor_spaces.items()}
-        self.guarded: dict[str, GuardedLinear] = {}
-        self._protect_factors(model, factor_spaces, protect_side, gp_first, gp_second)
+        for param, space in factor_spaces.values():
+            if space is not None:
+                S = space.detach().float()
+                param.register_hook(lambda grad, S=S: remove(grad, S.to(grad.device), protect_side).to(grad.dtype))
         for index, layer in enumerate(self.layers.values()):
             layer.core.register_hook(lambda grad, layer=layer, index=index: self._on_core_gradient(layer, index, grad))
         self.step = 0  # optimizer steps taken
@@ -145,25 +146,6 @@ class CoreEngine:
         for layer in self.layers.values():
             layer.space = None if layer.space is None else layer.space.to(layer.core.device)
 
-    def _protect_factors(
-        self,
-        model: nn.Module,
-        spaces: dict[str, tuple[nn.Parameter, Tensor | None]],
-        side: str,
-        first: bool,
-        second: bool,
-    ) -> None:
-        for name, (param, space) in spaces.items():
-            if space is None:
-                continue
-            S = space.detach().float()
-            if first:
-                param.register_hook(lambda grad, S=S: remove(grad, S.to(grad.device), side).to(grad.dtype))
-            if second:
-                owner = next(path for path, module in model.named_modules() if getattr(module, "weight", None) is param)
-                self.guarded[name] = GuardedLinear(model.get_submodule(owner), S, side)
-                _replace(model, owner, self.guarded[name])
-
     # ---------------------------------------------------------------------------------- training
 
     def begin_micro_batch(self, is_last: bool = True) -> None:
@@ -187,9 +169,6 @@ class CoreEngine:
         """Fold the cores, so that the weights hold what was trained; collective. Training may go on after it."""
         self._settle()
         self._fold()
-        for layer in self.guarded.values():
-            with self.optimizer_state.gathered([layer.weight]):
-                layer.settle()
 
     def detach(self, model: nn.Module) -> None:
         """`finish`, and plain linear layers in the model again. Not while DeepSpeed's stage 3 owns the model."""
@@ -245,7 +224,7 @@ class CoreEngine:
                 layer.bases, layer.share = _sketch(layer, seed=index + len(self.layers) * self.step)
             else:
                 layer.bases, layer.share = _decompose(layer, self.refresh)
-            left, right, space = layer.factors(first=True, dtype=torch.float32)
+            left, right, space = layer.factors(from_update=False, dtype=torch.float32)
             core_gradient = layer.gradient.projected(left, right)
             layer.gradient.clear()  # before backward reaches the next layer, so that one at a time is in memory
             return (core_gradient if space is None else remove(core_gradient, space, layer.side)).to(grad.dtype)
@@ -260,7 +239,8 @@ class CoreEngine:
         for name, layer in self.layers.items():
             moment = self.optimizer_state.read_moment(layer.core, "exp_avg")
             bases = layer.bases
-            moments[name] = moment.new_zeros(layer.shape) if bases is None else project_back(moment, *bases)
+            back = layer.removed(from_update=True)
+            moments[name] = moment.new_zeros(layer.shape) if bases is None else project_back(moment, *bases, *back)
         return moments
 
     @torch.no_grad()
@@ -316,7 +296,6 @@ class CoreEngine:
             if layer.rounding is not None:
                 state[f"{name}.rounding"] = layer.rounding
             state[f"{name}.counts"] = torch.tensor([layer.decay, *layer.counts.values()], dtype=torch.float64)
-        state |= {f"{name}.kept": layer.kept for name, layer in self.guarded.items()}
         return {key: value.cpu().contiguous() for key, value in state.items()}
 
     @torch.no_grad()
@@ -343,14 +322,12 @@ class CoreEngine:
                 for value in (state.get(f"{name}.{key}") for key in ("left", "right", "rounding"))
             )
             layer.bases = (left, right) if layer.counts["refreshes"] else None
-        for name, layer in self.guarded.items():
-            layer.kept = state[f"{name}.kept"].to(layer.weight.device)
         if self.step:
             self.optimizer_state.write_moments(moments, self.step)
         self._between_steps, self._is_last, self._open = True, True, False
 
     def _check_state(self, state: dict[str, Tensor]) -> None:
-        shapes = {f"{name}.kept": tuple(layer.kept.shape) for name, layer in self.guarded.items()}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, layer in self.layers.items():
             shapes |= {f"{name}.weight": layer.shape, f"{name}.core": layer.core_shape, f"{name}.counts": (4,)}
             shapes |= {f"{name}.{key}": layer.core_shape for key in MOMENTS}
@@ -375,7 +352,7 @@ def _decompose(layer: CoreLinear, svd: str) -> tuple[Bases, float]:
         dist.reduce(G, dst=0)
         if dist.get_rank() > 0:
             return _received(layer, G.device)
-    G = remove(G, *layer.removed(first=True)) if layer.removed(first=True) else G
+    G = remove(G, *layer.removed_before_bases()) if layer.removed_before_bases() else G
     bases = tuple(None if B is None else B.contiguous() for B in next_bases(G, layer.ranks, svd, layer.bases))
     held, whole = (torch.linalg.vector_norm(X, dtype=torch.float64) for X in (project(G, *bases), G))
     share = (held / whole.clamp_min(torch.finfo(whole.dtype).tiny)).square().float()
@@ -384,7 +361,7 @@ def _decompose(layer: CoreLinear, svd: str) -> tuple[Bases, float]:
 
 def _sketch(layer: CoreLinear, seed: int) -> tuple[Bases, float]:
     """Bases from products that are summed over ranks, and their energy share; no gradient is formed or sent."""
-    S, side = layer.removed(first=True) or (None, None)
+    S, side = layer.removed_before_bases() or (None, None)
 
     def clear(M: Tensor, its_side: str) -> Tensor:
         return remove(M, S, "output") if side == its_side else M

@@ -17,6 +17,7 @@ from loranew.adapter import (
     renew_loranew,
     save_folded,
     set_input_space,
+    set_shared_dropout,
 )
 from loranew.layer import LoraNewConfig, LoraNewLinear
 
@@ -32,4 +33,5 @@ __all__ = [
     "renew_loranew",
     "save_folded",
     "set_input_space",
+    "set_shared_dropout",
 ]

@@ -122,6 +122,12 @@ def renew_loranew(peft_model: PeftModel) -> None:
         layer.renew(peft_model.active_adapter)
 
 
+def set_shared_dropout(peft_model: PeftModel, shared: bool) -> None:
+    """Let dropout act on the memory too, with the mask of the new pair, as O-LoRA's code does it; or not."""
+    for layer in loranew_layers(peft_model).values():
+        layer.shared_dropout = shared
+
+
 def set_input_space(peft_model: PeftModel, spaces: Mapping[str, torch.Tensor | None]) -> None:
     """Set the input space S (in, c) of each named layer (names as in `loranew_layers`), see LoraNewLinear.
 

@@ -94,6 +94,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
         self.loranew_A = nn.ModuleDict()
         self.loranew_B = nn.ModuleDict()
         self.register_buffer("input_space", None, persistent=False)
+        self.shared_dropout = False  # whether dropout acts on the old pair too
         self.ranks_in_weight: dict[str, int] = {}  # of each adapter: the leading ranks of the old pair that W holds
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
@@ -121,15 +122,16 @@ class LoraNewLinear(nn.Module, LoraLayer):
             return result
         change = 0
         for adapter in self.active_adapters:
+            seen = x.to((self.loranew_A if adapter in self.loranew_A else self.lora_A)[adapter].weight.dtype)
+            dropped = self.lora_dropout[adapter](seen)
             if self.has_old_branch(adapter):
-                # Not dropped out: noise on a frozen branch would only blur what earlier tasks know.
-                seen = x.to(self.lora_A[adapter].weight.dtype)
-                change = change + self.scaling[adapter] * self._old_change(adapter, seen)
+                # Without dropout by default: noise on a frozen branch would only blur what earlier tasks know.
+                old = self._old_change(adapter, dropped if self.shared_dropout else seen)
+                change = change + self.scaling[adapter] * old
             if adapter in self.loranew_A:
-                seen = self.lora_dropout[adapter](x.to(self.loranew_A[adapter].weight.dtype))
                 if self.input_space is not None:
-                    seen = _remove(seen, self.input_space)
-                change = change + self.scaling[adapter] * self.loranew_B[adapter](self.loranew_A[adapter](seen))
+                    dropped = _remove(dropped, self.input_space)
+                change = change + self.scaling[adapter] * self.loranew_B[adapter](self.loranew_A[adapter](dropped))
         return (result + change).to(result.dtype)
 
     def set_input_space(self, space: torch.Tensor | None) -> None:

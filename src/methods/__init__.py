@@ -8,8 +8,8 @@ from methods.base import Method
 
 
 def method_names() -> list[str]:
-    """Names that `--method` takes: the files of this folder, but for this one and the base."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    """Names that `--method` takes: the files of this folder, except this one and `base*.py`."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("base"))
 
 
 def find_method(name: str) -> type[Method]:

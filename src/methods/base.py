@@ -2,12 +2,12 @@
 
 A method is a subclass in a file of its own that overrides the few hooks in which it differs. `LoraMethod` adds a new
 LoRA for each task and puts no constraint on it; `FullRankMethod` trains weights of the base model and no LoRA.
-Options of a method's own are fields of a subclass of `MethodArguments`, named by the method's `Arguments`.
+A method's options are a dataclass, its `Arguments`, made of the groups in `base_options.py` and of fields of its own.
 """
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,6 @@ from peft import PeftModel, TaskType
 from torch import nn
 
 import full_rank
-from arguments import MethodArguments
 from errors import InputError
 from files import read_json, write_json
 from loranew import (
@@ -30,18 +29,12 @@ from loranew import (
     save_folded,
 )
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
+from methods.base_options import LoraArguments, MethodArguments, PenaltyArguments, TargetArguments
 from module_matching import check_rank, check_unshared, match_linear
 from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
 from task_examples import OrderExamples
 
 logger = logging.getLogger("gorp")
-
-# Options by what reads them, for a method to say which it does not read.
-LORA = ("lora_modules", "lora_dim", "lora_alpha", "lora_dropout", "merge_old")
-SPACE = ("proj_lora_modules", "protect", "protect_side", "space_energy", "space_from")
-PROJECTION = ("galore_rank", "galore_update_proj_gap", "galore_scale", "galore_proj_type", "galore_svd",
-              "galore_engine", "galore_lr")  # fmt: skip
-PENALTIES = ("lamda_1", "lamda_2", "lamda_3")
 
 
 class Method:
@@ -52,16 +45,21 @@ class Method:
     `prepare` starts.
 
     Attributes:
-        Arguments: the method's group of command-line options.
+        Arguments: the method's group of command-line options; all of them, and no others, are read.
         zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
         step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_rows` may set it.
-        unread: options of `MethodArguments` that have no effect with this method.
+        averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
+            all answer tokens of the step.
+        presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
+        trains: whether training follows `prepare`; otherwise the folder to load is this task's own. Set before it.
     """
 
     Arguments: type[MethodArguments] = MethodArguments
     zero_stage: int | None = 3
     step_factor = 1
-    unread: tuple[str, ...] = ()
+    averages_micro_batches = False
+    trains = True
+    presets: Mapping[str, Mapping[str, object]] = {}
 
     def __init__(self, options: MethodArguments):
         self.options = options
@@ -71,6 +69,23 @@ class Method:
         self.own_state = False
         # Weights of the base that differ from the base model on disk, by module name: earlier tasks' and this one's.
         self.changed: dict[str, nn.Linear] = {}
+        # Options that are read, but decide nothing in this run.
+        self.idle: set[str] = set()
+
+    @classmethod
+    def fixed_by(cls, name: str | None) -> dict[str, object]:
+        """The options that `--preset name` fixes; a flag that contradicts one is an error.
+
+        Raises:
+            InputError: the method has no such preset.
+        """
+        if name == "published":
+            raise InputError("--preset: found published; --method gorp is the paper's method now, and --preset released "
+                             "computes what the released scripts compute")
+        if name is not None and name not in cls.presets:
+            allowed = ", ".join(cls.presets) or "none with this method; --method gorp has released"
+            raise InputError(f"--preset: found {name}; {allowed}")
+        return {"preset": name, **cls.presets[name]} if name else {}
 
     # Setting up
 
@@ -136,21 +151,29 @@ class Method:
         """Lines for the start of a run: how many values train, and where; what was asked for in vain."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        lines = [f"method {self.options.method}: {trained:,} of {total:,} values train; {self.describe()}"]
-        if vain := self.without_effect():
-            lines.append(f"without effect with method {self.options.method}: {', '.join(f'--{name}' for name in vain)}")
+        lines = [f"method {self.full_name}: {trained:,} of {total:,} values train; {self.describe()}"]
+        if ignored := self.ignored():
+            lines.append(f"ignored by method {self.full_name}: {', '.join(f'--{name}' for name in ignored)}")
         return lines
 
-    def effective_options(self) -> dict[str, object]:
-        """The options that this method reads, by name."""
-        return {name: value for name, value in dataclasses.asdict(self.options).items() if name not in self.unread}
+    def ignored(self) -> list[str]:
+        """Options on the command line that decide nothing: other methods', and idle ones that are not at their
+        defaults."""
+        options = {option.name: option for option in dataclasses.fields(self.options)}
+        idle = [name for name in sorted(self.idle & options.keys())
+                if getattr(self.options, name) not in ([], None, options[name].default)]
+        return [*self.options.ignored, *idle]
 
-    def without_effect(self) -> list[str]:
-        """The unread options that are not at their defaults."""
-        defaults = {option.name: option.default for option in dataclasses.fields(self.options)}
-        unset = ([], None)
-        return [name for name in self.unread
-                if (value := getattr(self.options, name)) not in unset and value != defaults[name]]
+    @property
+    def full_name(self) -> str:
+        """The method's name in reports; a preset is a method of its own."""
+        return self.options.method + (f" --preset {self.options.preset}" if self.options.preset else "")
+
+    def effective_options(self) -> dict[str, object]:
+        """The options that decide something in this run, by name."""
+        options = dataclasses.asdict(self.options)
+        return {name: value for name, value in options.items()
+                if name not in {"method", "preset", "ignored"} | self.idle}
 
     def describe(self) -> str:
         """Where the values that train are, for `summary`."""
@@ -164,9 +187,9 @@ class Method:
 class LoraMethod(Method):
     """A new LoRA for each task, which joins the frozen LoRA of all earlier tasks when its task ends."""
 
-    unread = ("optim_target_modules", *SPACE, *PROJECTION, *PENALTIES)
+    Arguments: type[LoraArguments] = LoraArguments
 
-    def __init__(self, options: MethodArguments):
+    def __init__(self, options: LoraArguments):
         super().__init__(options)
         # Of a model that DeepSpeed has cut up: what `end_task` has gathered to be saved.
         self.partitioned = False
@@ -182,13 +205,18 @@ class LoraMethod(Method):
         if previous is None:
             self.model = add_loranew(model, self.lora_config(decoder_only))
         else:
-            self.changed |= full_rank.load_weights(model, previous)
+            if self.keeps_changes():
+                self.changed |= full_rank.load_weights(model, previous)
             self.model = load_loranew(model, previous)
             self._refuse_other_kind(previous, self.lora_config(decoder_only).save_loranew)
             self._say_what_stays(previous, layers.keys())
         if self.options.merge_old:
             self._merge_old()
         return self.model
+
+    def keeps_changes(self) -> bool:
+        """Whether the full-rank changes in the folder to load stay."""
+        return True
 
     def _refuse_other_kind(self, previous: Path, one_for_all: bool) -> None:
         if self.model.peft_config[self.model.active_adapter].save_loranew != one_for_all:
@@ -309,18 +337,11 @@ class LoraMethod(Method):
                 yield name.removeprefix("base_model.model.").replace(".default.", "."), parameter
 
 
-class FullRankArguments(MethodArguments):
-    """The options of a method without a LoRA."""
-
-    uses_lora = False
-
-
 class FullRankMethod(Method):
     """The weights of the base model that `--optim_target_modules` names train themselves; there is no LoRA."""
 
-    Arguments = FullRankArguments
+    Arguments: type[TargetArguments] = TargetArguments
     zero_stage = None  # the optimizer, or the hooks on gradients, need whole weights
-    unread = (*LORA, *SPACE, *PROJECTION, *PENALTIES)
 
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False

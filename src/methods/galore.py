@@ -6,13 +6,14 @@ stay frozen, so that the weights are those that GORP changes.
 """
 
 from errors import InputError
-from methods.base import LORA, PENALTIES, SPACE, FullRankMethod
+from methods.base import FullRankMethod
+from methods.base_options import ProjectionArguments
 from module_matching import check_rank
 from Proj_torch import ProjAdamW
 
 
 class Galore(FullRankMethod):
-    unread = (*LORA, *SPACE, *PENALTIES)
+    Arguments = ProjectionArguments
 
     def prepare(self, model, previous, *, decoder_only, sharded=False):
         if self.options.galore_engine == "cores":
@@ -24,18 +25,8 @@ class Galore(FullRankMethod):
         return model
 
     def create_optimizer(self, *, lr, betas, eps, weight_decay):
-        options = self.options
-        group = {
-            "params": [layer.weight for layer in self.targets.values()],
-            "param_names": list(self.targets),
-            "rank": options.galore_rank,
-            "update_proj_gap": options.galore_update_proj_gap,
-            "scale": options.galore_scale,
-            "proj_type": options.galore_proj_type,
-            "svd": options.galore_svd,
-            "lr": options.galore_lr,
-        }
-        self.optimizer = ProjAdamW([group], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        weights = {"params": [layer.weight for layer in self.targets.values()], "param_names": list(self.targets)}
+        self.optimizer = ProjAdamW([weights | self.options.projection()], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         return self.optimizer
 
     def closing_summary(self) -> list[str]:

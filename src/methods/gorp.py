@@ -1,8 +1,11 @@
-"""GORP (Wang et al., ACL 2025): LoRA and full-rank weights, both kept clear of what earlier tasks need.
+"""GORP (Wang et al., ACL 2025, https://doi.org/10.18653/v1/2025.acl-long.721): the paper's method.
 
-Full-rank weights train through a rank-k gradient projection; the protected LoRA factors and the full-rank weights
-keep out of the shared gradient space, which each finished task extends by what its layers saw (or, as published, by
-its first moments, `--space_from moments`).
+Each task trains a new LoRA, and some full-rank weights through a rank-k projection of their gradients. A finished task
+extends the shared gradient space S of each protected weight by the directions of Adam's first moment; while later tasks
+train, the gradients of protected LoRA factors and of full-rank weights lose their component in S before Adam.
+
+The paper, the code that its authors released and this project differ: docs/DEVIATIONS.md. `--preset released` computes
+what the released scripts compute (`RELEASED`); `sgorp.py` is this project's variant.
 
 Two engines do the same mathematics: `ProjAdamW` where the optimizer sees whole weights, and `CoreEngine` with a plain
 AdamW where DeepSpeed cuts them up, or where `--galore_engine cores` asks for it.
@@ -10,14 +13,16 @@ AdamW where DeepSpeed cuts them up, or where `--galore_engine cores` asks for it
 
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from errors import InputError
-from loranew import loranew_layers, set_input_space
-from methods.base import PROJECTION, LoraMethod
+from loranew import loranew_layers, set_shared_dropout
+from methods.base import LoraMethod
+from methods.base_options import ChangePenaltyArguments, LoraArguments, ProjectionArguments, SpaceArguments
 from module_matching import check_rank, match_linear
 from Proj_torch import ProjAdamW
 from Proj_torch.zero_core import CoreEngine
@@ -27,17 +32,46 @@ detail = logging.getLogger("gorp.detail")
 SPACE_FILE = "gradient_space.safetensors"
 
 
-class Gorp(LoraMethod):
-    """The published method; what its options switch is in `MethodArguments`."""
+# What a clean run of the released scripts computes, whatever it passes; the method's options and Hugging Face's.
+RELEASED = {
+    "protect": "none", "lamda_1": 0.0, "lamda_2": 0.0, "lamda_3": 0.0,
+    "galore_svd": "exact", "galore_engine": "dense", "merge_old": False,
+    "adam_epsilon": 1e-6, "max_grad_norm": 0.0, "weight_decay": 0.0, "label_smoothing_factor": 0.0,
+    "bf16": False, "fp16": False, "gradient_checkpointing": False, "activation_checkpointing": False, "deepspeed": None,
+}  # fmt: skip
 
-    unread = ()
+
+@dataclass
+class GorpArguments(ChangePenaltyArguments, SpaceArguments, ProjectionArguments, LoraArguments):
+    def check_with(self, training, zero_stage):
+        super().check_with(training, zero_stage)
+        if self.protect == "gp_second" and (zero_stage is not None or self.galore_engine == "cores"):
+            engine = "--galore_engine cores" if zero_stage is None else "DeepSpeed"
+            raise InputError(f"--protect: found gp_second with {engine}; it needs ProjAdamW, one process without cores")
+
+
+class Gorp(LoraMethod):
+    """The paper's method; with `--preset released`, what the released scripts compute."""
+
+    Arguments = GorpArguments
+    presets = {"released": RELEASED}
+
+    def __init__(self, options):
+        super().__init__(options)
+        self.released = self.averages_micro_batches = options.preset == "released"
+        if self.released:
+            self.idle = RELEASED.keys() & vars(options).keys()
+
+    def keeps_changes(self):
+        # The released code saves the LoRA alone: the next task starts from the base's full-rank weights again.
+        return not (self.released and self.trains)
 
     def prepare(self, model, previous: Path | None, *, decoder_only: bool, sharded: bool = False):
         options = self.options
         self.targets = match_linear(model, options.optim_target_modules, "--optim_target_modules")
         check_rank(self.targets, options.galore_rank, "--galore_rank")
         if not self.targets:
-            self.unread = (*PROJECTION, "lamda_3")
+            self.idle |= {*self.options.of_projection(), "lamda_3"}
         self.changed |= self.targets
         model = super().prepare(model, previous, decoder_only=decoder_only)
         self.protected = self._protected_factors()
@@ -47,9 +81,9 @@ class Gorp(LoraMethod):
                 "projected or protected; give one, or use --method inclora"
             )
         self.space = self._load_space(previous)
-        if options.protect == "structural":
-            # The new LoRA sees x - S S^T x, so that its change is orthogonal to S exactly.
-            set_input_space(model, {name: self.space.get(f"{name}.loranew_A") for name in loranew_layers(model)})
+        if options.protect == "none":
+            self.idle |= {"protect_side", "space_energy", "space_from", "proj_lora_modules"}
+        set_shared_dropout(model, self.released)
         if options.lamda_3:  # before a checkpoint is loaded: the change counts from the task's start
             self.start = {name: layer.weight.detach().clone() for name, layer in self.targets.items()}
         self.sharded = sharded
@@ -76,17 +110,10 @@ class Gorp(LoraMethod):
             groups = [
                 {"params": list(free.values()), "param_names": list(free)},
                 self._protected_group(self.protected),
-                self._protected_group(self._full_rank_weights())
-                | {
-                    "rank": self.options.galore_rank,
-                    "update_proj_gap": self.options.galore_update_proj_gap,
-                    "scale": self.options.galore_scale,
-                    "proj_type": self.options.galore_proj_type,
-                    "svd": self.options.galore_svd,
-                    "lr": self.options.galore_lr,
-                },
+                self._protected_group(self._full_rank_weights()) | self.options.projection(),
             ]
-            self.optimizer = ProjAdamW([group for group in groups if group["params"]], **settings)
+            groups = [group for group in groups if group["params"]]
+            self.optimizer = ProjAdamW(groups, **settings, eps_before_correction=self.released)
         return self.optimizer
 
     def begin_training(self, engine) -> None:
@@ -117,7 +144,7 @@ class Gorp(LoraMethod):
     # Finishing
 
     def revisit(self, model, batches) -> None:
-        if self.options.space_from == "inputs":
+        if self.options.space_from == "inputs" and self.options.protect != "none":
             base = self.model.get_base_model()
             layers = {_space_name(name): name for name in self.targets}
             layers |= {_space_name(name): _space_name(name).rpartition(".")[0] for name in self.protected}
@@ -125,7 +152,9 @@ class Gorp(LoraMethod):
 
     def end_task(self) -> None:
         self.projection_line = self._describe_projection()
-        if self.options.space_from == "moments":
+        if self.options.protect == "none":
+            self.seen = {}
+        elif self.options.space_from == "moments":
             self.seen = {_space_name(name): moment.cpu() for name, moment in self._first_moments()}
         self.space.extend(self.seen)
         for line in self.space.describe():
@@ -153,23 +182,33 @@ class Gorp(LoraMethod):
         weights = sum(layer.weight.numel() for layer in self.targets.values())
         cores = "trainable cores under DeepSpeed, AdamW" if self.sharded else "trainable cores, AdamW"
         engine = "ProjAdamW" if self.cores is None else cores
+        if options.protect == "none":
+            space = "shared space: none, nothing is protected"
+        else:
+            space = (
+                f"shared space: {options.protect} on the {options.protect_side} side, from {options.space_from}, of "
+                f"{len(self.protected)} LoRA factors and {len(self.targets)} weights; {self._count_directions()} "
+                "directions of earlier tasks"
+            )
+        released = (
+            "preset released: what the released scripts compute, nothing protected, no penalty, full-rank changes for "
+            "this task alone; but not their ranks that train apart (one model takes every step), nor their reading of "
+            "data and their evaluation (docs/DEVIATIONS.md)"
+        )
         return [
             *super().summary(),
+            *([released] if self.released else []),
             f"full-rank: {weights:,} values of {len(self.targets)} weights train, projected "
             f"({options.galore_proj_type}) to rank {options.galore_rank} every {options.galore_update_proj_gap} steps, "
             f"lr {options.galore_lr}; engine: {engine}",
-            f"shared space: {options.protect} on the {options.protect_side} side, from {options.space_from}, of "
-            f"{len(self.protected)} LoRA factors and {len(self.targets)} weights; {self._count_directions()} "
-            "directions of earlier tasks",
+            space,
         ]
 
     def closing_summary(self) -> list[str]:
         bases = self.space.bases.values()
         full = sum(S.shape[1] == S.shape[0] for S in bases)
-        return [
-            self.projection_line,
-            f"shared space: {self._count_directions()} directions in {len(bases)} bases, {full} of them full",
-        ]
+        space = f"shared space: {self._count_directions()} directions in {len(bases)} bases, {full} of them full"
+        return [self.projection_line, *([space] if bases else [])]
 
     # The parts
 
@@ -187,22 +226,27 @@ class Gorp(LoraMethod):
             raise InputError(
                 f"--proj_lora_modules: '{pattern}' matches no factor; factors are called {next(iter(names))} ..."
             )
-        # Only A sees what the layer sees; B's input is of the LoRA's own making.
         others = [name for name in matched if not name.endswith(".loranew_A.weight")]
-        if others and (self.options.space_from == "inputs" or self.options.protect == "structural"):
+        if others and self._needs_inputs():
             raise InputError(
                 f"--proj_lora_modules: '{pattern}' matches {others[0]}; with --space_from inputs or --protect "
                 "structural only loranew_A factors can be protected"
             )
         return matched
 
+    def _needs_inputs(self) -> bool:
+        """Whether a protected factor must be one that sees the layer's input: A, not B."""
+        return self.options.space_from == "inputs"
+
     def _load_space(self, previous: Path | None) -> GradientSpace:
         if previous is None or not (previous / SPACE_FILE).exists():
             return GradientSpace(side=self.options.protect_side, energy=self.options.space_energy)
         space = GradientSpace.load(previous / SPACE_FILE)
         if space.side != self.options.protect_side:
+            hint = " (METHOD=sgorp, which was the default gorp once)" if space.side == "input" else ""
             raise InputError(
-                f"--protect_side: found {self.options.protect_side}; {previous / SPACE_FILE} was built for {space.side}"
+                f"--protect_side: found {self.options.protect_side}; {previous / SPACE_FILE} was built for the "
+                f"{space.side} side{hint}"
             )
         space.energy = self.options.space_energy
         side = 0 if space.side == "output" else 1
@@ -219,14 +263,6 @@ class Gorp(LoraMethod):
     def _full_rank_weights(self) -> dict[str, nn.Parameter]:
         return {name: layer.weight for name, layer in self.targets.items()}
 
-    def _removals(self) -> dict[str, bool]:
-        """Where S is removed: from the gradient, from the update. Structurally means from both for a weight."""
-        protect = self.options.protect
-        return {
-            "gp_first": protect in ("gp_first", "structural"),
-            "gp_second": protect in ("gp_second", "structural"),
-        }
-
     def _spaces(self, names) -> dict[str, torch.Tensor | None]:
         """S of each named parameter; None for all where nothing is to be protected."""
         return {name: None if self.options.protect == "none" else self.space.get(_space_name(name)) for name in names}
@@ -237,7 +273,11 @@ class Gorp(LoraMethod):
         bases = list(self._spaces(parameters).values())
         if all(basis is None for basis in bases):
             return group
-        return group | {"scale_mats": bases, "protect_side": self.options.protect_side, **self._removals()}
+        return group | {"scale_mats": bases, "protect_side": self.options.protect_side, self.way(): True}
+
+    def way(self) -> str:
+        """How S acts, in ProjAdamW's terms."""
+        return self.options.protect
 
     def _core_engine(self) -> CoreEngine:
         options = self.options
@@ -247,8 +287,7 @@ class Gorp(LoraMethod):
                 f"--optim_target_modules: matches {both[0]}, which has a LoRA too; under DeepSpeed, or with "
                 "--galore_engine cores, one of the two"
             )
-        # Structurally, a factor is protected by its forward pass already.
-        spaces = {} if options.protect == "structural" else self._spaces(self.protected)
+        spaces = self._spaces(self.gradient_protected())
         return CoreEngine(
             self.model.get_base_model(),
             self.targets,
@@ -260,8 +299,12 @@ class Gorp(LoraMethod):
             spaces=self._spaces(self.targets),
             protect_side=options.protect_side,
             factor_spaces={name: (factor, spaces.get(name)) for name, factor in self.protected.items()},
-            **self._removals(),
+            orthogonal=self.way() == "orthogonal",
         )
+
+    def gradient_protected(self) -> dict[str, nn.Parameter]:
+        """The protected factors whose gradient loses its component in S."""
+        return self.protected
 
     def _first_moments(self):
         """Adam's first moment (out, in) of each protected factor and full-rank weight, with its name."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from arguments import MethodArguments, check
+from arguments import check
 from loranew import loranew_layers
 from methods.base import LoraMethod
+from methods.base_options import LoraArguments
 
 
 @dataclass
-class NloraArguments(MethodArguments):
+class NloraArguments(LoraArguments):
     nlora_lamda: float = field(
         default=1e-5,
         metadata={"help": "Weight of sum |B_new A_new| over all layers (a choice of this project, not the paper's)."},

@@ -16,13 +16,14 @@ from arguments import check
 from errors import InputError
 from files import read_json, write_json
 from loranew.adapter import CONFIG_FILE
-from methods.base import FullRankArguments, FullRankMethod
+from methods.base import FullRankMethod
+from methods.base_options import TargetArguments
 
 MOST_PRESERVED = 0.95
 
 
 @dataclass
-class OsfArguments(FullRankArguments):
+class OsfArguments(TargetArguments):
     osf_preserved: float = field(
         default=0.5, metadata={"help": "Share of a weight's singular directions that the first task preserves."}
     )

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 from datasets import concatenate_datasets
 
-from arguments import MethodArguments, check
+from arguments import check
+from methods.base_options import LoraArguments
 from methods.seqlora import Seqlora
 
 
 @dataclass
-class ReplayArguments(MethodArguments):
+class ReplayArguments(LoraArguments):
     replay_rows: int = field(default=16, metadata={"help": "Rows of each earlier task in the buffer."})
 
     def __post_init__(self):

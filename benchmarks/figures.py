@@ -1,0 +1,212 @@
+"""Draw docs/images/results.svg: each method's average performance (AP) with its 95 % interval.
+
+    python benchmarks/figures.py                                        every complete method
+    python benchmarks/figures.py --methods gorp "gorp --preset released" sgorp olora
+
+The picture is made from the finished trials in `benchmarks/results/<model>/outcomes.jsonl`, without model or data, and
+is the same bytes each time. A method is complete in a panel if it has all of the panel's orders, with as many seeds as
+the panel asks for; others are left out. Where a method, order and seed has two lines, the later one counts.
+
+An interval is the bootstrap of `src/report/bootstrap.py`, over test rows and seeds, of the method's own AP. One seed is
+drawn hollow: its interval is over test rows alone. Two methods are compared by the interval of their difference
+(REPRODUCE.md), not by whether these bars overlap.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+from benchmarks.continual import Outcome, read_outcomes  # noqa: E402
+from errors import InputError  # noqa: E402
+from report.bootstrap import Interval, RunKey, paired_interval  # noqa: E402
+
+OUT = ROOT / "docs" / "images" / "results.svg"
+
+FIRST = ("gorp", "gorp --preset released", "sgorp")
+COLOURS = {
+    "gorp": ("#bc4c00", "#f0883e"), "gorp --preset released": ("#9a6700", "#e3b341"), "sgorp": ("#8250df", "#bc8cff"),
+    "olora": ("#0969da", "#58a6ff"), "nlora": ("#0a7ea4", "#56c8e8"), "replay": ("#1a7f37", "#3fb950"),
+    "galore": ("#bf3989", "#ff80c8"), "osf": ("#7d4e2d", "#d0a070"), "inclora": ("#4c5fd5", "#a5b4fc"),
+    "seqlora": ("#a40e26", "#ff8a8a"), "multitask": ("#4d6b00", "#b5d334"),
+}  # fmt: skip
+"""Of each method's own, in a tone for light and one for dark backgrounds; with other flags it keeps its colour."""
+OTHER = ("#59636e", "#b1bac4")
+NOTES = {"multitask": "all tasks at once, the ceiling"}
+WIDTH, ROW, TOP, NAMES, GAP = 830, 33, 72, 220, 36
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One model: whose trials, which orders of them, and the seeds that a complete method has at least."""
+
+    folder: str
+    title: str
+    orders: tuple[str, ...]
+    seeds: int
+
+    def subtitle(self, seeds: set[int]) -> str:
+        orders = f"order {self.orders[0]}" if len(self.orders) == 1 else f"orders {self.orders[0]} to {self.orders[-1]}"
+        numbers = " or ".join(map(str, sorted(seeds)))
+        return f"{orders}, {numbers} seed{'' if seeds == {1} else 's'}"
+
+
+PANELS = (
+    Panel("small-t5", "Small T5, 1.5 million weights", ("A", "B", "C"), 3),
+    Panel("smollm2-135m", "SmolLM2-135M", ("A",), 1),
+)
+
+
+def complete_methods(outcomes: Sequence[Outcome], panel: Panel) -> dict[str, Interval]:
+    """AP with its interval of every method that has the panel's orders and seeds on test rows."""
+    right: dict[str, dict[RunKey, Mapping[str, np.ndarray]]] = {}
+    for outcome in outcomes:
+        trial = outcome.trial
+        if trial.split == "test" and trial.order in panel.orders:
+            right.setdefault(trial.method, {})[trial.order, str(trial.seed)] = outcome.rows()
+    intervals = {
+        method: _interval(runs) for method, runs in right.items() if {order for order, _ in runs} == set(panel.orders)
+    }
+    return {method: interval for method, interval in intervals.items() if interval.seeds >= panel.seeds}
+
+
+def _interval(runs: Mapping[RunKey, Mapping[str, np.ndarray]]) -> Interval:
+    """Of AP itself: that of the difference from a method that answers nothing rightly."""
+    nothing = {run: {dataset: np.zeros_like(hits) for dataset, hits in rows.items()} for run, rows in runs.items()}
+    return paired_interval(runs, nothing)
+
+
+def draw(panels: Sequence[tuple[Panel, Mapping[str, Interval]]]) -> str:
+    """The picture, as SVG text: a row for each method, best first as the first panel has it."""
+    methods = sorted({method for _, intervals in panels for method in intervals},
+                     key=lambda method: [-intervals[method].mean if method in intervals else math.inf
+                                         for _, intervals in panels])  # fmt: skip
+    if not methods:
+        raise InputError("no method is complete")
+    bottom = TOP + ROW * len(methods)
+    width = (WIDTH - NAMES - GAP * (len(panels) - 1) - 16) / len(panels)
+    parts = [f'<text class="muted small" x="8" y="{bottom + 44}">Average performance (AP), per cent; the line is the '
+             "95 % interval over test rows and seeds. Hollow: one seed, rows alone.</text>"]  # fmt: skip
+    for row, method in enumerate(methods):
+        parts += _name(method, TOP + ROW * (row + 0.5), first=method in FIRST)
+    for index, (panel, intervals) in enumerate(panels):
+        left = NAMES + index * (width + GAP)
+        parts += _panel(panel, intervals, methods, left, width, bottom)
+    best = "; ".join(f"{panel.title}: " + ", ".join(f"{method} {intervals[method].mean:.1f}" for method in methods
+                                                   if method in intervals) for panel, intervals in panels)  # fmt: skip
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 56}" role="img" '
+        'aria-labelledby="title desc">',
+        '<title id="title">Average performance of each method, with 95 % intervals</title>',
+        f'<desc id="desc">{escape(best)}.</desc>',
+        f"<style>{_style()}</style>", *parts, "</svg>", "",
+    ])  # fmt: skip
+
+
+def _panel(panel, intervals, methods, left, width, bottom) -> list[str]:
+    low = 5 * math.floor(min(interval.low for interval in intervals.values()) / 5)
+    high = 5 * math.ceil(max(interval.high for interval in intervals.values()) / 5)
+
+    seeds = {interval.seeds for interval in intervals.values()}
+
+    def at(value: float) -> float:
+        return left + width * (value - low) / (high - low)
+
+    parts = [f'<text class="bold" x="{left:.0f}" y="26">{escape(panel.title)}</text>',
+             f'<text class="muted small" x="{left:.0f}" y="46">{escape(panel.subtitle(seeds))}</text>']  # fmt: skip
+    for value in range(-10 * (-low // 10), high + 1, 10):
+        parts += [f'<path class="grid" d="M{at(value):.1f} {TOP - 8}V{bottom}"/>',
+                  f'<text class="muted small mid" x="{at(value):.1f}" y="{bottom + 18}">{value}</text>']  # fmt: skip
+    for row, method in enumerate(methods):
+        y = TOP + ROW * (row + 0.5)
+        if method not in intervals:
+            continue
+        one, colour = intervals[method], _class(method)
+        dot = "hollow" if one.seeds == 1 else "dot"
+        parts += [f'<path class="bar {colour}" d="M{at(one.low):.1f} {y:g}H{at(one.high):.1f}"/>',
+                  f'<circle class="{dot} {colour}" cx="{at(one.mean):.1f}" cy="{y:g}" r="5.5"/>',
+                  f'<text class="small mid" x="{at(one.mean):.1f}" y="{y - 9:g}">{one.mean:.1f}</text>']  # fmt: skip
+    return parts
+
+
+def _name(method: str, y: float, first: bool) -> list[str]:
+    """A method's name, its flags below in small print."""
+    name, _, flags = method.partition(" ")
+    below = flags or NOTES.get(name)
+    kind = "bold" if first else "plain"
+    parts = [f'<text class="{kind}" x="8" y="{y + (-1 if below else 5):g}">{escape(name)}</text>']
+    if below:
+        parts.append(f'<text class="muted flags" x="8" y="{y + 13:g}">{escape(below)}</text>')
+    return parts
+
+
+def _class(method: str) -> str:
+    """The class of a method's colour."""
+    key = method if method in COLOURS else method.split()[0]
+    return f"c{list(COLOURS).index(key)}" if key in COLOURS else "other"
+
+
+def _style() -> str:
+    tones = {f"c{number}": tones for number, tones in enumerate(COLOURS.values())} | {"other": OTHER}
+    light, dark = ("\n".join(f"{' ' * (2 + 2 * i)}.{name} {{ color: {pair[i]} }}" for name, pair in tones.items())
+                   for i in (0, 1))  # fmt: skip
+    return f"""
+  text {{ font: 14px system-ui, -apple-system, "Segoe UI", "Noto Sans", Helvetica, Arial, sans-serif; fill: #1f2328 }}
+  .bold {{ font-weight: 600 }}
+  .small {{ font-size: 13px }}
+  .flags {{ font-size: 11.5px }}
+  .mid {{ text-anchor: middle }}
+  .muted {{ fill: #59636e }}
+  .grid {{ stroke: #d1d9e0 }}
+  .bar {{ stroke: currentColor; stroke-width: 3; stroke-linecap: round }}
+  .dot {{ fill: currentColor }}
+  .hollow {{ fill: #ffffff; stroke: currentColor; stroke-width: 2.5 }}
+{light}
+  @media (prefers-color-scheme: dark) {{
+    text {{ fill: #e6edf3 }}
+    .muted {{ fill: #b1bac4 }}
+    .grid {{ stroke: #3d444d }}
+    .hollow {{ fill: #0d1117 }}
+{dark}
+  }}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", help="names as outcomes.jsonl has them; default: all that are complete")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="<model>/outcomes.jsonl")
+    parser.add_argument("--out", type=Path, default=OUT, help="the picture")
+    args = parser.parse_args(arguments)
+    try:
+        panels = [
+            (panel, complete_methods(list(read_outcomes(args.results / panel.folder).values()), panel))
+            for panel in PANELS
+        ]
+        known = {method for _, intervals in panels for method in intervals}
+        for method in args.methods or []:
+            if method not in known:
+                raise InputError(f"--methods: found {method!r}; complete are {', '.join(sorted(known)) or 'none'}")
+        wanted = args.methods or known
+        panels = [
+            (panel, {method: one for method, one in intervals.items() if method in wanted})
+            for panel, intervals in panels
+        ]
+        picture = draw([(panel, intervals) for panel, intervals in panels if intervals])
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    args.out.write_text(picture, encoding="utf-8")
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The command line of `run_uie_lora.py`: from flags, or one JSON file, to the four groups of options.
+
+Every check that needs only the command line and the DeepSpeed file happens here, before any data or model is read.
+"""
+
+import dataclasses
+import json
+import sys
+
+from transformers import HfArgumentParser
+
+from arguments import NOTHING, DataArguments, ModelArguments, UIETrainingArguments, check
+from errors import InputError
+from files import read_json
+from methods import find_method, method_names
+from methods.base_options import MethodArguments
+
+
+class Parser(HfArgumentParser):
+    """Flags by their complete names; a mistake is an InputError, not a page of usage."""
+
+    def __init__(self, *groups: type, **options):
+        super().__init__(groups, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise InputError(f"command line: {message}")
+
+
+def parse_arguments(
+    argv: list[str] | None = None, deepspeed_file: str | None = None
+) -> tuple[ModelArguments, DataArguments, MethodArguments, UIETrainingArguments]:
+    """The four groups of arguments, from flags or from one JSON file; the third is what the method declares.
+
+    Args:
+        deepspeed_file: what `--deepspeed` would say, to check it against the rest without starting DeepSpeed.
+
+    Raises:
+        InputError: an unknown flag or method, or values that contradict each other.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        argv = _flags(argv[0])
+    early = Parser(add_help=False)
+    early.add_argument("--method", default="gorp")
+    early.add_argument("--preset")
+    chosen, _ = early.parse_known_args(argv)
+    method_class = find_method(chosen.method)
+    fixed = method_class.fixed_by(chosen.preset)
+    parser = Parser(
+        ModelArguments, DataArguments, method_class.Arguments, UIETrainingArguments, _others(method_class.Arguments)
+    )
+    parser.set_defaults(**fixed)
+    try:
+        groups = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    except (ValueError, TypeError, OSError, ImportError) as error:  # Hugging Face's own checks of its arguments
+        raise InputError(f"command line: {error}") from None
+    model, data, method, training, others = groups
+    method.ignored = [name for name, value in vars(others).items() if value is not None]
+    if training.optim_target_modules == [NOTHING]:
+        training.optim_target_modules = None
+    if hasattr(method, "optim_target_modules"):
+        method.optim_target_modules = training.optim_target_modules or []
+    elif training.optim_target_modules:
+        method.ignored.append("optim_target_modules")
+    for name, value in fixed.items():
+        found = getattr(method if hasattr(method, name) else training, name)
+        if name == "deepspeed":
+            found = deepspeed_file or found
+        check(found == value, name, found, f"{value} with --preset {chosen.preset}")
+    if deepspeed_file is not None:
+        training.check_deepspeed(deepspeed_file)
+    _check_together(method_class, data, method, training, deepspeed_file or training.deepspeed)
+    return model, data, method, training
+
+
+def _others(arguments: type) -> type:
+    """A group of every option that other methods read and this one does not; None where a flag is not given."""
+    own = {option.name for option in dataclasses.fields(arguments)}
+    others = {}
+    for name in method_names():
+        for option in dataclasses.fields(find_method(name).Arguments):
+            if option.init and option.name not in own:
+                others[option.name] = (option.name, option.type, dataclasses.field(default=None, metadata=option.metadata))
+    return dataclasses.make_dataclass("IgnoredArguments", others.values())
+
+
+def _check_together(method_class, data: DataArguments, method: MethodArguments, training: UIETrainingArguments,
+                    deepspeed_file: str | None) -> None:
+    """What the method cannot do with these training arguments, or when DeepSpeed shards its parameters.
+
+    Raises:
+        InputError: a stage of ZeRO that leaves the method less than it needs, among others.
+    """
+    stage = None
+    if training.do_train and deepspeed_file is not None:
+        name, most = method.method, method_class.zero_stage
+        check(not data.zero_shot, "zero_shot", "true", f"only without --deepspeed {deepspeed_file}, which has nothing "
+              "to predict with before it trains")
+        if most is None:
+            raise InputError(
+                f"--method {name}: found --deepspeed {deepspeed_file}; {name} runs in one process without it"
+            )
+        zero = read_json(deepspeed_file).get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+        if stage > most:
+            raise InputError(f"--method {name}: found ZeRO stage {stage} ({deepspeed_file}); at most stage {most}")
+    method.check_with(training, stage)
+
+
+def _flags(path: str) -> list[str]:
+    """The flags that a JSON object of arguments stands for, so that both are checked alike; null leaves a flag out."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found a JSON {type(content).__name__}; an object of flag -> value is allowed")
+    argv = []
+    for name, value in content.items():
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return argv

@@ -1,0 +1,204 @@
+"""Groups of command-line options that several methods read.
+
+A method's `Arguments` is a dataclass that combines the groups it reads, adds fields of its own, and overrides defaults
+where the method's differ. A flag of another method's group is accepted and reported as ignored, so that one script
+serves every method.
+"""
+
+from dataclasses import dataclass, field, fields
+
+from arguments import NOTHING, UIETrainingArguments, check, check_number
+from errors import InputError
+
+
+@dataclass
+class MethodArguments:
+    """What every method has."""
+
+    method: str = field(default="gorp", metadata={"help": "A file name of src/methods, without .py."})
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "released (of gorp): compute what the scripts that GORP's authors released compute, see "
+                          "docs/DEVIATIONS.md. A flag that contradicts it is an error."},
+    )  # fmt: skip
+    # Known flags on the command line that this method does not read.
+    ignored: list[str] = field(init=False, default_factory=list)
+
+    def __post_init__(self):
+        pass
+
+    def check_with(self, training: UIETrainingArguments, zero_stage: int | None) -> None:
+        """Reject options that contradict the training arguments; `zero_stage` is None without DeepSpeed.
+
+        Raises:
+            InputError: naming the flag, what was found and what is allowed.
+        """
+
+
+@dataclass
+class LoraArguments(MethodArguments):
+    """The LoRA that a task adds, and where it goes."""
+
+    lora_modules: str = field(
+        default=None, metadata={"help": "Where LoRA goes: a regular expression for complete module names."}
+    )
+    lora_dim: int = field(default=8, metadata={"help": "Rank of the LoRA that a task adds."})
+    lora_alpha: float = field(default=32, metadata={"help": "LoRA scale times rank: s = lora_alpha / lora_dim."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the trainable LoRA."})
+    merge_old: bool = field(
+        default=False,
+        metadata={"help": "Add earlier tasks' LoRA to the base weights in memory: no pass grows with their number."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_modules is None:
+            raise InputError("--lora_modules: missing; a regular expression such as '.*SelfAttention.(q|v).*'")
+        check_number(self, "lora_dim", above=0)
+        check_number(self, "lora_alpha", above=0)
+        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 up to, not including, 1")
+
+    def check_with(self, training, zero_stage):
+        super().check_with(training, zero_stage)
+        for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
+            check(not (self.merge_old and getattr(training, name)), "merge_old", f"true with --{name}",
+                  "fp32 alone, for 16 bits would round most of a small change away")
+
+
+@dataclass
+class TargetArguments(MethodArguments):
+    """The full-rank weights that train."""
+
+    # `--optim_target_modules` belongs to Hugging Face's arguments; `parse_arguments` copies it.
+    optim_target_modules: list[str] = field(init=False, default_factory=list)
+
+
+@dataclass
+class ProjectionArguments(TargetArguments):
+    """The low-rank projection of the full-rank weights' gradients."""
+
+    galore_rank: int = field(default=8, metadata={"help": "Rank k of the gradient projection."})
+    galore_update_proj_gap: int = field(default=10, metadata={"help": "Optimizer steps between two bases."})
+    galore_scale: float = field(default=1.0, metadata={"help": "Factor on the update that is projected back."})
+    galore_proj_type: str = field(
+        default="std", metadata={"help": "Projected side.", "choices": ["std", "reverse_std", "left", "right", "full"]}
+    )
+    galore_svd: str = field(
+        default="lowrank",
+        metadata={
+            "help": "How a basis is computed: by SVD, by randomised SVD, or (engine: cores) from a sketch, for which "
+            "no complete gradient is formed or summed over ranks.",
+            "choices": ["exact", "lowrank", "sketch"],
+        },
+    )
+    galore_engine: str = field(
+        default="auto",
+        metadata={
+            "help": "What trains full-rank weights: dense gradients and ProjAdamW, or small cores beside frozen "
+            "weights, the same mathematics with less memory. auto: cores under DeepSpeed, else dense.",
+            "choices": ["auto", "dense", "cores"],
+        },
+    )
+    galore_lr: float = field(default=1e-5, metadata={"help": "Learning rate of the full-rank weights."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(self, "galore_rank", above=0)
+        check_number(self, "galore_update_proj_gap", above=0)
+        check_number(self, "galore_scale", least=0)
+        check_number(self, "galore_lr", least=0)
+
+    @staticmethod
+    def of_projection() -> set[str]:
+        """Names of the options that decide nothing where there is no full-rank weight."""
+        return {option.name for option in fields(ProjectionArguments) if option.name.startswith("galore_")}
+
+    def check_with(self, training, zero_stage):
+        super().check_with(training, zero_stage)
+        if not training.do_train:
+            return
+        if zero_stage is not None:
+            check(self.galore_engine != "dense", "galore_engine", "dense", "auto or cores under DeepSpeed")
+        elif self.galore_engine != "cores":
+            check(self.galore_svd != "sketch", "galore_svd", "sketch without --deepspeed",
+                  "exact or lowrank, or sketch with --galore_engine cores")
+
+    def projection(self) -> dict:
+        """The settings of a group of ProjAdamW."""
+        return {
+            "rank": self.galore_rank,
+            "update_proj_gap": self.galore_update_proj_gap,
+            "scale": self.galore_scale,
+            "proj_type": self.galore_proj_type,
+            "svd": self.galore_svd,
+            "lr": self.galore_lr,
+        }
+
+
+@dataclass
+class SpaceArguments(MethodArguments):
+    """The shared gradient space, and how it protects."""
+
+    proj_lora_modules: str | None = field(
+        default=None, metadata={"help": "Protected LoRA factors: a regular expression for factor names."}
+    )
+    protect: str = field(
+        default="gp_first",
+        metadata={
+            "help": "Where the shared gradient space is removed: from the projected gradient before Adam (gp_first, as "
+            "in the paper), from Adam's first moment before its division (gp_second), or nowhere.",
+            "choices": ["gp_first", "gp_second", "none"],
+        },
+    )
+    protect_side: str = field(
+        default="output",
+        metadata={"help": "The protected side of a weight: output in the paper.", "choices": ["input", "output"]},
+    )
+    space_energy: float = field(
+        default=0.9, metadata={"help": "Share of the energy of the first moment, or of the inputs, in the space."}
+    )
+    space_from: str = field(
+        default="moments",
+        metadata={
+            "help": "What a finished task adds to the space: directions of Adam's first moment (as in the paper), or of "
+            "the inputs that the layers see on its examples (as GPM).",
+            "choices": ["inputs", "moments"],
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.proj_lora_modules == NOTHING:
+            self.proj_lora_modules = None
+        check(0 < self.space_energy <= 1, "space_energy", self.space_energy, "above 0, at most 1")
+        if self.space_from == "inputs" and self.protect_side != "input":
+            raise InputError("--space_from inputs: found --protect_side output; it needs --protect_side input")
+
+
+@dataclass
+class PenaltyArguments(MethodArguments):
+    """Penalties of the LoRA factors."""
+
+    lamda_1: float = field(default=0.5, metadata={"help": "Weight of sum |A_old A_new^T|; 0: off."})
+    lamda_2: float = field(default=0.0, metadata={"help": "Weight of the L2 norms of the new LoRA; 0: off."})
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each penalty, by option."""
+        return {name: value for name, value in vars(self).items() if name.startswith("lamda_")}
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.weights():
+            check_number(self, name, least=0)
+
+    def check_with(self, training, zero_stage):
+        super().check_with(training, zero_stage)
+        for name, weight in self.weights().items() if zero_stage == 3 else []:  # no rank has complete weights
+            check(not weight, name, weight, "only 0 at ZeRO stage 3")
+
+
+@dataclass
+class ChangePenaltyArguments(PenaltyArguments):
+    """Penalties of the LoRA factors and of the full-rank weights' change."""
+
+    lamda_3: float = field(default=0.0, metadata={"help": "Weight of ||dW dW^T - I||, full-rank weights; 0: off."})
