@@ -13,7 +13,8 @@ keeps are counted. With e bytes a value in the model:
   weights (3), the last only once each GPU has held all of them. Its buffers are those of configs/ds_configs.
 * A step that takes bases collects each target's gradient, as factors of e (out + in) bytes a token or in float32 where
   that is smaller; an SVD makes one such gradient and copies of it at a time.
-* A task's end makes float32 copies of one weight; with `--space_from moments` cores give all moments at once.
+* A task's end makes float32 copies of one weight; with `--space_from moments`, `gorp`'s default, cores give all
+  moments at once.
 * Assumed: 1 GiB for CUDA and NCCL; attention that keeps queries, keys, values, output and mask, but no scores; e (3 f +
   2 h) bytes a token for a layer's own backward pass, f its widest and h its hidden size; 12 bytes a value of LLaMA's
   logits and 3 e of the others', at answer tokens.
@@ -369,7 +370,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--galore_proj_type", default="std", choices=PROJ_TYPES)
     flag("--galore_svd", default="exact", choices=REFRESHES)
     flag("--galore_engine", default="auto", choices=("auto", "dense", "cores"))
-    flag("--space_from", default="inputs", choices=("inputs", "moments"))
+    flag("--space_from", default="moments", choices=("inputs", "moments"))
     flag("--tasks_before", type=int, default=0, help="earlier tasks, whose LoRA is frozen")
     sizes = {"lora_dim": 8, "galore_rank": 8, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
              "max_source_length": 512, "max_target_length": 50}  # fmt: skip

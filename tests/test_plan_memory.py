@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import plan_memory
-from arguments import MethodArguments
 from conftest import ROOT
 from loranew import fold_loranew, renew_loranew
 from methods.gorp import Gorp
@@ -62,7 +61,7 @@ def tiny(name: str, *more: str):
 
 def test_two_ranks_of_zero_2_hold_what_the_shapes_say():
     start = time.perf_counter()
-    plan, options = plan_of(*LLAMA, "--gpus", "2", "--gpu_gib", "24")
+    plan, options = plan_of(*LLAMA, "--gpus", "2", "--gpu_gib", "24", "--space_from", "inputs")
     assert options.stage == 2 and time.perf_counter() - start < 60
     assert plan.values == (PARAMETERS, NEW_LORA, CORES, GATES) == (6_738_415_616, 4_194_304, 2_818_048, 1_442_840_576)
     trained = NEW_LORA + CORES
@@ -92,18 +91,18 @@ def test_two_ranks_of_zero_2_hold_what_the_shapes_say():
 
 
 def test_stage_3_holds_the_complete_model_while_it_loads():
-    plan, options = plan_of(*LLAMA, "--gpus", "8", "--stage", "3")
+    plan, options = plan_of(*LLAMA, "--gpus", "8", "--stage", "3", "--space_from", "inputs")
     assert plan.resident["weights"] == 2 * PARAMETERS / 8
     assert plan.moments["loading"]["weights, complete"] == 2 * (PARAMETERS + NEW_LORA + CORES)
     assert plan.peak() == (2 * (PARAMETERS + NEW_LORA + CORES) + CONTEXT, "loading")
 
 
-def test_a_space_from_moments_needs_all_of_them_at_the_end():
-    plan, options = plan_of(*LLAMA, "--gpus", "2", "--space_from", "moments")
+def test_a_space_from_moments_the_default_needs_all_of_them_at_the_end():
+    plan, _ = plan_of(*LLAMA, "--gpus", "2")
     assert plan.moments[END]["first moments"] == 4 * (GATES + NEW_LORA) > 5 * GIB
     assert plan.host[END]["first moments"] == 4 * (GATES + NEW_LORA)
     assert plan.peak()[1] == END
-    alone, _ = plan_of(*LLAMA, "--space_from", "moments")
+    alone, _ = plan_of(*LLAMA)
     assert alone.moments[END]["first moments"] == 8 * H * F  # dense: one at a time, and a copy
 
 
@@ -126,7 +125,7 @@ def test_one_gpu_without_stage_is_a_run_without_deepspeed():
 
 
 def test_accumulation_collects_complete_gradients():
-    plan, options = plan_of(*LLAMA, "--gpus", "2", "--gradient_accumulation_steps", "32")
+    plan, options = plan_of(*LLAMA, "--gpus", "2", "--gradient_accumulation_steps", "32", "--space_from", "inputs")
     assert plan.moments["a refresh step, backward ends"]["gradients collected so far"] == 4 * GATES
     assert verdict(plan, options).startswith("verdict: fits in 2 x 24 GiB (too close to rely on): ")
 
@@ -181,7 +180,7 @@ def test_buffers_are_those_of_the_deepspeed_files():
 def prepared(name: str) -> Gorp:
     """The method on the real model, as the entry sets it up for a run under DeepSpeed, but trained in one process."""
     loaded = load_model_and_tokenizer(str(ROOT / "initial_model" / name))
-    settings = MethodArguments(lora_modules=LORA[name], lora_dropout=0.0, lamda_1=0.0)
+    settings = Gorp.Arguments(lora_modules=LORA[name], lora_dropout=0.0, lamda_1=0.0)
     settings.optim_target_modules = [WEIGHTS[name]]
     method = Gorp(settings)
     method.prepare(loaded.model, None, decoder_only=loaded.decoder_only, sharded=True).train()
