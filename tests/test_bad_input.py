@@ -393,7 +393,8 @@ CASES: dict[str, list[Case]] = {
                                                                "--space_from", "moments"), "--protect_side input"),
         Case("a space from inputs on the output side", flags("--space_from", "inputs"), "--space_from inputs: found"),
         Case("a preset that is gone", flags("--preset", "published"), "--method gorp is the paper's method now"),
-        Case("a preset of another method", flags("--method", "olora", "--preset", "released"), "--preset: found released"),
+        Case("a preset of another method", flags("--method", "olora", "--preset", "released"),
+             "--preset: found released"),
         Case("a flag that contradicts the preset", flags("--preset", "released", "--galore_svd", "lowrank"),
              "--galore_svd: found lowrank; exact with --preset released"),
         Case("a sketch without DeepSpeed", flags("--galore_svd", "sketch"), "sketch without --deepspeed",
@@ -539,7 +540,8 @@ CASES: dict[str, list[Case]] = {
             first(content)].mul_(2)), "is no matrix of orthonormal columns", needs_model=True),
         Case("a space of another weight", tensors("adapter", "gradient_space", lambda content: content.update(
             {FULL: torch.eye(7, 2)})), f"{FULL} has a basis of 7 rows; 128 are needed", needs_model=True),
-        Case("a space of the other side", lambda place: (place.adapter, place.flags.extend(["--protect_side", "input"])),
+        Case("a space of the other side",
+             lambda place: (place.adapter, place.flags.extend(["--protect_side", "input"])),
              "--protect_side: found input;", needs_model=True),
     ],
 }  # fmt: skip

@@ -359,7 +359,7 @@ def test_a_step_of_any_weight_is_finite_and_stays_out_of_the_space(case, side, s
     weight = nn.Parameter(torch.zeros(case["rows"], case["columns"]))
     optimizer = ProjAdamW([{
         "params": [weight], "rank": case["rank"], "update_proj_gap": 2, "scale": 1.0, "proj_type": case["proj_type"],
-        "svd": case["svd"], "scale_mats": [S], "protect_side": side, protect: True}], lr=1.0, weight_decay=0.0)  # fmt: skip
+        "svd": case["svd"], "scale_mats": [S], "protect_side": side, protect: True}], lr=1.0)  # fmt: skip
     for step in range(steps):
         weight.grad = matrix(case | {"seed": case["seed"] + step, "dtype": torch.float32})
         optimizer.step()

@@ -2,8 +2,8 @@
 
 For each task:
 
-1. A new LoRA trains on `--lora_modules`, and the weights of `--optim_target_modules` train in full rank, their gradients
-   G projected to rank k by bases taken from G at every `--galore_update_proj_gap`-th step.
+1. A new LoRA trains on `--lora_modules`, and the weights of `--optim_target_modules` train in full rank, their
+   gradients G projected to rank k by bases taken from G at every `--galore_update_proj_gap`-th step.
 2. S is the shared gradient space of earlier tasks, one orthonormal basis for each protected LoRA factor and full-rank
    weight. A (projected) gradient R becomes R - S S^T R before Adam.
 3. When the task ends, S grows by the fewest leading left singular vectors of Adam's first moment M, less S S^T M, that
@@ -77,8 +77,8 @@ class Gorp(LoraMethod):
         self.protected = self._protected_factors()
         if not self.targets and not self.protected:
             raise InputError(
-                f"--method {options.method}: neither --optim_target_modules nor --proj_lora_modules is given, so nothing "
-                "would be projected or protected; give one, or use --method inclora"
+                f"--method {options.method}: neither --optim_target_modules nor --proj_lora_modules is given, so "
+                "nothing would be projected or protected; give one, or use --method inclora"
             )
         weights = {**self.protected, **{name: layer.weight for name, layer in self.targets.items()}}
         self.space = GradientSpace(options.protect_side, options.space_energy)
@@ -173,8 +173,8 @@ class Gorp(LoraMethod):
             f"lr {options.galore_lr}; engine: {self.engine.name}"
         )
         space = (
-            f"{options.protect} on the {options.protect_side} side, from {options.space_from}, of {len(self.protected)} "
-            f"LoRA factors and {len(self.targets)} weights; {self.space.total()} directions of earlier tasks"
+            f"{options.protect} on the {options.protect_side} side, from {options.space_from}, of "
+            f"{len(self.protected)} LoRA factors and {len(self.targets)} weights; {self.space.total()} directions of earlier tasks"
         )
         return [*lines, f"shared space: {space if self.protects else 'none, nothing is protected'}"]
 
@@ -190,8 +190,8 @@ class Gorp(LoraMethod):
         others = [name for name in matched if not name.endswith(".loranew_A.weight")]
         if others and self.needs_inputs():
             raise InputError(
-                f"--proj_lora_modules: '{self.options.proj_lora_modules}' matches {others[0]}; with --space_from inputs "
-                "or --protect structural only loranew_A factors can be protected"
+                f"--proj_lora_modules: '{self.options.proj_lora_modules}' matches {others[0]}; with --space_from "
+                "inputs or --protect structural only loranew_A factors can be protected"
             )
         return {name: factors[name] for name in matched}
 
