@@ -177,7 +177,7 @@ def project(
     side: str = "output",
 ) -> Tensor:
     """R = left^T G right, of shape (out or k, in or l); with S, the same of `remove(G, S, side)`."""
-    left, right, S = _remove_from_basis(left, right, S, side)
+    left, right, S = remove_from_bases(left, right, S, side)
     R = at_least_float32(G)
     if left is not None:
         R = left.mT @ R
@@ -206,7 +206,7 @@ def back_factors(
     side: str = "output",
 ) -> tuple[Tensor, ...]:
     """One or two matrices whose product is `project_back` of the same arguments, for adding it in place."""
-    left, right, S = _remove_from_basis(left, right, S, side)
+    left, right, S = remove_from_bases(left, right, S, side)
     if S is not None:
         R = remove(R, S, side)
     if left is not None and right is not None:
@@ -216,7 +216,7 @@ def back_factors(
     return (R,) if right is None else (R, right.mT)
 
 
-def _remove_from_basis(
+def remove_from_bases(
     left: Tensor | None, right: Tensor | None, S: Tensor | None, side: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Take S out of the basis of its side, if that side is projected; else hand S back, for the projected gradient.
