@@ -64,7 +64,7 @@ class Gorp(LoraMethod):
         super().__init__(options)
         self.released = self.averages_micro_batches = options.preset == "released"
         self.protects = options.protect != "none"
-        self.idle |= RELEASED.keys() & vars(options).keys() if self.released else set()
+        self.idle = {name for name in vars(options) if self.released and name in RELEASED}
         self.idle |= set() if self.protects else options.of_space()
 
     def keeps_changes(self):
