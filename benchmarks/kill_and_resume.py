@@ -33,7 +33,7 @@ GRACE = 60  # seconds for everything to end after one rank was killed
 
 def half_saved(task: Path) -> bool:
     """Whether a checkpoint or the adapter is being written."""
-    checkpoints = [folder for folder in task.glob("checkpoint-*") if not (folder / "whole.json").exists()]
+    checkpoints = [folder for folder in task.glob("checkpoint-*") if not (folder / "manifest.json").exists()]
     return bool(checkpoints or list(task.glob(".*adapter*.partial")))
 
 
@@ -138,7 +138,7 @@ class Order:
         done = sum((outputs / task / "completed.json").exists() for task in TASKS)
         current = outputs / TASKS[min(done, len(TASKS) - 1)]
         checkpoints = [folder for folder in current.glob("checkpoint-*")]
-        whole = sum((folder / "whole.json").exists() for folder in checkpoints)
+        whole = sum((folder / "manifest.json").exists() for folder in checkpoints)
         adapter = ", trained" if trained(current) else ""
         partial = ", a write under way" if list(current.glob(".*.partial")) else ""
         return f"{done} tasks done, {whole} of {len(checkpoints)} checkpoints whole{adapter}{partial}"

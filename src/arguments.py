@@ -127,6 +127,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             self.check_deepspeed(self.deepspeed)
         self.remove_unused_columns = False  # the collator reads the whole row
         check(self.max_non_finite_steps > 0, "max_non_finite_steps", self.max_non_finite_steps, "a number above 0")
+        check(not self.save_only_model, "save_only_model", "true", "false; no run could resume from such a checkpoint")
+        check(not self.push_to_hub, "push_to_hub", "true", "false; src/export.py writes a model to upload")
         if self.output_dir is None:
             raise InputError("--output_dir: missing; a folder for the results")
         check_writable(self.output_dir)

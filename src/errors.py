@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded",
-                   "PytorchStreamWriter failed", "unexpected pos", "iostream error")  # torch.save's words for it
+DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded")
 
 MOST = 2000  # characters of a message; a label of a megabyte is not repeated whole
 

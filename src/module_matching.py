@@ -31,6 +31,24 @@ def match_linear(model: nn.Module, patterns: Iterable[str], where: str) -> dict[
     return matched
 
 
+def match_names(names: Iterable[str], pattern: str | None, where: str) -> list[str]:
+    """The names that a regular expression matches completely; none without a pattern.
+
+    Raises:
+        InputError: the pattern is no regular expression, or matches nothing.
+    """
+    if not pattern:
+        return []
+    names = list(names)
+    try:
+        matched = [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise InputError(f"{where}: '{pattern}' is no regular expression ({error})") from None
+    if not matched:
+        raise InputError(f"{where}: '{pattern}' matches no factor; factors are called {names[0]} ...")
+    return matched
+
+
 def check_linear(model: nn.Module, matched: Mapping[str, nn.Module], where: str) -> None:
     """Reject no match, and a matched module that is not linear."""
     if not matched:

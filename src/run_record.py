@@ -1,29 +1,32 @@
-"""What a run is made of and how far it came: the files that let an order go on where it stood.
+"""What a run is made of and how far it came: the files that let an order resume.
 
 In a task's output folder,
 
 * `run_record.json` is written before training begins: every option that can change a result, digests of the data, the
-  model and the code, the packages' versions; and for the reader the git revision, the machine, and what a report says.
-* The adapter folder appears, whole, when training is done.
+  model and the code, the packages' versions; and for the reader the git revision, the machine, and what a report needs.
+* The adapter folder appears, complete, when training is done.
 * `completed.json` is written last, with digests of the results.
 
-A run that is started again compares its own record with the one it finds. If they are equal, it goes on; if not, it is
-refused with what changed, for its results would belong to neither.
+A run that is started again compares its own record with the one it finds. If they are equal, it resumes; if not, it is
+rejected with what changed, for its results would belong to neither.
 """
 
+import ast
 import enum
+import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from checkpoints import checkpoint_folders, is_whole
+from checkpoints import checkpoint_folders, is_complete
 from errors import InputError
 from files import digest, read_json, write_json
 from model.loading import model_files
@@ -49,8 +52,7 @@ NOT_COMPARED = {
 NOT_COMPARED_PREFIXES = ("save_", "logging_", "log_", "hub_", "trackio_", "dataloader_pin", "dataloader_persistent",
                          "dataloader_prefetch", "dataloader_num")
 COMPARED = ("configuration", "data", "model", "code", "versions")
-NO_PART_OF_A_RUN = ("report", "plan_memory.py", "check.py", "run_order.py")  # below src/
-SHOWN = 3  # differences named in a refusal
+SHOWN = 3  # differences that an error names
 
 
 class Progress(enum.Enum):
@@ -79,7 +81,7 @@ def make_record(data: Mapping[str, Path], model_args, data_args, method_args, tr
         | {"ranks": training_args.world_size},
         "data": {name: digest(path) for name, path in data.items()},
         "model": {name: digest(path) for name, path in model.items()},
-        "code": {f"src/{path.relative_to(SOURCE)}": digest(path) for path in _code()},
+        "code": code_digests(method_args.method),
         "versions": {"python": platform.python_version(), **_versions()},
     }
     shown = {"git_revision": _git_revision(), "machine": _machine(training_args)}
@@ -98,7 +100,12 @@ def find_progress(output_dir: Path, record: dict, *, start_over: bool) -> Progre
     ways_on = "another folder, or start over: --fresh of the scripts, --overwrite_output_dir here"
     if not (output_dir / RECORD).exists():
         raise InputError(f"--output_dir: {output_dir} holds {kept[0].name} and no {RECORD}; {ways_on}")
-    if changes := differences(read_json(output_dir / RECORD), record):
+    found = read_json(output_dir / RECORD)
+    if changes := differences(found, record):
+        structural = {"method": "gorp", "protect": "structural"}.items()
+        if structural <= found["configuration"].items() and not structural <= record["configuration"].items():
+            raise InputError(f"--output_dir: {output_dir} holds a run of an earlier version's gorp with --protect "
+                             f"structural, which is --method sgorp now; {ways_on}")
         more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
         raise InputError(f"--output_dir: {output_dir} holds a run that differs: {'; '.join(changes[:SHOWN])}{more}; "
                          f"as it was, {ways_on}")
@@ -119,12 +126,12 @@ def differences(before: dict, now: dict) -> list[str]:
 
 
 def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoints: bool) -> None:
-    """Clear away what does not belong to the run, and leave its record. Of one rank only."""
+    """Remove what does not belong to the run, and write its record. Of one rank only."""
     if progress is Progress.NEW:
         for path in _kept(output_dir, checkpoints=not keep_checkpoints):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for folder in checkpoint_folders(output_dir):
-        if not (is_whole(folder) or keep_checkpoints):
+        if not (is_complete(folder) or keep_checkpoints):
             shutil.rmtree(folder)
     for partial in output_dir.glob(".*.partial"):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
@@ -133,7 +140,7 @@ def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoint
 
 
 def complete(output_dir: Path) -> None:
-    """Say that everything is done; the last thing a run writes."""
+    """Mark the run as done; the last thing that it writes."""
     results = [output_dir / name for name in RESULT_FILES]
     if adapter := find_adapter(output_dir):
         results += sorted(path for path in adapter.iterdir() if path.is_file())
@@ -142,15 +149,15 @@ def complete(output_dir: Path) -> None:
 
 
 def find_adapter(output_dir: Path) -> Path | None:
-    """The adapter folder that a finished training left."""
+    """The adapter folder that a finished training saved."""
     return next((output_dir / name for name in ADAPTERS if (output_dir / name).is_dir()), None)
 
 
 def _kept(output_dir: Path, *, checkpoints: bool = True) -> list[Path]:
-    """What an earlier run left that would be lost, the mark of its completion first."""
+    """What an earlier run saved that would be lost, the mark of its completion first."""
     kept = [output_dir / name for name in (COMPLETED, *RESULT_FILES, *ADAPTERS)]
     if checkpoints and (output_dir / RECORD).exists():
-        kept += filter(is_whole, checkpoint_folders(output_dir))
+        kept += filter(is_complete, checkpoint_folders(output_dir))
     return [path for path in kept if path.exists()]
 
 
@@ -164,9 +171,39 @@ def _change(section: str, name: str, before, now) -> str:
     return f"{name} " + ("is new" if before is None else "is gone" if now is None else "has changed")
 
 
-def _code() -> list[Path]:
-    paths = sorted(SOURCE.rglob("*.py"))
-    return [path for path in paths if path.relative_to(SOURCE).parts[0] not in NO_PART_OF_A_RUN]
+def code_digests(method: str) -> dict[str, str]:
+    """Digests of the files in src/ that a run by this method imports; comments and docstrings do not count."""
+    digests, waiting = {}, [SOURCE / "run_uie_lora.py", Path(find_spec(f"methods.{method}").origin)]
+    while waiting:
+        path = waiting.pop()
+        name = f"src/{path.relative_to(SOURCE)}" if path.is_relative_to(SOURCE) else path.name
+        if name not in digests:
+            tree = _WithoutDocstrings().visit(ast.parse(path.read_bytes()))
+            digests[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+            waiting += _imported_files(tree, path)
+    return dict(sorted(digests.items()))
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+
+def _imported_files(tree: ast.AST, path: Path) -> Iterator[Path]:
+    """The files in src/ that a module imports anywhere, those of the packages around them included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(SOURCE).parts[: -node.level] if node.level else ()
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]  # a module, or a name within `module`
+        else:
+            continue
+        for parts in (name.split(".") for name in names):
+            for depth in range(1, len(parts) + 1):
+                place = SOURCE.joinpath(*parts[:depth])
+                yield from filter(Path.exists, (place.with_suffix(".py"), place / "__init__.py"))
 
 
 def _versions() -> dict[str, str]:
@@ -185,10 +222,15 @@ def _machine(training_args) -> dict:
 
 
 def _git_revision() -> str | None:
-    """The commit of the code, with `-dirty` where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(SOURCE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the code, with `-dirty` where files differ from it; None without a repository of its own."""
+    if _git("ls-files", "--full-name", "run_record.py") != "src/run_record.py":
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", "-C", str(SOURCE), *command], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

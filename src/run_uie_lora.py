@@ -28,7 +28,7 @@ from arguments import (
     UIETrainingArguments,
     check_data_arguments,
 )
-from checkpoints import latest_whole
+from checkpoints import latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line
 from errors import InputError, RunStopped, is_disk_full
@@ -55,12 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     except RunStopped as error:
         return _end(1, f"error: {error}")
     except KeyboardInterrupt:
-        return _end(INTERRUPTED, "interrupted; the same command goes on where it stood")
+        return _end(INTERRUPTED, "interrupted; the same command resumes")
     except Exception as error:
         if not is_disk_full(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        return _end(1, f"error: a disk is full ({reason}); what was finished is whole, the same command goes on there")
+        return _end(1, f"error: a disk is full ({reason}); what was finished is kept, the same command resumes")
     return 0
 
 
@@ -151,13 +151,13 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
 
 
 def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
-    """Train the task, from the last whole checkpoint of the same run, or from one that `--resume_from_checkpoint`
+    """Train the task, from the last complete checkpoint of the same run, or from one that `--resume_from_checkpoint`
     names ("True": the last in the output folder)."""
     checkpoint = trainer.args.resume_from_checkpoint
     if checkpoint in ("True", "true") or (checkpoint is None and progress is Progress.BEGUN):
-        checkpoint = latest_whole(Path(trainer.args.output_dir))
+        checkpoint = latest_complete(Path(trainer.args.output_dir))
     if checkpoint is not None:
-        logger.info("going on from %s", checkpoint)
+        logger.info("resuming from %s", checkpoint)
     return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics | {"train_samples": samples}
 
 

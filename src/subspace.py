@@ -8,7 +8,7 @@ done to M^T, so that S lives in the weight's columns. There a sample of the laye
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from errors import InputError
 from files import read_tensors, whole_file
-from Proj_torch.proj_projector import SIDES, at_least_float32, truncated_svd
+from Proj_torch.proj_projector import SIDES
+from Proj_torch.svd import at_least_float32, truncated_svd
 
 log = logging.getLogger("gorp")
 
@@ -97,7 +98,9 @@ class GradientSpace:
         side: "output" (S has the weight's rows) or "input" (its columns).
         energy: the share of a moment that its basis shall hold.
         max_directions: most columns of one basis; None for the weight's dimension.
-        bases: name -> S (d, c), to go on from.
+        bases: name -> S (d, c), to start from.
+
+    A parameter's name counts without its `.weight`, so that a layer stands for its weight.
     """
 
     def __init__(
@@ -115,13 +118,9 @@ class GradientSpace:
         self.max_directions = max_directions
         self.bases = dict(bases or {})
 
-    def __iter__(self) -> Iterator[str]:
-        """The names of the weights that have a basis."""
-        return iter(self.bases)
-
     def get(self, name: str) -> Tensor | None:
         """S of a weight, None where nothing is protected yet: an entry of ProjAdamW's `scale_mats`."""
-        return self.bases.get(name)
+        return self.bases.get(_key(name))
 
     def extend(self, moments: Mapping[str, Tensor]) -> None:
         """Extend every weight's basis by what its moment (out, in), or a sample of its inputs (rows, in), needs.
@@ -138,7 +137,7 @@ class GradientSpace:
                 continue
             M = moment if self.side == "output" else moment.mT
             try:
-                self.bases[name] = extend_basis(self.bases.get(name), M, self.energy, self.max_directions)
+                self.bases[_key(name)] = extend_basis(self.get(name), M, self.energy, self.max_directions)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
             except torch.linalg.LinAlgError as error:
@@ -150,6 +149,38 @@ class GradientSpace:
             f"{name}: {S.shape[1]} of {S.shape[0]} directions" + (", full" if S.shape[1] == S.shape[0] else "")
             for name, S in self.bases.items()
         ]
+
+    def total(self) -> int:
+        """Directions of all bases together."""
+        return sum(S.shape[1] for S in self.bases.values())
+
+    def line(self) -> str:
+        """All bases in one line."""
+        full = sum(S.shape[1] == S.shape[0] for S in self.bases.values())
+        return f"shared space: {self.total()} directions in {len(self.bases)} bases, {full} of them full"
+
+    def take_over(self, path: str | PathLike, weights: Mapping[str, Tensor]) -> None:
+        """Start from the bases in a file that `save` wrote.
+
+        Args:
+            weights: by name, (out, in); not every one needs a basis.
+
+        Raises:
+            InputError: as `load`; the file's side is another, or a basis does not fit its weight.
+        """
+        found = GradientSpace.load(path)
+        if found.side != self.side:
+            hint = " (by METHOD=sgorp, or by the gorp that was the default before it)" if found.side == "input" else ""
+            raise InputError(f"--protect_side: found {self.side}; {path} was built for the {found.side} side{hint}")
+        side = SIDES.index(self.side)
+        for name, weight in weights.items():
+            S = found.get(name)
+            if S is not None and len(S) != weight.shape[side]:
+                raise InputError(
+                    f"{path}: {_key(name)} has a basis of {len(S)} rows; {weight.shape[side]} are needed, the "
+                    f"{self.side} side of a {weight.shape[0]} x {weight.shape[1]} matrix"
+                )
+        self.bases = found.bases
 
     def save(self, path: str | PathLike) -> None:
         """Write a safetensors file, whole or not at all."""
@@ -177,6 +208,10 @@ class GradientSpace:
             return cls(metadata["side"], float(metadata["energy"]), limit and int(limit), bases)
         except (KeyError, ValueError, InputError) as error:
             raise InputError(f"{path}: metadata of the gradient space is wrong ({error})") from None
+
+
+def _key(name: str) -> str:
+    return name.removesuffix(".weight")
 
 
 @torch.no_grad()

@@ -8,24 +8,21 @@ trains and nothing else.
 from collections.abc import Iterator
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
-from checkpoints import mark_whole
+from checkpoints import SCHEDULE, load_random_state, read_tensors, write_manifest, write_random_state, write_tensors
 from compute_metrics import evaluate_predictions
 from errors import InputError
 from evaluation.generate import Prediction
-from files import read_json, whole_file, write_json
-from finite import FiniteSteps
+from files import read_json, write_json
 from methods import Method
+from non_finite import NonFiniteGuard
 from Proj_torch.sharded_state import start_moments
 
-TRAINABLE_FILE = "trainable.safetensors"
-SCHEDULE_FILE = "schedule.json"
 REVISITED_ROWS = 64  # that show a method what the layers see once a task is learned
 
 
@@ -52,7 +49,7 @@ class UIETrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         self._penalties: list[torch.Tensor] = []
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        self.finite_steps = FiniteSteps(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
+        self.non_finite = NonFiniteGuard(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
         if self.is_deepspeed_enabled and not self.args.do_train:
             self._evaluate_without_engine()
         if decoder_only and self.args.label_smoothing_factor:
@@ -88,22 +85,8 @@ class UIETrainer(Seq2SeqTrainer):
         rows = inputs.pop("rows", [])
         self.method.begin_micro_batch(self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.finite_steps.saw_micro_batch(loss, rows)
+        self.non_finite.note_micro_batch(loss, rows)
         return loss
-
-    def _run_epoch(self, *args, **kwargs):
-        """The parent's epoch, unless the last step is in the checkpoint already: the parent would take one more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """The gradient's norm, known right before the optimizer steps; a step that is not finite is left out."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        if not self.finite_steps.end_of_step(self.state.global_step + 1, norm):
-            model.zero_grad()
-        return norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy per answer token, plus the method's penalty once an optimizer step.
@@ -141,10 +124,13 @@ class UIETrainer(Seq2SeqTrainer):
         """Batches of the first training rows, the same on every rank."""
         rows = self.train_dataset.select(range(min(REVISITED_ROWS, len(self.train_dataset))))
         for start in range(0, len(rows), self.args.per_device_train_batch_size):
-            examples = [rows[i] for i in range(start, min(start + self.args.per_device_train_batch_size, len(rows)))]
-            inputs = self._prepare_inputs(self.data_collator(examples))
-            inputs.pop("rows", None)
-            yield inputs
+            stop = min(start + self.args.per_device_train_batch_size, len(rows))
+            yield self._batch([rows[i] for i in range(start, stop)])
+
+    def _batch(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        inputs = self._prepare_inputs(self.data_collator(examples))
+        inputs.pop("rows", None)
+        return inputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside the loss, which includes it, the mean penalty since the last line."""
@@ -193,111 +179,99 @@ class UIETrainer(Seq2SeqTrainer):
             show_progress=not args.disable_tqdm and self.is_world_process_zero(),
         )
 
-    # Checkpoints within a task
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint's weights, under DeepSpeed from all ranks."""
-        if self._has_own_state():
-            self._save(output_dir, self.method.training_state() | self._loss_scale())
-        else:
-            super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """The parent's checkpoint, marked once all of it is on the disk; only then may older ones go."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder = self._get_output_dir(trial)
-            mark_whole(Path(folder) / f"checkpoint-{self.state.global_step}")
-            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """What trains, by name, or the method's own state. The rest is the base and the adapter before."""
-        if not self.args.should_save:
-            return
-        trained = state_dict or {name: value.detach().cpu().contiguous() for name, value in self._trained().items()}
-        with whole_file(Path(output_dir or self.args.output_dir) / TRAINABLE_FILE) as partial:
-            safetensors.torch.save_file(trained, partial, metadata={"format": "pt"})
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._has_own_state():
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:  # DeepSpeed's own checkpoint would be a pickle, and for this number of ranks only
-            write_json(Path(output_dir) / SCHEDULE_FILE, self.lr_scheduler.state_dict())
+    # Private methods of Hugging Face's Trainer. tests/test_resume.py names each, with why no public one does.
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """The parent's; then the method meets the engine, and its own state is read here."""
-        own = self._has_own_state()
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if own else resume_from_checkpoint)
+        """The parent's, without its own checkpoint; then the method meets the engine, and ours is read."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.method.begin_training(self.model_wrapped if self.is_deepspeed_enabled else None)
-        if own:
-            self.finite_steps.clean_gradients(self.model)
-            if resume_from_checkpoint is not None:
-                if self.is_deepspeed_enabled:
-                    self._start_moments()
-                self._load_own_state(Path(resume_from_checkpoint))
+        if self.method.own_state:
+            self.non_finite.clean_gradients(self.model)
+        if resume_from_checkpoint is not None:
+            if self.is_deepspeed_enabled:
+                self._start_moments()
+            self._load_state(Path(resume_from_checkpoint))
         return prepared
 
-    def _has_own_state(self) -> bool:
-        """Whether the method saves and loads what trains, moments included: sharded, or in another form than it has
-        in the model."""
-        return self.is_deepspeed_enabled or self.method.own_state
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """Nothing yet: `_prepare_for_training` reads the checkpoint once there is an optimizer."""
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self._has_own_state():
-            return  # read later, when the optimizer is there
-        path = Path(resume_from_checkpoint) / TRAINABLE_FILE
-        saved, trained = _read_tensors(path), self._trained()
-        if saved.keys() != trained.keys():
-            raise InputError(f"{path}: holds other parameters than the {len(trained)} that train in this run")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
-
-    def _load_own_state(self, folder: Path) -> None:
-        saved = _read_tensors(folder / TRAINABLE_FILE)
-        try:
-            self.method.load_training_state(saved)
-        except (InputError, KeyError) as error:
-            path = folder / TRAINABLE_FILE
-            raise InputError(f"{path}: not of a run like this one ({error})") from None
-        self.lr_scheduler.load_state_dict(read_json(folder / SCHEDULE_FILE))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-        if "loss_scale" in saved:
-            self.model_wrapped.optimizer.loss_scale = saved["loss_scale"].item()
-
-    def _start_moments(self) -> None:
-        """Have DeepSpeed make its optimizer state; a run that goes on must draw the random numbers it would have."""
-        with torch.random.fork_rng():
-            inputs = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
-            inputs.pop("rows", None)
-            start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
+    def _load_rng_state(self, checkpoint) -> None:
+        """The generators, called where the first batch after the checkpoint is to be drawn or computed."""
+        load_random_state(Path(checkpoint), self.args.process_index)
 
     def _load_best_model(self) -> None:
-        if self._has_own_state():
-            self._load_own_state(Path(self.state.best_model_checkpoint))
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_state(Path(self.state.best_model_checkpoint))
 
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint in our format; only once it is complete may older ones go."""
+        args, folder = self.args, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.store_flos()
+        tensors = self.method.training_state()
+        write_random_state(folder, args.process_index)
+        self.accelerator.wait_for_everyone()
+        best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+        if best.exists():
+            self.state.best_model_checkpoint = str(best)
+        if args.should_save:
+            write_tensors(folder, tensors)
+            schedule = {"schedule": self.lr_scheduler.state_dict(), "loss_scale": self._loss_scale()}
+            write_json(folder / SCHEDULE, schedule)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            write_manifest(folder)
+            rotate_checkpoints(args.output_dir, args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _loss_scale(self) -> dict[str, torch.Tensor]:
-        """fp16's scale, which DeepSpeed finds by trial."""
-        scale = getattr(self.model_wrapped.optimizer, "loss_scale", None) if self.is_deepspeed_enabled else None
-        return {} if scale is None else {"loss_scale": torch.tensor(float(scale))}
+    def _run_epoch(self, *args, **kwargs):
+        """The parent's epoch, unless the last step is in the checkpoint already: the parent would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient's norm, known right before the optimizer steps; a step that is not finite is left out."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.non_finite.end_of_step(self.state.global_step + 1, norm):
+            model.zero_grad()
+        return norm
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: no readable checkpoint ({error})") from None
+    # What they use
+
+    def _load_state(self, folder: Path) -> None:
+        saved, schedule = read_tensors(folder), read_json(folder / SCHEDULE)
+        try:
+            self.method.load_training_state(saved)
+            self._load_loss_scale(schedule["loss_scale"])
+        except (InputError, KeyError) as error:
+            raise InputError(f"{folder}: a checkpoint of another kind of run ({error})") from None
+        self.lr_scheduler.load_state_dict(schedule["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _loss_scaler(self):
+        """What finds fp16's loss scale by trial, DeepSpeed's or PyTorch's, if anything does."""
+        if self.is_deepspeed_enabled:
+            return getattr(self.model_wrapped.optimizer, "loss_scaler", None)
+        return self.accelerator.scaler
+
+    def _loss_scale(self) -> dict[str, float]:
+        scaler = self._loss_scaler()
+        if scaler is None or isinstance(scaler, torch.amp.GradScaler):
+            return scaler.state_dict() if scaler else {}
+        return {name: value for name, value in vars(scaler).items() if isinstance(value, (int, float))}
+
+    def _load_loss_scale(self, saved: dict[str, float]) -> None:
+        scaler = self._loss_scaler()
+        if isinstance(scaler, torch.amp.GradScaler):
+            scaler.load_state_dict(saved)
+        elif scaler is not None:
+            vars(scaler).update(saved)
+
+    def _start_moments(self) -> None:
+        """Have DeepSpeed make its optimizer state, without drawing random numbers."""
+        with torch.random.fork_rng():
+            inputs = self._batch([self.train_dataset[0]])
+            start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
 
 
 class DenserEvaluation(TrainerCallback):

@@ -24,7 +24,8 @@ from loranew import load_loranew
 from model.loading import load_model_and_tokenizer
 from order_config import SAMPLING, TASK_FILES, TASKS, read_order, read_task_config, write_order
 from Proj_torch import ProjAdamW
-from Proj_torch.proj_projector import PROJ_TYPES, SIDES, SVD_METHODS, ProjProjector
+from Proj_torch.proj_projector import PROJ_TYPES, SIDES, ProjProjector
+from Proj_torch.svd import SVD_METHODS
 from report.matrix import accuracy_matrix
 from subspace import GradientSpace, extend_basis
 from uie_dataset_lora import ExampleOptions, prompt_parts, read_examples, read_instructions, read_labels, read_rows
@@ -356,7 +357,7 @@ def test_a_step_of_any_weight_is_finite_and_stays_out_of_the_space(case, side, s
     weight = nn.Parameter(torch.zeros(case["rows"], case["columns"]))
     optimizer = ProjAdamW([{
         "params": [weight], "rank": case["rank"], "update_proj_gap": 2, "scale": 1.0, "proj_type": case["proj_type"],
-        "svd": case["svd"], "scale_mats": [S], "protect_side": side, protect: True}], lr=1.0, weight_decay=0.0)  # fmt: skip
+        "svd": case["svd"], "scale_mats": [S], "protect_side": side, protect: True}], lr=1.0)  # fmt: skip
     for step in range(steps):
         weight.grad = matrix(case | {"seed": case["seed"] + step, "dtype": torch.float32})
         optimizer.step()

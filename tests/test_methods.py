@@ -21,6 +21,7 @@ from task_setup import load_examples
 from order_config import read_order
 
 SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "40"]
+RELEASED = ["--preset=released", "--lamda_1", "0"]
 DEEPSPEED = ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")]
 
 
@@ -286,10 +287,10 @@ REFUSED = {
     "unknown preset": (["--preset", "best"], "--preset: found best; released"),
     "former preset": (["--preset", "published"], "--preset: found published; --method gorp is the paper's method now"),
     "another method's preset": (["--method", "sgorp", "--preset", "released"], "--preset: found released; none with"),
-    "released with a penalty": (["--preset", "released", "--lamda_1", "0.5"], "--lamda_1: found 0.5; 0.0 with --preset"),
-    "released with clipping": (["--preset", "released", "--lamda_1", "0", "--max_grad_norm", "1"], "--max_grad_norm: found 1.0; 0.0 with"),
-    "released in 16 bits": (["--preset=released", "--lamda_1", "0", "--bf16", "True"], "--bf16: found True; False with --preset"),
-    "released under DeepSpeed": (["--preset", "released", "--lamda_1", "0", *DEEPSPEED], "--deepspeed: found"),
+    "released with a penalty": (["--preset", "released", "--lamda_1", "0.5"], "--lamda_1: found 0.5; 0.0 with --prese"),
+    "released with clipping": ([*RELEASED, "--max_grad_norm", "1"], "--max_grad_norm: found 1.0; 0.0 with --preset"),
+    "released in 16 bits": ([*RELEASED, "--bf16", "True"], "--bf16: found True; False with --preset"),
+    "released under DeepSpeed": ([*RELEASED, *DEEPSPEED], "--deepspeed: found"),
     "gp_second with cores": (["--protect", "gp_second", "--galore_engine", "cores"], "--protect: found gp_second"),
     "gp_second under DeepSpeed": (["--protect", "gp_second", *DEEPSPEED], "--protect: found gp_second"),
 }  # fmt: skip
@@ -320,14 +321,13 @@ def test_the_three_gorps_have_their_own_defaults(tmp_path):
 
 def test_ablations_of_gorp_by_flags(tmp_path):
     """LoRA and full-rank weights without a space; LoRA and space without full-rank weights."""
+    train(method_of("gorp", output=tmp_path), None, tmp_path / "first")
     full_rank = method_of("gorp", "--protect", "none", output=tmp_path)
-    full_rank.prepare(tiny_t5(), None, decoder_only=False)
-    for name in full_rank.targets:
-        full_rank.space.bases[name] = torch.eye(64)[:, :2]
-    spaces = full_rank._spaces(full_rank.targets)
-    assert spaces and not any(basis is not None for basis in spaces.values())
-    full_rank.options.protect = "gp_first"
-    assert all(basis is not None for basis in full_rank._spaces(full_rank.targets).values())
+    full_rank.prepare(tiny_t5(), tmp_path / "first", decoder_only=False)
+    assert full_rank.targets and not full_rank.engine.plan.spaces
+    both = method_of("gorp", output=tmp_path)
+    both.prepare(tiny_t5(), tmp_path / "first", decoder_only=False)
+    assert both.engine.plan.spaces.keys() == {*both.targets, *both.protected}
     space = method_of("gorp", "--optim_target_modules", "none", output=tmp_path)
     space.prepare(tiny_t5(), None, decoder_only=False)
     assert space.protected and not space.targets

@@ -227,9 +227,10 @@ def test_counts_and_optimizer_state_are_those_of_the_real_run(name):
     state = sum(v[key].nbytes for v in method.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     assert plan.resident[STATE] == state
     assert plan.resident["trained values in the model"] == sum(p.nbytes for p in trained)
-    report = method.cores.report()
-    assert (cores, weights) == (report["core_numbers"], report["weights"])
-    assert plan.resident["bases"] == report["basis_bytes"] > 0
+    layers = method.engine.layers.values()
+    assert cores == sum(layer.core.numel() for layer in layers)
+    assert weights == sum(layer.weight.numel() for layer in layers)
+    assert plan.resident["bases"] == sum(basis.nbytes for layer in layers for basis in layer.bases if basis is not None)
 
 
 @pytest.mark.parametrize("name", LORA)

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import logging
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from torch import nn
 
 from errors import InputError
 from Proj_torch import ProjAdamW
-from Proj_torch.proj_projector import PROJ_TYPES, SIDES, SVD_METHODS, remove
+from Proj_torch.proj_projector import PROJ_TYPES, SIDES, remove
+from Proj_torch.svd import SVD_METHODS
 
 PROJECTION = {"rank": 3, "update_proj_gap": 4, "scale": 0.5, "proj_type": "std"}
 SHAPES = [(12, 7), (7, 12), (9, 9)]
@@ -213,10 +213,8 @@ def test_a_deep_copy_is_an_optimizer_of_its_own():
     train(original, 5)
     copied, untouched = copy.deepcopy(original), every_kind(torch.float32, "exact")
     train(untouched, 5)
-    p = copied.param_groups[0]["params"][0]
-    p.grad = torch.full_like(p, torch.nan)
-    copied.step()
-    assert copied.projection_report().skipped == 1 and original.projection_report().skipped == 0
+    train(copied, 2)
+    assert not torch.equal(weights(copied)[0], weights(original)[0])
     assert_bitwise(original, untouched)
 
 
@@ -258,31 +256,7 @@ def test_trains_a_small_network(proj_type, svd):
     assert losses[-1] < 0.1 * losses[0]
 
 
-# ------------------------------------------------------------------------------------------- bad gradients
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("step", [3, 4])  # between two refreshes and at one
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(step, bad, caplog):
-    optimizer = every_kind(torch.float32, "exact")
-    train(optimizer, step)
-    victims = [optimizer.param_groups[0]["params"][0], optimizer.param_groups[2]["params"][0]]
-    before = weights(optimizer)
-    states = [copy.deepcopy(dict(optimizer.state[p])) for p in victims]
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = gradient(p, step)
-    for p in victims:
-        p.grad.view(-1)[1] = bad
-    with caplog.at_level(logging.WARNING, logger="gorp"):
-        optimizer.step()
-        optimizer.step()
-    assert len(caplog.records) == 1 and "0.0, 2.0" in caplog.text
-    moved = [not torch.equal(a, b) for a, b in zip(weights(optimizer), before, strict=True)]
-    assert moved == [False, True, False, True, True]
-    for p, state in zip(victims, states, strict=True):
-        assert optimizer.state[p].pop("skipped") == 2
-        torch.testing.assert_close(dict(optimizer.state[p]), state, atol=0, rtol=0)
+# ------------------------------------------------------------------------------------------ zero gradients
 
 
 def test_zero_gradients_go_on():
@@ -333,10 +307,10 @@ def test_report_counts_refreshes_and_measures_energy():
     train(optimizer, 9)  # refreshed at steps 0, 4 and 8
     report = optimizer.projection_report()
     weight = report.weights["q.weight"]
-    assert (weight["shape"], weight["rank"], weight["steps"], weight["refreshes"]) == ((12, 7), 3, 9, 3)
+    assert (weight["shape"], weight["ranks"], weight["steps"], weight["refreshes"]) == ((12, 7), (None, 3), 9, 3)
     squares = torch.linalg.svdvals(p.grad).square()
     assert weight["energy"] == pytest.approx((squares[:3].sum() / squares.sum()).item(), rel=1e-5)
-    assert "1 weights, 9 steps, 3 refreshes" in report.line() and "0 updates skipped" in report.line()
+    assert "1 weights, 9 steps, 3 refreshes" in report.line()
     assert "no weight" in ProjAdamW([parameter(3)]).projection_report().line()
 
 

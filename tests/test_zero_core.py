@@ -13,7 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from zero_worker import LR, Case, Net, Run, batch, dense, factor_space, run  # noqa: E402
+from zero_worker import LR, Case, Net, Run, batch, dense, run  # noqa: E402
 from zero_worker import TARGETS as TARGETS_OF  # noqa: E402
 
 from errors import InputError  # noqa: E402
@@ -92,9 +92,9 @@ def test_one_process_equals_proj_adamw(case):
 
 def test_every_step_and_refresh_is_counted():
     report = run(Case("counted", steps=10, gap=4, accumulation=2))["report"]
-    assert report["steps"] == 10
-    for target in report["targets"].values():
-        assert (target["refreshes"], target["projections"]) == (3, 10)
+    assert report.weights.keys() == set(TARGETS)
+    for target in report.weights.values():
+        assert (target["refreshes"], target["steps"]) == (3, 10)
         assert 0.3 < target["energy"] <= 1.0
 
 
@@ -125,7 +125,7 @@ def test_the_change_of_a_weight_is_orthogonal_to_the_space(side):
     one = Run(Case("protected", side=side, way="orthogonal"))
     starts = {name: layer.weight.clone() for name, layer in one.cores.layers.items()}
     one.train(0, 12)
-    one.cores.finish()
+    one.cores.fold()
     for name, layer in one.cores.layers.items():
         change = layer.weight - starts[name]
         component = layer.space.T @ change if side == "output" else change @ layer.space
@@ -133,12 +133,12 @@ def test_the_change_of_a_weight_is_orthogonal_to_the_space(side):
         assert component.norm() < 1e-5 * change.norm()
 
 
-def test_detach_gives_back_linear_layers_with_the_same_function():
+def test_finish_gives_back_linear_layers_with_the_same_function():
     one = Run(Case("detached", weight_decay=0.1))
     one.train(0, 6)  # between two refreshes, so the cores are not zero
     x, _ = batch(0)
     before = one.net(x)
-    one.cores.detach(one.net)
+    one.cores.finish()
     assert all(type(one.net.get_submodule(name)) is nn.Linear for name in TARGETS)
     assert set(one.net.state_dict()) == set(Net().state_dict())
     torch.testing.assert_close(one.net(x), before)
@@ -147,16 +147,16 @@ def test_detach_gives_back_linear_layers_with_the_same_function():
 def test_trained_weights_are_those_that_finish_leaves():
     one = Run(Case("trained", weight_decay=0.1))
     one.train(0, 6)
-    weights = one.cores.trained_weights()
-    one.cores.finish()
+    one.cores.finish(in_pieces=True)
+    weights = one.cores.trained_weights
     assert all(torch.equal(weights[name], layer.weight) for name, layer in one.cores.layers.items())
 
 
-def test_finish_may_be_called_while_training_goes_on():
-    case = Case("finished")
+def test_fold_may_be_called_while_training_continues():
+    case = Case("folded")
     one = Run(case)
     losses = one.train(0, 6)
-    one.cores.finish()
+    one.cores.fold()
     assert_same(one.result(losses + one.train(6, case.steps)), dense(case))
 
 
@@ -166,7 +166,7 @@ def test_evaluation_between_steps_sees_the_trained_weights():
     x, _ = batch(0)
     with torch.no_grad():
         before = one.net(x)
-    one.cores.finish()
+    one.cores.fold()
     torch.testing.assert_close(one.net(x), before)
 
 
@@ -295,7 +295,9 @@ def test_sketched_bases_hold_nearly_all_that_the_best_do(ranks, shape):
         assert abs(share - best / whole) < 0.15  # an estimate
 
 
-@pytest.mark.parametrize("fields", [{}, {"side": "input"}, {"side": "input", "way": "orthogonal"}, {"proj_type": "full"}])
+@pytest.mark.parametrize("fields", [
+    {}, {"side": "input"}, {"side": "input", "way": "orthogonal"}, {"proj_type": "full"},
+])  # fmt: skip
 def test_sketch_trains_as_well_as_the_exact_refresh(fields):
     exact, sketch = (run(Case("r", refresh=refresh, steps=30, **fields)) for refresh in ("exact", "sketch"))
     assert sketch["losses"][-1] < 1.05 * exact["losses"][-1]
@@ -309,7 +311,7 @@ def test_a_zero_gradient_keeps_the_basis_and_ends_nothing():
             (one.net(batch(0)[0]) * 0.0).sum().backward()
             one.optimizer.step()
         assert all(torch.isfinite(layer.weight).all() for layer in one.cores.layers.values())
-        assert one.cores.report()["targets"]["first"]["refreshes"] == 2
+        assert one.cores.report().weights["first"]["refreshes"] == 2
 
 
 # ------------------------------------------------------------------------------------------ two ranks

@@ -282,8 +282,8 @@ class Run:
 
     def result(self, losses: list[float]) -> dict:
         result = {"losses": losses, "moments": self.cores.first_moments()}
-        self.cores.finish()
-        return result | {"weights": self.cores.trained_weights(), "report": self.cores.report()}
+        self.cores.finish(in_pieces=True)
+        return result | {"weights": dict(self.cores.trained_weights), "report": self.cores.report()}
 
 
 def run(case: Case) -> dict:

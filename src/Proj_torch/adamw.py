@@ -11,9 +11,11 @@ One step for a weight W (out, in) with gradient G, in a group with a rank and a 
 1. if the step's number (from 0) is a multiple of `update_proj_gap`, new bases from the whole G, its part in S included
    (`proj_projector.next_bases`); the moments are neither reset nor rotated, as in GaLore (Zhao et al. 2024);
 2. R = the projection of G; with `gp_first`, R loses its component in S;
-3. Adam on R gives a direction in the projected coordinates, exactly as `torch.optim.AdamW` does; with `gp_second`, the
-   first moment loses its component in S for this step, before it is divided by the root of the second;
-4. W shrinks by `lr * weight_decay` and moves by -lr * scale * (the direction projected back).
+3. a core of R's shape, zero before the step, takes one step of PyTorch's own AdamW on R; with `gp_second`, the first
+   moment loses its component in S for this step, before it is divided by the root of the second;
+4. W shrinks by `lr * weight_decay` and moves by scale * (the core projected back).
+
+This is the reference; `zero_core.py` does the same with cores that stay from step to step, and must equal it.
 
 S is always in W's own coordinates; where its side is projected, it is taken out of that side's basis. `gp_first` and
 `gp_second` are the two ways of the released GORP code. With neither is the change of W orthogonal to S, except where
@@ -22,7 +24,6 @@ S's side is itself projected: Adam's elementwise division turns a direction orth
 before the bases are taken, and from the update that is projected back.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,77 +32,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from errors import InputError
-from Proj_torch.proj_projector import (
-    PROJ_TYPES,
-    SIDES,
-    SVD_METHODS,
-    ProjProjector,
-    at_least_float32,
-    project,
-    project_back,
-    remove,
-    remove_projected,
-)
+from Proj_torch.proj_projector import PROJ_TYPES, SIDES, ProjProjector, project, project_back, remove, remove_projected
 from Proj_torch.proj_projector_tensor import ProjProjectorTensor
+from Proj_torch.svd import SVD_METHODS, at_least_float32, energy_share
 
-log = logging.getLogger("gorp")
-
-ADAM_KEYS = ("params", "param_names", "lr", "betas", "eps", "weight_decay")
+ADAM_KEYS = ("params", "param_names", "lr", "betas", "eps", "weight_decay", "eps_before_correction")
 PROJECTION_KEYS = ("rank", "update_proj_gap", "scale", "proj_type", "svd")
 WAYS = ("gp_first", "gp_second", "orthogonal")  # in which a protected space acts
 PROTECTION_KEYS = ("scale_mats", *WAYS, "protect_side")
 
 
-def adam_direction(
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    R: Tensor,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
-    clear: Callable[[Tensor], Tensor] = lambda moment: moment,
-) -> Tensor:
-    """Update both moments in place and return m_hat / (sqrt(v_hat) + eps), as `torch.optim.AdamW` defines it.
-
-    Args:
-        exp_avg, exp_avg_sq, R: first moment, second moment and gradient, of one shape and dtype.
-        step: number of this step, counted from 1.
-        clear: what the first moment goes through before it is divided; what is stored does not.
-    """
-    beta1, beta2 = betas
-    exp_avg.lerp_(R, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(R, R, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    return torch.div(clear(exp_avg), denominator, out=denominator).div_(1 - beta1**step)
-
-
 @dataclass(frozen=True)
 class ProjectionReport:
-    """What the projection of an optimizer's weights did.
+    """What the projection of a run's weights did, with either engine.
 
-    `weights` has for each projected weight its `shape`, `rank`, `steps` (taken in projected coordinates), `refreshes`
-    of the bases, and `energy`: the share of the squared gradient that the last bases held when they were taken.
-    `skipped` counts the updates of any parameter left out because the gradient was not finite.
+    `weights` has for each projected weight its `shape`, `ranks` (left, right), `steps` taken in projected coordinates,
+    `refreshes` of the bases, and `energy`: the share of the squared gradient that the last bases held when they were
+    taken.
     """
 
     weights: dict[str, dict[str, Any]]
-    skipped: int
 
     def line(self) -> str:
         """The report in one line."""
-        rest = f"{self.skipped} updates skipped for a gradient that is not finite"
         if not self.weights:
-            return f"projection: no weight; {rest}"
+            return "projection: no weight"
         steps, refreshes = (sum(weight[key] for weight in self.weights.values()) for key in ("steps", "refreshes"))
         energies = sorted(weight["energy"] for weight in self.weights.values())
         return (
             f"projection: {len(self.weights)} weights, {steps} steps, {refreshes} refreshes, last bases held "
-            f"{energies[0]:.0%} to {energies[-1]:.0%} of the gradient's energy; {rest}"
+            f"{energies[0]:.0%} to {energies[-1]:.0%} of the gradient's energy"
         )
 
 
@@ -122,13 +86,10 @@ class ProjAdamW(Optimizer):
             then eps / sqrt(1 - beta2^t) in the usual place.
 
     The moments and bases are float32 whatever the parameter's dtype (float64 for float64), and saved and loaded so.
-    A parameter whose gradient is not finite is left as it is for that step, its state included, and counted.
 
     Raises:
         InputError: a group's key or value is not one of those above, or a rank or S does not fit its parameter.
     """
-
-    _warned = False  # of a gradient that is not finite
 
     def __init__(
         self,
@@ -139,11 +100,11 @@ class ProjAdamW(Optimizer):
         weight_decay: float = 0.0,
         eps_before_correction: bool = False,
     ):
-        self.eps_before_correction = eps_before_correction
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, adam | {"eps_before_correction": eps_before_correction})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; nothing is added when it is refused. Raises InputError as the constructor does."""
+        """Add a group; nothing is added when it is rejected. Raises InputError as the constructor does."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -162,84 +123,55 @@ class ProjAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        skipped = self._skip_non_finite()
         for group in self.param_groups:
-            plain = []
-            for index, p in enumerate(group["params"]):
-                if p.grad is None or p in skipped:
-                    continue
-                S = _space(group, index)
-                if self._is_plain(group, p, S):
-                    plain.append(p)
-                else:
-                    self._step_one(group, p, S)
-            self._step_plain(group, plain)
+            weights = [Weight(group, index, p, self.state[p]) for index, p in enumerate(group["params"])
+                       if p.grad is not None]  # fmt: skip
+            plain = [weight for weight in weights if weight.is_plain]
+            self._adam(group, [weight.p for weight in plain], [weight.p.grad for weight in plain],
+                       [weight.state for weight in plain], group["weight_decay"])  # fmt: skip
+            self._step_in_projection(group, [weight for weight in weights if not weight.is_plain])
         return loss
 
-    def _is_plain(self, group: dict[str, Any], p: Tensor, S: Tensor | None) -> bool:
-        """Whether PyTorch's own AdamW does what is to be done."""
-        own_precision = p.dtype in (torch.float32, torch.float64)
-        return "rank" not in group and S is None and own_precision and not self.eps_before_correction
+    def _step_in_projection(self, group: dict[str, Any], weights: list["Weight"]) -> None:
+        """The step described at the head of this file."""
+        projected = [weight.projected_gradient() for weight in weights]
+        cores = [torch.zeros_like(R) for R in projected]
+        self._adam(group, cores, projected, [weight.state for weight in weights], weight_decay=0.0)
+        for weight, core in zip(weights, cores, strict=True):
+            if weight.clears_moment:
+                core = weight.direction_of_cleared_moment(group["betas"], _eps(group, weight.state))
+                core.mul_(-group["lr"])
+            if group["weight_decay"]:
+                weight.p.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_back_(core)
 
-    def _skip_non_finite(self) -> set[Tensor]:
-        """Parameters whose gradient is not finite: counted, and named once. Costs one device synchronisation."""
-        with_grad = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if get_total_norm([p.grad for p in with_grad]).isfinite():
-            return set()
-        skipped = {p for p in with_grad if not p.grad.isfinite().all()}  # none, if only the norm's squares overflowed
-        for p in skipped:
-            self.state[p]["skipped"] = self.state[p].get("skipped", 0) + 1
-        if skipped and not self._warned:
-            names = [name for name, _, p in self._named() if p in skipped]
-            log.warning("gradient not finite, update skipped (said once): %s", ", ".join(names))
-            self._warned = True
-        return skipped
-
-    def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """PyTorch's own AdamW for parameters that are neither projected nor protected."""
-        states = [_started(self.state[p], p) for p in params]
-        adamw(
-            params,
-            [p.grad for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-    def _step_one(self, group: dict[str, Any], p: Tensor, S: Tensor | None) -> None:
-        """The step described at the head of this file, for one parameter."""
-        state = self.state[p]
-        step = int(state.get("step", 0))
-        projector = _projector(group, p, state)
-        on_gradient, on_moment, on_update = _removals(group, S, projector, p.shape)
-        if projector is None:
-            R = project(p.grad, None, None, *on_gradient)
-        else:
-            if projector.is_due(step):
-                G = remove(p.grad, *on_update) if on_update and group["orthogonal"] else p.grad
-                _refresh(projector, G, state)
-            R = projector.project(p.grad, *on_gradient)
-        _started(state, R)["step"] += 1
-        bases = (None, None) if projector is None else projector.bases
-        eps = group["eps"] / (math.sqrt(1 - group["betas"][1] ** (step + 1)) if self.eps_before_correction else 1)
-        direction = adam_direction(
-            state["exp_avg"], state["exp_avg_sq"], R, step + 1, group["betas"], eps,
-            clear=lambda moment: remove_projected(moment, *bases, *on_moment) if on_moment else moment,
-        )  # fmt: skip
-        if group["weight_decay"]:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-        if projector is None:
-            p.add_(project_back(direction, None, None, *on_update), alpha=-group["lr"])
-        else:
-            projector.add_back_(p, direction, -group["lr"], *on_update)
+    def _adam(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict],
+              weight_decay: float) -> None:  # fmt: skip
+        """One step of PyTorch's own AdamW, on all parameters of a group at once."""
+        for state, gradient in zip(states, grads, strict=True):
+            if "exp_avg" not in state:
+                state["step"] = torch.tensor(0.0)  # on the CPU, as torch.optim.AdamW keeps it
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        by_eps: dict[float, list[int]] = {}  # parameters that have taken different numbers of steps may differ in it
+        for index, state in enumerate(states):
+            by_eps.setdefault(_eps(group, state, ahead=1), []).append(index)
+        for eps, chosen in by_eps.items():
+            adamw(
+                [params[i] for i in chosen],
+                [grads[i] for i in chosen],
+                [states[i]["exp_avg"] for i in chosen],
+                [states[i]["exp_avg_sq"] for i in chosen],
+                [],
+                [states[i]["step"] for i in chosen],
+                foreach=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=weight_decay,
+                eps=eps,
+                maximize=False,
+            )
 
     def get_first_moment(self, param: Tensor) -> Tensor:
         """Adam's first moment of a parameter in the parameter's own coordinates and shape, as a copy.
@@ -249,36 +181,29 @@ class ProjAdamW(Optimizer):
         Raises:
             InputError: the parameter is not this optimizer's.
         """
-        group = next((g for g in self.param_groups if any(p is param for p in g["params"])), None)
-        if group is None:
-            raise InputError(f"first moment asked for a parameter {tuple(param.shape)} that is not the optimizer's")
-        state = self.state.get(param, {})
-        if "exp_avg" not in state:
-            return torch.zeros_like(at_least_float32(param.detach()))
-        projector = _projector(group, param, state)
-        if projector is None:
-            return state["exp_avg"].clone()
-        index = next(index for index, p in enumerate(group["params"]) if p is param)
-        on_update = _removals(group, _space(group, index), projector, param.shape)[2]
-        return projector.project_back(state["exp_avg"], *on_update).clone()
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]):
+                if p is param:
+                    return Weight(group, index, p, self.state.get(p, {})).first_moment()
+        raise InputError(f"first moment asked for a parameter {tuple(param.shape)} that is not the optimizer's")
 
-    def projection_report(self) -> "ProjectionReport":
-        """What the projection did so far, by parameter name, and how many updates were left out in all groups."""
+    def projection_report(self) -> ProjectionReport:
+        """What the projection did so far, by parameter name."""
         weights = {}
         for name, group, p in self._named():
             if "rank" in group:
                 state = self.state.get(p, {})
                 weights[name] = {
                     "shape": tuple(p.shape),
-                    "rank": group["rank"],
+                    "ranks": _projector(group, p, state).ranks(p.shape),
                     "steps": int(state.get("step", 0)),
                     "refreshes": state.get("refreshes", 0),
                     "energy": float(state.get("energy", 0.0)),
                 }
-        return ProjectionReport(weights, sum(state.get("skipped", 0) for state in self.state.values()))
+        return ProjectionReport(weights)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, each tensor in the dtype it was saved in, so that a run goes on bitwise."""
+        """Load what `state_dict` gave, each tensor in the dtype it was saved in, so that a run resumes bitwise."""
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -296,35 +221,94 @@ class ProjAdamW(Optimizer):
                 yield name, group, p
 
 
-# ----------------------------------------------------------------------------------- state of one step
+def _eps(group: dict[str, Any], state: dict[str, Any], ahead: int = 0) -> float:
+    """eps of the step that `state` has taken, or of the next one."""
+    if not group["eps_before_correction"]:
+        return group["eps"]
+    return group["eps"] / math.sqrt(1 - group["betas"][1] ** (int(state["step"]) + ahead))
 
 
-def _started(state: dict[str, Any], like: Tensor) -> dict[str, Any]:
-    """The state with moments of `like`'s shape and dtype, zero if they were not there."""
-    if "exp_avg" not in state:
-        state["step"] = torch.tensor(0.0, dtype=torch.float32)  # on the CPU, as torch.optim.AdamW keeps it
-        state["exp_avg"] = torch.zeros_like(like)
-        state["exp_avg_sq"] = torch.zeros_like(like)
-    return state
+# ------------------------------------------------------------------------------------ one weight in one step
 
 
-def _removals(
-    group: dict[str, Any], S: Tensor | None, projector: ProjProjector | None, shape: torch.Size
-) -> tuple[tuple, tuple, tuple]:
-    """(S, side) for the gradient, for the first moment and for the update, each empty where nothing is removed.
+class Weight:
+    """A parameter of a group with its state: what the head of this file does to it before and after Adam.
 
-    With `gp_first`, S leaves a projected side's basis once it is taken, and so the way back too.
+    Args:
+        group: the optimizer's group; index: of the parameter in it.
+        p: (out, in), or any shape where nothing is projected or protected.
+        state: the optimizer's for p.
     """
-    if S is None:
-        return (), (), ()
-    protection = (S, group["protect_side"])
-    first, second, orthogonal = (group[way] for way in WAYS)
-    projected = projector is not None and projector.ranks(shape)[SIDES.index(group["protect_side"])] is not None
-    return (
-        protection if first or orthogonal else (),
-        protection if second else (),
-        protection if orthogonal or (first and projected) else (),
-    )
+
+    def __init__(self, group: dict[str, Any], index: int, p: Tensor, state: dict[str, Any]):
+        self.group, self.p, self.state = group, p, state
+        self.projector = _projector(group, p, state)
+        S = _space(group, index)
+        self.protection = () if S is None else (S, group["protect_side"])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether PyTorch's own AdamW on p does what is to be done."""
+        return self.projector is None and not self.protection and self.p.dtype in (torch.float32, torch.float64)
+
+    @property
+    def clears_moment(self) -> bool:
+        return bool(self.protection) and self.group["gp_second"]
+
+    @property
+    def removed_from_gradient(self) -> tuple:
+        """(S, side), or empty where nothing is removed."""
+        return self.protection if self.protection and (self.group["gp_first"] or self.group["orthogonal"]) else ()
+
+    @property
+    def removed_from_update(self) -> tuple:
+        """(S, side), or empty: with `gp_first`, S leaves a projected side's basis, and so the way back too."""
+        if not self.protection or self.group["orthogonal"]:
+            return self.protection
+        side = SIDES.index(self.group["protect_side"])
+        projected = self.projector is not None and self.projector.ranks(self.p.shape)[side] is not None
+        return self.protection if self.group["gp_first"] and projected else ()
+
+    def projected_gradient(self) -> Tensor:
+        """R, (out or k, in or l), by new bases where they are due."""
+        G = self.p.grad
+        if self.projector is None:
+            return project(G, None, None, *self.removed_from_gradient)
+        if self.projector.is_due(int(self.state.get("step", 0))):
+            orthogonal = self.protection and self.group["orthogonal"]
+            self._refresh(remove(G, *self.protection) if orthogonal else G)
+        return self.projector.project(G, *self.removed_from_gradient)
+
+    def _refresh(self, G: Tensor) -> None:
+        """New bases from G into the projector and the state, with the share of G's energy that they hold."""
+        self.projector.refresh(G)
+        for mode, basis in enumerate(self.projector.bases):
+            if basis is not None:
+                self.state[f"basis_{mode}"] = basis
+        self.state["refreshes"] = self.state.get("refreshes", 0) + 1
+        self.state["energy"] = energy_share(self.projector.project(G), G)
+
+    def direction_of_cleared_moment(self, betas: tuple[float, float], eps: float) -> Tensor:
+        """m_hat / (sqrt(v_hat) + eps) of the step just taken, of the first moment without its component in S."""
+        bases = (None, None) if self.projector is None else self.projector.bases
+        moment = remove_projected(self.state["exp_avg"], *bases, *self.protection)
+        step = int(self.state["step"])
+        root = (self.state["exp_avg_sq"] / (1 - betas[1] ** step)).sqrt_()
+        return moment.div_(1 - betas[0] ** step).div_(root.add_(eps))
+
+    def add_back_(self, core: Tensor) -> None:
+        """p += scale * (core projected back)."""
+        if self.projector is None:
+            self.p.add_(project_back(core, None, None, *self.removed_from_update))
+        else:
+            self.projector.add_back_(self.p, core, *self.removed_from_update)
+
+    def first_moment(self) -> Tensor:
+        """Adam's first moment in p's coordinates and shape, as a copy."""
+        if "exp_avg" not in self.state:
+            return torch.zeros_like(at_least_float32(self.p.detach()))
+        moment = self.state["exp_avg"]
+        return (self.projector.project_back(moment, *self.removed_from_update) if self.projector else moment).clone()
 
 
 def _projector(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> ProjProjector | None:
@@ -334,17 +318,6 @@ def _projector(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> ProjP
     settings = {key: group[key] for key in PROJECTION_KEYS}
     bases = tuple(state.get(f"basis_{mode}") for mode in range(p.ndim)) if "refreshes" in state else None
     return (ProjProjector if p.ndim <= 2 else ProjProjectorTensor)(**settings, bases=bases)
-
-
-def _refresh(projector: ProjProjector, G: Tensor, state: dict[str, Any]) -> None:
-    """New bases from G into the projector and the state, with the share of G's energy that they hold."""
-    projector.refresh(G)
-    for mode, basis in enumerate(projector.bases):
-        if basis is not None:
-            state[f"basis_{mode}"] = basis
-    state["refreshes"] = state.get("refreshes", 0) + 1
-    held, whole = (torch.linalg.vector_norm(X, dtype=torch.float64) for X in (projector.project(G), G))
-    state["energy"] = (held / whole.clamp_min(torch.finfo(whole.dtype).tiny)).square()
 
 
 # ------------------------------------------------------------------------------------- checks of groups

@@ -44,11 +44,11 @@ class CoreLinear(nn.Linear):
         self.side, self.orthogonal = side, orthogonal
         self.decay = 1.0  # d
         self.bases: Bases | None = None
-        self.bases_before: Bases | None = None  # what a skipped refresh step goes back to
+        self.before: tuple[Bases | None, float] | None = None  # bases and share that a skipped refresh returns to
         self.rounding: Tensor | None = None  # a 16-bit weight's rounding error, in the weight's dtype
         self.gradient: LayerGradient | None = None  # collects a refresh step's gradient
         self.share = 0.0  # of the last refresh's gradient, in its bases: ||L^T G R||^2 / ||G||^2
-        self.counts = {"refreshes": 0, "projections": 0, "energy": 0.0}  # energy: sum of the shares
+        self.steps = self.refreshes = 0  # taken in projected coordinates; of the bases
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out) for x (..., in)."""
@@ -100,9 +100,21 @@ class CoreLinear(nn.Linear):
                 space = self.space
         return *(None if X is None else X.to(dtype) for X in (left, right)), space
 
+    def report(self) -> dict[str, Any]:
+        """The layer's entry in a `ProjectionReport`."""
+        return {"shape": self.shape, "ranks": self.ranks, "steps": self.steps, "refreshes": self.refreshes,
+                "energy": self.share}  # fmt: skip
+
     def prepare_refresh(self) -> None:
         """Collect the next step's gradient; the core must be zero."""
-        self.gradient, self.bases_before = LayerGradient(self.shape), self.bases
+        self.gradient, self.before = LayerGradient(self.shape), (self.bases, self.share)
+
+    def close_refresh(self, taken: bool) -> None:
+        """End a step that refreshed: count it, or return to the bases before it if the optimizer left it out."""
+        if self.gradient is not None:
+            self.refreshes += taken
+            self.bases, self.share = (self.bases, self.share) if taken else self.before
+            self.gradient = self.before = None
 
     @torch.no_grad()
     def fold(self, core: Tensor) -> None:

@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from Proj_torch.proj_projector import Bases, tall_svd
+from Proj_torch.proj_projector import Bases
+from Proj_torch.svd import OVERSAMPLING, Product, randomised_svd
 
-OVERSAMPLING = 24  # holds 99 % of the best basis's energy where the usual 8 hold 98 % (docs/LOG.md)
 PROBES = 8  # fresh Gaussian columns that estimate the energy outside the subspace
-
-Product = Callable[[Tensor], Tensor]
 
 
 class LayerGradient:
@@ -86,9 +84,9 @@ def sketched_bases(
 ) -> tuple[Bases, float]:
     """Bases of G (out, in) for `mode_ranks`' ranks, from products with G alone, and the energy share they hold.
 
-    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) whose starting block holds
-    the previous basis beside `OVERSAMPLING` Gaussian columns, with one power iteration. The share is an estimate: what
-    lies outside the subspace is taken from E ||G Omega||_F^2 = columns * ||G||_F^2 for Gaussian Omega.
+    By `randomised_svd`, whose starting block holds the previous basis beside `OVERSAMPLING` Gaussian columns. The share
+    is an estimate: what lies outside the subspace is taken from E ||G Omega||_F^2 = columns * ||G||_F^2 for Gaussian
+    Omega.
 
     Args:
         times, transposed_times: G M and G^T M, the same on every rank.
@@ -110,22 +108,10 @@ def sketched_bases(
     known = 0 if start is None else start.shape[1]
     generator = torch.Generator().manual_seed(seed)
     omega = torch.randn(shape[1], width - min(known, width - 1), generator=generator).to(device)
-    Y = times(omega if start is None else torch.cat((omega, start), dim=1)[:, :width])
-    if not (Y.isfinite().all() and Y.any()):
-        raise torch.linalg.LinAlgError("the gradient is zero or not finite")
-    # One power iteration, and with it what fresh Gaussian columns show of the gradient outside the subspace.
+    block = omega if start is None else torch.cat((omega, start), dim=1)[:, :width]
     probe = torch.randn(shape[1], PROBES, generator=generator).to(device)
-    Y = times(torch.cat((_orthonormal(transposed_times(_orthonormal(Y))), probe), dim=1))
-    Q, probed = _orthonormal(Y[:, :width]), Y[:, width:]
-    outside = probed - Q @ (Q.mT @ probed)
-    V, s, U = tall_svd(transposed_times(Q))
-    left = None if ranks[0] is None else Q @ U[:, : ranks[0]]
+    U, s, V, outside = randomised_svd(times, transposed_times, block, probe)
+    left = None if ranks[0] is None else U[:, : ranks[0]]
     squares = s.double().square()
     share = squares[:rank].sum() / (squares.sum() + outside.double().square().sum() / PROBES)
     return (left, V[:, :rank].contiguous()), float(share)
-
-
-def _orthonormal(M: Tensor) -> Tensor:
-    """Orthonormal columns that span M's; M is scaled first so that tiny gradients do not underflow."""
-    peak = torch.linalg.vector_norm(M, torch.inf).clamp_min(torch.finfo(M.dtype).tiny)
-    return torch.linalg.qr(M / peak).Q

@@ -13,127 +13,21 @@ Conventions, for a weight W and its gradient G, both (out, in):
 * Everything is computed in float32 at least, whatever the dtype of the gradient (bfloat16 has no SVD).
 """
 
-import functools
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from errors import InputError
-
-log = logging.getLogger("gorp")
+from Proj_torch.svd import at_least_float32, largest, truncated_svd, warn_once
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-SVD_METHODS = ("exact", "lowrank")
 SIDES = ("output", "input")
-
-SKETCH_SEED = 0  # the sketch is the same on every rank and in every run
-# More columns than the 5 to 10 of Halko, Martinsson and Tropp 2011 (section 4.2), and one pass over the matrix less:
-# faster, and closer to the best basis (docs/LOG.md).
-OVERSAMPLING = 24
-POWER_ITERATIONS = 1
-SAFE_PEAKS = (2.0**-30, 2.0**30)  # entries whose squares and sums of squares stay far from a float32's ends
 
 Bases = tuple[Tensor | None, ...]  # one for each mode of the weight, None where it is not projected
 
 
-def at_least_float32(X: Tensor) -> Tensor:
-    """X itself if it is float32 or float64, else a float32 copy."""
-    return X.to(torch.promote_types(X.dtype, torch.float32))
-
-
 # ---------------------------------------------------------------------------------------------- bases
-
-
-def truncated_svd(M: Tensor, rank: int, svd: str = "exact") -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets of a matrix, in float32 at least.
-
-    A tiny or huge M is scaled by a power of two (which rounds nothing) to entries below 2 first, so that nothing
-    under- or overflows. When the chosen method does not converge, which is said once, safer ones replace it: on a GPU
-    the QR iteration (gesvd), then the eigenvectors of the Gram matrix in float64.
-
-    Args:
-        M: (m, n), finite.
-        rank: k, at most min(m, n).
-        svd: "exact", or "lowrank" for a seeded randomised range finder.
-
-    Returns:
-        U (m, k), s (k,) in descending order, V (n, k); U and V have orthonormal columns, also where s is zero.
-
-    Raises:
-        torch.linalg.LinAlgError: nothing converged, or M is not finite.
-    """
-    M = at_least_float32(M)
-    peak = _largest(M).clamp_min(torch.finfo(M.dtype).tiny)
-    unit, scaled = torch.ones_like(peak), M
-    if not SAFE_PEAKS[0] < peak < SAFE_PEAKS[1]:
-        unit = peak / (2 * torch.frexp(peak).mantissa)
-        scaled = M / unit
-    chosen = _exact_svd if svd == "exact" else _sketched_svd
-    safer = functools.partial(_exact_svd, driver="gesvd")  # only CUDA has a choice of drivers
-    for decompose in (chosen, safer, _gram_svd) if M.is_cuda else (chosen, _gram_svd):
-        try:
-            U, s, V = decompose(scaled, rank)
-        except torch.linalg.LinAlgError:
-            _warn_once(f"{svd} SVD did not converge on a {tuple(M.shape)} matrix; a safer one takes its place")
-            continue
-        if U.isfinite().all() and V.isfinite().all():
-            return U, s * unit, V
-    raise torch.linalg.LinAlgError(f"no singular vectors of a {tuple(M.shape)} matrix: nothing converged")
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    log.warning("%s (said once)", text)
-
-
-def _largest(X: Tensor) -> Tensor:
-    """The largest magnitude in X, NaN if there is one; on a CPU far faster than the maximum norm."""
-    low, high = X.aminmax()
-    return torch.maximum(-low, high)
-
-
-def _exact_svd(M: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    U, s, Vh = torch.linalg.svd(M, full_matrices=False, driver=driver)
-    return U[:, :rank].contiguous(), s[:rank], Vh[:rank].mT.contiguous()
-
-
-def _sketched_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Randomised SVD (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
-
-    `torch.svd_lowrank` is the same algorithm, but draws from the global generator: it would change the run's own
-    random numbers, and differ between ranks whose generators differ. This one draws from its own.
-    """
-    width = min(rank + OVERSAMPLING, *M.shape)
-    generator = torch.Generator().manual_seed(SKETCH_SEED)
-    sketch = torch.randn(M.shape[1], width, generator=generator, dtype=M.dtype).to(M.device)
-    Q = torch.linalg.qr(M @ sketch).Q
-    for _ in range(POWER_ITERATIONS):
-        # (Q^T M)^T reads M along its rows, and is several times faster on a CPU than M^T Q.
-        Q = torch.linalg.qr(M @ torch.linalg.qr((Q.mT @ M).mT).Q).Q
-    V, s, U = tall_svd((Q.mT @ M).mT)
-    return Q @ U[:, :rank], s[:rank], V[:, :rank]
-
-
-def tall_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD U (m, n), s (n,), V (n, n) of M (m, n), m >= n, by way of M's triangle: far faster where m >> n."""
-    Q, triangle = torch.linalg.qr(M)
-    U, s, Vh = torch.linalg.svd(triangle)
-    return Q @ U, s, Vh.mT
-
-
-def _gram_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD from the eigenvectors of the smaller Gram matrix, in float64; halves the digits but always has an answer."""
-    if M.shape[0] > M.shape[1]:
-        V, s, U = _gram_svd(M.mT, rank)
-        return U, s, V
-    wide = M.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    U, s = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp_min(0).sqrt()
-    V, triangle = torch.linalg.qr(wide.mT @ U)
-    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # so that U diag(s) V^T is M, not M up to signs
-    return U.to(M.dtype), s.to(M.dtype), (V * signs).to(M.dtype)
 
 
 def basis_left(G: Tensor, rank: int, svd: str = "exact") -> Tensor:
@@ -201,12 +95,12 @@ def next_bases(
         previous: what this function last returned for the weight.
         compute: `matrix_bases`, or `tucker_bases` for tensors of more than two dimensions.
     """
-    peak = _largest(G)
+    peak = largest(G)
     if peak.isfinite() and peak > 0:
         try:
             return compute(G, ranks, svd)
         except torch.linalg.LinAlgError as error:
-            _warn_once(f"{error}; the previous basis stays")
+            warn_once(f"{error}; the previous basis stays")
     return previous if previous is not None else _unit_bases(G, ranks)
 
 
@@ -373,11 +267,10 @@ class ProjProjector:
         """R in the weight's coordinates (out, in), less its component in S (see `project_back`)."""
         return project_back(R, *self.bases, S, side)
 
-    def add_back_(self, W: Tensor, R: Tensor, alpha: float, S: Tensor | None = None, side: str = "output") -> None:
-        """W += alpha * scale * project_back(R, S, side), forming no matrix of W's size where the dtypes allow it."""
+    def add_back_(self, W: Tensor, R: Tensor, S: Tensor | None = None, side: str = "output") -> None:
+        """W += scale * project_back(R, S, side), forming no matrix of W's size where the dtypes allow it."""
         factors = back_factors(R, *self.bases, S, side)
         if len(factors) == 2 and W.dtype == factors[0].dtype:
-            W.addmm_(*factors, alpha=alpha * self.scale)
+            W.addmm_(*factors, alpha=self.scale)
         else:
-            update = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
-            W.add_(update, alpha=alpha * self.scale)
+            W.add_(factors[0] if len(factors) == 1 else factors[0] @ factors[1], alpha=self.scale)

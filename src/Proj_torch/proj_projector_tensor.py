@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from Proj_torch.proj_projector import Bases, ProjProjector, at_least_float32, basis_left, next_bases
+from Proj_torch.proj_projector import Bases, ProjProjector, basis_left, next_bases
+from Proj_torch.svd import at_least_float32
 
 
 def unfold(T: Tensor, mode: int) -> Tensor:
@@ -76,5 +77,5 @@ class ProjProjectorTensor(ProjProjector):
     def project_back(self, R: Tensor) -> Tensor:
         return project_back_tensor(R, self.bases)
 
-    def add_back_(self, W: Tensor, R: Tensor, alpha: float) -> None:
-        W.add_(self.project_back(R), alpha=alpha * self.scale)
+    def add_back_(self, W: Tensor, R: Tensor) -> None:
+        W.add_(self.project_back(R), alpha=self.scale)

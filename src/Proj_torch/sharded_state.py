@@ -77,6 +77,7 @@ class LocalState:
 
     def __init__(self, optimizer: Optimizer, engine: Any = None):
         self.optimizer = optimizer
+        self.steps_on_parameters = engine is None  # whether a step that is left out shows as gradients of None
         self._masters = {}
         if engine is not None and engine.optimizer is not optimizer:
             if not hasattr(engine.optimizer, "fp32_groups"):
@@ -128,6 +129,7 @@ class ZeroState:
         from deepspeed import utils
 
         self.optimizer, self._zero, self._utils = optimizer, deepspeed.zero, utils
+        self.steps_on_parameters = False
         self._partitioned = engine.zero_optimization_stage() == 3
         if not self._partitioned:
             self._create_moments()

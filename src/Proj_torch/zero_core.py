@@ -30,6 +30,7 @@ Clipping: the core's gradient enters the norm that DeepSpeed or `clip_grad_norm_
 """
 
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ from module_matching import check_unshared
 from Proj_torch.core_linear import CoreLinear
 from Proj_torch.layer_gradient import sketched_bases
 from Proj_torch.proj_projector import SIDES, Bases, mode_ranks, next_bases, project, project_back, remove
+from Proj_torch.adamw import ProjectionReport
+from Proj_torch.svd import energy_share
 from Proj_torch.sharded_state import MOMENTS, LocalState, ZeroState, optimizer_state_of
 
 log = logging.getLogger("gorp")
@@ -63,12 +66,14 @@ class CoreEngine:
         for every micro-batch:
             cores.begin_micro_batch(is_last)
             # forward, backward; after the last one the optimizer's step
-        cores.finish()
+        cores.fold()
+
+    Its other methods are those of every engine (`engine.py`).
 
     Args:
         model: holds the targets; they are replaced in it by `CoreLinear` layers.
         targets: module name -> layer. Their weights are frozen. May be empty where there are factors to protect.
-        rank, update_proj_gap, scale, proj_type: as in ProjAdamW.
+        rank, update_proj_gap, scale, proj_type: as in ProjAdamW; `lr` of the targets, for `create_optimizer`.
         refresh: "exact", "lowrank" (randomised SVD of the summed gradient) or "sketch" (no gradient is summed).
         spaces: module name -> S (out, c) or (in, c), or None.
         protect_side: "output" or "input".
@@ -80,6 +85,9 @@ class CoreEngine:
         InputError: a target is not a linear layer or shares its weight, or a setting or a space does not fit.
     """
 
+    name = "trainable cores, AdamW"
+    own_state = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -89,6 +97,7 @@ class CoreEngine:
         update_proj_gap: int,
         scale: float = 1.0,
         proj_type: str = "std",
+        lr: float | None = None,
         refresh: str = "exact",
         spaces: dict[str, Tensor | None] | None = None,
         protect_side: str = "output",
@@ -100,6 +109,7 @@ class CoreEngine:
         if not targets and not factor_spaces:
             raise InputError("targets: no module matches, so nothing would be projected")
         _check_targets(model, targets)
+        self.model, self.lr = model, lr
         self.gap, self.scale, self.refresh = update_proj_gap, scale, refresh
         self.layers: dict[str, CoreLinear] = {}
         for name, linear in targets.items():
@@ -120,10 +130,20 @@ class CoreEngine:
         for index, layer in enumerate(self.layers.values()):
             layer.core.register_hook(lambda grad, layer=layer, index=index: self._on_core_gradient(layer, index, grad))
         self.step = 0  # optimizer steps taken
+        self.trained_weights: dict[str, Tensor] = {}  # see `finish`
         self.optimizer_state: LocalState | ZeroState | None = None
         self._between_steps, self._is_last, self._open = True, True, False
 
     # ----------------------------------------------------------------------------------- set-up
+
+    def create_optimizer(self, factors: Mapping[str, nn.Parameter], **adam: Any) -> torch.optim.AdamW:
+        """The AdamW of the cores and of LoRA factors; `adam` is lr, betas, eps, weight_decay."""
+        cores = self.core_groups(self.lr, adam["weight_decay"])
+        return torch.optim.AdamW([{"params": list(factors.values())}, *cores], **adam)
+
+    def begin_training(self, optimizer: Optimizer, deepspeed: Any) -> None:
+        self.attach(optimizer, deepspeed)
+        self.name = "trainable cores under DeepSpeed, AdamW" if deepspeed is not None else self.name
 
     def core_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """The cores' group for `torch.optim.AdamW`; `lr` and `weight_decay` are those of the weights."""
@@ -165,19 +185,29 @@ class CoreEngine:
                     layer.prepare_refresh()
         self._between_steps = self._is_last = is_last
 
-    def finish(self) -> None:
-        """Fold the cores, so that the weights hold what was trained; collective. Training may go on after it."""
+    def fold(self) -> None:
+        """Fold the cores, so that the weights hold what was trained; collective. Training may continue after it."""
         self._settle()
         self._fold()
 
-    def detach(self, model: nn.Module) -> None:
-        """`finish`, and plain linear layers in the model again. Not while DeepSpeed's stage 3 owns the model."""
-        self.finish()
+    @torch.no_grad()
+    def finish(self, in_pieces: bool = False) -> None:
+        """`fold`, and plain linear layers in the model again, unless DeepSpeed's stage 3 has its weights in pieces.
+
+        Then `trained_weights` has each target's weight (out, in), float32 on the CPU, without the rounding of a 16-bit
+        weight in the model. Collective.
+        """
+        self._settle()
         for name, layer in self.layers.items():
+            core = self.optimizer_state.read_master(layer.core)
+            with self.optimizer_state.gathered([layer.weight]):
+                self.trained_weights[name] = layer.trained_weight(core).cpu()
+        self._fold()
+        for name, layer in self.layers.items() if not in_pieces else ():
             linear = nn.Linear(*layer.shape[::-1], bias=layer.bias is not None, device="meta")
             linear.weight, linear.bias = layer.weight, layer.bias
             linear.weight.requires_grad_(layer.trainable_before)
-            _replace(model, name, linear.train(layer.training))
+            _replace(self.model, name, linear.train(layer.training))
 
     def _fold(self) -> None:
         for layer in self.layers.values():
@@ -191,25 +221,22 @@ class CoreEngine:
         """If the last step was skipped (fp16 overflow), go back to the bases before it."""
         if self._open:
             for layer in self.layers.values():
-                if layer.gradient is not None:
-                    layer.bases = layer.bases_before
-                    layer.gradient = layer.bases_before = None
+                layer.close_refresh(taken=False)
             self._open = False
 
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:
         """After the optimizer's step, which ZeRO makes once a group or slice, and not at all when it overflows."""
         groups = [group for group in optimizer.param_groups if group.get(CORE_GROUP) and group["params"]]
-        if not (self._open and groups):
+        cores = [layer.core for layer in self.layers.values()]
+        left_out = self.optimizer_state.steps_on_parameters and all(core.grad is None for core in cores)
+        if left_out or not (self._open and groups):
             return
         self._open = False
         self.step += 1
         for layer in self.layers.values():
             layer.decay *= 1 - groups[0]["lr"] * groups[0]["weight_decay"]
-            layer.counts["projections"] += 1
-            if layer.gradient is not None:
-                layer.counts["refreshes"] += 1
-                layer.counts["energy"] += layer.share
-                layer.gradient = layer.bases_before = None
+            layer.steps += 1
+            layer.close_refresh(taken=True)
 
     # ----------------------------------------------------------------------------------- refresh
 
@@ -229,7 +256,7 @@ class CoreEngine:
             layer.gradient.clear()  # before backward reaches the next layer, so that one at a time is in memory
             return (core_gradient if space is None else remove(core_gradient, space, layer.side)).to(grad.dtype)
 
-    # ---------------------------------------------------------------------- what a task leaves behind
+    # ------------------------------------------------------------------------------- after the last step
 
     def first_moments(self) -> dict[str, Tensor]:
         """Adam's first moments in full coordinates, float32: of each target's weight (out, in) under its module name,
@@ -243,40 +270,14 @@ class CoreEngine:
             moments[name] = moment.new_zeros(layer.shape) if bases is None else project_back(moment, *bases, *back)
         return moments
 
-    @torch.no_grad()
-    def trained_weights(self) -> dict[str, Tensor]:
-        """Module name -> weight (out, in) as trained so far, float32 on the CPU, without a 16-bit weight's rounding;
-        collective. The model itself holds these values, rounded to its dtype, after `finish`."""
-        self._settle()
-        weights = {}
+    def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each target's trained weight (out, in), float32, differentiable: for penalties. Not at ZeRO stage 3."""
         for name, layer in self.layers.items():
-            core = self.optimizer_state.read_master(layer.core)
-            with self.optimizer_state.gathered([layer.weight]):
-                weights[name] = layer.trained_weight(core).cpu()
-        return weights
+            yield name, layer.effective_weight()
 
-    def report(self) -> dict[str, Any]:
-        """What the engine did: for each target its ranks, refreshes, projections (steps taken in projected
-        coordinates) and the mean share of the gradient's energy in its bases; the numbers and bytes that train."""
-        targets = {}
-        for name, layer in self.layers.items():
-            counts = dict(layer.counts)
-            share = counts.pop("energy") / max(1, counts["refreshes"])
-            targets[name] = {"shape": layer.shape, "ranks": layer.ranks, **counts, "energy": share}
-        layers = self.layers.values()
-        cores = sum(torch.Size(layer.core_shape).numel() for layer in layers)
-        bases = sum((rank or 0) * size for x in layers for rank, size in zip(x.ranks, x.shape, strict=True))
-        return {
-            "engine": "cores",
-            "refresh": self.refresh,
-            "steps": self.step,
-            "targets": targets,
-            "weights": sum(torch.Size(layer.shape).numel() for layer in layers),
-            "core_numbers": cores,
-            "optimizer_bytes": cores * 4 * (1 + len(MOMENTS)),  # float32 master and moments, of all ranks together
-            "basis_bytes": bases * 4,  # on each rank
-            "rounding_bytes": sum(0 if x.rounding is None else x.rounding.nbytes for x in layers),  # on each rank
-        }
+    def report(self) -> ProjectionReport:
+        """What the projection did so far, by module name."""
+        return ProjectionReport({name: layer.report() for name, layer in self.layers.items()})
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
@@ -295,7 +296,8 @@ class CoreEngine:
                     state[f"{name}.{key}"] = value
             if layer.rounding is not None:
                 state[f"{name}.rounding"] = layer.rounding
-            state[f"{name}.counts"] = torch.tensor([layer.decay, *layer.counts.values()], dtype=torch.float64)
+            counts = [layer.decay, layer.steps, layer.refreshes, layer.share]
+            state[f"{name}.counts"] = torch.tensor(counts, dtype=torch.float64)
         return {key: value.cpu().contiguous() for key, value in state.items()}
 
     @torch.no_grad()
@@ -315,13 +317,13 @@ class CoreEngine:
                 layer.weight.copy_(state[f"{name}.weight"])
             self.optimizer_state.write_master(layer.core, state[f"{name}.core"].to(device))
             moments[layer.core] = {key: state[f"{name}.{key}"].to(device) for key in MOMENTS}
-            layer.decay, *counts = state[f"{name}.counts"].tolist()
-            layer.counts = {"refreshes": int(counts[0]), "projections": int(counts[1]), "energy": counts[2]}
+            layer.decay, steps, refreshes, layer.share = state[f"{name}.counts"].tolist()
+            layer.steps, layer.refreshes = int(steps), int(refreshes)
             left, right, layer.rounding = (
                 None if value is None else value.to(device)
                 for value in (state.get(f"{name}.{key}") for key in ("left", "right", "rounding"))
             )
-            layer.bases = (left, right) if layer.counts["refreshes"] else None
+            layer.bases = (left, right) if layer.refreshes else None
         if self.step:
             self.optimizer_state.write_moments(moments, self.step)
         self._between_steps, self._is_last, self._open = True, True, False
@@ -354,9 +356,7 @@ def _decompose(layer: CoreLinear, svd: str) -> tuple[Bases, float]:
             return _received(layer, G.device)
     G = remove(G, *layer.removed_before_bases()) if layer.removed_before_bases() else G
     bases = tuple(None if B is None else B.contiguous() for B in next_bases(G, layer.ranks, svd, layer.bases))
-    held, whole = (torch.linalg.vector_norm(X, dtype=torch.float64) for X in (project(G, *bases), G))
-    share = (held / whole.clamp_min(torch.finfo(whole.dtype).tiny)).square().float()
-    return _sent(bases, share)
+    return _sent(bases, energy_share(project(G, *bases), G).float())
 
 
 def _sketch(layer: CoreLinear, seed: int) -> tuple[Bases, float]:

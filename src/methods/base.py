@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import PeftModel, TaskType
 from torch import nn
 
+import checkpoints
 import full_rank
 from errors import InputError
 from files import read_json, write_json
@@ -29,7 +30,7 @@ from loranew import (
     save_folded,
 )
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
-from methods.base_options import LoraArguments, MethodArguments, PenaltyArguments, TargetArguments
+from methods.base_options import LoraArguments, MethodArguments, TargetArguments
 from module_matching import check_rank, check_unshared, match_linear
 from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
 from task_examples import OrderExamples
@@ -65,7 +66,7 @@ class Method:
         self.options = options
         self.model: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
-        # Whether `training_state` is what a checkpoint holds without DeepSpeed too.
+        # Whether DeepSpeed or cores train, whose state is not that of the model's own parameters.
         self.own_state = False
         # Weights of the base that differ from the base model on disk, by module name: earlier tasks' and this one's.
         self.changed: dict[str, nn.Linear] = {}
@@ -80,8 +81,8 @@ class Method:
             InputError: the method has no such preset.
         """
         if name == "published":
-            raise InputError("--preset: found published; --method gorp is the paper's method now, and --preset released "
-                             "computes what the released scripts compute")
+            raise InputError("--preset: found published; --method gorp is the paper's method now, and --preset "
+                             "released computes what the released scripts compute")
         if name is not None and name not in cls.presets:
             allowed = ", ".join(cls.presets) or "none with this method; --method gorp has released"
             raise InputError(f"--preset: found {name}; {allowed}")
@@ -126,6 +127,25 @@ class Method:
         Called in every micro-batch, whose share of it the trainer adds, so that it counts once an optimizer step.
         """
         return None
+
+    # Checkpoints within a task
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What a run needs to resume, as CPU tensors by name: the trainable parameters and the optimizer's state;
+        collective."""
+        return checkpoints.training_state(self._trainable(), self.optimizer)
+
+    def load_training_state(self, saved: dict[str, torch.Tensor]) -> None:
+        """Resume where `training_state` was taken; collective, and under DeepSpeed once it has moments
+        (`start_moments`).
+
+        Raises:
+            InputError: a tensor is missing or does not fit.
+        """
+        checkpoints.load_training_state(self._trainable(), self.optimizer, saved)
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     # Finishing
 
@@ -263,23 +283,22 @@ class LoraMethod(Method):
         )
 
     def begin_training(self, engine) -> None:
+        self.own_state |= engine is not None
         self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
         self.optimizer_state = optimizer_state_of(self.optimizer, engine)
 
-    # Checkpoints of a run under DeepSpeed, or with cores
-
     def training_state(self) -> dict[str, torch.Tensor]:
-        """What such a run needs to go on, on the same or another number of ranks: CPU tensors by name; collective."""
+        """The same for any number of ranks."""
+        if not self.own_state:
+            return super().training_state()
         step = torch.tensor(steps_taken(self.optimizer))
         return {"step": step} | read_parameters(self.optimizer_state, dict(self.factors()))
 
     def load_training_state(self, saved: dict[str, torch.Tensor]) -> None:
-        """Go on where `training_state` was taken; collective, once DeepSpeed has moments (`start_moments`).
-
-        Raises:
-            InputError: a tensor is missing or does not fit.
-        """
-        write_parameters(self.optimizer_state, dict(self.factors()), saved, int(saved["step"]))
+        if self.own_state:
+            write_parameters(self.optimizer_state, dict(self.factors()), saved, int(saved["step"]))
+        else:
+            super().load_training_state(saved)
 
     def end_task(self) -> None:
         """Turn what was trained into memory: the new LoRA joins the old one.

@@ -160,11 +160,16 @@ class SpaceArguments(MethodArguments):
     space_from: str = field(
         default="moments",
         metadata={
-            "help": "What a finished task adds to the space: directions of Adam's first moment (as in the paper), or of "
-            "the inputs that the layers see on its examples (as GPM).",
+            "help": "What a finished task adds to the space: directions of Adam's first moment (as in the paper), or "
+            "of the inputs that the layers see on its examples (as GPM).",
             "choices": ["inputs", "moments"],
         },
     )
+
+    @staticmethod
+    def of_space() -> set[str]:
+        """Names of the options that decide nothing where nothing is protected."""
+        return {"proj_lora_modules", "protect_side", "space_energy", "space_from"}
 
     def __post_init__(self):
         super().__post_init__()

@@ -50,16 +50,15 @@ class Sgorp(Gorp):
     def prepare(self, model, previous, *, decoder_only, sharded=False):
         model = super().prepare(model, previous, decoder_only=decoder_only, sharded=sharded)
         if self.structural:
-            spaces = {name: self.space.get(f"{name}.loranew_A") for name in loranew_layers(model)}
-            set_input_space(model, spaces)
+            set_input_space(model, {name: self.space.get(f"{name}.loranew_A") for name in loranew_layers(model)})
         return model
 
     def way(self):
         return "orthogonal" if self.structural else super().way()
 
-    def gradient_protected(self):
-        # A factor's gradient is clear of S by the forward pass already.
-        return {} if self.structural else super().gradient_protected()
+    def spaces(self, names):
+        # A factor's change is clear of S by the forward pass already.
+        return super().spaces(name for name in names if not self.structural or name in self.targets)
 
-    def _needs_inputs(self):
-        return self.structural or super()._needs_inputs()
+    def needs_inputs(self):
+        return self.structural or super().needs_inputs()

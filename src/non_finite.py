@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: they change nothing, are said, and after some in a row end the run."""
+"""Steps with a loss or gradient that is not finite: logged, without an effect, and some in a row end the run."""
 
 import logging
 
@@ -12,17 +12,17 @@ log = logging.getLogger("gorp")
 ROWS_NAMED = 16
 
 
-class FiniteSteps:
-    """Watches the optimizer steps of one task.
+class NonFiniteGuard:
+    """Keeps NaN and infinity out of the weights during one task.
 
-    In one process the whole step is left out. Under DeepSpeed, where backward and step are one call, the rank's own
-    gradients of that micro-batch are set to zero before they are reduced; so are they where backward already computes
-    the next bases from them (`CoreEngine`). With fp16 the loss scaler of either already
-    leaves steps out, and an infinite gradient is its normal signal, so only the loss is watched.
+    In one process the complete step is skipped. Under DeepSpeed, where backward and step are one call, the rank's own
+    gradients of that micro-batch are set to zero before they are reduced; likewise where backward already computes the
+    next bases from them (`CoreEngine`). With fp16 the loss scaler skips steps itself, and an infinite gradient is its
+    normal signal, so only the loss is watched.
 
     Args:
-        limit: bad steps in a row that end the run.
-        watch_gradients: false with fp16.
+        limit: number of bad steps in a row that ends the run.
+        watch_gradients: whether a gradient can make a step bad; false with fp16.
     """
 
     def __init__(self, limit: int, *, watch_gradients: bool = True):
@@ -33,7 +33,7 @@ class FiniteSteps:
         self._gradients_bad: Tensor | None = None
 
     def clean_gradients(self, model: nn.Module) -> None:
-        """From now on, set each trainable parameter's gradient to zero before it is reduced where it is not finite."""
+        """Have each gradient that is not finite set to zero before it is reduced."""
         if self.watch_gradients:
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -45,8 +45,8 @@ class FiniteSteps:
         self._gradients_bad = bad if self._gradients_bad is None else self._gradients_bad | bad
         return torch.where(finite, gradient, torch.zeros_like(gradient))
 
-    def saw_micro_batch(self, loss: Tensor, rows: list[str]) -> None:
-        """Note a micro-batch's loss and what its rows are called."""
+    def note_micro_batch(self, loss: Tensor, rows: list[str]) -> None:
+        """Note a micro-batch's loss and the names of its examples."""
         self._micro_batches.append((loss.detach(), rows))
 
     def end_of_step(self, step: int, gradient_norm: Tensor | float | None) -> bool:
@@ -70,5 +70,5 @@ class FiniteSteps:
                 f"step {step}: {what}, the {self.in_a_row} steps in a row that --max_non_finite_steps allows are used "
                 f"up; rows: {rows}; no update of these steps entered the weights, the last checkpoint stays"
             )
-        log.warning("step %d: %s, the update is left out; rows: %s", step, what, rows)
+        log.warning("step %d: %s, the update is skipped; rows: %s", step, what, rows)
         return usable
