@@ -14,12 +14,11 @@ from transformers import AutoModelForSeq2SeqLM
 import methods
 import run_uie_lora
 from command_line import parse_arguments
-from conftest import ROOT
 from errors import InputError
+from helpers import LLAMA, LLAMA_MODULES, PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
 from methods import find_method, method_names
 from task_setup import load_examples
 from order_config import read_order
-from test_run import LLAMA, LLAMA_MODULES, PREFIX, T5, T5_MODULES, arguments, predictions
 
 SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "40"]
 RELEASED = ["--preset=released", "--lamda_1", "0"]
