@@ -6,7 +6,6 @@ the same line and end with exit code 2, with the results of an earlier run where
     python tests/test_bad_input.py > docs/BAD_INPUT.md
 """
 
-import json
 import pickle
 import shutil
 import sys
@@ -16,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, edit, put
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, T5Config, T5ForConditionalGeneration
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "BAD_INPUT.md"
 T5 = ROOT / "initial_model" / "tiny-t5"
 MODULES = [
@@ -110,19 +109,6 @@ class Case:
 # What is done to a place
 
 
-def put(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-
-
-def edit(path: Path, change: Callable) -> None:
-    """Replace a JSON file's value by what `change` makes of it."""
-    put(path, change(json.loads(path.read_text(encoding="utf-8"))))
-
-
 def train(content: object):
     return lambda place: put(place.folder / "benchmark/TC/dbpedia/train.json", content)
 
@@ -180,7 +166,7 @@ def deepspeed(content: object, *words: str):
 
 
 def padding_ends(place: Place) -> None:
-    from test_run import LLAMA, LLAMA_MODULES  # not where this file is run to write the docs
+    from helpers import LLAMA, LLAMA_MODULES
 
     shutil.copytree(LLAMA, place.folder / "llama")
     edit(place.folder / "llama" / "tokenizer_config.json", lambda content: content | {"pad_token": "</s>"})

@@ -12,16 +12,14 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from test_collator import IGNORED, byt5, collator, example, gpt2, kept, llama, llama_of_the_hub, merging, t5, text
-from test_collator import tokenizers  # noqa: F401  (a fixture)
 from torch import nn
 
 import full_rank
 from arguments import check_deepspeed_file
 from command_line import parse_arguments
-from conftest import ROOT
 from errors import InputError
 from files import read_json
+from helpers import IGNORED, ROOT, byt5, collator, example, gpt2, kept, llama, llama_of_the_hub, merging, t5, text
 from loranew import load_loranew
 from model.loading import load_model_and_tokenizer
 from order_config import SAMPLING, TASK_FILES, TASKS, read_order, read_task_config, write_order

@@ -14,12 +14,11 @@ from transformers import AutoModelForSeq2SeqLM
 import methods
 import run_uie_lora
 from command_line import parse_arguments
-from conftest import ROOT
 from errors import InputError
+from helpers import LLAMA, LLAMA_MODULES, PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
 from methods import find_method, method_names
 from task_setup import load_examples
 from order_config import read_order
-from test_run import LLAMA, LLAMA_MODULES, PREFIX, T5, T5_MODULES, arguments, predictions
 
 SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "40"]
 RELEASED = ["--preset=released", "--lamda_1", "0"]
@@ -346,7 +345,7 @@ def test_cores_protect_the_lora_alone_where_no_full_rank_weight_trains(mini_benc
 
 
 @pytest.mark.parametrize("name, flags, fault", [
-    ("sgorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"], "--proj_lora_modules: .*only loranew_A"),
+    ("sgorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"], "--proj_lora_modules: .*only factors loranew_A"),
     ("gorp", ["--optim_target_modules", ".*SelfAttention.q", "--galore_engine", "cores"],
      "--optim_target_modules: matches .*SelfAttention.q, which has a LoRA too"),
 ])  # fmt: skip

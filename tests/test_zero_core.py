@@ -225,7 +225,7 @@ def test_refusals_name_what_was_found():
         ("protect_side: 'left'", lambda: build(net, {"first": net.first}, protect_side="left")),
         ("scale: 0", lambda: build(net, {"first": net.first}, scale=0)),
         ("update_proj_gap: 0", lambda: build(net, {"first": net.first}, update_proj_gap=0)),
-        ("first: protected space", lambda: build(net, {"first": net.first}, spaces={"first": torch.eye(10, 2)})),
+        ("space of first: shape", lambda: build(net, {"first": net.first}, spaces={"first": torch.eye(10, 2)})),
     ]
     for message, make in refused:
         with pytest.raises(InputError, match=message):
