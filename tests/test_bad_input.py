@@ -659,16 +659,17 @@ def documentation() -> str:
     lines = [
         "# Bad input",
         "",
-        "What is refused, and what the one line says of it. Each ends the run with exit code 2 before anything is",
-        "trained, with earlier results where they were; `python src/check.py` says the same in seconds. This page is",
-        "written from the table in `tests/test_bad_input.py`, which tries every case.",
+        "What is rejected, and a part of the one line that says so. Each case ends the run with exit code 2 before",
+        "anything is trained, and earlier results stay. `python src/check.py` prints the same line in seconds. This page",
+        "is generated from the table in `tests/test_bad_input.py`, which tries every case:",
+        "`python tests/test_bad_input.py > docs/BAD_INPUT.md`.",
     ]
     for area, cases in CASES.items():
         lines += ["", f"## {area}", "", "| input | the line says |", "|---|---|"]
         for case in cases:
             says = case.says.replace("|", "\\|")
             lines.append(f"| {case.what} | `` {says} `` |")
-    lines += ["", "## Odd but good", "", "An adapter in another floating-point type, and sentences with"]
+    lines += ["", "## Unusual but accepted", "", "An adapter in another floating-point type, and sentences with"]
     lines += ["", *(f"* {what}" for what in GOOD)]
     return "\n".join(lines) + "\n"
 
