@@ -101,8 +101,8 @@ def draw(panels: Sequence[tuple[Panel, Mapping[str, Interval]]]) -> str:
         raise InputError("no method is complete")
     bottom = TOP + ROW * len(methods)
     width = (WIDTH - NAMES - GAP * (len(panels) - 1) - 16) / len(panels)
-    parts = [f'<text class="muted small" x="8" y="{bottom + 44}">Average performance (AP), per cent; the line is the '
-             "95 % interval over test rows and seeds. Hollow: one seed, rows alone.</text>"]  # fmt: skip
+    parts = [f'<text class="muted small" x="8" y="{bottom + 44}">Average performance (AP), per cent, and its 95 % '
+             "interval over test examples and seeds. Hollow: one seed.</text>"]  # fmt: skip
     for row, method in enumerate(methods):
         parts += _name(method, TOP + ROW * (row + 0.5), first=method in FIRST)
     for index, (panel, intervals) in enumerate(panels):
