@@ -660,8 +660,8 @@ def documentation() -> str:
         "# Bad input",
         "",
         "What is rejected, and a part of the one line that says so. Each case ends the run with exit code 2 before",
-        "anything is trained, and earlier results stay. `python src/check.py` prints the same line in seconds. This page",
-        "is generated from the table in `tests/test_bad_input.py`, which tries every case:",
+        "anything is trained, and earlier results stay. `python src/check.py` prints the same line in seconds. This",
+        "page is generated from the table in `tests/test_bad_input.py`, which tries every case:",
         "`python tests/test_bad_input.py > docs/BAD_INPUT.md`.",
     ]
     for area, cases in CASES.items():
