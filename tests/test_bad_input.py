@@ -408,7 +408,7 @@ CASES: dict[str, list[Case]] = {
         Case("more shown examples than rows", lambda place: (instruction(
             instruction_type="few-shot", instruction="x")(place), place.flags.extend(["--num_examples", "6"])),
             "--num_examples: 6; allowed: at most 5, the other rows"),
-        Case("no such benchmark", flags("--data_dir", "nowhere"), "--data_dir: nowhere is no folder"),
+        Case("no such benchmark", flags("--data_dir", "nowhere"), "--data_dir: nowhere is not a folder"),
         Case("a results folder that cannot be written", unwritable, "out: cannot be written (Not a directory)"),
         Case("checkpoints without the optimizer", flags("--save_only_model", "True"),
              "--save_only_model: found true; false; no run could resume"),
@@ -515,7 +515,7 @@ CASES: dict[str, list[Case]] = {
         Case("a tensor is missing", tensors("adapter", "adapter_model", lambda content: content.pop(KEY)),
              f"{KEY} is missing, (8, 128) is needed", needs_model=True),
         Case("a tensor too many", tensors("adapter", "adapter_model", lambda content: content.update(
-            {"stray.weight": torch.zeros(2)})), "stray.weight is found, for which the model has no place",
+            {"stray.weight": torch.zeros(2)})), "found stray.weight, which the model does not have",
             needs_model=True),
         Case("a tensor of integers", tensors("adapter", "adapter_model", lambda content: content.update(
             {KEY: content[KEY].to(torch.int32)})), f"{KEY} holds torch.int32; floating-point values are needed",
@@ -536,7 +536,7 @@ CASES: dict[str, list[Case]] = {
         Case("a space cut short", cut("adapter", "gradient_space.safetensors"), "not a readable safetensors file",
              needs_model=True),
         Case("a space that is no basis", tensors("adapter", "gradient_space", lambda content: content[
-            first(content)].mul_(2)), "is no matrix of orthonormal columns", needs_model=True),
+            first(content)].mul_(2)), "is not a matrix of orthonormal columns", needs_model=True),
         Case("a space of another weight", tensors("adapter", "gradient_space", lambda content: content.update(
             {FULL: torch.eye(7, 2)})), f"{FULL} has a basis of 7 rows; 128 are needed", needs_model=True),
         Case("a space of the other side", lambda place: (place.adapter, place.flags.extend(["--protect_side", "input"])),

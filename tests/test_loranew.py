@@ -404,7 +404,7 @@ KEY = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
     [
         (lambda t: t.pop(KEY), [KEY, "missing", "(8, 16)"]),
         (lambda t: t.update({KEY: torch.zeros(6, 16)}), [KEY, "(6, 16)", "(8, 16)"]),
-        (lambda t: t.update({"stray.weight": torch.zeros(2)}), ["stray.weight", "no place"]),
+        (lambda t: t.update({"stray.weight": torch.zeros(2)}), ["stray.weight", "which the model does not have"]),
         (lambda t: t.update({KEY.replace("lora_A", "loranew_A"): torch.zeros(4, 16)}), ["loranew_", "missing"]),
     ],
     ids=["missing", "shape", "unexpected", "half a new pair"],

@@ -204,7 +204,7 @@ def test_fresh_moves_earlier_results_and_the_log_aside(order, tmp_path, capfd):
 def test_a_folder_that_is_no_task_of_the_order(command, tmp_path, capfd):
     (tmp_path / "outputs" / "2-yelp").mkdir(parents=True)
     assert run_order.main(command()) == 2
-    assert "2-yelp: no task of two as it is now; --fresh starts over" in capfd.readouterr().err
+    assert "2-yelp: not a task of two as it is now; --fresh starts over" in capfd.readouterr().err
     assert not (tmp_path / "outputs" / "1-dbpedia").exists()
 
 
