@@ -125,24 +125,6 @@ def write_order(
     return [replace(step, folder=config_dir / step.dataset) for step in steps]
 
 
-def check_against_benchmark(steps: Iterable[OrderStep], data_dir: str | Path) -> None:
-    """Check that every dataset of an order has its four files in the benchmark.
-
-    Raises:
-        InputError: naming the dataset, what it lacks, and the datasets that the benchmark has.
-    """
-    data_dir = Path(data_dir)
-    for step in steps:
-        folder = data_dir / step.task / step.dataset
-        missing = [name for name in BENCHMARK_FILES if not (folder / name).is_file()]
-        if missing:
-            complete = [name for name in benchmark_datasets(data_dir) if is_complete(data_dir / name)]
-            raise InputError(
-                f"{step.task}/{step.dataset}: {folder} lacks {_listed(missing)}; complete in {data_dir}: "
-                f"{_listed(complete)}"
-            )
-
-
 def benchmark_datasets(data_dir: str | Path) -> list[str]:
     """``TASK/DATASET`` of every dataset folder of a benchmark, tasks in the order of `TASKS`, complete or not."""
     return [

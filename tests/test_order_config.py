@@ -7,7 +7,7 @@ import pytest
 
 import order_config
 from errors import InputError
-from order_config import BENCHMARK_FILES, TASK_FILES, TASKS, check_against_benchmark, read_order, write_order
+from order_config import TASK_FILES, TASKS, read_order, write_order
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -214,20 +214,6 @@ def test_a_write_that_fails_half_way_leaves_the_old_order(order, monkeypatch):
         write_order(order, THREE[:2], overwrite=True)
     assert pairs(read_order(order)) == THREE
     assert [path.name for path in order.parent.iterdir()] == [order.name]
-
-
-def test_datasets_that_the_benchmark_lacks(order, tmp_path):
-    benchmark = tmp_path / "benchmark"
-    for task, dataset in THREE:
-        (benchmark / task / dataset).mkdir(parents=True)
-        for name in BENCHMARK_FILES:
-            (benchmark / task / dataset / name).write_text("[]")
-    check_against_benchmark(read_order(order), benchmark)
-    (benchmark / "SC/amazon/test.json").unlink()
-    with pytest.raises(InputError, match="SC/amazon: .* lacks test.json; complete in .*: TC/agnews, TC/dbpedia"):
-        check_against_benchmark(read_order(order), benchmark)
-    with pytest.raises(InputError, match="TC/dbpedia: .*nowhere/TC/dbpedia lacks train.json, .*: none"):
-        check_against_benchmark(read_order(order), tmp_path / "nowhere")
 
 
 def test_command_line(order, capsys):
