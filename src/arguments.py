@@ -1,6 +1,6 @@
 """Three groups of options: model, data, and Hugging Face's training arguments with this project's additions.
 
-The fourth group is the method's own (`methods/base_options.py`); `command_line.py` parses all four. The option names are
+The fourth group is the method's own (`methods/base_options.py`); `command_line.py` parses all four. Option names are
 the published ones.
 """
 
