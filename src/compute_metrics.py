@@ -19,6 +19,7 @@ from pathlib import Path
 from tokenizers import ByteLevelBPETokenizer
 
 from errors import InputError, entry_point
+from files import json_kind
 
 GPT2_FOLDER = Path(__file__).resolve().parents[1] / "data" / "gpt2tokenizer"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -141,7 +142,7 @@ def read_predictions(path: str | os.PathLike) -> list[dict]:
         raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
     examples = [_predicted(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not examples:
-        raise InputError(f"{path}: no predictions; expected one JSON object a line")
+        raise InputError(f"{path}: no predictions; allowed: a JSON object a line")
     return examples
 
 
@@ -151,7 +152,7 @@ def _predicted(line: str, where: str) -> dict:
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg})") from None
     if not isinstance(example, dict):
-        raise InputError(f"{where}: found {type(example).__name__}; expected an object")
+        raise InputError(f"{where}: found {json_kind(example)}; allowed: an object")
     instance = example.get("Instance")
     found = {key: example.get(key) for key in ("Task", "Dataset", "Prediction")}
     found["Instance.label"] = instance.get("label") if isinstance(instance, dict) else None

@@ -163,7 +163,8 @@ def test_multirc_by_hand():
 
 
 def test_multirc_question_ends_at_the_last_candidate_line():
-    sentences = [f"paragraph: P\ncandidate answer: quoted\nquestion: {question}\ncandidate answer: a" for question in "12"]
+    paragraph = "paragraph: P\ncandidate answer: quoted\nquestion: "
+    sentences = [f"{paragraph}{question}\ncandidate answer: a" for question in "12"]
     assert superglue("MultiRC", ["True", "False"], ["True", "True"], sentences)["em_for_MultiRC"] == 50.0
     with pytest.raises(InputError, match="example 0.*candidate answer"):
         superglue("MultiRC", ["True"], ["True"], ["paragraph: P\nquestion: Q"])
@@ -203,7 +204,7 @@ def test_command_reports_bad_input_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("line, fault", [
-    ("[1]", "line 1: found list; expected an object"),
+    ("[1]", "line 1: found array; allowed: an object"),
     ('{"Task": "SC"}', "line 1: Dataset is missing"),
     ('{"Task": "SC", "Dataset": "d", "Instance": {}, "Prediction": "p"}', "line 1: Instance.label is missing"),
     ('{"Task": "SC", "Dataset": "d", "Instance": {"label": "l"}, "Prediction": 1}', "line 1: Prediction is missing"),
