@@ -1,7 +1,7 @@
 """The methods side by side on real text under one fixed protocol: who keeps most of what it learned, and is it chance?
 
     python initial_model/pretrain_small_t5.py --data_dir FOLDER
-    python benchmarks/continual.py --data_dir FOLDER --out RESULTS --question protection   variants of SGORP, on dev rows
+    python benchmarks/continual.py --data_dir FOLDER --out RESULTS --question protection  variants of SGORP, on dev rows
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --search        each method's settings, on dev rows
     python benchmarks/continual.py --data_dir FOLDER --out RESULTS --seeds 1 2 3   the comparison, on test rows
 
@@ -9,8 +9,8 @@ Every method trains on the same 160 rows of each task for the same number of ste
 of each task, where it has them) after every task; on dev rows, and with a LLaMA, which answers slowly, after a task
 only that task's own, all of them after the last. A method is its name and, if wanted, flags, which win over all
 others: `--methods olora "sgorp --protect none"`. What is decided is decided on dev rows: `--question` compares
-variants of SGORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of the
-method's own knob (`KNOBS`), on one order. A comparison takes the settings that were best on average over seeds.
+variants of SGORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of
+the method's own knob (`KNOBS`), on one order. A comparison takes the settings that were best on average over seeds.
 
 RESULTS/outcomes.jsonl gets a line for each finished trial, as it comes: all that the tables and intervals need, and no
 text of the benchmark. What it holds is not run again, so that with `--out benchmarks/results/small-t5`, this project's
@@ -60,7 +60,8 @@ ORDERS = {
 }
 OURS = "sgorp"
 METHODS = [
-    "seqlora", "inclora", "olora", "nlora", "galore", "osf", "replay", "multitask", "gorp", "gorp --preset released", OURS,
+    "seqlora", "inclora", "olora", "nlora", "galore", "osf", "replay", "multitask", "gorp", "gorp --preset released",
+    OURS,
 ]  # fmt: skip
 INPUT, MOMENTS = "--protect_side input", "--space_from moments"
 ASKED = "sgorp --lamda_1 0.5"  # then the default

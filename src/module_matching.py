@@ -31,11 +31,11 @@ def match_linear(model: nn.Module, patterns: Iterable[str], where: str) -> dict[
     return matched
 
 
-def match_names(names: Iterable[str], pattern: str | None, where: str) -> list[str]:
-    """The names that a regular expression matches completely; none without a pattern.
+def match_names(names: Iterable[str], pattern: str | None, where: str, ending: str = "") -> list[str]:
+    """The names of LoRA factors that a regular expression matches completely; none without a pattern.
 
     Raises:
-        InputError: the pattern is not a regular expression, or matches nothing.
+        InputError: the pattern is not a regular expression, or matches nothing, or a name without the `ending`.
     """
     if not pattern:
         return []
@@ -46,6 +46,9 @@ def match_names(names: Iterable[str], pattern: str | None, where: str) -> list[s
         raise InputError(f"{where}: '{pattern}' is not a regular expression ({error})") from None
     if not matched:
         raise InputError(f"{where}: '{pattern}' matches no factor; factors are called {names[0]} ...")
+    if others := [name for name in matched if not name.endswith(ending)]:
+        raise InputError(f"{where}: '{pattern}' matches {others[0]}; with --space_from inputs or --protect structural "
+                         f"only factors {ending.removeprefix('.').removesuffix('.weight')} can be protected")
     return matched
 
 

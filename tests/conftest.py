@@ -1,14 +1,12 @@
-"""Fixtures that several test files share: the mini benchmark, and a two-task order over it."""
+"""Fixtures that several test files share; their other helpers are in helpers.py."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-REAL_BENCHMARK = ROOT.parent / "shared" / "cl_benchmark_small"
-
+from helpers import DECODERS, ENCODER_DECODERS, ENTRY, ROOT
 
 LONGEST = ("test_recipe.py", "test_two_ranks.py", "test_resume.py", "test_zero_core.py")
 
@@ -24,3 +22,22 @@ def mini_benchmark(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mini") / "benchmark"
     subprocess.run([sys.executable, "data/mini_benchmark.py", "--out", str(folder)], cwd=ROOT, check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    return {build: build() for build in {*ENCODER_DECODERS, *DECODERS}}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with the real scripts, a stand-in for the entry, and nothing to install."""
+    root = tmp_path / "checkout"
+    for folder in ("scripts", "scripts_llama", "configs/order1_configs"):
+        shutil.copytree(ROOT / folder, root / folder)
+    (root / "src" / "report").mkdir(parents=True)
+    (root / "src" / "run_order.py").write_text(ENTRY)
+    (root / "src" / "report" / "__main__.py").write_text("import sys; print('table of', sys.argv[1])")
+    (root / "requirements.txt").write_text("")
+    (root / "data" / "mini_benchmark").mkdir(parents=True)
+    return root

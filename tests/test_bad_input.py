@@ -6,7 +6,6 @@ the same line and end with exit code 2, with the results of an earlier run where
     python tests/test_bad_input.py > docs/BAD_INPUT.md
 """
 
-import json
 import pickle
 import shutil
 import sys
@@ -16,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, edit, put
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, T5Config, T5ForConditionalGeneration
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "BAD_INPUT.md"
 T5 = ROOT / "initial_model" / "tiny-t5"
 MODULES = [
@@ -110,19 +109,6 @@ class Case:
 # What is done to a place
 
 
-def put(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-
-
-def edit(path: Path, change: Callable) -> None:
-    """Replace a JSON file's value by what `change` makes of it."""
-    put(path, change(json.loads(path.read_text(encoding="utf-8"))))
-
-
 def train(content: object):
     return lambda place: put(place.folder / "benchmark/TC/dbpedia/train.json", content)
 
@@ -180,7 +166,7 @@ def deepspeed(content: object, *words: str):
 
 
 def padding_ends(place: Place) -> None:
-    from test_run import LLAMA, LLAMA_MODULES  # not where this file is run to write the docs
+    from helpers import LLAMA, LLAMA_MODULES
 
     shutil.copytree(LLAMA, place.folder / "llama")
     edit(place.folder / "llama" / "tokenizer_config.json", lambda content: content | {"pad_token": "</s>"})
@@ -396,7 +382,8 @@ CASES: dict[str, list[Case]] = {
                                                                "--space_from", "moments"), "--protect_side input"),
         Case("a space from inputs on the output side", flags("--space_from", "inputs"), "--space_from inputs: found"),
         Case("a preset that is gone", flags("--preset", "published"), "--method gorp is the paper's method now"),
-        Case("a preset of another method", flags("--method", "olora", "--preset", "released"), "--preset: found released"),
+        Case("a preset of another method", flags("--method", "olora", "--preset", "released"),
+             "--preset: found released"),
         Case("a flag that contradicts the preset", flags("--preset", "released", "--galore_svd", "lowrank"),
              "--galore_svd: found lowrank; exact with --preset released"),
         Case("a sketch without DeepSpeed", flags("--galore_svd", "sketch"), "sketch without --deepspeed",
@@ -544,7 +531,8 @@ CASES: dict[str, list[Case]] = {
             first(content)].mul_(2)), "is no matrix of orthonormal columns", needs_model=True),
         Case("a space of another weight", tensors("adapter", "gradient_space", lambda content: content.update(
             {FULL: torch.eye(7, 2)})), f"{FULL} has a basis of 7 rows; 128 are needed", needs_model=True),
-        Case("a space of the other side", lambda place: (place.adapter, place.flags.extend(["--protect_side", "input"])),
+        Case("a space of the other side",
+             lambda place: (place.adapter, place.flags.extend(["--protect_side", "input"])),
              "--protect_side: found input;", needs_model=True),
     ],
 }  # fmt: skip

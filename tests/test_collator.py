@@ -5,103 +5,28 @@ import re
 
 import pytest
 import torch
-from test_dataset import GOLDEN, SMALL_BENCHMARK, Benchmark
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from errors import InputError
+from helpers import (
+    DECODERS,
+    ENCODER_DECODERS,
+    GOLDEN,
+    IGNORED,
+    REAL_BENCHMARK,
+    Benchmark,
+    byt5,
+    collator,
+    example,
+    gpt2,
+    kept,
+    llama,
+    llama_of_the_hub,
+    merging,
+    t5,
+    text,
+)
 from token_ids import KeptIds, shared_ids
-from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import prompt_parts
-
-IGNORED = -100
-CORPUS = [f"{prompt} {label}" for _, _, label, prompt in GOLDEN.values()] * 3
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-LLAMA_SPECIALS = ["<unk>", "<s>", "</s>"]
-
-
-# Tokenizers, one of each kind that a model may bring
-
-
-def _trained(model, trainer, pre_tokenizer=None):
-    tokenizer = Tokenizer(model)
-    if pre_tokenizer is not None:
-        tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-def _llama_model():
-    """Vocabulary and merges in the manner of sentencepiece BPE: words begin with ▁, unknown characters are bytes."""
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=LLAMA_SPECIALS + BYTES, show_progress=False)
-    metaspace = pre_tokenizers.Metaspace(prepend_scheme="first")
-    trained = _trained(models.BPE(byte_fallback=True, unk_token="<unk>"), trainer, metaspace)
-    model = json.loads(trained.to_str())["model"]
-    return model["vocab"], [tuple(pair) for pair in model["merges"]]
-
-
-def t5():
-    specials = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    words = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    vocabulary = json.loads(_trained(models.Unigram(), trainer, words).to_str())["model"]["vocab"]
-    return T5Tokenizer(vocab=[tuple(piece) for piece in vocabulary], extra_ids=0)
-
-
-def byt5():
-    """A slow tokenizer (plain Python, one id a byte), which keeps every character."""
-    return ByT5Tokenizer()
-
-
-def llama():
-    vocabulary, merges = _llama_model()
-    return LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
-
-
-def llama_of_the_hub():
-    """As LLaMA-2's tokenizer.json has it: the prefix space comes from a normaliser, also before a space."""
-    vocabulary, merges = _llama_model()
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def _byte_level(*, by_words, **specials):
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer = _trained(models.BPE(), trainer, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_words))
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", **specials)
-
-
-def gpt2():
-    """Byte-level BPE whose BOS is its EOS and is never added."""
-    return _byte_level(by_words=True, bos_token="<|endoftext|>")
-
-
-def merging():
-    """Byte-level BPE without a word rule: the cue, the space and the answer may become one token."""
-    return _byte_level(by_words=False)
-
-
-ENCODER_DECODERS = [t5, byt5]
-DECODERS = [llama, llama_of_the_hub, gpt2, merging, byt5]
-
-
-@pytest.fixture(scope="session")
-def tokenizers():
-    return {build: build() for build in {*ENCODER_DECODERS, *DECODERS}}
-
-
-# Examples and batches
 
 
 @pytest.fixture(scope="session")
@@ -112,24 +37,6 @@ def golden_rows(tmp_path_factory):
         benchmark.add(task, dataset, labels, [{"label": label, "sentence": sentence}])
     loaded = benchmark.load()
     return {split: {(row["Task"], row["Dataset"]): row for row in rows} for split, rows in loaded.items()}
-
-
-def example(sentence, label="very negative", *, subset="train", head="Choose one.\nOption: a, b \n"):
-    instance = {"id": "7", "sentence": sentence, "label": label, "ground_truth": label, "instruction": head}
-    return {"Task": "SC", "Dataset": "mine", "subset": subset, "Samples": [], "Instance": instance}
-
-
-def collator(tokenizer, decoder_only, **changes):
-    options = {"max_source_length": 2048, "max_target_length": 200, "add_task_name": True, "add_dataset_name": True}
-    return DataCollatorForUIE(tokenizer, decoder_only=decoder_only, **{**options, **changes})
-
-
-def kept(values, mask):
-    return values[mask.bool()].tolist()
-
-
-def text(tokenizer, ids):
-    return tokenizer.decode([one for one in ids if one not in tokenizer.all_special_ids])
 
 
 def prompt_of(row):
@@ -397,12 +304,12 @@ def test_a_record_that_cannot_be_written(tokenizers, tmp_path):
 # Real data
 
 
-@pytest.mark.skipif(not SMALL_BENCHMARK.is_dir(), reason="the small real benchmark is not here")
+@pytest.mark.skipif(not REAL_BENCHMARK.is_dir(), reason="the small real benchmark is not here")
 @pytest.mark.parametrize("build, decoder_only", [(t5, False), (llama, True)])
 def test_rows_of_the_small_benchmark_get_through(tokenizers, tmp_path, build, decoder_only):
     benchmark = Benchmark(tmp_path)
-    benchmark.data = SMALL_BENCHMARK
-    for labels in SMALL_BENCHMARK.glob("*/*/labels.json"):
+    benchmark.data = REAL_BENCHMARK
+    for labels in REAL_BENCHMARK.glob("*/*/labels.json"):
         for listed in benchmark.listed.values():
             listed[labels.parts[-3]].append({"dataset name": labels.parts[-2]})
     benchmark.configure()

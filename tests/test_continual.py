@@ -24,9 +24,9 @@ from benchmarks.continual import (
     search,
     table,
 )
-from conftest import ROOT
 from errors import InputError
 from files import read_json
+from helpers import ROOT
 from initial_model import pretrain_small_t5
 
 TINY = ROOT / "initial_model" / "tiny-t5"

@@ -8,216 +8,15 @@ from pathlib import Path
 import pytest
 
 from errors import InputError
+from helpers import GOLDEN, INSTRUCTIONS, REAL_BENCHMARK, STARS, Benchmark, put
 from order_config import TASKS
 from uie_dataset_lora import (
     FEATURES,
-    ExampleOptions,
-    load_uie_dataset,
     prompt_parts,
     read_instructions,
     read_labels,
     read_rows,
 )
-
-SMALL_BENCHMARK = Path(__file__).parents[2] / "shared" / "cl_benchmark_small"
-
-INSTRUCTIONS = {
-    "SC": "How does the writer feel? Choose one option.\n",
-    "TC": "What is the text about? Choose one option.\n",
-    "NLI": "How are the two sentences related? Choose one option.\n",
-    "QQP": "Do both questions mean the same? Choose one option.\n",
-    "WiC": "Has the word one meaning in both sentences? Choose one option.\n",
-    "MultiRC": "Does the answer fit the paragraph and the question? Choose one option.\n",
-    "BoolQA": "Does the passage say yes? Choose one option.\n",
-}
-STARS = ["very negative", "negative", "neutral", "positive", "very positive"]
-
-# (task, dataset): labels, sentence, label, and the whole prompt with both names in front.
-GOLDEN = {
-    ("SC", "yelp"): (
-        STARS,
-        "Text: The soup was cold.\\nThe waiter {smiled} anyway.\n",
-        "negative",
-        "Task:SC\nDataset:yelp\nHow does the writer feel? Choose one option.\n"
-        "Option: very negative, negative, neutral, positive, very positive \n"
-        "Text: The soup was cold.\\nThe waiter {smiled} anyway.\n\nAnswer:",
-    ),
-    ("SC", "amazon"): (
-        STARS,
-        "Title: Good lamp\nText: It lights my desk and {0} never flickers.\n",
-        "very positive",
-        "Task:SC\nDataset:amazon\nHow does the writer feel? Choose one option.\n"
-        "Option: very negative, negative, neutral, positive, very positive \n"
-        "Title: Good lamp\nText: It lights my desk and {0} never flickers.\n\nAnswer:",
-    ),
-    ("SC", "IMDB"): (
-        ["Good", "Bad"],
-        "Two hours of fog.<br /><br />Then the credits.",
-        "Bad",
-        "Task:SC\nDataset:IMDB\nHow does the writer feel? Choose one option.\nOption: Good, Bad \n"
-        "Two hours of fog.<br /><br />Then the credits.\nAnswer:",
-    ),
-    ("SC", "SST-2"): (
-        ["Good", "Bad"],
-        "Text: a warm and clever film ",
-        "Good",
-        "Task:SC\nDataset:SST-2\nHow does the writer feel? Choose one option.\nOption: Good, Bad \n"
-        "Text: a warm and clever film \nAnswer:",
-    ),
-    ("TC", "dbpedia"): (
-        [
-            "Company",
-            "Educational Institution",
-            "Artist",
-            "Athlete",
-            "Office Holder",
-            "Mean of Transportation",
-            "Building",
-            "Natural Place",
-            "Village",
-            "Animal",
-            "Plant",
-            "Album",
-            "Film",
-            "Written Work",
-        ],
-        "Title: MV Tern\nText: The MV Tern is a ferry that serves two small islands.\n",
-        "Mean of Transportation",
-        "Task:TC\nDataset:dbpedia\nWhat is the text about? Choose one option.\n"
-        "Option: Company, Educational Institution, Artist, Athlete, Office Holder, Mean of Transportation, "
-        "Building, Natural Place, Village, Animal, Plant, Album, Film, Written Work \n"
-        "Title: MV Tern\nText: The MV Tern is a ferry that serves two small islands.\n\nAnswer:",
-    ),
-    ("TC", "agnews"): (
-        ["World", "Sports", "Business", "Science or Technology"],
-        "Title: Comet seen\nText: A new comet was found by two students.\n",
-        "Science or Technology",
-        "Task:TC\nDataset:agnews\nWhat is the text about? Choose one option.\n"
-        "Option: World, Sports, Business, Science or Technology \n"
-        "Title: Comet seen\nText: A new comet was found by two students.\n\nAnswer:",
-    ),
-    ("TC", "yahoo"): (
-        [
-            "Society & Culture",
-            "Science & Mathematics",
-            "Health",
-            "Education & Reference",
-            "Computers & Internet",
-            "Sports",
-            "Business & Finance",
-            "Entertainment & Music",
-            "Family & Relationships",
-            "Politics & Government",
-        ],
-        "Title: Cold\nQuestion: How long does a cold last?\nAnswer: About a week.\n",
-        "Health",
-        "Task:TC\nDataset:yahoo\nWhat is the text about? Choose one option.\n"
-        "Option: Society & Culture, Science & Mathematics, Health, Education & Reference, Computers & Internet, "
-        "Sports, Business & Finance, Entertainment & Music, Family & Relationships, Politics & Government \n"
-        "Title: Cold\nQuestion: How long does a cold last?\nAnswer: About a week.\n\nAnswer:",
-    ),
-    ("NLI", "MNLI"): (
-        ["neutral", "entailment", "contradiction"],
-        "sentence 1: The dog sleeps on the mat.\nsentence 2: The dog is awake.",
-        "contradiction",
-        "Task:NLI\nDataset:MNLI\nHow are the two sentences related? Choose one option.\n"
-        "Option: neutral, entailment, contradiction \n"
-        "sentence 1: The dog sleeps on the mat.\nsentence 2: The dog is awake.\nAnswer:",
-    ),
-    ("NLI", "CB"): (
-        ["entailment", "contradiction", "neutral"],
-        "sentence 1: I think she left. Did she?\nsentence 2: she left",
-        "neutral",
-        "Task:NLI\nDataset:CB\nHow are the two sentences related? Choose one option.\n"
-        "Option: entailment, contradiction, neutral \n"
-        "sentence 1: I think she left. Did she?\nsentence 2: she left\nAnswer:",
-    ),
-    ("NLI", "RTE"): (
-        ["contradiction", "entailment"],
-        "sentence 1: Oslo is the capital of Norway.\nsentence 2: Norway has a capital.",
-        "entailment",
-        "Task:NLI\nDataset:RTE\nHow are the two sentences related? Choose one option.\n"
-        "Option: contradiction, entailment \n"
-        "sentence 1: Oslo is the capital of Norway.\nsentence 2: Norway has a capital.\nAnswer:",
-    ),
-    ("QQP", "QQP"): (
-        ["False", "True"],
-        "first sentence: How do I boil rice?\nsecond sentence: How is rice boiled?",
-        "True",
-        "Task:QQP\nDataset:QQP\nDo both questions mean the same? Choose one option.\nOption: False, True \n"
-        "first sentence: How do I boil rice?\nsecond sentence: How is rice boiled?\nAnswer:",
-    ),
-    ("BoolQA", "BoolQA"): (
-        ["True", "False"],
-        "question: is salt a mineral\npassage: Salt -- Salt is a mineral made of two elements.",
-        "True",
-        "Task:BoolQA\nDataset:BoolQA\nDoes the passage say yes? Choose one option.\nOption: True, False \n"
-        "question: is salt a mineral\npassage: Salt -- Salt is a mineral made of two elements.\nAnswer:",
-    ),
-    ("MultiRC", "MultiRC"): (
-        ["False", "True"],
-        "paragraph: Ada had two cats. One of them was old.\nquestion: How many cats?\ncandidate answer: three",
-        "False",
-        "Task:MultiRC\nDataset:MultiRC\nDoes the answer fit the paragraph and the question? Choose one option.\n"
-        "Option: False, True \n"
-        "paragraph: Ada had two cats. One of them was old.\nquestion: How many cats?\ncandidate answer: three\nAnswer:",
-    ),
-    ("COPA", "COPA"): (
-        ["A", "B"],
-        'What caused "The cup fell."? Pick A or B.\nA: The table shook.\nB: The tea was hot.',
-        "A",
-        "Task:COPA\nDataset:COPA\n"
-        'What caused "The cup fell."? Pick A or B.\nA: The table shook.\nB: The tea was hot.\nAnswer:',
-    ),
-    ("WiC", "WiC"): (
-        ["True", "False"],
-        "word: bank\nWe sat on the bank of the river.\nThe bank lent us money.",
-        "False",
-        "Task:WiC\nDataset:WiC\nHas the word one meaning in both sentences? Choose one option.\n"
-        "Option: True, False \n"
-        "word: bank\nWe sat on the bank of the river.\nThe bank lent us money.\nAnswer:",
-    ),
-}
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-
-
-class Benchmark:
-    """A benchmark of one dataset or more in a temporary folder, with a step's configs and instructions."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.data, self.configs, self.instructions = folder / "data", folder / "step", folder / "instructions.json"
-        self.listed = {subset: {task: [] for task in TASKS} for subset in ("train", "dev", "test")}
-        self.instruct({task: [("zero-shot", text)] for task, text in INSTRUCTIONS.items()})
-        self.configure()
-
-    def add(self, task, dataset, labels, rows, *, subsets=("train", "dev", "test"), **entry):
-        write(self.data / task / dataset / "labels.json", labels)
-        for subset in ("train", "dev", "test"):
-            write(self.data / task / dataset / f"{subset}.json", rows)
-        for subset in subsets:
-            self.listed[subset][task].append({"dataset name": dataset, **entry})
-        self.configure()
-        return self.data / task / dataset
-
-    def configure(self):
-        for subset, listed in self.listed.items():
-            write(self.configs / f"{subset}_tasks.json", listed)
-
-    def instruct(self, texts):
-        entries = {
-            task: [{"instruction_type": kind, "instruction": text} for kind, text in pairs]
-            for task, pairs in texts.items()
-        }
-        write(self.instructions, entries)
-
-    def load(self, **options):
-        cache = {"cache_dir": self.folder / "cache", "overwrite_cache": options.pop("overwrite_cache", False)}
-        return load_uie_dataset(self.configs, ExampleOptions(self.data, self.instructions, **options), **cache)
 
 
 @pytest.fixture
@@ -370,7 +169,7 @@ def test_a_split_without_datasets_is_empty(benchmark):
 
 def test_few_shot_shows_other_rows_of_train(benchmark):
     folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(8))
-    write(folder / "test.json", [{"sentence": "test question", "label": "True"}])
+    put(folder / "test.json", [{"sentence": "test question", "label": "True"}])
     benchmark.instruct({"QQP": [("zero-shot", "Zero\n"), ("few-shot", "Few\n")]})
     rows = benchmark.load(num_examples=3)
     train = {row["sentence"]: row["label"] for row in numbered(8)}
@@ -442,12 +241,12 @@ def edit_sentence(benchmark):
     rows[0]["sentence"] = "question X"
     path = benchmark.data / "QQP" / "QQP" / "train.json"
     stamp = path.stat()
-    write(path, rows)
+    put(path, rows)
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # same size, same time: only the contents tell
 
 
 def edit_labels(benchmark):
-    write(benchmark.data / "QQP" / "QQP" / "labels.json", ["True", "False"])
+    put(benchmark.data / "QQP" / "QQP" / "labels.json", ["True", "False"])
 
 
 def edit_instruction(benchmark):
@@ -469,7 +268,7 @@ def test_an_edit_is_never_answered_with_stale_rows(benchmark, edit):
 
 def test_a_failed_build_leaves_no_cache(benchmark):
     folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(5))
-    write(folder / "test.json", [{"sentence": "x", "label": "Maybe"}])
+    put(folder / "test.json", [{"sentence": "x", "label": "Maybe"}])
     with pytest.raises(InputError):
         benchmark.load()
     assert [path for path in (benchmark.folder / "cache").rglob("*") if path.suffix != ".lock" and path.is_file()] == []
@@ -516,7 +315,7 @@ GOOD = {"sentence": "fine", "label": "True"}
 )
 def test_bad_rows(benchmark, content, message):
     folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(2))
-    write(folder / "train.json", content)
+    put(folder / "train.json", content)
     with pytest.raises(InputError) as error:
         benchmark.load()
     assert str(error.value) == f"{folder / 'train.json'}{message}"
@@ -524,7 +323,7 @@ def test_bad_rows(benchmark, content, message):
 
 def test_a_test_file_without_any_label(benchmark):
     folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(2))
-    write(folder / "test.json", [{"sentence": "x", "label": "-"}])
+    put(folder / "test.json", [{"sentence": "x", "label": "-"}])
     with pytest.raises(InputError) as error:
         benchmark.load()
     assert str(error.value) == (f"{folder / 'test.json'}: 1 examples, all labelled '-'; at least one needs a label")
@@ -541,7 +340,7 @@ def test_a_test_file_without_any_label(benchmark):
     ],
 )
 def test_bad_labels(tmp_path, content, message):
-    write(tmp_path / "labels.json", content)
+    put(tmp_path / "labels.json", content)
     with pytest.raises(InputError) as error:
         read_labels(tmp_path / "labels.json")
     assert str(error.value) == f"{tmp_path / 'labels.json'}{message}"
@@ -564,7 +363,7 @@ INSTRUCTION = "allowed: an object of exactly 'instruction_type' and 'instruction
     ],
 )
 def test_bad_instructions(tmp_path, content, message):
-    write(tmp_path / "instructions.json", content)
+    put(tmp_path / "instructions.json", content)
     with pytest.raises(InputError) as error:
         read_instructions(tmp_path / "instructions.json")
     assert str(error.value) == f"{tmp_path / 'instructions.json'}{message}"
@@ -648,16 +447,16 @@ def test_a_cache_that_cannot_be_written(golden):
 # Real data
 
 
-@pytest.mark.skipif(not SMALL_BENCHMARK.is_dir(), reason="the small real benchmark is not here")
+@pytest.mark.skipif(not REAL_BENCHMARK.is_dir(), reason="the small real benchmark is not here")
 def test_every_row_of_the_small_benchmark_gets_through(benchmark):
-    benchmark.data = SMALL_BENCHMARK
-    for labels in SMALL_BENCHMARK.glob("*/*/labels.json"):
+    benchmark.data = REAL_BENCHMARK
+    for labels in REAL_BENCHMARK.glob("*/*/labels.json"):
         for listed in benchmark.listed.values():
             listed[labels.parts[-3]].append({"dataset name": labels.parts[-2], "sampling strategy": "full"})
     benchmark.configure()
     rows = benchmark.load()
     for subset, split in (("train", "train"), ("dev", "validation"), ("test", "test")):
-        files = SMALL_BENCHMARK.glob(f"*/*/{subset}.json")
+        files = REAL_BENCHMARK.glob(f"*/*/{subset}.json")
         contents = [json.loads(path.read_text(encoding="utf-8")) for path in files]
         assert len(rows[split]) == sum(row["label"] != "-" for content in contents for row in content)
         assert all(prompt(row).count(row["Instance"]["sentence"]) >= 1 for row in rows[split])

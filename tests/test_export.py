@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 import export
 import run_uie_lora
-from conftest import ROOT
-from test_run import PREFIX, arguments, predictions
+from helpers import PREFIX, ROOT, arguments, predictions
 
 SHORT = ["--max_steps", "6", "--max_predict_samples", "6"]
 KIND = {"t5_adapter": AutoModelForSeq2SeqLM, "llama_adapter": AutoModelForCausalLM}

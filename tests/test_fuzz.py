@@ -12,16 +12,14 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from test_collator import IGNORED, byt5, collator, example, gpt2, kept, llama, llama_of_the_hub, merging, t5, text
-from test_collator import tokenizers  # noqa: F401  (a fixture)
 from torch import nn
 
 import full_rank
 from arguments import check_deepspeed_file
 from command_line import parse_arguments
-from conftest import ROOT
 from errors import InputError
 from files import read_json
+from helpers import IGNORED, ROOT, byt5, collator, example, gpt2, kept, llama, llama_of_the_hub, merging, t5, text
 from loranew import load_loranew
 from model.loading import load_model_and_tokenizer
 from order_config import SAMPLING, TASK_FILES, TASKS, read_order, read_task_config, write_order
@@ -359,7 +357,7 @@ def test_a_step_of_any_weight_is_finite_and_stays_out_of_the_space(case, side, s
     weight = nn.Parameter(torch.zeros(case["rows"], case["columns"]))
     optimizer = ProjAdamW([{
         "params": [weight], "rank": case["rank"], "update_proj_gap": 2, "scale": 1.0, "proj_type": case["proj_type"],
-        "svd": case["svd"], "scale_mats": [S], "protect_side": side, protect: True}], lr=1.0, weight_decay=0.0)  # fmt: skip
+        "svd": case["svd"], "scale_mats": [S], "protect_side": side, protect: True}], lr=1.0)  # fmt: skip
     for step in range(steps):
         weight.grad = matrix(case | {"seed": case["seed"] + step, "dtype": torch.float32})
         optimizer.step()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from conftest import ROOT
 from evaluation.generate import Prediction, plan_batches
+from helpers import ROOT
 from model.loading import load_model_and_tokenizer
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import ExampleOptions, load_uie_dataset

@@ -14,14 +14,14 @@ from transformers import AutoModelForSeq2SeqLM
 import methods
 import run_uie_lora
 from command_line import parse_arguments
-from conftest import ROOT
 from errors import InputError
+from helpers import LLAMA, LLAMA_MODULES, PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
 from methods import find_method, method_names
 from task_setup import load_examples
 from order_config import read_order
-from test_run import LLAMA, LLAMA_MODULES, PREFIX, T5, T5_MODULES, arguments, predictions
 
 SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "40"]
+RELEASED = ["--preset=released", "--lamda_1", "0"]
 DEEPSPEED = ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")]
 
 
@@ -287,10 +287,10 @@ REFUSED = {
     "unknown preset": (["--preset", "best"], "--preset: found best; released"),
     "former preset": (["--preset", "published"], "--preset: found published; --method gorp is the paper's method now"),
     "another method's preset": (["--method", "sgorp", "--preset", "released"], "--preset: found released; none with"),
-    "released with a penalty": (["--preset", "released", "--lamda_1", "0.5"], "--lamda_1: found 0.5; 0.0 with --preset"),
-    "released with clipping": (["--preset", "released", "--lamda_1", "0", "--max_grad_norm", "1"], "--max_grad_norm: found 1.0; 0.0 with"),
-    "released in 16 bits": (["--preset=released", "--lamda_1", "0", "--bf16", "True"], "--bf16: found True; False with --preset"),
-    "released under DeepSpeed": (["--preset", "released", "--lamda_1", "0", *DEEPSPEED], "--deepspeed: found"),
+    "released with a penalty": (["--preset", "released", "--lamda_1", "0.5"], "--lamda_1: found 0.5; 0.0 with --prese"),
+    "released with clipping": ([*RELEASED, "--max_grad_norm", "1"], "--max_grad_norm: found 1.0; 0.0 with --preset"),
+    "released in 16 bits": ([*RELEASED, "--bf16", "True"], "--bf16: found True; False with --preset"),
+    "released under DeepSpeed": ([*RELEASED, *DEEPSPEED], "--deepspeed: found"),
     "gp_second with cores": (["--protect", "gp_second", "--galore_engine", "cores"], "--protect: found gp_second"),
     "gp_second under DeepSpeed": (["--protect", "gp_second", *DEEPSPEED], "--protect: found gp_second"),
 }  # fmt: skip
@@ -345,7 +345,7 @@ def test_cores_protect_the_lora_alone_where_no_full_rank_weight_trains(mini_benc
 
 
 @pytest.mark.parametrize("name, flags, fault", [
-    ("sgorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"], "--proj_lora_modules: .*only loranew_A"),
+    ("sgorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"], "--proj_lora_modules: .*only factors loranew_A"),
     ("gorp", ["--optim_target_modules", ".*SelfAttention.q", "--galore_engine", "cores"],
      "--optim_target_modules: matches .*SelfAttention.q, which has a LoRA too"),
 ])  # fmt: skip

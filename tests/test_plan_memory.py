@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import plan_memory
-from conftest import ROOT
+from helpers import ROOT
 from loranew import fold_loranew, renew_loranew
 from methods.gorp import Gorp
 from model.loading import load_model_and_tokenizer

@@ -1,22 +1,15 @@
 """Whole orders through the real scripts: the embedded models on the mini benchmark, and real text."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ENVIRONMENT, REAL_BENCHMARK, ROOT
 
-from conftest import REAL_BENCHMARK, ROOT
 
 pytestmark = pytest.mark.recipe
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "VIRTUAL_ENV": sys.prefix,
-}
 
 
 def start(script: str, *words: str, **variables: str) -> subprocess.Popen:

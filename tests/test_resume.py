@@ -26,13 +26,10 @@ import checkpoints
 import files
 import run_record
 import run_uie_lora
-from conftest import ROOT
 from errors import InputError, RunStopped, is_disk_full
+from helpers import ENVIRONMENT, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, predictions
 from non_finite import NonFiniteGuard
 from Proj_torch import ProjAdamW
-from test_recipe import ENVIRONMENT
-from test_bad_input import edit
-from test_run import LLAMA, LLAMA_MODULES, T5, T5_MODULES, arguments, predictions
 from uie_trainer_lora import UIETrainer
 
 FACTOR_FILES = ("adapter_model", "full_rank_weights", "gradient_space")

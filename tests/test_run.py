@@ -5,46 +5,13 @@ What is refused is in test_bad_input.py.
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import run_uie_lora
-from conftest import ROOT
-
-T5 = ROOT / "initial_model" / "tiny-t5"
-LLAMA = ROOT / "initial_model" / "tiny-llama"
-T5_MODULES = [
-    "--lora_modules", ".*SelfAttention.(q|v).*",
-    "--optim_target_modules", ".*EncDecAttention.(q|v).*",
-    "--proj_lora_modules", ".*SelfAttention.(q|v).loranew_A.*",
-]
-LLAMA_MODULES = [
-    "--lora_modules", ".*self_attn.(q_proj|v_proj).*",
-    "--optim_target_modules", ".*mlp.gate_proj.*",
-    "--proj_lora_modules", ".*self_attn.(q_proj|v_proj).loranew_A.*",
-]
-PREFIX = {"t5_adapter": (T5, T5_MODULES), "llama_adapter": (LLAMA, LLAMA_MODULES)}
-
-
-def arguments(benchmark: Path, output: Path, dataset: str, model: Path, modules: list[str], *extra: str) -> list[str]:
-    return [
-        "--model_name_or_path", str(model),
-        "--data_dir", str(benchmark),
-        "--task_config_dir", str(ROOT / "configs" / "order1_configs" / dataset),
-        "--instruction_file", str(ROOT / "configs" / "instruction_config.json"),
-        "--output_dir", str(output),
-        "--add_task_name", "True", "--add_dataset_name", "True",
-        "--do_train", "--do_predict", "--predict_with_generate",
-        "--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "32",
-        "--max_steps", "12", "--logging_steps", "4",
-        "--learning_rate", "1e-2", "--galore_lr", "1e-2", "--lamda_1", "0.01",
-        "--lr_scheduler_type", "constant", "--galore_update_proj_gap", "4", "--space_energy", "0.5",
-        "--max_predict_samples", "12", "--report_to", "none", "--use_cpu", "--save_strategy", "no",
-        *modules, *extra,
-    ]  # fmt: skip
+from helpers import PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
 
 
 @pytest.fixture(scope="module", params=["t5_adapter", "llama_adapter"])
@@ -57,11 +24,6 @@ def two_tasks(request, mini_benchmark, tmp_path_factory):
     adapter = first / request.param
     assert run_uie_lora.main(arguments(mini_benchmark, second, "amazon", adapter, modules)) == 0
     return request.param, first, second
-
-
-def predictions(folder: Path) -> list[dict]:
-    lines = (folder / "predict_eval_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_a_task_leaves_its_results(two_tasks):

@@ -10,13 +10,9 @@ from safetensors.torch import load_file
 
 import run_order
 import run_uie_lora
-from conftest import ROOT
 from errors import RunStopped
+from helpers import ENVIRONMENT, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, free_port
 from order_config import read_order, write_order
-from test_bad_input import edit
-from test_recipe import ENVIRONMENT
-from test_run import LLAMA, LLAMA_MODULES, T5, T5_MODULES, arguments
-from test_two_ranks import free_port
 from uie_trainer_lora import UIETrainer
 
 TASKS = [("TC", "dbpedia"), ("SC", "amazon")]

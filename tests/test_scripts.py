@@ -20,19 +20,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import ROOT, VARIABLES, bash, order_1
 from scripts.terminal import Terminal
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("scripts*/*.sh"))
-VARIABLES = ("MODEL", "DATA_DIR", "METHOD", "NPROC", "DS_CONFIG", "SEED", "OUTPUT", "EXTRA", "SAVE_STEPS",
-             "DRY_RUN", "VIRTUAL_ENV")
-
-
-def bash(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
-    """Run bash with this interpreter's environment first on PATH and none of the scripts' variables but `variables`."""
-    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return subprocess.run(["bash", *command], cwd=cwd, env=environment | variables, capture_output=True, text=True)
 
 
 def dry_run(*command: str, **variables: str) -> list[list[str]]:
@@ -363,40 +354,6 @@ def test_help():
 
 
 # --- orders ---
-
-ENTRY = """
-import json, os, pathlib, sys
-order = pathlib.Path(sys.argv[1])
-outputs = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
-print("a library's line", file=sys.stderr)
-print("[gorp] began", *sys.argv)
-for number, dataset in enumerate(("dbpedia", "amazon", "yahoo", "agnews"), 1):
-    if dataset == os.environ.get("FAIL_AT"):
-        print("error: --flag: bad")
-        sys.exit(int(os.environ["FAIL_WITH"]))
-    folder = outputs / f"{number}-{dataset}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "completed.json").touch()
-(outputs / "command.json").write_text(json.dumps(sys.argv))
-"""
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A checkout with the real scripts, a stand-in for the entry, and nothing to install."""
-    root = tmp_path / "checkout"
-    for folder in ("scripts", "scripts_llama", "configs/order1_configs"):
-        shutil.copytree(ROOT / folder, root / folder)
-    (root / "src" / "report").mkdir(parents=True)
-    (root / "src" / "run_order.py").write_text(ENTRY)
-    (root / "src" / "report" / "__main__.py").write_text("import sys; print('table of', sys.argv[1])")
-    (root / "requirements.txt").write_text("")
-    (root / "data" / "mini_benchmark").mkdir(parents=True)
-    return root
-
-
-def order_1(checkout: Path, **variables: str) -> subprocess.CompletedProcess:
-    return bash("scripts/order_1.sh", "--tiny", cwd=checkout, **variables)
 
 
 def test_an_order_from_anywhere(checkout, tmp_path):

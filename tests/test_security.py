@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_scripts import bash, checkout, order_1  # noqa: F401  (a fixture)
 
 import order_config
-from conftest import ROOT
 from errors import InputError
+from helpers import ROOT, bash, order_1
 from loranew import load_loranew
 from model.loading import load_model_and_tokenizer
 from order_config import check_name, read_order

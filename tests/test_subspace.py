@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from conftest import ROOT
 from errors import InputError
+from helpers import ROOT
 from Proj_torch.proj_projector import remove
 from subspace import SAMPLE, GradientSpace, extend_basis, layer_inputs
 

@@ -1,18 +1,15 @@
 """One task on two ranks under DeepSpeed, through its launcher and the entry script, against one process."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ENVIRONMENT, PREFIX, ROOT, arguments, free_port, predictions
 from safetensors.torch import load_file
 
-from conftest import ROOT
-from test_recipe import ENVIRONMENT
-from test_run import PREFIX, arguments, predictions
 
 pytestmark = pytest.mark.recipe
 EXACT = ["--lora_dropout", "0", "--learning_rate", "1e-4", "--galore_lr", "1e-4", "--max_grad_norm", "0",
@@ -33,12 +30,6 @@ def train(
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize(("adapter_name", "stage"), [("t5_adapter", 3), ("llama_adapter", 2)])

@@ -13,7 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from zero_worker import LR, Case, Net, Run, batch, dense, factor_space, run  # noqa: E402
+from zero_worker import LR, Case, Net, Run, batch, dense, run  # noqa: E402
 from zero_worker import TARGETS as TARGETS_OF  # noqa: E402
 
 from errors import InputError  # noqa: E402
@@ -225,7 +225,7 @@ def test_refusals_name_what_was_found():
         ("protect_side: 'left'", lambda: build(net, {"first": net.first}, protect_side="left")),
         ("scale: 0", lambda: build(net, {"first": net.first}, scale=0)),
         ("update_proj_gap: 0", lambda: build(net, {"first": net.first}, update_proj_gap=0)),
-        ("first: protected space", lambda: build(net, {"first": net.first}, spaces={"first": torch.eye(10, 2)})),
+        ("space of first: shape", lambda: build(net, {"first": net.first}, spaces={"first": torch.eye(10, 2)})),
     ]
     for message, make in refused:
         with pytest.raises(InputError, match=message):
@@ -295,7 +295,9 @@ def test_sketched_bases_hold_nearly_all_that_the_best_do(ranks, shape):
         assert abs(share - best / whole) < 0.15  # an estimate
 
 
-@pytest.mark.parametrize("fields", [{}, {"side": "input"}, {"side": "input", "way": "orthogonal"}, {"proj_type": "full"}])
+@pytest.mark.parametrize("fields", [
+    {}, {"side": "input"}, {"side": "input", "way": "orthogonal"}, {"proj_type": "full"},
+])  # fmt: skip
 def test_sketch_trains_as_well_as_the_exact_refresh(fields):
     exact, sketch = (run(Case("r", refresh=refresh, steps=30, **fields)) for refresh in ("exact", "sketch"))
     assert sketch["losses"][-1] < 1.05 * exact["losses"][-1]

@@ -36,7 +36,16 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from errors import InputError
-from Proj_torch.proj_projector import PROJ_TYPES, SIDES, ProjProjector, project, project_back, remove, remove_projected
+from Proj_torch.proj_projector import (
+    PROJ_TYPES,
+    SIDES,
+    ProjProjector,
+    check_space,
+    project,
+    project_back,
+    remove,
+    remove_projected,
+)
 from Proj_torch.proj_projector_tensor import ProjProjectorTensor
 from Proj_torch.svd import SVD_METHODS, at_least_float32, energy_share
 
@@ -338,7 +347,7 @@ VALUES = {  # key: (what must hold, in words)
 
 
 def _check_keys(group: dict[str, Any]) -> None:
-    """Refuse unknown, missing and impossible settings; fill in the optional ones."""
+    """Reject unknown, missing and impossible settings; fill in the optional ones."""
     allowed = ADAM_KEYS + PROJECTION_KEYS + PROTECTION_KEYS
     for key in group:
         if key not in allowed:
@@ -378,7 +387,7 @@ def _check_spaces(group: dict[str, Any]) -> None:
 
 
 def _check_fit(group: dict[str, Any], index: int, p: Tensor) -> None:
-    """Refuse a rank or a protected space that does not fit the parameter, naming the parameter."""
+    """Reject a rank or a protected space that does not fit the parameter, naming the parameter."""
     name = group["param_names"][index] if "param_names" in group else f"number {index}"
     try:
         projector = _projector(group, p, {})
@@ -391,18 +400,7 @@ def _check_fit(group: dict[str, Any], index: int, p: Tensor) -> None:
         return
     if p.ndim != 2:
         raise InputError(f"optimizer group, parameter {name}: shape {tuple(p.shape)}; only a matrix can be protected")
-    size = p.shape[SIDES.index(group["protect_side"])]
-    if S.ndim != 2 or S.shape[0] != size:
-        raise InputError(
-            f"scale_mats of parameter {name}: shape {tuple(S.shape)}; allowed is ({size}, c) for side "
-            f"{group['protect_side']!r}"
-        )
-    if S.shape[1] == 0:
-        return
-    gram = at_least_float32(S.detach()).T @ at_least_float32(S.detach())
-    distance = (gram - torch.eye(len(gram), device=gram.device)).abs().max().item()
-    if not distance < 1e-3:
-        raise InputError(f"scale_mats of parameter {name}: columns {distance:.1g} from orthonormal; allowed is 1e-3")
+    check_space(S, p.shape[SIDES.index(group["protect_side"])], f"scale_mats of parameter {name}")
 
 
 def _space(group: dict[str, Any], index: int) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 from Proj_torch.layer_gradient import LayerGradient
-from Proj_torch.proj_projector import SIDES, Bases, back_factors, project, remove, times_thin
+from Proj_torch.proj_projector import SIDES, Bases, back_factors, project, remove, remove_from_bases, times_thin
 
 
 class CoreLinear(nn.Linear):
@@ -85,19 +85,10 @@ class CoreLinear(nn.Linear):
         return self.removed(from_update=False) if self.orthogonal else ()
 
     def factors(self, from_update: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Left and right basis in `dtype` and S in float32, for the gradient or for the update.
-
-        S is taken out of the basis of its side where that side is projected, which is the same (the removal is
-        linear and symmetric); only where it is not projected S is left over for the core.
-        """
-        (left, right), space = self.bases, None
-        if self.removed(from_update):
-            if self.side == "output" and left is not None:
-                left = remove(left, self.space, "output")
-            elif self.side == "input" and right is not None:
-                right = remove(right, self.space, "output")
-            else:
-                space = self.space
+        """Left and right basis in `dtype`, clear of S, and S in float32 where it remains for the core, for the gradient
+        or for the update; see `remove_from_bases`."""
+        S, side = self.removed(from_update) or (None, self.side)
+        left, right, space = remove_from_bases(*self.bases, S, side)
         return *(None if X is None else X.to(dtype) for X in (left, right)), space
 
     def report(self) -> dict[str, Any]:

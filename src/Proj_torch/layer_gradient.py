@@ -84,8 +84,9 @@ def sketched_bases(
 ) -> tuple[Bases, float]:
     """Bases of G (out, in) for `mode_ranks`' ranks, from products with G alone, and the energy share they hold.
 
-    By `randomised_svd`, whose starting block holds the previous basis beside `OVERSAMPLING` Gaussian columns. The share is
-    an estimate: what lies outside the subspace is taken from E ||G Omega||_F^2 = columns * ||G||_F^2 for Gaussian Omega.
+    By `randomised_svd`, whose starting block holds the previous basis beside `OVERSAMPLING` Gaussian columns. The share
+    is an estimate: what lies outside the subspace is taken from E ||G Omega||_F^2 = columns * ||G||_F^2 for Gaussian
+    Omega.
 
     Args:
         times, transposed_times: G M and G^T M, the same on every rank.

@@ -138,6 +138,20 @@ def _less(X: Tensor, T: Tensor, side: str) -> Tensor:
     return torch.addmm(X, T, T.mT @ X, alpha=-1) if side == "output" else torch.addmm(X, X @ T, T.mT, alpha=-1)
 
 
+def check_space(S: Tensor, size: int, where: str) -> None:
+    """Reject what is not a basis (size, c) with orthonormal columns; `where` begins the message.
+
+    Raises:
+        InputError: naming the shape, or how far the columns are from orthonormal.
+    """
+    if S.ndim != 2 or S.shape[0] != size:
+        raise InputError(f"{where}: shape {tuple(S.shape)}; allowed is ({size}, c)")
+    gram = at_least_float32(S.detach()).T @ at_least_float32(S.detach())
+    distance = (gram - torch.eye(len(gram), device=gram.device)).abs().max().item() if len(gram) else 0.0
+    if not distance < 1e-3:
+        raise InputError(f"{where}: columns {distance:.1g} from orthonormal; allowed is 1e-3")
+
+
 def remove_projected(R: Tensor, left: Tensor | None, right: Tensor | None, S: Tensor, side: str) -> Tensor:
     """R of projected coordinates without its component in S, in projected coordinates again: L^T (I - S S^T) L R.
 
@@ -163,7 +177,7 @@ def project(
     side: str = "output",
 ) -> Tensor:
     """R = left^T G right, of shape (out or k, in or l); with S, the same of `remove(G, S, side)`."""
-    left, right, S = _remove_from_basis(left, right, S, side)
+    left, right, S = remove_from_bases(left, right, S, side)
     R = at_least_float32(G)
     if left is not None:
         R = left.mT @ R
@@ -192,7 +206,7 @@ def back_factors(
     side: str = "output",
 ) -> tuple[Tensor, ...]:
     """One or two matrices whose product is `project_back` of the same arguments, for adding it in place."""
-    left, right, S = _remove_from_basis(left, right, S, side)
+    left, right, S = remove_from_bases(left, right, S, side)
     if S is not None:
         R = remove(R, S, side)
     if left is not None and right is not None:
@@ -202,7 +216,7 @@ def back_factors(
     return (R,) if right is None else (R, right.mT)
 
 
-def _remove_from_basis(
+def remove_from_bases(
     left: Tensor | None, right: Tensor | None, S: Tensor | None, side: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Take S out of the basis of its side, if that side is projected; else hand S back, for the projected gradient.

@@ -129,7 +129,7 @@ def randomised_svd(
 
 
 def _orthonormal(M: Tensor) -> Tensor:
-    """Orthonormal columns that span M's, which is scaled by a power of two first so that nothing under- or overflows."""
+    """Orthonormal columns that span M's; M is scaled by a power of two first, so that nothing under- or overflows."""
     peak = largest(M).clamp_min(torch.finfo(M.dtype).tiny)
     return torch.linalg.qr(torch.ldexp(M, -torch.frexp(peak).exponent)).Q
 

@@ -40,12 +40,21 @@ from torch.optim import Optimizer
 
 from errors import InputError
 from module_matching import check_unshared
+from Proj_torch.adamw import ProjectionReport
 from Proj_torch.core_linear import CoreLinear
 from Proj_torch.layer_gradient import sketched_bases
-from Proj_torch.proj_projector import SIDES, Bases, mode_ranks, next_bases, project, project_back, remove
-from Proj_torch.adamw import ProjectionReport
-from Proj_torch.svd import energy_share
+from Proj_torch.proj_projector import (
+    SIDES,
+    Bases,
+    check_space,
+    mode_ranks,
+    next_bases,
+    project,
+    project_back,
+    remove,
+)
 from Proj_torch.sharded_state import MOMENTS, LocalState, ZeroState, optimizer_state_of
+from Proj_torch.svd import energy_share
 
 log = logging.getLogger("gorp")
 
@@ -118,7 +127,8 @@ class CoreEngine:
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
             space = spaces.get(name)
-            _check_space(name, space, (linear.out_features, linear.in_features), protect_side)
+            if space is not None:
+                check_space(space, linear.weight.shape[SIDES.index(protect_side)], f"space of {name}")
             layer = CoreLinear(linear, ranks, space, protect_side, orthogonal)
             _replace(model, name, layer)
             self.layers[name] = layer
@@ -422,14 +432,9 @@ def _check_settings(gap: int, scale: float, refresh: str, side: str) -> None:
 
 
 def _check_targets(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
-    """Refuse, by name, what is not a linear layer and a weight that more than one module uses."""
+    """Reject, by name, what is not a linear layer and a weight that more than one module uses."""
     for name, linear in targets.items():
         if type(linear) is not nn.Linear:
             raise InputError(f"{name}: a {type(linear).__name__}; allowed is a torch.nn.Linear")
     check_unshared(model, targets, "targets")
 
-
-def _check_space(name: str, space: Tensor | None, shape: tuple[int, int], side: str) -> None:
-    size = shape[SIDES.index(side)]
-    if space is not None and (space.ndim != 2 or space.shape[0] != size):
-        raise InputError(f"{name}: protected space of shape {tuple(space.shape)}; allowed is ({size}, c) for {side!r}")

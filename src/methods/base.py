@@ -81,8 +81,8 @@ class Method:
             InputError: the method has no such preset.
         """
         if name == "published":
-            raise InputError("--preset: found published; --method gorp is the paper's method now, and --preset released "
-                             "computes what the released scripts compute")
+            raise InputError("--preset: found published; --method gorp is the paper's method now, and --preset "
+                             "released computes what the released scripts compute")
         if name is not None and name not in cls.presets:
             allowed = ", ".join(cls.presets) or "none with this method; --method gorp has released"
             raise InputError(f"--preset: found {name}; {allowed}")

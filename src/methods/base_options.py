@@ -160,8 +160,8 @@ class SpaceArguments(MethodArguments):
     space_from: str = field(
         default="moments",
         metadata={
-            "help": "What a finished task adds to the space: directions of Adam's first moment (as in the paper), or of "
-            "the inputs that the layers see on its examples (as GPM).",
+            "help": "What a finished task adds to the space: directions of Adam's first moment (as in the paper), or "
+            "of the inputs that the layers see on its examples (as GPM).",
             "choices": ["inputs", "moments"],
         },
     )

@@ -24,9 +24,9 @@ class Galore(FullRankMethod):
             layer.weight.requires_grad_(True)
         return model
 
-    def create_optimizer(self, *, lr, betas, eps, weight_decay):
+    def create_optimizer(self, **adam):
         weights = {"params": [layer.weight for layer in self.targets.values()], "param_names": list(self.targets)}
-        self.optimizer = ProjAdamW([weights | self.options.projection()], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.optimizer = ProjAdamW([weights | self.options.projection()], **adam)
         return self.optimizer
 
     def closing_summary(self) -> list[str]:

@@ -2,8 +2,8 @@
 
 For each task:
 
-1. A new LoRA trains on `--lora_modules`, and the weights of `--optim_target_modules` train in full rank, their gradients
-   G projected to rank k by bases taken from G at every `--galore_update_proj_gap`-th step.
+1. A new LoRA trains on `--lora_modules`, and the weights of `--optim_target_modules` train in full rank, their
+   gradients G projected to rank k by bases taken from G at every `--galore_update_proj_gap`-th step.
 2. S is the shared gradient space of earlier tasks, one orthonormal basis for each protected LoRA factor and full-rank
    weight. A (projected) gradient R becomes R - S S^T R before Adam.
 3. When the task ends, S grows by the fewest leading left singular vectors of Adam's first moment M, less S S^T M, that
@@ -39,6 +39,11 @@ RELEASED = {
     "bf16": False, "fp16": False, "gradient_checkpointing": False, "activation_checkpointing": False, "deepspeed": None,
 }  # fmt: skip
 
+NOT_REPRODUCED = (
+    "preset released computes what the released scripts compute: nothing protected, no penalty, full-rank changes for "
+    "their own task alone; not their ranks that train apart, their reading of data and evaluation (docs/DEVIATIONS.md)"
+)
+
 
 @dataclass
 class GorpArguments(ChangePenaltyArguments, SpaceArguments, ProjectionArguments, LoraArguments):
@@ -59,7 +64,7 @@ class Gorp(LoraMethod):
         super().__init__(options)
         self.released = self.averages_micro_batches = options.preset == "released"
         self.protects = options.protect != "none"
-        self.idle |= RELEASED.keys() & vars(options).keys() if self.released else set()
+        self.idle = {name for name in vars(options) if self.released and name in RELEASED}
         self.idle |= set() if self.protects else options.of_space()
 
     def keeps_changes(self):
@@ -74,22 +79,23 @@ class Gorp(LoraMethod):
         self.changed |= self.targets
         model = super().prepare(model, previous, decoder_only=decoder_only)
         set_shared_dropout(model, self.released)
-        self.protected = self._protected_factors()
+        factors = dict(self.factors())
+        ending = ".loranew_A.weight" if self.needs_inputs() else ""
+        named = match_names(factors, options.proj_lora_modules, "--proj_lora_modules", ending)
+        self.protected = {name: factors[name] for name in named}
         if not self.targets and not self.protected:
             raise InputError(
-                f"--method {options.method}: neither --optim_target_modules nor --proj_lora_modules is given, so nothing "
-                "would be projected or protected; give one, or use --method inclora"
+                f"--method {options.method}: neither --optim_target_modules nor --proj_lora_modules is given, so "
+                "nothing would be projected or protected; give one, or use --method inclora"
             )
         weights = {**self.protected, **{name: layer.weight for name, layer in self.targets.items()}}
         self.space = GradientSpace(options.protect_side, options.space_energy)
         if self.protects and previous is not None and (previous / SPACE_FILE).exists():
             self.space.take_over(previous / SPACE_FILE, weights)
-        plan = Plan(self.targets, options.projection(), self.protected, self.spaces(weights), options.protect_side,
-                    self.way())  # fmt: skip
-        cores = sharded or options.galore_engine == "cores"
+        side, way, cores = options.protect_side, self.way(), sharded or options.galore_engine == "cores"
+        plan = Plan(self.targets, options.projection(), self.protected, self.spaces(weights), side, way)
         self.engine = make_engine(model.get_base_model(), plan, cores=cores, eps_before_correction=self.released)
         self.own_state = self.engine.own_state
-        self.start = {name: layer.weight.detach().clone() for name, layer in self.targets.items() if options.lamda_3}
         return model
 
     def spaces(self, names) -> dict[str, torch.Tensor]:
@@ -100,6 +106,10 @@ class Gorp(LoraMethod):
         """How S acts, in ProjAdamW's terms."""
         return self.options.protect
 
+    def needs_inputs(self) -> bool:
+        """Whether a protected factor must be one that sees the layer's input: A, not B."""
+        return self.options.space_from == "inputs"
+
     # Training
 
     def create_optimizer(self, **adam):
@@ -109,6 +119,8 @@ class Gorp(LoraMethod):
     def begin_training(self, engine) -> None:
         super().begin_training(engine)
         self.engine.begin_training(self.optimizer, engine)
+        weights = self.engine.effective_weights() if self.options.lamda_3 else ()
+        self.start = {name: weight.detach().clone() for name, weight in weights}
 
     def begin_micro_batch(self, is_last: bool) -> None:
         self.engine.begin_micro_batch(is_last)
@@ -116,7 +128,7 @@ class Gorp(LoraMethod):
     def penalty(self):
         terms = self.lora_penalties()
         for name, weight in self.engine.effective_weights() if self.options.lamda_3 else ():
-            change = weight - self.start[name].to(weight.device)
+            change = weight - self.start[name]
             distance = torch.linalg.norm(change @ change.T - torch.eye(len(change), device=change.device))
             terms.append(self.options.lamda_3 * distance)
         return torch.stack(terms).sum() if terms else None
@@ -160,41 +172,20 @@ class Gorp(LoraMethod):
 
     def summary(self) -> list[str]:
         options, weights = self.options, sum(layer.weight.numel() for layer in self.targets.values())
-        lines = [*super().summary()]
-        if self.released:
-            lines.append(
-                "preset released: what the released scripts compute: nothing protected, no penalty, full-rank changes "
-                "for their own task alone. Not reproduced: ranks that train apart (one model takes every step), their "
-                "reading of data and their evaluation (docs/DEVIATIONS.md)"
-            )
+        lines = [*super().summary(), *([NOT_REPRODUCED] if self.released else [])]
         lines.append(
             f"full-rank: {weights:,} parameters of {len(self.targets)} weights train, projected "
             f"({options.galore_proj_type}) to rank {options.galore_rank} every {options.galore_update_proj_gap} steps, "
             f"lr {options.galore_lr}; engine: {self.engine.name}"
         )
-        space = (
-            f"{options.protect} on the {options.protect_side} side, from {options.space_from}, of {len(self.protected)} "
-            f"LoRA factors and {len(self.targets)} weights; {self.space.total()} directions of earlier tasks"
-        )
-        return [*lines, f"shared space: {space if self.protects else 'none, nothing is protected'}"]
+        space = "none, nothing is protected"
+        if self.protects:
+            space = (
+                f"{options.protect} on the {options.protect_side} side, from {options.space_from}, of "
+                f"{len(self.protected)} LoRA factors and {len(self.targets)} weights; {self.space.total()} directions "
+                "of earlier tasks"
+            )
+        return [*lines, f"shared space: {space}"]
 
     def closing_summary(self) -> list[str]:
         return [self.projection.line(), *([self.space.line()] if self.protects else [])]
-
-    # Parts
-
-    def _protected_factors(self) -> dict[str, torch.nn.Parameter]:
-        """The factors that `--proj_lora_modules` names, by name."""
-        factors = dict(self.factors())
-        matched = match_names(factors, self.options.proj_lora_modules, "--proj_lora_modules")
-        others = [name for name in matched if not name.endswith(".loranew_A.weight")]
-        if others and self.needs_inputs():
-            raise InputError(
-                f"--proj_lora_modules: '{self.options.proj_lora_modules}' matches {others[0]}; with --space_from inputs "
-                "or --protect structural only loranew_A factors can be protected"
-            )
-        return {name: factors[name] for name in matched}
-
-    def needs_inputs(self) -> bool:
-        """Whether a protected factor must be one that sees the layer's input: A, not B."""
-        return self.options.space_from == "inputs"
