@@ -137,8 +137,8 @@ def _find_base(name: str) -> tuple[Path | None, str]:
         raise InputError(f"{FLAG}: {name} has no {wanted}")
     if _is_missing_folder(name):
         raise InputError(
-            f"{FLAG}: {name} does not exist; allowed: a folder with a model (config.json, model.safetensors, tokenizer "
-            "files), or a hub id such as google-t5/t5-large"
+            f"{FLAG}: {name} does not exist; put a model (config.json, model.safetensors, tokenizer files) into that "
+            "folder, or give a hub id such as google-t5/t5-large"
         )
     return None, name
 
