@@ -432,7 +432,7 @@ CASES: dict[str, list[Case]] = {
         Case("another accumulation than the command line", deepspeed({"gradient_accumulation_steps": 7}),
              "key gradient_accumulation_steps: found 7 against 1 on the command line"),
         Case("a penalty at stage 3", deepspeed({"zero_optimization": {"stage": 3}}, "--lamda_3", "0.1"),
-             "--lamda_3: found 0.1; only 0 at stage 3"),
+             "--lamda_3: found 0.1; only 0 at ZeRO stage 3"),
         Case("a method that does not run under DeepSpeed",
              deepspeed({"zero_optimization": {"stage": 2}}, "--method", "galore"), "galore runs in one process"),
         Case("a sketch without DeepSpeed", flags("--galore_svd", "sketch"), "--galore_svd: found sketch without"),
