@@ -460,7 +460,7 @@ def test_a_pickle_is_refused_with_a_conversion_that_works(folder):
         ({"rank_pattern": {"q": 2}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"target_modules": ".*nowhere"}, "matches no module"),
-        ({"target_modules": "("}, "no regular expression"),
+        ({"target_modules": "("}, "not a regular expression"),
         ({"target_modules": ".*SelfAttention"}, "only linear layers"),
         ({"r": 17}, "r: found 17; at most 16"),
     ],

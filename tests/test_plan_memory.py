@@ -279,7 +279,7 @@ def test_collected_gradient_is_as_large_as_the_real_one(micro_batches):
     [
         (("--lora_modules", ".*nothing.*"), "--lora_modules: '.*nothing.*' matches no module"),
         (("--optim_target_modules", ".*lm_head2"), "--optim_target_modules: '.*lm_head2' matches no module"),
-        (("--optim_target_modules", "("), "is no regular expression"),
+        (("--optim_target_modules", "("), "is not a regular expression"),
         (("--galore_rank", "999"), "--galore_rank: found 999; at most 128"),
         (("--gpus", "0"), "--gpus: found 0; 1 or more"),
         (("--gpu_gib", "nan"), "--gpu_gib: found nan"),

@@ -206,7 +206,7 @@ def test_a_folder_that_is_no_task_of_the_order(command, tmp_path, capfd):
 
 @pytest.mark.parametrize("words, said", [([], "order"), (["configs/order1_configs"], "--model_name_or_path"),
                                          (["none", "--model_name_or_path", str(T5), "--output_dir", "x",
-                                           "--lora_modules", ".*"], "none: no such folder of an order")])
+                                           "--lora_modules", ".*"], "none: no such order folder")])
 def test_a_command_line_that_lacks_something(words, said, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_order.main(words) == 2
