@@ -211,15 +211,18 @@ def test_a_mean_over_orders_weighs_orders_alike(tmp_path, orders):
     assert "| 35.0 | -45.0 | - |" in table("gorp", outcomes)
 
 
+EXACT = "sgorp --galore_svd exact"
+PAPER = f"{EXACT} --protect gp_first --protect_side output --space_from moments --lamda_1 0.5"
+
+
 @pytest.mark.parametrize("words", [
-    ["small-t5", "--seeds", "1", "2", "3", "--methods", "gorp", "gorp --galore_lr 1e-5 --galore_rank 8",
-     "gorp --preset published", "olora", "nlora", "osf", "replay", "inclora", "seqlora", "galore", "multitask"],
-    ["small-t5", "--seeds", "1", "--methods", "gorp", "gorp --protect none", "gorp --preset published",
-     "gorp --preset published --lamda_1 0"],
-    ["smollm2-135m", "--orders", "A", "--methods", "gorp", "gorp --galore_lr 1e-5 --galore_rank 8",
-     "gorp --preset published", "olora", "olora --lamda_1 0.05", "nlora", "osf", "replay", "inclora", "seqlora",
-     "galore", "multitask", "multitask --learning_rate 1e-3"],
-    ["smollm2-135m", "--orders", "A", "B", "--methods", "gorp", "replay", "galore", "olora"],
+    ["small-t5", "--seeds", "1", "2", "3", "--methods", EXACT, f"{EXACT} --galore_lr 1e-5 --galore_rank 8", PAPER,
+     "olora", "nlora", "osf", "replay", "inclora", "seqlora", "galore", "multitask"],
+    ["small-t5", "--seeds", "1", "--methods", EXACT, f"{EXACT} --protect none", PAPER],
+    ["smollm2-135m", "--orders", "A", "--methods", "sgorp", "sgorp --galore_lr 1e-5 --galore_rank 8", "olora",
+     "olora --lamda_1 0.05", "nlora", "osf", "replay", "inclora", "seqlora", "galore", "multitask",
+     "multitask --learning_rate 1e-3"],
+    ["smollm2-135m", "--orders", "A", "B", "--methods", "sgorp", "replay", "galore", "olora"],
 ])  # fmt: skip
 def test_the_tables_of_reproduce_are_what_its_commands_print(words, tmp_path, monkeypatch, capsys):
     model, *rest = words

@@ -36,6 +36,13 @@ def test_only_complete_methods_are_drawn():
     assert complete_methods([*trials("sgorp", right), *one_seed, *one_order, *dev], PANEL).keys() == {"sgorp"}
 
 
+def test_a_former_default_stands_for_the_method_until_it_has_trials_of_its_own():
+    former = trials("sgorp --galore_svd exact", {"one": "1110"})
+    assert complete_methods(former, PANEL)["sgorp"].mean == 75
+    found = complete_methods([*former, *trials("sgorp", {"one": "1000"})], PANEL)
+    assert {method: interval.mean for method, interval in found.items()} == {"sgorp": 25}
+
+
 def test_every_method_has_one_row_best_first():
     runs = [*trials("olora", {"one": "1000"}), *trials("gorp --preset released", {"one": "1100"})]
     picture = ElementTree.fromstring(draw([(PANEL, complete_methods(runs, PANEL))]))

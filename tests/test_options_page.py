@@ -1,21 +1,18 @@
 """docs/OPTIONS.md names every flag of this project."""
 
 import dataclasses
-import pkgutil
 import re
 from pathlib import Path
 
-import methods
 from arguments import DataArguments, ModelArguments, UIETrainingArguments
-from methods import find_method
+from methods import find_method, method_names
 from transformers import Seq2SeqTrainingArguments
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "OPTIONS.md"
 
 
 def own_flags() -> set[str]:
-    names = {name for _, name, _ in pkgutil.iter_modules(methods.__path__) if name != "base"}
-    groups = [ModelArguments, DataArguments, *(find_method(name).Arguments for name in sorted(names))]
+    groups = [ModelArguments, DataArguments, *(find_method(name).Arguments for name in method_names())]
     flags = {option.name for group in groups for option in dataclasses.fields(group) if option.init}
     inherited = {option.name for option in dataclasses.fields(Seq2SeqTrainingArguments)}
     return flags | {option.name for option in dataclasses.fields(UIETrainingArguments)} - inherited
