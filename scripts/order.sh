@@ -3,7 +3,7 @@
 #
 #   Launch    bash scripts/order.sh NAME          (--tiny: a tiny T5 and made-up data, minutes on a CPU)
 #   Values    order1 to order6: those in order_1.sh to order_6.sh; any other order: those in order_1.sh
-#   Again     the same command goes on where it stood; --fresh moves earlier results aside and starts over
+#   Again     the same command resumes; --fresh moves earlier results aside and starts over
 #   Override  by variables in front of the command:
 #     MODEL=FOLDER     base model: a folder or a hub id    (initial_model/t5-large)
 #     DATA_DIR=FOLDER  benchmark                           (CL_Benchmark; with --tiny data/mini_benchmark)
@@ -11,9 +11,9 @@
 #     NPROC=N          processes, by DeepSpeed's launcher  (1, without the launcher)
 #     DS_CONFIG=FILE   DeepSpeed config                    (one of stage 2 where NPROC is above 1, else none)
 #     SEED=N           random seed                         (42)
-#     SAVE_STEPS=N     a checkpoint every N steps, for going on within a task   (none: an unfinished task starts over)
+#     SAVE_STEPS=N     a checkpoint every N steps, to resume within a task   (none: an unfinished task starts over)
 #     OUTPUT=FOLDER    results in FOLDER/NAME/, log in FOLDER/NAME.log   (logs_and_outputs/NAME/, logs/NAME.log)
-#     EXTRA="..."      more flags of src/run_uie_lora.py or src/run_order.py; they win over the script's:
+#     EXTRA="..."      more flags of src/run_uie_lora.py or src/run_order.py; they override the script's:
 #                      "--preset released" computes what the authors' released code computes (METHOD=gorp, NPROC=1),
 #                      "--task_epochs DATASET=N ..." trains these tasks N times
 #     DRY_RUN=1        only print the command

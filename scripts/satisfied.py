@@ -1,4 +1,4 @@
-"""Print this interpreter's path if its environment holds exactly what requirements files say; else exit with 1.
+"""Print this interpreter's path if its environment has exactly the packages of requirements files; else exit with 1.
 
     python scripts/satisfied.py requirements.txt [FILE ...]
 
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 
 
 def is_installed(requirement):
-    """Whether the environment holds the package of a `name==version` line, whole and in that version."""
+    """Whether the package of a `name==version` line is installed completely and in that version."""
     name, version = requirement.split("==")
     try:
         package = distribution(name)

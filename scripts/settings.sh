@@ -1,20 +1,20 @@
 # shellcheck shell=bash disable=SC2034
-# What all orders of a family share, in one place; what is an order's own is in its script, order_K.sh. `full` is the
+# Settings that all orders of a model family share; an order's own are in its script, order_K.sh. `full` is the
 # published run; `--small` and `--tiny` change what a small model needs.
 #
 # A settings function gets ORDER and MODE (full, small or tiny) and sets
 #   scripts             the folder of the orders' scripts
-#   model               the base model's folder, unless MODEL says another
-#   source              where a missing one comes from, on the hub
-#   small_flags         what runs without it
+#   model               the base model's folder, unless MODEL is set
+#   source              the hub id of that model
+#   small_flags         flags that run without it
 #   outputs, logs       where results and logs go
-#   deepspeed_config    for several ranks, unless DS_CONFIG says another
-#   batch, rows         examples a device takes at once, and examples an optimizer step sees over all ranks
+#   deepspeed_config    for several ranks, unless DS_CONFIG is set
+#   batch, rows         examples per device and micro-batch, and per optimizer step over all ranks
 #   shared              flags of src/run_order.py; the order's values follow them
-#   changed             flags that a small model needs in place of published ones, after both; EXTRA comes last
-#   changed_penalties   the same of penalty weights, which only `METHOD=gorp` gets
-#   memory_options      flags that save memory, on a machine with a GPU also gpu_options; not with --preset released
-#   released_precision  what the released runs did instead of those, for the first lines
+#   changed             flags of a small model that override published ones; EXTRA comes last
+#   changed_penalties   the same for penalty weights, which only `METHOD=gorp` gets
+#   memory_options      flags that save memory, with a GPU also gpu_options; not with --preset released
+#   released_precision  what the released runs did instead, for the first lines
 
 published_rows=64  # on 8 GPUs: T5 4 x 2 micro-batches each, LLaMA 1 x 8
 
@@ -28,8 +28,8 @@ common=(
     --logging_strategy steps --logging_steps 10 --eval_strategy no --save_strategy no
 )
 
-# The tiny models: equal steps for every task, without lamda_2 and lamda_3. LLaMA, which takes more of a step's time and
-# fewer steps to learn, and the orders of 15 tasks get fewer, so that they take minutes.
+# The tiny models: the same number of steps for every task, without lamda_2 and lamda_3. LLaMA, which is slower and needs
+# fewer steps, and the orders of 15 tasks get fewer, so that they take minutes.
 tiny=(
     --max_steps 1200 --learning_rate 3e-3 --galore_lr 3e-3 --galore_rank 16 --galore_scale 1 --lr_scheduler_type cosine
     --lora_dropout 0 --per_device_eval_batch_size 64

@@ -1,11 +1,10 @@
-"""Pass a program's output on: all of it to a log, what a user follows to the terminal.
+"""Copy a program's output to a log, and what a user follows to the terminal.
 
     program 2>&1 | python scripts/terminal.py [--all] LOG
 
-LOG (appended to) gets every line, and of each progress bar only its last state. Standard output gets the lines that
-begin with `[gorp] ` (with --all, every line) and, where it is a terminal, the progress bars, which there overwrite one
-another; lines that begin with `error: ` go to standard error. A log that cannot be written is said once, and does not
-end the program.
+LOG (appended to) gets every line, and only the last state of each progress bar. Standard output gets the lines that
+begin with `[gorp] ` (with --all, every line) and, on a terminal, the progress bars, which overwrite one another; lines
+that begin with `error: ` go to standard error. If the log cannot be written, it warns once and continues.
 """
 
 import codecs
@@ -27,10 +26,10 @@ class Terminal:
     def __init__(self, log, out, errors, *, show_bars: bool, show_all: bool = False):
         self.log, self.out, self.errors, self.show_bars, self.show_all = log, out, errors, show_bars, show_all
         self.rest = ""  # text after the last line end
-        self.bar = ""  # the bar's state now, still to be logged
+        self.bar = ""  # the bar's current state, not logged yet
 
     def feed(self, text: str) -> None:
-        """Take the next piece of output, cut anywhere."""
+        """Process the next piece of output, which may end anywhere."""
         *ended, self.rest = re.split(r"(?<=[\r\n])", self.rest + text)
         for piece in ended:
             self._piece(piece[:-1], ends_line=piece[-1] == "\n")
@@ -39,13 +38,13 @@ class Terminal:
             self.rest = ""
 
     def close(self) -> None:
-        """Write out what is left: a line without an end, a bar that ran until the program stopped."""
+        """Write the rest: a line without an end, a bar that ran until the program stopped."""
         if self.rest or self.bar:
             self._piece(self.rest, ends_line=True)
         self._clear_bar()
 
     def _piece(self, text: str, *, ends_line: bool) -> None:
-        """A text between two line ends: a bar, a line, or a line right behind a bar."""
+        """Process a text between two line ends: a bar, a line, or a line right after a bar."""
         if bar := BAR.match(text):
             self._show(bar[0])
             text = text[bar.end():]
@@ -86,7 +85,7 @@ class Terminal:
 
 
 class Log:
-    """A file that is appended to. Its folder is made again if it was deleted; a write that fails is said once."""
+    """A file that is appended to. A deleted folder is created again; a write that fails warns once."""
 
     def __init__(self, path: str):
         self.path = path
@@ -101,15 +100,15 @@ class Log:
             self.file.write(text)
         except OSError as error:
             if not self.failed:
-                print(f"[gorp] {self.path}: cannot be written ({error.strerror}); the run goes on", flush=True)
+                print(f"[gorp] {self.path}: cannot be written ({error.strerror}); the run continues", flush=True)
             self.failed, self.file = True, None
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing to do: the file is line-buffered."""
 
 
 def main(path: str, *, show_all: bool = False) -> None:
-    """Copy standard input until it ends; Ctrl-C is for the program before the pipe, whose last words still pass."""
+    """Copy standard input until it ends; Ctrl-C is ignored, so that the program's last lines are still copied."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     terminal = Terminal(Log(path), sys.stdout, sys.stderr, show_bars=sys.stdout.isatty(), show_all=show_all)

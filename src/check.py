@@ -1,13 +1,12 @@
-"""Checks of an order, or of all of them, before anything is trained: in seconds, without reading a model's weights.
+"""Check orders before anything is trained: in seconds, without reading a model's weights.
 
     python src/check.py configs/order1_configs configs/mine_configs --data_dir CL_Benchmark
     python src/check.py configs/order1_configs --model_name_or_path initial_model/t5-large --lora_modules ... ...
 
-Folders of orders come first (none: every order in configs/), then flags, which are those of `run_uie_lora.py`; the
-scripts in `scripts/` pass what the run will get. Checked by the run's own functions: order, rows, labels,
-instructions, the flags, a DeepSpeed file; with `--model_name_or_path` also the files of the model or the adapter, the
-module names and ranks, and whether every prompt and answer fits. One line for each order that is fine; else one line
-`error: ...` for each that is not, and exit code 2.
+Folders of orders come first (none: every order in configs/), then flags of `run_uie_lora.py`; the scripts in `scripts/`
+pass those of the run. The run's own functions check orders, examples, labels, instructions, flags and a DeepSpeed file;
+with `--model_name_or_path` also the files of the model or the adapter, module names and ranks, and whether every prompt
+and answer fits. Prints one line for each valid order, and `error: ...` and exit code 2 for any other.
 """
 
 import itertools
@@ -30,47 +29,43 @@ from uie_dataset_lora import ExampleOptions, read_examples
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check; 0, or 2 after a line for each order, or for the flags, that cannot be run."""
+    """Check flags and orders; returns 0, or 2 after an error line for each invalid order, or for the flags."""
     argv = sys.argv[1:] if argv is None else argv
     orders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     try:
         options, collator = check_flags(argv[len(orders) :])
         orders = orders or all_orders(Path("configs"))
     except InputError as error:
-        return _say_bad(error)
+        return _report(error)
     status = 0
     for order in orders:
         try:
-            print(f"[gorp] {order}: fine, {check_order(order, options, collator)}")
+            print(f"[gorp] {order}: valid, {check_order(order, options, collator)}")
         except InputError as error:
-            status = _say_bad(error)
+            status = _report(error)
     return status
 
 
-def _say_bad(error: InputError) -> int:
+def _report(error: InputError) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
 
 
 def all_orders(configs: Path) -> list[Path]:
-    """The folders of orders in `configs`.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The folders of orders in `configs`; InputError if there is none."""
     orders = sorted(path for path in configs.glob("[!.]*_configs") if path.name != "ds_configs")
     if not orders:
-        raise InputError(f"{configs}: holds no folder NAME_configs; name the folder of an order")
+        raise InputError(f"{configs}: found no folder NAME_configs; name the folder of an order")
     return orders
 
 
 def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | None]:
-    """What decides an order's examples, and the collator of the model, if one is named.
+    """The example options, and the collator of the model, if one is named.
 
     Raises:
-        InputError: a flag, the DeepSpeed file, the model, the adapter, a module name or a rank is not allowed.
+        InputError: a flag, the DeepSpeed file, the model, the adapter, a module name or a rank is invalid.
     """
-    # A DeepSpeed file is checked, but DeepSpeed not started, as parsing it with the rest would do.
+    # --deepspeed is parsed separately: the file is checked, but DeepSpeed is not started.
     parser = Parser()
     parser.add_argument("--deepspeed")
     launch, flags = parser.parse_known_args(flags)
@@ -92,19 +87,19 @@ def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | 
 
 
 def check_order(order: str | os.PathLike, options: ExampleOptions, collator: DataCollatorForUIE | None) -> str:
-    """How much the order at `order` (its folder) trains and tests.
+    """Check the order in the folder `order`; returns its numbers of tasks and examples as text.
 
     Raises:
-        InputError: a file, a row, a label or an instruction is not allowed, or does not fit the model.
+        InputError: a file, an example, a label or an instruction is invalid, or does not fit the model.
     """
     steps = read_order(order)
     examples = list(read_examples([step.folder for step in steps], options))
     if collator is not None:
         collator.check(examples)
-    return f"{len(steps)} tasks, {len(examples):,} rows"
+    return f"{len(steps)} tasks, {len(examples):,} examples"
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # libraries' notes on their own future
+    warnings.simplefilter("ignore")  # libraries' deprecations
     hf_logging.set_verbosity_error()
     sys.exit(main())

@@ -6,8 +6,8 @@ A folder `checkpoint-<step>` holds
 * `schedule.json`: the learning-rate schedule, and the loss scaler of fp16;
 * `random_state_<rank>.json`: the random number generators of each rank;
 * `trainer_state.json`: Hugging Face's record of steps, losses and the best step;
-* `manifest.json`: digests of the others. It is written last, for a process can be killed at any moment: a folder
-  without it, or with a file that differs from it, is incomplete, and no run resumes from it.
+* `manifest.json`: digests of the others, written last. A folder without it, or with a file that differs from it, is
+  incomplete (its process was killed), and no run resumes from it.
 """
 
 import logging
@@ -17,13 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from errors import InputError
-from files import digest, read_json, sync, whole_file, write_json
+from files import digest, read_json, sync, write_json
 
 log = logging.getLogger("gorp")
 
@@ -32,17 +31,14 @@ SCHEDULE = "schedule.json"
 MANIFEST = "manifest.json"
 
 
-# Complete or not
-
-
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` of a run, latest first, complete or not."""
+    """The folders `checkpoint-<step>` of a run, latest first, including incomplete ones."""
     folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
 
 
 def write_manifest(folder: Path) -> None:
-    """Have a checkpoint's files on the disk, then mark it as complete."""
+    """Sync a checkpoint's files to disk, then mark it as complete."""
     (folder / MANIFEST).unlink(missing_ok=True)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
@@ -51,7 +47,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file is there as it was written."""
+    """Whether every file is present and unchanged."""
     try:
         return all(digest(folder / name) == wanted for name, wanted in read_json(folder / MANIFEST).items())
     except (InputError, AttributeError):
@@ -59,19 +55,16 @@ def is_complete(folder: Path) -> bool:
 
 
 def latest_complete(output_dir: Path) -> Path | None:
-    """The latest checkpoint to resume from, None where there is none; warns of later ones that are incomplete."""
+    """The latest complete checkpoint, None if there is none; warns of later incomplete ones."""
     for folder in checkpoint_folders(output_dir):
         if is_complete(folder):
             return folder
-        log.warning("%s: incomplete, not used", folder)
+        log.warning("%s: incomplete; ignored", folder)
     return None
 
 
-# Parameters and optimizer state
-
-
 def training_state(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
-    """Parameters and their optimizer state as CPU tensors: `<name>` and `<name>.<key>`, a count as an int64 scalar."""
+    """Parameters and their optimizer state as CPU tensors `<name>` and `<name>.<key>`; counts are int64 scalars."""
     state = dict(parameters)
     for name, parameter in parameters.items():
         entries = optimizer.state.get(parameter, {})
@@ -86,7 +79,7 @@ def load_training_state(
     """Set parameters and optimizer state to what `training_state` returned.
 
     Raises:
-        InputError: `saved` is of other parameters; nothing has changed then.
+        InputError: `saved` is of other parameters; nothing is changed.
     """
     state = {name: {} for name in parameters}
     for key, value in saved.items():
@@ -106,29 +99,8 @@ def load_training_state(
         optimizer.state[parameter] = state[name]
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint's tensors."""
-    with whole_file(folder / TENSORS) as partial:
-        safetensors.torch.save_file(dict(tensors), partial, metadata={"format": "pt"})
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    try:
-        return safetensors.torch.load_file(folder / TENSORS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{folder / TENSORS}: no readable checkpoint ({error})") from None
-
-
-# Random numbers
-
-
 def write_random_state(folder: Path, rank: int) -> None:
-    """Write the state of this process's generators: Python's, NumPy's, PyTorch's on the CPU and on each GPU."""
+    """Write the state of this process's generators: Python, NumPy, PyTorch on the CPU and on each GPU."""
     name, keys, *rest = numpy.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     state = {
@@ -141,10 +113,10 @@ def write_random_state(folder: Path, rank: int) -> None:
 
 
 def load_random_state(folder: Path, rank: int) -> None:
-    """Set the generators as `write_random_state` found them; a rank that the checkpoint did not have keeps its own."""
+    """Restore the generators that `write_random_state` saved; a rank that did not exist then keeps its own."""
     path = folder / f"random_state_{rank}.json"
     if not path.exists():
-        log.warning("%s: missing, as the checkpoint is of fewer ranks; its random numbers differ", path)
+        log.warning("%s: missing, as the checkpoint has fewer ranks; this rank's random numbers differ", path)
         return
     state = read_json(path)
     version, numbers, gauss = state["python"]

@@ -1,6 +1,6 @@
 """The command line of `run_uie_lora.py`: from flags, or one JSON file, to the four groups of options.
 
-Every check that needs only the command line and the DeepSpeed file happens here, before any data or model is read.
+Everything that the command line and the DeepSpeed file alone decide is checked here, before data or a model is read.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from transformers import HfArgumentParser
 from arguments import NOTHING, DataArguments, ModelArguments, UIETrainingArguments, check
 from errors import InputError
 from files import read_json
-from methods import find_method, method_names
+from methods import Method, find_method, method_names
 from methods.base_options import MethodArguments
 
 
 class Parser(HfArgumentParser):
-    """Flags by their complete names; a mistake is an InputError, not a page of usage."""
+    """Flags by their complete names; an error is an InputError and prints no usage."""
 
     def __init__(self, *groups: type, **options):
         super().__init__(groups, allow_abbrev=False, **options)
@@ -29,10 +29,10 @@ class Parser(HfArgumentParser):
 def parse_arguments(
     argv: list[str] | None = None, deepspeed_file: str | None = None
 ) -> tuple[ModelArguments, DataArguments, MethodArguments, UIETrainingArguments]:
-    """The four groups of arguments, from flags or from one JSON file; the third is what the method declares.
+    """The four groups of arguments, from flags or from one JSON file; the third is the method's.
 
     Args:
-        deepspeed_file: what `--deepspeed` would say, to check it against the rest without starting DeepSpeed.
+        deepspeed_file: in place of `--deepspeed`, to be checked without starting DeepSpeed.
 
     Raises:
         InputError: an unknown flag or method, or values that contradict each other.
@@ -74,32 +74,32 @@ def parse_arguments(
 
 
 def _others(arguments: type) -> type:
-    """A group of every option that other methods read and this one does not; None where a flag is not given."""
+    """A group of all options that only other methods read; None for a flag that is not given."""
     own = {option.name for option in dataclasses.fields(arguments)}
-    others = {}
-    for name in method_names():
-        for option in dataclasses.fields(find_method(name).Arguments):
-            if option.init and option.name not in own:
-                others[option.name] = (option.name, option.type, dataclasses.field(default=None, metadata=option.metadata))
+    options = (option for name in method_names() for option in dataclasses.fields(find_method(name).Arguments))
+    others = {
+        option.name: (option.name, option.type, dataclasses.field(default=None, metadata=option.metadata))
+        for option in options if option.init and option.name not in own
+    }
     return dataclasses.make_dataclass("IgnoredArguments", others.values())
 
 
-def _check_together(method_class, data: DataArguments, method: MethodArguments, training: UIETrainingArguments,
-                    deepspeed_file: str | None) -> None:
-    """What the method cannot do with these training arguments, or when DeepSpeed shards its parameters.
+def _check_together(
+    method_class: type[Method], data: DataArguments, method: MethodArguments, training: UIETrainingArguments,
+    deepspeed_file: str | None,
+) -> None:
+    """Reject what the method cannot do with these training arguments or this ZeRO stage.
 
     Raises:
-        InputError: a stage of ZeRO that leaves the method less than it needs, among others.
+        InputError: naming the flags.
     """
     stage = None
     if training.do_train and deepspeed_file is not None:
         name, most = method.method, method_class.zero_stage
-        check(not data.zero_shot, "zero_shot", "true", f"only without --deepspeed {deepspeed_file}, which has nothing "
-              "to predict with before it trains")
-        if most is None:
-            raise InputError(
-                f"--method {name}: found --deepspeed {deepspeed_file}; {name} runs in one process without it"
-            )
+        check(not data.zero_shot, "zero_shot", "true",
+              f"only without --deepspeed {deepspeed_file}, which cannot predict before it trains")
+        check(most is not None, f"method {name}", f"--deepspeed {deepspeed_file}",
+              f"{name} runs in one process without it")
         zero = read_json(deepspeed_file).get("zero_optimization", {})
         stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
         if stage > most:
@@ -108,7 +108,7 @@ def _check_together(method_class, data: DataArguments, method: MethodArguments, 
 
 
 def _flags(path: str) -> list[str]:
-    """The flags that a JSON object of arguments stands for, so that both are checked alike; null leaves a flag out."""
+    """The flags of a JSON object of arguments, so that both are checked in the same way; null omits a flag."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: found a JSON {type(content).__name__}; an object of flag -> value is allowed")

@@ -1,8 +1,8 @@
-"""Exact match and ROUGE of generated answers: over all rows, for every task and for every dataset.
+"""Exact match and ROUGE of generated answers: over all examples, for every task and for every dataset.
 
-As a command it scores a predictions file again, without the model:
+As a command it scores a predictions file without the model, with `--superglue` also by F1:
 
-    python src/compute_metrics.py --predictions OUTPUT_DIR/predict_eval_predictions.jsonl [--multilingual]
+    python src/compute_metrics.py --predictions OUTPUT_DIR/predict_eval_predictions.jsonl [--superglue] [--multilingual]
 """
 
 import argparse
@@ -19,21 +19,22 @@ from pathlib import Path
 from tokenizers import ByteLevelBPETokenizer
 
 from errors import InputError, entry_point
+from files import json_kind
 
 GPT2_FOLDER = Path(__file__).resolve().parents[1] / "data" / "gpt2tokenizer"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """Lower case, ASCII punctuation deleted (no space put in its place), white space collapsed; articles stay.
+    """Lower-case a text, delete ASCII punctuation (without a space in its place) and collapse white space.
 
-    A text of nothing but punctuation, such as the label "+", stays as it is: deleted, it would equal no answer at all.
+    Articles stay. So does a text of nothing but punctuation, such as the label "+", which would otherwise be empty.
     """
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split()) or text.strip()
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether both texts are equal after `normalise`; an empty prediction never matches."""
+    """Return whether both texts are equal after `normalise`; an empty prediction never matches."""
     return normalise(prediction) == normalise(reference) != ""
 
 
@@ -42,52 +43,83 @@ def compute_metrics(
 ) -> dict[str, float]:
     """Mean `exact_match`, `rouge1` and `rougeL` (F-measure; Lin, 2004) of pairs of texts, in per cent, 4 decimals.
 
-    With `multilingual`, ROUGE counts GPT-2's pieces instead of stemmed English words, which leave nothing of a text
-    without Latin letters.
+    With `multilingual`, ROUGE compares GPT-2 tokens instead of stemmed English words, which need Latin letters.
 
     Raises:
-        ValueError: the two sequences differ in length, or are empty.
-        InputError: `multilingual`, and GPT-2's vocabulary is neither in `data/gpt2tokenizer` nor to be had.
+        ValueError: the two sequences are empty or differ in length.
+        InputError: `multilingual`, and GPT-2's vocabulary is not in `data/gpt2tokenizer` and cannot be fetched.
     """
-    return _mean(_row_scores(predictions, references, multilingual))
+    return _mean(_scores(predictions, references, multilingual))
 
 
 def compute_grouped_metrics(
     predictions: Sequence[str], references: Sequence[str], groups: Sequence[str], *, multilingual: bool = False
 ) -> dict[str, float]:
-    """`compute_metrics` of each group's rows, as `<metric>_for_<group>`, groups in order of appearance.
-
-    Args:
-        groups: the name of the group that each row belongs to, as many as there are predictions.
-    """
-    return _mean_by_group(_row_scores(predictions, references, multilingual), groups)
+    """`compute_metrics` of each group, as `<metric>_for_<group>`; `groups` names the group of each prediction."""
+    return _mean_by_group(_scores(predictions, references, multilingual), groups)
 
 
 def evaluate_predictions(
-    rows: Iterable[Mapping], predictions: Sequence[str], *, multilingual: bool = False
+    examples: Iterable[Mapping], predictions: Sequence[str], *, multilingual: bool = False
 ) -> dict[str, float]:
-    """All metrics of one evaluation: over all rows, then `_for_<task>`, then `_for_<dataset>`.
+    """All metrics of one evaluation: over all examples, then `_for_<task>`, then `_for_<dataset>`.
 
-    The overall values are means over rows, not over datasets. Where a task and a dataset share a name, as QQP does,
-    the dataset's value is the one that stays.
+    The overall values are means over examples, not over datasets. Where a task and a dataset share a name, as with
+    QQP, the value is the dataset's.
 
     Args:
-        rows: dataset rows with `Task`, `Dataset` and `Instance` (with `label`), in the order of `predictions`.
+        examples: with `Task`, `Dataset` and `Instance` (with `label`), in the order of `predictions`.
     """
-    rows = list(rows)
-    scores = _row_scores(predictions, [row["Instance"]["label"] for row in rows], multilingual)
+    examples = list(examples)
+    scores = _scores(predictions, [example["Instance"]["label"] for example in examples], multilingual)
     return {
         **_mean(scores),
-        **_mean_by_group(scores, [row["Task"] for row in rows]),
-        **_mean_by_group(scores, [row["Dataset"] for row in rows]),
+        **_mean_by_group(scores, [example["Task"] for example in examples]),
+        **_mean_by_group(scores, [example["Dataset"] for example in examples]),
     }
+
+
+def superglue_metrics(examples: Iterable[Mapping], predictions: Sequence[str]) -> dict[str, float]:
+    """What SuperGLUE reports beside accuracy (Wang et al., 2019), in per cent, 4 decimals.
+
+    * `macro_f1_for_<dataset>`: mean F1 over the labels that occur. An answer that is none of them counts as a miss.
+    * `f1a_for_MultiRC`: F1 of the label True over all candidate answers (Khashabi et al., 2018).
+    * `em_for_MultiRC`: share of its questions, each with its paragraph, whose candidates are all judged correctly.
+
+    Raises:
+        InputError: a MultiRC sentence has no line "candidate answer: ...".
+    """
+    pairs: dict[str, list[tuple[str, str]]] = {}  # by dataset: prediction, label
+    questions: dict[str, bool] = {}
+    for example, prediction in zip(examples, predictions, strict=True):
+        pair = normalise(prediction), normalise(example["Instance"]["label"])
+        pairs.setdefault(example["Dataset"], []).append(pair)
+        if example["Dataset"] == "MultiRC":
+            question, marker, _ = example["Instance"].get("sentence", "").rpartition("\ncandidate answer:")
+            if not marker:
+                raise InputError(f"MultiRC, example {example['Instance'].get('id')}: found no line 'candidate answer:'")
+            questions[question] = questions.get(question, True) and pair[0] == pair[1]
+    metrics = {}
+    for dataset, own in pairs.items():
+        labels = sorted({label for _, label in own})
+        metrics[f"macro_f1_for_{dataset}"] = sum(_class_f1(own, label) for label in labels) / len(labels)
+    if questions:
+        metrics["f1a_for_MultiRC"] = _class_f1(pairs["MultiRC"], "true")
+        metrics["em_for_MultiRC"] = 100 * sum(questions.values()) / len(questions)
+    return {name: round(value, 4) for name, value in metrics.items()}
+
+
+def _class_f1(pairs: Sequence[tuple[str, str]], name: str) -> float:
+    """F1 of one class in per cent, 2 TP / (2 TP + FP + FN); 0 if it is neither predicted nor wanted."""
+    counted = sum(pair.count(name) for pair in pairs)
+    return 200 * pairs.count((name, name)) / counted if counted else 0.0
 
 
 def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: str = "", *, prefix: str = "") -> str:
     """One line for the terminal: "after 2-amazon: dbpedia 97.50  amazon 54.00  (mean 75.75)".
 
     Args:
-        metrics: what `evaluate_predictions` gives, its names preceded by `prefix`.
+        metrics: what `evaluate_predictions` returns, with `prefix` before each name.
         datasets: the evaluated datasets, in the order to show them; the mean is over datasets.
         step: what the values were measured after; without it the line begins with the first dataset.
     """
@@ -97,10 +129,10 @@ def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: s
 
 
 def read_predictions(path: str | os.PathLike) -> list[dict]:
-    """The rows of a predictions file: one JSON object a line, with `Task`, `Dataset`, `Instance` and `Prediction`.
+    """The examples of a predictions file: a JSON object a line, with `Task`, `Dataset`, `Instance` and `Prediction`.
 
     Raises:
-        InputError: the file cannot be read or has no row, or a line is not such an object (with its number).
+        InputError: the file cannot be read or is empty, or a line (named) is not such an object.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -108,66 +140,59 @@ def read_predictions(path: str | os.PathLike) -> list[dict]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
-    rows = [_prediction_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise InputError(f"{path}: no predictions; expected one JSON object a line")
-    return rows
+    examples = [_predicted(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not examples:
+        raise InputError(f"{path}: no predictions; allowed: a JSON object a line")
+    return examples
 
 
-def _prediction_row(line: str, place: str) -> dict:
+def _predicted(line: str, where: str) -> dict:
     try:
-        row = json.loads(line)
+        example = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not JSON ({error.msg})") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: found {type(row).__name__}; expected an object")
-    instance = row.get("Instance")
-    label = instance.get("label") if isinstance(instance, dict) else None
-    for key, value in [("Task", row.get("Task")), ("Dataset", row.get("Dataset")), ("Instance.label", label),
-                       ("Prediction", row.get("Prediction"))]:
+        raise InputError(f"{where}: not JSON ({error.msg})") from None
+    if not isinstance(example, dict):
+        raise InputError(f"{where}: found {json_kind(example)}; allowed: an object")
+    instance = example.get("Instance")
+    found = {key: example.get(key) for key in ("Task", "Dataset", "Prediction")}
+    found["Instance.label"] = instance.get("label") if isinstance(instance, dict) else None
+    for key, value in found.items():
         if not isinstance(value, str):
-            raise InputError(f"{place}: {key} is missing or not a text")
-    return row
+            raise InputError(f"{where}: {key} is missing or not a string")
+    return example
 
 
-def _row_scores(predictions: Sequence[str], references: Sequence[str], multilingual: bool) -> list[dict[str, float]]:
-    """The three metrics of every row, each in [0, 1]."""
+def _scores(predictions: Sequence[str], references: Sequence[str], multilingual: bool) -> list[dict[str, float]]:
+    """The three metrics of every pair of texts, each in [0, 1]."""
     if not predictions or len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; as many, and some, needed")
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; need as many, at least one")
     rouge = _rouge_scorer(multilingual)
-    rows = []
+    scores = []
     for prediction, reference in zip(predictions, references):
-        scores = rouge.score(target=reference, prediction=prediction)
-        rows.append({
-            "exact_match": float(exact_match(prediction, reference)),
-            "rouge1": scores["rouge1"].fmeasure,
-            "rougeL": scores["rougeL"].fmeasure,
-        })
-    return rows
+        overlap = rouge.score(target=reference, prediction=prediction)
+        matches = {"exact_match": float(exact_match(prediction, reference))}
+        scores.append(matches | {name: score.fmeasure for name, score in overlap.items()})
+    return scores
 
 
 def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {metric: round(100 * sum(row[metric] for row in scores) / len(scores), 4) for metric in scores[0]}
+    return {metric: round(100 * sum(score[metric] for score in scores) / len(scores), 4) for metric in scores[0]}
 
 
 def _mean_by_group(scores: Sequence[Mapping[str, float]], groups: Sequence[str]) -> dict[str, float]:
     members: dict[str, list] = {}
-    for row, group in zip(scores, groups, strict=True):
-        members.setdefault(group, []).append(row)
-    return {f"{metric}_for_{group}": value for group, rows in members.items() for metric, value in _mean(rows).items()}
+    for score, group in zip(scores, groups, strict=True):
+        members.setdefault(group, []).append(score)
+    return {f"{metric}_for_{group}": value for group, own in members.items() for metric, value in _mean(own).items()}
 
 
 class GPT2RougeTokenizer:
-    """ROUGE tokens for text in any script: the pieces of GPT-2's byte-level BPE, case and punctuation kept.
+    """ROUGE tokens for text in any script: GPT-2's byte-level BPE tokens, with case and punctuation.
 
-    Every word is cut as if a space stood before it, and the mark of that space is dropped, so that a word gives the
-    same tokens wherever it stands.
-
-    Args:
-        folder: holds `vocab.json` and `merges.txt`.
+    Every word is tokenised as if it followed a space, whose mark is dropped: its tokens do not depend on its position.
 
     Raises:
-        InputError: the two files are not a byte-level BPE vocabulary.
+        InputError: `vocab.json` and `merges.txt` in `folder` are not a byte-level BPE vocabulary.
     """
 
     _SPACE_MARKS = "ĠĊĉ"  # how byte-level BPE writes space, line feed and tab
@@ -177,7 +202,7 @@ class GPT2RougeTokenizer:
         try:
             self._bpe = ByteLevelBPETokenizer(vocabulary, merges, add_prefix_space=True)
         except Exception as error:  # the library raises no narrower class
-            raise InputError(f"{folder}: {error}; without its two files, the next run takes them again") from error
+            raise InputError(f"{folder}: {error}; delete both files, and the next run fetches them again") from error
 
     def tokenize(self, text: str) -> list[str]:
         pieces = (piece.lstrip(self._SPACE_MARKS) for piece in self._bpe.encode(text).tokens)
@@ -186,17 +211,17 @@ class GPT2RougeTokenizer:
 
 @functools.cache
 def _rouge_scorer(multilingual: bool):
-    from rouge_score.rouge_scorer import RougeScorer  # a sixth of a run's imports, not needed before it is evaluated
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and not needed before evaluation
 
     tokenizer = GPT2RougeTokenizer(_gpt2_folder()) if multilingual else None
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=tokenizer)
 
 
 def _gpt2_folder() -> Path:
-    """The folder of GPT-2's vocabulary, filled on first need by the script that lies in it."""
+    """The folder of GPT-2's vocabulary, which the script in it fetches on first use."""
     if not all((GPT2_FOLDER / name).is_file() for name in ("vocab.json", "merges.txt")):
         script = GPT2_FOLDER / "fetch_gpt2_tokenizer.py"
-        logging.getLogger("gorp").info("taking GPT-2's vocabulary into %s, for ROUGE in any language", GPT2_FOLDER)
+        logging.getLogger("gorp").info("fetching GPT-2's vocabulary into %s, for ROUGE in any language", GPT2_FOLDER)
         fetched = subprocess.run([sys.executable, str(script)], check=False, stderr=subprocess.PIPE, text=True)
         if fetched.returncode:
             raise InputError(fetched.stderr.splitlines()[-1].removeprefix("error: "))
@@ -207,10 +232,14 @@ def _gpt2_folder() -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Exact match and ROUGE of a predictions file, as JSON.")
     parser.add_argument("--predictions", required=True, type=Path, help="predict_eval_predictions.jsonl of a run")
-    parser.add_argument("--multilingual", action="store_true", help="ROUGE over GPT-2's pieces instead of words")
+    parser.add_argument("--superglue", action="store_true", help="add macro-F1, and F1a and EM of MultiRC")
+    parser.add_argument("--multilingual", action="store_true", help="ROUGE over GPT-2 tokens instead of words")
     options = parser.parse_args(arguments)
-    rows = read_predictions(options.predictions)
-    metrics = evaluate_predictions(rows, [row["Prediction"] for row in rows], multilingual=options.multilingual)
+    examples = read_predictions(options.predictions)
+    predictions = [example["Prediction"] for example in examples]
+    metrics = evaluate_predictions(examples, predictions, multilingual=options.multilingual)
+    if options.superglue:
+        metrics |= superglue_metrics(examples, predictions)
     print(json.dumps(metrics, indent=4, ensure_ascii=False))
 
 

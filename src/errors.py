@@ -1,4 +1,4 @@
-"""The exceptions that end a run with one line: bad input, and what stops a run that was well begun."""
+"""The exceptions that end a run with one line: bad input, and failures during the run."""
 
 import errno
 import functools
@@ -8,15 +8,14 @@ from collections.abc import Callable
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded")
 
-MOST = 2000  # characters of a message; a label of a megabyte is not repeated whole
+MOST = 2000  # characters of a message, which may quote a label of a megabyte
 
 
 class InputError(Exception):
-    """Bad input, said in one line: which file or flag, what was found, what is allowed.
+    """Bad input, in one line: which file or flag, what was found, what is allowed.
 
-    Entry points print the message after ``error: `` and exit with code 2. What a file brings into the message cannot
-    act on a terminal: characters without a shape of their own (control codes, changes of direction, halves of
-    surrogate pairs) are written as escapes.
+    Entry points print the message after ``error: `` and exit with code 2. Characters that are not printable (control
+    codes, changes of direction, halves of surrogate pairs) are escaped, so that no file can act on a terminal.
     """
 
     def __init__(self, message: str):
@@ -26,7 +25,7 @@ class InputError(Exception):
 
 
 def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorate a program's `main`: it returns an exit code, 2 after one line on stderr about bad input."""
+    """Decorate `main` to return an exit code: 2 after bad input, which is reported in one line on stderr."""
 
     @functools.wraps(main)
     def program(*args, **kwargs) -> int:
@@ -40,11 +39,11 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 class RunStopped(Exception):
-    """A run that cannot go on although nothing was wrong with its input; exit code 1."""
+    """A run that cannot continue although its input is valid; exit code 1."""
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a write failed for want of space, whichever library said so."""
+    """Return whether a write failed for lack of space, whichever library reports it."""
     while error is not None:
         if getattr(error, "errno", None) in DISK_FULL or any(text in str(error) for text in DISK_FULL_TEXTS):
             return True

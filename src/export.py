@@ -1,10 +1,10 @@
-"""A finished task as what other tools read: a plain Hugging Face model, or a plain PEFT LoRA adapter.
+"""Export a finished task as a plain Hugging Face model or a plain PEFT LoRA adapter.
 
     python src/export.py logs_and_outputs/order_1/outputs/4-agnews --to exported
     python src/export.py logs_and_outputs/order_1/outputs/4-agnews --to exported --as adapter
 
-The model has the LoRA and the full-rank weights merged into the base; it needs nothing of this project. The adapter
-goes with the base model that it was trained on, and exists only where no full-rank weight has changed.
+The model has LoRA and full-rank weights merged into the base, and needs nothing of this project. The adapter belongs
+to the base model it was trained on; it exists only where no full-rank weight has changed.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 import full_rank
 from errors import InputError, entry_point
@@ -37,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     adapter = adapter_folder(options.run)
     if options.to.exists():
-        raise InputError(f"--to: {options.to} exists already; a new folder")
+        raise InputError(f"--to: {options.to} exists already; allowed: a new folder")
     check_writable(options.to.parent)
     if options.form == "adapter" and options.dtype:
-        raise InputError("--dtype: an adapter keeps the precision of its factors; only --as model takes one")
+        raise InputError("--dtype: an adapter keeps the precision of its factors; allowed: only with --as model")
     if options.form == "model":
         export_model(adapter, options.to, DTYPES[options.dtype or "float32"])
     else:
@@ -49,51 +48,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def adapter_folder(run: Path) -> Path:
-    """The adapter folder that `run` is or holds.
-
-    Raises:
-        InputError: there is none, or more than one.
-    """
+    """The adapter folder that `run` is or contains; InputError unless there is exactly one."""
     if (run / CONFIG_FILE).is_file():
         return run
-    found = sorted(path.parent for path in run.glob(f"[!.]*/{CONFIG_FILE}"))  # what begins with a dot is half written
+    found = sorted(path.parent for path in run.glob(f"[!.]*/{CONFIG_FILE}"))  # a leading dot marks an incomplete folder
     if len(found) != 1:
-        raise InputError(f"{run}: found {len(found)} folders with {CONFIG_FILE}; a task's output folder holds one")
+        raise InputError(f"{run}: found {len(found)} folders with {CONFIG_FILE}; allowed: exactly one")
     return found[0]
 
 
 def export_model(adapter: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write base, LoRA and full-rank changes as one model, with its tokenizer. They are merged in float32.
+    """Write base, LoRA and full-rank changes, merged in float32, as one model with its tokenizer.
 
     Raises:
-        InputError: the base model is not where the adapter says, or a file is damaged or does not fit it.
+        InputError: the base model is missing, or a file is damaged or does not fit it.
     """
-    loaded = load_model_and_tokenizer(str(adapter), max_source_length=1)  # positions stay as many as they are
-    model = merged_model(loaded.model, adapter).to(dtype)
+    loaded = load_model_and_tokenizer(str(adapter), max_source_length=1)  # keeps the number of positions
+    model = loaded.model
+    full_rank.load_weights(model, adapter)
+    if (adapter / WEIGHTS_FILE).exists():
+        model = load_loranew(model, adapter, trainable=False).merge_and_unload()
+    model = model.to(dtype)
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
-        if loaded.decoder_only:  # not this project's class, which only saves memory in training
+        if loaded.decoder_only:  # this project's class only saves memory in training
             config = read_json(partial / "config.json")
             write_json(partial / "config.json", config | {"architectures": ["LlamaForCausalLM"]}, indent=2)
 
 
-def merged_model(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """The base model with everything in it that the tasks have changed."""
-    full_rank.load_weights(model, adapter)
-    if (adapter / WEIGHTS_FILE).exists():
-        model = load_loranew(model, adapter, trainable=False).merge_and_unload()
-    return model
-
-
 def export_adapter(adapter: Path, folder: Path) -> None:
-    """Write the LoRA of all tasks as one plain LoRA, whose rank is the sum of theirs; the scale stays.
+    """Write the LoRA of all tasks as one plain LoRA of their summed rank, with the same scale.
 
     Raises:
         InputError: full-rank weights have changed, which a LoRA cannot hold, or there is no LoRA.
     """
     if (adapter / full_rank.FILE_NAME).exists():
-        raise InputError(f"--as adapter: {adapter} holds changed full-rank weights, which are no LoRA; --as model")
+        raise InputError(f"--as adapter: {adapter} holds changed full-rank weights; allowed: --as model")
     config, factors = read_config(adapter), plain_factors(read_factors(adapter))
     if not factors:
         raise InputError(f"{adapter / WEIGHTS_FILE}: holds no LoRA factor")
@@ -113,7 +104,7 @@ def export_adapter(adapter: Path, folder: Path) -> None:
 
 
 def plain_factors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Old and new factors of each layer joined along the rank, as `lora_A` (rank, in) and `lora_B` (out, rank)."""
+    """Join each layer's old and new factors along the rank: `lora_A` (rank, in) and `lora_B` (out, rank)."""
     joined = {}
     for kind, dim in (("A", 0), ("B", 1)):
         old, new = f".lora_{kind}.", f".loranew_{kind}."

@@ -1,4 +1,4 @@
-"""Reading and writing the project's files: readers that explain a fault, and writes that are complete or not there."""
+"""Read files with errors that name the fault, and write them atomically: a file or folder is complete or absent."""
 
 import contextlib
 import errno
@@ -20,11 +20,11 @@ DIGESTED_END = 2**26
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Parsed content of a UTF-8 JSON file.
+    """The content of a UTF-8 JSON file.
 
     Raises:
-        InputError: the file is missing, unreadable, not UTF-8 or not JSON (with line and column), has a key twice in
-            one object (JSON would silently drop the first), or text that UTF-8 cannot hold.
+        InputError: the file is missing, unreadable, not UTF-8 or not JSON (with line and column), repeats a key in an
+            object (JSON would silently drop the first), or holds text that UTF-8 cannot encode.
     """
     path = Path(path)
 
@@ -33,13 +33,13 @@ def read_json(path: str | os.PathLike) -> Any:
         if len(content) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"{path}: key {twice!r} stands {names.count(twice)} times in one object; allowed: once")
+            raise InputError(f"{path}: key {twice!r} occurs {names.count(twice)} times in one object; allowed: once")
         return content
 
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=distinct)
-        if "\\ud" in text.lower():  # half a character, unless the other half follows
+        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which cannot be encoded
             json.dumps(content, ensure_ascii=False).encode()
         return content
     except FileNotFoundError:
@@ -54,21 +54,40 @@ def read_json(path: str | os.PathLike) -> Any:
         before = error.object[max(error.start - 20, 0) : error.start]
         raise InputError(
             f"{path}: found half of a surrogate pair, {error.object[error.start]!r}, after {before!r}; allowed: text "
-            "that UTF-8 can hold"
+            "that UTF-8 can encode"
         ) from None
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply; allowed: what the README describes") from None
+        raise InputError(f"{path}: nested too deeply") from None
     except ValueError as error:  # a path with a NUL, a number of thousands of digits
         raise InputError(f"{path}: cannot be read ({error})") from None
 
 
+def read_object(path: str | os.PathLike, allowed: str = "an object") -> dict[str, Any]:
+    """The content of a JSON file that must be an object; `allowed` describes it for the message.
+
+    Raises:
+        InputError: it is something else, or as `read_json`.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found {json_kind(content)}; allowed: {allowed}")
+    return content
+
+
+def json_kind(value: Any) -> str:
+    """What kind of JSON value this is, for a message."""
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    name = names.get(type(value), "null")
+    return f"empty {name}" if value in ([], {}, "") else name
+
+
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """The tensors of a safetensors file, by name and on the CPU, and its metadata.
+    """The tensors of a safetensors file, by name, on the CPU, and its metadata.
 
     Raises:
         InputError: the file is missing, unreadable or damaged.
     """
-    from safetensors import SafetensorError, safe_open  # with torch, which the scripts in data/ do without
+    from safetensors import SafetensorError, safe_open  # imports torch, which the scripts in data/ do without
 
     try:
         with safe_open(path, framework="pt") as file:
@@ -80,11 +99,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, "Tensor"], dict[str
 
 
 def check_values(name: str, tensor: "Tensor", path: str | os.PathLike) -> None:
-    """Reject a stored tensor from which nothing can be trained.
-
-    Raises:
-        InputError: integers, or values that are not finite.
-    """
+    """Reject a stored tensor of integers, or with values that are not finite."""
     if not tensor.is_floating_point():
         raise InputError(f"{path}: {name} holds {tensor.dtype}; floating-point values are needed")
     if not tensor.isfinite().all():
@@ -93,9 +108,9 @@ def check_values(name: str, tensor: "Tensor", path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`; leaving the block without an error syncs it and renames it to `path`.
+    """Yield a temporary path beside `path`, which replaces `path` when the block ends without an error.
 
-    A reader therefore sees the old file or the new one, never half of one; after an error nothing remains.
+    A reader sees the old file or the new one, never part of one. After an error the temporary file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +118,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # here, as a writer may have put another file in its place
+        os.chmod(name, 0o666 & ~_umask())  # here, as a writer may replace the file
         sync(name)
         os.replace(name, path)
         sync(path.parent)
@@ -115,7 +130,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """The same for a folder: what the block writes appears at `path` at once, replacing what was there."""
+    """`whole_file` for a folder: what the block writes replaces `path` at once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -126,7 +141,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
             sync(written)
         try:
             os.rename(partial, path)
-        except OSError as error:  # not asked before: another process may write the same folder at the same time
+        except OSError as error:  # not checked before: another process may write the same folder
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             retired = partial.with_suffix(".old")
@@ -140,7 +155,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Have a file's content, or a folder's entries, on the disk before this returns."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -149,7 +164,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file; of a file above 1 GiB, of its size, its first and its last 64 MiB.
+    """SHA-256 of a file; above 1 GiB, of its size and its first and last 64 MiB.
 
     Raises:
         InputError: the file cannot be read.
@@ -171,11 +186,7 @@ def digest(path: str | os.PathLike) -> str:
 
 
 def check_writable(folder: str | os.PathLike) -> None:
-    """Create `folder` and prove that a file can be written there.
-
-    Raises:
-        InputError: naming the folder and the system's reason.
-    """
+    """Create `folder`, and raise InputError if no file can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -185,7 +196,7 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 4, sort_keys: bool = False) -> None:
-    """Write `content` as UTF-8 JSON, whole or not at all."""
+    """Write `content` as UTF-8 JSON, atomically."""
     with whole_file(path) as partial:
         text = json.dumps(content, indent=indent, sort_keys=sort_keys, ensure_ascii=False)
         partial.write_text(text + "\n", encoding="utf-8")

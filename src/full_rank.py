@@ -1,7 +1,7 @@
 """The full-rank weights on disk between tasks.
 
-A task trains some weights of the base model themselves (`--optim_target_modules`). The base model on disk
-never changes, so their new values travel from task to task in one safetensors file beside the LoRA factors.
+A task trains some weights of the base model (`--optim_target_modules`). The base model on disk never changes; the new
+values are stored in one safetensors file beside the LoRA factors.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ FILE_NAME = "full_rank_weights.safetensors"
 
 
 def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write weights (each (out, in), in the precision they train in), by module name, to `folder`."""
+    """Write weights (out, in), by module name and in their training precision, to `folder`."""
     tensors = {f"{name}.weight": weight.detach().cpu().contiguous() for name, weight in weights.items()}
     with whole_file(folder / FILE_NAME) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -25,10 +25,10 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
-    """Put the saved values into the base model; returns the layers that have changed since the base, by name.
+    """Load the saved weights, if any, into the base model; returns their layers, by name.
 
     Raises:
-        InputError: the file is damaged, or a layer is absent from the model or has another shape there.
+        InputError: the file is damaged, or the model lacks a layer or has it in another shape.
     """
     path = folder / FILE_NAME
     if not path.exists():
@@ -41,9 +41,7 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
         if not isinstance(layer, nn.Linear):
             raise InputError(f"{path}: holds {key}; the base model has no linear layer of that name")
         if layer.weight.shape != saved.shape:
-            raise InputError(
-                f"{path}: {key} is {tuple(saved.shape)}; the base model's is {tuple(layer.weight.shape)}"
-            )
+            raise InputError(f"{path}: {key} is {tuple(saved.shape)}; the base model's is {tuple(layer.weight.shape)}")
         check_values(key, saved, path)
         layer.weight.copy_(saved)
         layers[name] = layer

@@ -1,6 +1,6 @@
-"""Which linear layers of a model a regular expression names, and whether what is asked of them can be done.
+"""The linear layers of a model that regular expressions name, and checks of what is asked of them.
 
-`where` begins an error message: the flag or the argument that named the layers, such as `--lora_modules`.
+`where` begins an error message: the flag or argument that named the layers, such as `--lora_modules`.
 """
 
 import re
@@ -12,18 +12,18 @@ from errors import InputError
 
 
 def match_linear(model: nn.Module, patterns: Iterable[str], where: str) -> dict[str, nn.Linear]:
-    """Linear layers of `model` whose complete name matches one of the regular expressions, by name.
+    """The linear layers of `model` whose complete names match one of the regular expressions, by name.
 
     Raises:
-        InputError: a pattern is no regular expression or matches nothing, a matched module is not linear, or its
-            weight is shared with another module (training it would change both).
+        InputError: a pattern is not a regular expression or matches nothing, a matched module is not linear, or its
+            weight is shared with another module.
     """
     matched: dict[str, nn.Linear] = {}
     for pattern in patterns:
         try:
             expression = re.compile(pattern)
         except re.error as error:
-            raise InputError(f"{where}: '{pattern}' is no regular expression ({error})") from None
+            raise InputError(f"{where}: '{pattern}' is not a regular expression ({error})") from None
         found = {name: module for name, module in model.named_modules() if expression.fullmatch(name)}
         check_linear(model, found, f"{where}: '{pattern}'")
         matched.update(found)
@@ -35,7 +35,7 @@ def match_names(names: Iterable[str], pattern: str | None, where: str, ending: s
     """The names of LoRA factors that a regular expression matches completely; none without a pattern.
 
     Raises:
-        InputError: the pattern is no regular expression, or matches nothing, or a name without the `ending`.
+        InputError: the pattern is not a regular expression, or matches nothing, or a name without the `ending`.
     """
     if not pattern:
         return []
@@ -43,7 +43,7 @@ def match_names(names: Iterable[str], pattern: str | None, where: str, ending: s
     try:
         matched = [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
-        raise InputError(f"{where}: '{pattern}' is no regular expression ({error})") from None
+        raise InputError(f"{where}: '{pattern}' is not a regular expression ({error})") from None
     if not matched:
         raise InputError(f"{where}: '{pattern}' matches no factor; factors are called {names[0]} ...")
     if others := [name for name in matched if not name.endswith(ending)]:
@@ -53,29 +53,29 @@ def match_names(names: Iterable[str], pattern: str | None, where: str, ending: s
 
 
 def check_linear(model: nn.Module, matched: Mapping[str, nn.Module], where: str) -> None:
-    """Reject no match, and a matched module that is not linear."""
+    """Reject an empty match, and a module that is not linear."""
     if not matched:
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         known = f"linear layers are called {names[0]} ... {names[-1]}" if names else "the model has no linear layer"
         raise InputError(f"{where} matches no module; {known}")
     for name, module in matched.items():
         if not isinstance(module, nn.Linear):
-            raise InputError(f"{where} matches {name}, a {type(module).__name__}; only linear layers")
+            raise InputError(f"{where} matches {name}, a {type(module).__name__}; allowed: only linear layers")
 
 
 def check_unshared(model: nn.Module, layers: Mapping[str, nn.Linear], where: str) -> None:
-    """Reject a weight that another module shares, and that would change with it."""
+    """Reject a weight shared with another module, which would train as well."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
         names = owners[id(layer.weight)]
         if len(names) > 1:
-            raise InputError(f"{where}: the weight of {name} is shared ({', '.join(names)}); one module's only")
+            raise InputError(f"{where}: the weight of {name} is shared ({', '.join(names)}); allowed: unshared weights")
 
 
 def check_rank(layers: Mapping[str, nn.Linear], rank: int, where: str) -> None:
-    """Reject a rank above the smaller side of a matched weight."""
+    """Reject a rank above the smaller side of a weight."""
     for name, layer in layers.items():
         out, inp = layer.weight.shape
         if rank > min(out, inp):

@@ -1,4 +1,4 @@
-"""Steps with a loss or gradient that is not finite: logged, without an effect, and some in a row end the run."""
+"""Steps with a loss or gradient that is not finite are skipped and logged; several in a row end the run."""
 
 import logging
 
@@ -9,20 +9,19 @@ from errors import RunStopped
 
 log = logging.getLogger("gorp")
 
-ROWS_NAMED = 16
+EXAMPLES_NAMED = 16
 
 
 class NonFiniteGuard:
     """Keeps NaN and infinity out of the weights during one task.
 
-    In one process the complete step is skipped. Under DeepSpeed, where backward and step are one call, the rank's own
-    gradients of that micro-batch are set to zero before they are reduced; likewise where backward already computes the
-    next bases from them (`CoreEngine`). With fp16 the loss scaler skips steps itself, and an infinite gradient is its
-    normal signal, so only the loss is watched.
+    In one process the complete step is skipped. Under DeepSpeed, where backward and step are one call, and with cores,
+    whose backward pass computes bases, the rank's own gradients of that micro-batch are set to zero before they are
+    reduced. With fp16 an infinite gradient is the loss scaler's normal signal, so only the loss is watched.
 
     Args:
-        limit: number of bad steps in a row that ends the run.
-        watch_gradients: whether a gradient can make a step bad; false with fp16.
+        limit: number of non-finite steps in a row that ends the run.
+        watch_gradients: whether gradients are checked too; false with fp16.
     """
 
     def __init__(self, limit: int, *, watch_gradients: bool = True):
@@ -33,14 +32,14 @@ class NonFiniteGuard:
         self._gradients_bad: Tensor | None = None
 
     def clean_gradients(self, model: nn.Module) -> None:
-        """Have each gradient that is not finite set to zero before it is reduced."""
+        """Set each gradient that is not finite to zero before it is reduced."""
         if self.watch_gradients:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.register_hook(self._cleaned)
 
     def _cleaned(self, gradient: Tensor) -> Tensor:
-        finite = gradient.isfinite().all()  # stays on the device: nothing waits for it here
+        finite = gradient.isfinite().all()  # stays on the device: no synchronisation
         bad = ~finite
         self._gradients_bad = bad if self._gradients_bad is None else self._gradients_bad | bad
         return torch.where(finite, gradient, torch.zeros_like(gradient))
@@ -53,7 +52,7 @@ class NonFiniteGuard:
         """Whether this step (counted from 1) may change the weights.
 
         Raises:
-            RunStopped: it is bad, and so were the `limit` - 1 before it.
+            RunStopped: it is the `limit`-th step in a row that may not.
         """
         micro_batches, self._micro_batches = self._micro_batches, []
         cleaned, self._gradients_bad = self._gradients_bad, None
@@ -64,11 +63,11 @@ class NonFiniteGuard:
             return True
         self.in_a_row += 1
         what = f"loss is {lost[0][0].item()}" if lost else "gradient is not finite"
-        rows = ", ".join([row for _, names in lost or micro_batches for row in names][:ROWS_NAMED])
+        rows = ", ".join([row for _, names in lost or micro_batches for row in names][:EXAMPLES_NAMED])
         if self.in_a_row >= self.limit:
             raise RunStopped(
-                f"step {step}: {what}, the {self.in_a_row} steps in a row that --max_non_finite_steps allows are used "
-                f"up; rows: {rows}; no update of these steps entered the weights, the last checkpoint stays"
+                f"step {step}: {what}, the last of {self.in_a_row} such steps in a row (--max_non_finite_steps); "
+                f"examples: {rows}; none of them changed the weights, and the last checkpoint is kept"
             )
-        log.warning("step %d: %s, the update is skipped; rows: %s", step, what, rows)
+        log.warning("step %d: %s, the update is skipped; examples: %s", step, what, rows)
         return usable

@@ -1,22 +1,17 @@
-"""Orders of tasks as JSON files: reading, checking and writing ``configs/<order>_configs/``.
+"""Orders of tasks as JSON files: read, check and write ``configs/<order>_configs/``.
 
 An order is a folder with one folder a step, each holding ``train_tasks.json``, ``dev_tasks.json`` and
 ``test_tasks.json``. Each file maps task names to lists of ``{"sampling strategy": ..., "dataset name": ...}``. A step
-trains on one dataset and tests on all datasets seen so far, so the order of the steps needs no list of its own: it is
-the order in which the test files grow.
-
-``python src/order_config.py CONFIG_DIR`` prints one ``TASK/DATASET`` a line, in order.
+trains on one dataset and tests on all datasets seen so far, so the sizes of the test files give the order of the steps.
 """
 
-import argparse
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from errors import InputError, entry_point
-from files import check_writable, read_json, whole_folder, write_json
+from errors import InputError
+from files import check_writable, json_kind, read_object, whole_folder, write_json
 
 TASKS = ("SC", "TC", "NLI", "QQP", "WiC", "MultiRC", "COPA", "BoolQA")
 SUBSETS = ("train", "dev", "test")
@@ -24,15 +19,13 @@ TASK_FILES = tuple(f"{subset}_tasks.json" for subset in SUBSETS)
 BENCHMARK_FILES = (*(f"{subset}.json" for subset in SUBSETS), "labels.json")
 SAMPLING = ("random", "full")
 
-_NAME = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
-)  # a folder's name that stays inside its parent, on every system and in every shell
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder's name, safe on every system and in every shell
 _NAME_RULE = "letters, digits, '_', '-' and '.', starting with a letter or digit, at most 100"
 
 
 @dataclass(frozen=True)
 class OrderStep:
-    """One step of an order: what it trains on, and the folder with its three task files."""
+    """One step of an order: the dataset it trains on, and the folder of its task files."""
 
     task: str
     dataset: str
@@ -40,24 +33,21 @@ class OrderStep:
 
 
 def read_task_config(path: str | Path) -> dict[str, list[dict[str, str]]]:
-    """One task file, checked: every task of `TASKS`, in that order, with its (possibly empty) list of entries.
+    """Read and check a task file: every task of `TASKS`, in that order, with its (possibly empty) list of entries.
 
-    A task that the file leaves out has no dataset; an entry without "sampling strategy" gets ``random``, as in the
-    published loader.
+    An entry without "sampling strategy" gets ``random``, as in the published loader.
 
     Raises:
-        InputError: unreadable file, unknown task, bad entry, bad strategy, bad name, or a dataset listed twice.
+        InputError: unreadable file, unknown task, invalid entry, strategy or name, or a dataset listed twice.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; a step's folder holds {_listed(TASK_FILES)}")
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found {type(content).__name__}; allowed: an object whose keys are {_listed(TASKS)}")
+    content = read_object(path, f"an object whose keys are {_listed(TASKS)}")
     for key, entries in content.items():
         if key not in TASKS:
             raise InputError(f"{path}: unknown task {key!r}; allowed: {_listed(TASKS)}")
         if not isinstance(entries, list):
-            raise InputError(f"{path}, {key}: found {type(entries).__name__}; allowed: an array of objects")
+            raise InputError(f"{path}, {key}: found {json_kind(entries)}; allowed: an array of objects")
     config = {
         task: [_entry(entry, f"{path}, {task}[{index}]") for index, entry in enumerate(content.get(task, []))]
         for task in TASKS
@@ -73,13 +63,13 @@ def read_order(config_dir: str | Path) -> list[OrderStep]:
     """The steps of an order, first to last.
 
     Raises:
-        InputError: no such folder, no steps, a file missing or wrong (`read_task_config`), a step that does not train
-            on exactly one dataset, that of its folder's name, or test files that do not grow by it at every step.
+        InputError: no such folder, no steps, a task file missing or invalid, a step that does not train on exactly
+            one dataset, that of its folder's name, or test files that do not grow by it at every step.
     """
     config_dir = Path(config_dir)
     if not config_dir.is_dir():
         known = sorted(path.name for path in config_dir.parent.glob("[!.]*_configs"))
-        raise InputError(f"{config_dir}: no such folder of an order; in {config_dir.parent}: {_listed(known)}")
+        raise InputError(f"{config_dir}: no such order folder; in {config_dir.parent}: {_listed(known)}")
     folders = sorted(path for path in config_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise InputError(f"{config_dir}: no steps; allowed: one folder a dataset, with {_listed(TASK_FILES)}")
@@ -92,16 +82,16 @@ def read_order(config_dir: str | Path) -> list[OrderStep]:
 def write_order(
     config_dir: str | Path, datasets: Sequence[tuple[str, str]], *, sampling: str = "full", overwrite: bool = False
 ) -> list[OrderStep]:
-    """Write the JSON files of an order, whole or not at all, and return it as `read_order` reads it back.
+    """Write the JSON files of an order atomically, and return it as `read_order` reads it.
 
     Args:
-        config_dir: folder of the order, for instance ``configs/mine_configs``.
+        config_dir: folder of the order, such as ``configs/mine_configs``.
         datasets: (task, dataset) of each step, first to last.
         sampling: strategy of every entry, ``full`` or ``random``.
-        overwrite: replace a folder that exists.
+        overwrite: replace an existing folder.
 
     Raises:
-        InputError: the folder exists and `overwrite` is false, or the order is not one that `read_order` accepts.
+        InputError: the folder exists and `overwrite` is false, or `read_order` would reject the order.
     """
     config_dir = Path(config_dir)
     if not datasets:
@@ -113,7 +103,7 @@ def write_order(
             raise InputError(f"{task}/{dataset}: unknown task {task!r}; allowed: {_listed(TASKS)}")
         check_name(dataset, f"{task}/{dataset}, dataset name")
         if dataset in [name for _, name in datasets[:index]]:
-            raise InputError(f"{task}/{dataset}: dataset {dataset!r} stands twice in the order; allowed: once")
+            raise InputError(f"{task}/{dataset}: dataset {dataset!r} occurs twice in the order; allowed: once")
     check_writable(config_dir.parent)
     with whole_folder(config_dir) as partial:
         for index, (task, dataset) in enumerate(datasets):
@@ -126,7 +116,7 @@ def write_order(
 
 
 def benchmark_datasets(data_dir: str | Path) -> list[str]:
-    """``TASK/DATASET`` of every dataset folder of a benchmark, tasks in the order of `TASKS`, complete or not."""
+    """``TASK/DATASET`` of every dataset folder in a benchmark, complete or not, tasks in the order of `TASKS`."""
     return [
         f"{task}/{folder.name}"
         for task in TASKS
@@ -136,18 +126,18 @@ def benchmark_datasets(data_dir: str | Path) -> list[str]:
 
 
 def is_complete(dataset_dir: str | Path) -> bool:
-    """Whether a dataset folder has all four files (their content is not looked at)."""
+    """Return whether a dataset folder has all four files; their content is not read."""
     return all((Path(dataset_dir) / name).is_file() for name in BENCHMARK_FILES)
 
 
 def check_name(name: str, where: str) -> None:
-    """Refuse a name that is no plain folder name: it becomes part of paths that are read and written."""
+    """Reject a name that could lead outside its folder: names become parts of paths."""
     if not _NAME.fullmatch(name):
         raise InputError(f"{where}: found {name!r}; allowed: {_NAME_RULE}")
 
 
 def _entry(entry: object, where: str) -> dict[str, str]:
-    """An entry of a task file with its default filled in; `where` says which one it is, for the message."""
+    """Check an entry of a task file and fill in its default; `where` names it in messages."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dataset name"), str):
         raise InputError(f"{where}: found {entry!r}; allowed: an object with a string under 'dataset name'")
     check_name(entry["dataset name"], f"{where}, 'dataset name'")
@@ -160,22 +150,21 @@ def _entry(entry: object, where: str) -> dict[str, str]:
 def _read_step(folder: Path) -> tuple[OrderStep, list[tuple[str, str]]]:
     """The step in `folder`, and the (task, dataset) pairs that it tests."""
     trained, _, tested = (_datasets(read_task_config(folder / name)) for name in TASK_FILES)
+    train_file = folder / "train_tasks.json"
     if len(trained) != 1:
-        raise InputError(f"{folder / 'train_tasks.json'}: found {len(trained)} datasets; allowed: exactly one")
+        raise InputError(f"{train_file}: found {len(trained)} datasets; allowed: exactly one")
     if trained[0][1] != folder.name:
-        raise InputError(
-            f"{folder / 'train_tasks.json'}: trains {trained[0][1]!r}; allowed: {folder.name!r}, the name of the folder"
-        )
+        raise InputError(f"{train_file}: trains {trained[0][1]!r}; allowed: {folder.name!r}, the name of the folder")
     if trained[0] not in tested:
         raise InputError(
-            f"{folder / 'test_tasks.json'}: lacks {_listed(trained, pairs=True)}, which train_tasks.json trains; "
-            f"found: {_listed(tested, pairs=True)}"
+            f"{folder / 'test_tasks.json'}: lacks {_pairs(trained)}, which train_tasks.json trains; "
+            f"found: {_pairs(tested)}"
         )
     return OrderStep(*trained[0], folder), tested
 
 
 def _check_growth(steps: list[tuple[OrderStep, list[tuple[str, str]]]]) -> None:
-    """Refuse steps, sorted by the size of their test lists, that do not test exactly the datasets seen so far."""
+    """Reject steps, sorted by the size of their test lists, that do not test exactly the datasets seen so far."""
     for (one, tested_one), (other, tested_other) in zip(steps, steps[1:]):
         if len(tested_one) == len(tested_other):
             raise InputError(
@@ -187,13 +176,10 @@ def _check_growth(steps: list[tuple[OrderStep, list[tuple[str, str]]]]) -> None:
         seen.add((step.task, step.dataset))
         path = step.folder / "test_tasks.json"
         if dropped := seen - set(tested):
-            raise InputError(
-                f"{path}: lacks {_listed(dropped, pairs=True)} of an earlier step; allowed: all datasets seen so far"
-            )
+            raise InputError(f"{path}: lacks {_pairs(dropped)} of an earlier step; allowed: all datasets seen so far")
         if unseen := set(tested) - seen:
             raise InputError(
-                f"{path}: lists {_listed(unseen, pairs=True)}, which no step up to this one trains; allowed: "
-                f"{_listed(seen, pairs=True)}"
+                f"{path}: lists {_pairs(unseen)}, which no step up to this one trains; allowed: {_pairs(seen)}"
             )
 
 
@@ -210,19 +196,10 @@ def _datasets(config: dict[str, list[dict[str, str]]]) -> list[tuple[str, str]]:
     return [(task, entry["dataset name"]) for task, entries in config.items() for entry in entries]
 
 
-def _listed(names: Iterable, *, pairs: bool = False) -> str:
+def _listed(names: Iterable[str]) -> str:
     """Names for a message, comma-separated."""
-    return ", ".join(sorted("/".join(pair) for pair in names) if pairs else names) or "none"
+    return ", ".join(names) or "none"
 
 
-@entry_point
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Print the steps of an order, one TASK/DATASET a line, in order.")
-    parser.add_argument("config_dir", help="folder of the order, for instance configs/order1_configs")
-    arguments = parser.parse_args(argv)
-    for step in read_order(arguments.config_dir):
-        print(f"{step.task}/{step.dataset}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
+    return _listed(sorted("/".join(pair) for pair in pairs))

@@ -1,15 +1,15 @@
-"""Entry: the tasks of one order, one after the other in this process, each from the adapter that the one before left.
+"""Entry: the tasks of one order, one after the other in one process, each from the previous task's adapter.
 
     python src/run_order.py configs/order1_configs --model_name_or_path initial_model/t5-large
         --output_dir logs_and_outputs/order_1/outputs --lora_modules ... ...
 
-The folder of the order comes first, then the flags of `run_uie_lora.py`, which runs each task as it would alone. Here
-`--model_name_or_path` is what the first task starts from, `--output_dir` gets a folder `<number>-<dataset>` for each
-task, and `--task_epochs MNLI=2` trains that dataset for two epochs whatever `--num_train_epochs` says. Before the first
-task, everything is checked that `check.py` checks. An order that was begun goes on.
+The folder of the order comes first, then the flags of `run_uie_lora.py`, which runs each task. The first task starts
+from `--model_name_or_path`, `--output_dir` gets a folder `<number>-<dataset>` for each task, and `--task_epochs MNLI=2`
+trains that dataset for two epochs whatever `--num_train_epochs` says. Everything that `check.py` checks is checked
+before the first task. The same command resumes an unfinished order.
 
-What the tasks share is what one process a task would do again and again: imports, reading files that have not changed.
-Under DeepSpeed's launcher each rank runs the whole order; the first one checks, writes and speaks.
+One process saves imports and reading unchanged files for each task. Under DeepSpeed's launcher each rank runs the
+complete order; the first one checks, writes and prints.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from files import check_writable
 from order_config import OrderStep, read_order
 from run_record import find_adapter
 
-OWN_FLAGS = ("--model_name_or_path", "--output_dir")  # of the order as a whole; each task gets its own
+OWN_FLAGS = ("--model_name_or_path", "--output_dir")  # the order's; each task gets its own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run an order; 0, or the exit code of the check or of the task that ended it."""
+    """Run an order; returns 0, or the exit code of the check or of the task that ended it."""
     try:
         options, flags = parse_order(sys.argv[1:] if argv is None else argv)
         steps = begin(options, flags)
@@ -47,18 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first():
             print(f"error: {error}", file=sys.stderr)
         return 2
-    if steps is None:  # the first rank says why
+    if steps is None:  # the first rank prints why
         return 2
-    gc.freeze()  # what imports made stays: no collection needs to look at it again
+    gc.freeze()  # keeps collections from scanning what imports have made
     start = options.model_name_or_path
     for number, step in enumerate(steps, start=1):
-        command = [*task_flags(options, number, step, start), *flags, *epoch_flags(options, step)]
+        command = [*task_flags(options, number, step, start), *flags]
+        if step.dataset in options.task_epochs:
+            command += ["--num_train_epochs", options.task_epochs[step.dataset]]  # the later flag wins
         if is_first():
             print(f"[gorp] {order_name(options.order)}, task {number} of {len(steps)}: {step.task}/{step.dataset}")
             print(shlex.join(["python", "src/run_uie_lora.py", *command]), flush=True)
         if status := run_uie_lora.main(command):
             return status
-        gc.collect()  # trainer, optimizer and engine hold one another
+        gc.collect()  # trainer, optimizer and engine refer to one another
         folder = options.output_dir / task_folder(number, step)
         if options.drop_checkpoints and is_first():
             for checkpoint in checkpoint_folders(folder):
@@ -68,30 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_order(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The order's own options, and the flags that all of its tasks get.
+    """The order's own options, and the flags for all of its tasks.
 
     Raises:
-        InputError: one of the order's own is missing, or its value is not allowed.
+        InputError: one of the order's own options is missing, or its value is not allowed.
     """
     parser = Parser(prog="run_order.py", usage="run_order.py ORDER [flags of run_uie_lora.py]")
     parser.add_argument("order", type=Path, help="folder of the order, for instance configs/order1_configs")
-    parser.add_argument("--model_name_or_path", required=True, help="what the first task starts from")
+    parser.add_argument("--model_name_or_path", required=True, help="base model of the first task")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets a folder for each task")
     parser.add_argument("--fresh", type=Path, metavar="LOG", help="move earlier results, and this log, aside")
-    parser.add_argument("--drop_checkpoints", action="store_true", help="remove those of each task that is finished")
-    parser.add_argument("--task_epochs", nargs="+", default=[], metavar="DATASET=N", help="epochs of these tasks alone")
+    parser.add_argument("--drop_checkpoints", action="store_true", help="remove the checkpoints of finished tasks")
+    parser.add_argument("--task_epochs", nargs="+", default=[], metavar="DATASET=N", help="epochs of single tasks")
     options, flags = parser.parse_known_args(argv)
-    options.task_epochs = read_task_epochs(options.task_epochs)
-    return options, flags
-
-
-def read_task_epochs(words: Sequence[str]) -> dict[str, str]:
-    """Dataset -> epochs, as written, of words such as MNLI=2.
-
-    Raises:
-        InputError: a word of another form, epochs that are no number above 0, or a dataset that is named twice.
-    """
-    epochs = {}
+    words, options.task_epochs = options.task_epochs, {}
     for word in words:
         dataset, _, number = word.partition("=")
         try:
@@ -100,40 +92,39 @@ def read_task_epochs(words: Sequence[str]) -> dict[str, str]:
             allowed = False
         if not allowed:
             raise InputError(f"--task_epochs: found {word!r}; DATASET=N is allowed, N a number of epochs above 0")
-        if dataset in epochs:
+        if dataset in options.task_epochs:
             raise InputError(f"--task_epochs: found {dataset} twice; once is allowed")
-        epochs[dataset] = number
-    return epochs
+        options.task_epochs[dataset] = number
+    return options, flags
 
 
 def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep] | None:
-    """Check the order and claim its folder, both by the first rank alone; the others wait for its word.
+    """Check the order and claim its folder on the first rank; the others wait for its result.
 
     Returns:
-        The order's steps; None on ranks that the first one leaves behind.
+        The order's steps; None on the other ranks if the check fails.
 
     Raises:
-        InputError: what `check.py` refuses; epochs of a dataset that is not in the order; results of another order in
+        InputError: what `check.py` rejects; epochs of a dataset that is not in the order; results of another order in
             the folder, or a folder that is not writable.
     """
     steps, fault = read_order(options.order), None
     options.task_epochs = own_epochs(options, steps, flags)
-    words = ["--model_name_or_path", options.model_name_or_path, *flags]
-    checked = check_flags(words)  # by every rank: it is also where they meet
+    checked = check_flags(["--model_name_or_path", options.model_name_or_path, *flags])  # on every rank: connects them
     if is_first():
         try:
             print(f"[gorp] {options.order}: fine, {check_order(options.order, *checked)}", flush=True)
             claim(options, steps)
         except InputError as error:
             fault = error
-    [refused] = broadcast_object_list([fault is not None])
+    [rejected] = broadcast_object_list([fault is not None])
     if fault is not None:
         raise fault
-    return None if refused else steps
+    return None if rejected else steps
 
 
 def own_epochs(options: argparse.Namespace, steps: list[OrderStep], flags: list[str]) -> dict[str, str]:
-    """What `--task_epochs` comes to: nothing, with a warning, where `--max_steps` says how long each task trains.
+    """The effective `--task_epochs`: none, with a warning, if `--max_steps` sets how long each task trains.
 
     Raises:
         InputError: a dataset that the order does not train.
@@ -154,11 +145,11 @@ def own_epochs(options: argparse.Namespace, steps: list[OrderStep], flags: list[
 
 
 def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:
-    """Make the output folder this order's. Results of an order that was begun stay, for it goes on; with `--fresh`
-    they are moved aside together with the log, never mixed with new ones and never lost.
+    """Make the output folder this order's. Results of an unfinished order stay, to be resumed; with `--fresh` they are
+    moved aside together with the log.
 
     Raises:
-        InputError: the folder cannot be written, or has a folder that is no task of this order.
+        InputError: the folder cannot be written, or contains a folder that is not a task of this order.
     """
     outputs, name = options.output_dir, order_name(options.order)
     check_writable(outputs.parent)
@@ -174,23 +165,17 @@ def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:
     expected = {task_folder(number, step) for number, step in enumerate(steps, start=1)}
     for folder in sorted(path.name for path in outputs.glob("[!.]*/")):
         if folder not in expected:
-            raise InputError(f"{outputs / folder}: no task of {name} as it is now; --fresh starts over")
+            raise InputError(f"{outputs / folder}: not a task of {name} as it is now; --fresh starts over")
 
 
 def task_flags(options: argparse.Namespace, number: int, step: OrderStep, start: Path | str) -> list[str]:
-    """What tells the command line of one task from that of the next."""
+    """The flags in which the tasks of an order differ."""
     return [
         "--model_name_or_path", str(start),
         "--task_config_dir", str(step.folder),
         "--output_dir", str(options.output_dir / task_folder(number, step)),
         "--run_name", f"{order_name(options.order)}_round{number}",
     ]  # fmt: skip
-
-
-def epoch_flags(options: argparse.Namespace, step: OrderStep) -> list[str]:
-    """What follows the shared flags of a task that has epochs of its own, and so wins over them."""
-    epochs = options.task_epochs.get(step.dataset)
-    return [] if epochs is None else ["--num_train_epochs", epochs]
 
 
 def task_folder(number: int, step: OrderStep) -> str:

@@ -1,14 +1,14 @@
-"""What a run is made of and how far it came: the files that let an order resume.
+"""What a run depends on and how far it got: the files that let an order resume.
 
 In a task's output folder,
 
-* `run_record.json` is written before training begins: every option that can change a result, digests of the data, the
-  model and the code, the packages' versions; and for the reader the git revision, the machine, and what a report needs.
+* `run_record.json` is written before training: every option that can change a result, digests of the data, the model
+  and the code, and the packages' versions; for information the git revision, the machine, and what a report needs.
 * The adapter folder appears, complete, when training is done.
 * `completed.json` is written last, with digests of the results.
 
-A run that is started again compares its own record with the one it finds. If they are equal, it resumes; if not, it is
-rejected with what changed, for its results would belong to neither.
+A run that is started again resumes if its record equals the one in the folder; otherwise it is rejected with what has
+changed.
 """
 
 import ast
@@ -34,15 +34,14 @@ from model.loading import model_files
 RECORD = "run_record.json"
 COMPLETED = "completed.json"
 ADAPTERS = ("t5_adapter", "llama_adapter")
-PARTS = ("zero_shot", "train", "eval", "predict", "unseen")  # of a task, each with a file of results
+PARTS = ("zero_shot", "train", "eval", "predict", "unseen")  # of a task, each with a results file
 RESULT_FILES = (*(f"{part}_results.json" for part in PARTS), "all_results.json", "predict_eval_predictions.jsonl",
                 "trainer_state.json")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "numpy",
             "deepspeed")
 SOURCE = Path(__file__).resolve().parent
 
-# Options that change no result: where things are, what is shown, how often is saved. Where a path is left out, the
-# content of the files takes its place.
+# Options that change no result: paths (whose files' contents are compared), logging, saving.
 NOT_COMPARED = {
     "output_dir", "run_name", "data_dir", "task_config_dir", "instruction_file", "cache_dir", "deepspeed",
     "input_record_file", "use_auth_token", "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint",
@@ -52,23 +51,23 @@ NOT_COMPARED = {
 NOT_COMPARED_PREFIXES = ("save_", "logging_", "log_", "hub_", "trackio_", "dataloader_pin", "dataloader_persistent",
                          "dataloader_prefetch", "dataloader_num")
 COMPARED = ("configuration", "data", "model", "code", "versions")
-SHOWN = 3  # differences that an error names
+SHOWN = 3  # differences that an error lists
 
 
 class Progress(enum.Enum):
-    """How far the run in an output folder came."""
+    """How far the run in an output folder got."""
 
-    NEW = "nothing is kept"
+    NEW = "no results yet"
     BEGUN = "training has begun"
     TRAINED = "training is done, evaluation is not"
     COMPLETED = "everything is done"
 
 
 def make_record(data: Mapping[str, Path], model_args, data_args, method_args, training_args) -> dict:
-    """The record of the run that these arguments describe, made from the files of `data_files`.
+    """The record of the run that these arguments describe, with the data files of `data_files`.
 
     Raises:
-        InputError: a file that belongs to it is missing or cannot be read.
+        InputError: one of its files is missing or cannot be read.
     """
     options = training_args.to_dict() | vars(method_args) | vars(data_args) | vars(model_args)
     if isinstance(training_args.deepspeed, str):
@@ -77,19 +76,22 @@ def make_record(data: Mapping[str, Path], model_args, data_args, method_args, tr
     if model or os.path.exists(model_args.model_name_or_path):
         options.pop("model_name_or_path")
     compared = {
-        "configuration": {name: value for name, value in sorted(options.items()) if _is_compared(name)}
-        | {"ranks": training_args.world_size},
+        "configuration": {
+            name: value for name, value in sorted(options.items())
+            if name not in NOT_COMPARED and not name.startswith(NOT_COMPARED_PREFIXES)
+        } | {"ranks": training_args.world_size},
         "data": {name: digest(path) for name, path in data.items()},
         "model": {name: digest(path) for name, path in model.items()},
         "code": code_digests(method_args.method),
         "versions": {"python": platform.python_version(), **_versions()},
     }
-    shown = {"git_revision": _git_revision(), "machine": _machine(training_args)}
+    device = torch.cuda.get_device_name() if training_args.device.type == "cuda" else platform.machine()
+    shown = {"git_revision": _git_revision(), "machine": {"device": device, "threads": torch.get_num_threads()}}
     return json.loads(json.dumps(compared | shown, default=str))
 
 
 def find_progress(output_dir: Path, record: dict, *, start_over: bool) -> Progress:
-    """How far an earlier run with the same record came. Only reads, so that all ranks find the same.
+    """How far an earlier run with the same record got. Changes nothing, so that all ranks find the same.
 
     Raises:
         InputError: the folder holds results of a run with another record, or with none, unless `start_over`.
@@ -97,25 +99,20 @@ def find_progress(output_dir: Path, record: dict, *, start_over: bool) -> Progre
     kept = _kept(output_dir)
     if start_over or not kept:
         return Progress.NEW
-    ways_on = "another folder, or start over: --fresh of the scripts, --overwrite_output_dir here"
+    hint = "use another folder, or start over with --overwrite_output_dir (--fresh of the scripts)"
     if not (output_dir / RECORD).exists():
-        raise InputError(f"--output_dir: {output_dir} holds {kept[0].name} and no {RECORD}; {ways_on}")
-    found = read_json(output_dir / RECORD)
-    if changes := differences(found, record):
-        structural = {"method": "gorp", "protect": "structural"}.items()
-        if structural <= found["configuration"].items() and not structural <= record["configuration"].items():
-            raise InputError(f"--output_dir: {output_dir} holds a run of an earlier version's gorp with --protect "
-                             f"structural, which is --method sgorp now; {ways_on}")
+        raise InputError(f"--output_dir: {output_dir} holds {kept[0].name} but no {RECORD}; {hint}")
+    if changes := differences(read_json(output_dir / RECORD), record):
         more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
         raise InputError(f"--output_dir: {output_dir} holds a run that differs: {'; '.join(changes[:SHOWN])}{more}; "
-                         f"as it was, {ways_on}")
+                         f"undo these changes, {hint}")
     if (output_dir / COMPLETED).exists():
         return Progress.COMPLETED
     return Progress.BEGUN if find_adapter(output_dir) is None else Progress.TRAINED
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """What changed between two records, one entry for each option, file or package."""
+    """The changes between two records, one entry for each option, file or package."""
     changes = []
     for section in COMPARED:
         old, new = (record.get(section, {}) for record in (before, now))
@@ -126,7 +123,7 @@ def differences(before: dict, now: dict) -> list[str]:
 
 
 def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoints: bool) -> None:
-    """Remove what does not belong to the run, and write its record. Of one rank only."""
+    """Remove what does not belong to the run, and write its record; on one rank only."""
     if progress is Progress.NEW:
         for path in _kept(output_dir, checkpoints=not keep_checkpoints):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -140,7 +137,7 @@ def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoint
 
 
 def complete(output_dir: Path) -> None:
-    """Mark the run as done; the last thing that it writes."""
+    """Mark the run as done."""
     results = [output_dir / name for name in RESULT_FILES]
     if adapter := find_adapter(output_dir):
         results += sorted(path for path in adapter.iterdir() if path.is_file())
@@ -154,15 +151,11 @@ def find_adapter(output_dir: Path) -> Path | None:
 
 
 def _kept(output_dir: Path, *, checkpoints: bool = True) -> list[Path]:
-    """What an earlier run saved that would be lost, the mark of its completion first."""
+    """What an earlier run saved and a new one would replace, the mark of its completion first."""
     kept = [output_dir / name for name in (COMPLETED, *RESULT_FILES, *ADAPTERS)]
     if checkpoints and (output_dir / RECORD).exists():
         kept += filter(is_complete, checkpoint_folders(output_dir))
     return [path for path in kept if path.exists()]
-
-
-def _is_compared(name: str) -> bool:
-    return name not in NOT_COMPARED and not name.startswith(NOT_COMPARED_PREFIXES)
 
 
 def _change(section: str, name: str, before, now) -> str:
@@ -172,7 +165,7 @@ def _change(section: str, name: str, before, now) -> str:
 
 
 def code_digests(method: str) -> dict[str, str]:
-    """Digests of the files in src/ that a run by this method imports; comments and docstrings do not count."""
+    """Digests of the files in src/ that a run of this method imports, without comments and docstrings."""
     digests, waiting = {}, [SOURCE / "run_uie_lora.py", Path(find_spec(f"methods.{method}").origin)]
     while waiting:
         path = waiting.pop()
@@ -190,7 +183,7 @@ class _WithoutDocstrings(ast.NodeTransformer):
 
 
 def _imported_files(tree: ast.AST, path: Path) -> Iterator[Path]:
-    """The files in src/ that a module imports anywhere, those of the packages around them included."""
+    """The files in src/ that a module imports anywhere, including the packages that contain them."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -216,13 +209,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _machine(training_args) -> dict:
-    cuda = training_args.device.type == "cuda"
-    return {"device": torch.cuda.get_device_name() if cuda else platform.machine(), "threads": torch.get_num_threads()}
-
-
 def _git_revision() -> str | None:
-    """The commit of the code, with `-dirty` where files differ from it; None without a repository of its own."""
+    """The commit of the code, with `-dirty` if files differ from it; None outside its own repository."""
     if _git("ls-files", "--full-name", "run_record.py") != "src/run_record.py":
         return None
     return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

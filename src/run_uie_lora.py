@@ -1,10 +1,10 @@
-"""Entry: one task of an order. Arguments -> data -> model -> method -> training -> what it leaves -> evaluation.
+"""Entry: one task of an order. Arguments -> data -> model -> method -> training -> saving -> evaluation.
 
     python src/run_uie_lora.py --model_name_or_path initial_model/t5-large --task_config_dir
         configs/order1_configs/dbpedia --output_dir logs_and_outputs/order_1/outputs/1-dbpedia ...
 
-`run_order.py` chains the tasks of an order. Lines that begin with `[gorp]` are the run's own account of what it trains,
-projects and protects, and of how well it then does.
+`run_order.py` chains the tasks of an order. Lines that begin with `[gorp]` report what the run trains, projects and
+protects, and its scores.
 """
 
 import contextlib
@@ -22,12 +22,7 @@ from tqdm import tqdm
 from transformers import TrainerState, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from arguments import (
-    DataArguments,
-    ModelArguments,
-    UIETrainingArguments,
-    check_data_arguments,
-)
+from arguments import DataArguments, ModelArguments, UIETrainingArguments, check_data_arguments
 from checkpoints import latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line
@@ -41,11 +36,11 @@ from uie_dataset_lora import data_files
 from uie_trainer_lora import UIETrainer
 
 logger = logging.getLogger("gorp")
-INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as in a shell
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one task; 0, or after one line 2 for bad input, 1 for what stopped a good run, 130 for Ctrl-C."""
+    """Run one task; returns 0, or after one line 2 for bad input, 1 for a run that was stopped, 130 for Ctrl-C."""
     try:
         groups = parse_arguments(argv)
         with only_run_in(groups[-1]):
@@ -60,23 +55,27 @@ def main(argv: list[str] | None = None) -> int:
         if not is_disk_full(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        return _end(1, f"error: a disk is full ({reason}); what was finished is kept, the same command resumes")
+        return _end(1, f"error: a disk is full ({reason}); finished results are kept, the same command resumes")
     return 0
 
 
 def _end(status: int, line: str) -> int:
-    tqdm.write(line, file=sys.stderr)  # on a line of its own, also where a bar was running
+    tqdm.write(line, file=sys.stderr)  # on a line of its own, even beside a progress bar
     return status
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments,
-        training_args: UIETrainingArguments) -> None:
-    """Train and evaluate as the arguments say, from where an earlier run of the same record stood.
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    method_args: MethodArguments,
+    training_args: UIETrainingArguments,
+) -> None:
+    """Train and evaluate one task, resuming an earlier run with the same record.
 
     Raises:
-        InputError: anything a user can mend; before training wherever it can be known, and before anything that an
-            earlier run left is touched.
-        RunStopped: training met losses or gradients that are not finite.
+        InputError: anything a user can fix; before training where possible, and before results of an earlier run are
+            changed.
+        RunStopped: losses or gradients are not finite.
     """
     set_up_logging(training_args)
     check_data_arguments(data_args)
@@ -86,17 +85,17 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     run_record = make_record(files, model_args, data_args, method_args, training_args)
     progress = find_progress(output_dir, run_record, start_over=training_args.overwrite_output_dir)
     if progress is Progress.COMPLETED:
-        logger.info("%s: finished before with the same settings, data and code; nothing is left to do", output_dir)
+        logger.info("%s: finished before with the same settings, data and code; nothing to do", output_dir)
         return
     if progress is Progress.TRAINED:
-        logger.info("%s: trained before; only what is left is evaluated", output_dir)
+        logger.info("%s: trained before; only the evaluation runs", output_dir)
         training_args.do_train = data_args.zero_shot = False
         model_args.model_name_or_path = str(find_adapter(output_dir))
     method.trains = training_args.do_train
     set_seed(training_args.seed)
     examples = load_examples(data_args, training_args, method)
 
-    # ZeRO-3 would cut the model up while it is read; it is cut up when training begins, after the method is attached.
+    # ZeRO-3 must not shard the model while it is read, but when training begins, after the method is attached.
     unset_hf_deepspeed_config()
     loaded = load_model(model_args, data_args)
     sharded = bool(training_args.deepspeed) and training_args.do_train
@@ -105,10 +104,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     trainer = build_trainer(model, method, loaded, examples, data_args, training_args)
     run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
-    claim_output_dir(trainer, run_record, progress)  # after every check: what is refused must not cost earlier results
+    claim_output_dir(trainer, run_record, progress)  # after all checks: a rejected run must not delete results
 
     if "zero_shot" in examples:
-        with torch.random.fork_rng():  # what is measured must not change what is trained
+        with torch.random.fork_rng():  # so that evaluation does not change training
             score(trainer, examples["zero_shot"], output_dir, "zero_shot")
     if training_args.do_train:
         for line in method.summary():
@@ -116,10 +115,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
         if len(examples["train"]):
             record(output_dir, "train", train(trainer, len(examples["train"]), progress), trainer)
-            leave_behind(trainer, adapter, loaded.tokenizer)  # from here on the task counts as trained
+            save_task(trainer, adapter, loaded.tokenizer)  # from here on the task counts as trained
         else:
             record(output_dir, "train", {"train_samples": 0, "train_runtime": 0.0}, trainer)
-            pass_on(trainer, loaded.previous, adapter)
+            copy_previous(trainer, loaded.previous, adapter)
     elif progress is Progress.TRAINED:
         trainer.state = TrainerState.load_from_json(str(output_dir / "trainer_state.json"))
     if training_args.do_eval:
@@ -134,7 +133,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
 
 @contextlib.contextmanager
 def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
-    """Hold the output folder: a process that outlived its script must not write beside the one started after it.
+    """Lock the output folder, so that a process that outlived its script does not write beside a later one.
 
     Raises:
         InputError: another run holds it.
@@ -147,12 +146,12 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or end it") from None
+        raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
 
 
 def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
-    """Train the task, from the last complete checkpoint of the same run, or from one that `--resume_from_checkpoint`
-    names ("True": the last in the output folder)."""
+    """Train the task, from the last complete checkpoint of the same run or from that of `--resume_from_checkpoint`
+    ("True": the last in the output folder)."""
     checkpoint = trainer.args.resume_from_checkpoint
     if checkpoint in ("True", "true") or (checkpoint is None and progress is Progress.BEGUN):
         checkpoint = latest_complete(Path(trainer.args.output_dir))
@@ -161,8 +160,8 @@ def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
     return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics | {"train_samples": samples}
 
 
-def leave_behind(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
-    """Turn the task into memory and write the adapter folder, whole or not at all."""
+def save_task(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
+    """Finish the task in the method and write the complete adapter folder."""
     trainer.method.revisit(trainer.model_wrapped, trainer.revisited_batches())
     trainer.method.end_task()
     for line in trainer.method.closing_summary():
@@ -174,41 +173,41 @@ def leave_behind(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def pass_on(trainer: UIETrainer, previous: Path, adapter: Path) -> None:
-    """The folder that the task before left, for a task in which the method trains nothing."""
-    logger.info("nothing trains in this task: %s is passed on", previous)
+def copy_previous(trainer: UIETrainer, previous: Path, adapter: Path) -> None:
+    """Copy the previous task's adapter folder, for a task in which the method trains nothing."""
+    logger.info("nothing trains in this task: %s is copied", previous)
     if trainer.is_world_process_zero():
         with whole_folder(adapter) as partial:
             shutil.copytree(previous, partial, dirs_exist_ok=True)
     trainer.accelerator.wait_for_everyone()
 
 
-def predict(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path) -> None:
-    """Answer the test rows of every task so far; predictions as JSON lines, then the scores."""
-    output = trainer.predict(rows, metric_key_prefix="predict")
+def predict(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path) -> None:
+    """Answer the test examples of every task so far; write predictions as JSON lines, and the scores."""
+    output = trainer.predict(examples, metric_key_prefix="predict")
     if trainer.is_world_process_zero():
         with whole_file(output_dir / "predict_eval_predictions.jsonl") as partial, open(
             partial, "w", encoding="utf-8"
         ) as lines:
-            for row, prediction in zip(rows, output.predictions):
-                kept = {key: row[key] for key in ("Task", "Dataset", "Instance")}
+            for example, prediction in zip(examples, output.predictions):
+                kept = {key: example[key] for key in ("Task", "Dataset", "Instance")}
                 lines.write(json.dumps(kept | {"Prediction": prediction}, ensure_ascii=False) + "\n")
-    metrics = output.metrics | {"predict_samples": len(rows), "predict_global_step": trainer.state.global_step}
+    metrics = output.metrics | {"predict_samples": len(examples), "predict_global_step": trainer.state.global_step}
     record(output_dir, "predict", metrics, trainer)
-    logger.info(accuracy_line(metrics, list(dict.fromkeys(rows["Dataset"])), output_dir.name, prefix="predict_"))
+    logger.info(accuracy_line(metrics, list(dict.fromkeys(examples["Dataset"])), output_dir.name, prefix="predict_"))
 
 
-def score(trainer: UIETrainer, rows: datasets.Dataset, output_dir: Path, part: str) -> None:
-    """Test on rows beyond those of the tasks so far: the scores only."""
-    datasets_tested = list(dict.fromkeys(rows["Dataset"]))
-    counted = {f"{part}_samples": len(rows), f"{part}_datasets": datasets_tested}
-    metrics = trainer.predict(rows, metric_key_prefix=part).metrics | counted
+def score(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path, part: str) -> None:
+    """Write the scores, without predictions, on examples beyond those of the tasks so far."""
+    datasets_tested = list(dict.fromkeys(examples["Dataset"]))
+    counted = {f"{part}_samples": len(examples), f"{part}_datasets": datasets_tested}
+    metrics = trainer.predict(examples, metric_key_prefix=part).metrics | counted
     record(output_dir, part, metrics, trainer)
     logger.info("%s: %s", part.replace("_", "-"), accuracy_line(metrics, datasets_tested, prefix=f"{part}_"))
 
 
 def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) -> dict:
-    """What a report needs to know about a run beside its scores; part of its record."""
+    """What a report shows of a run beside its scores; part of its record."""
     args, options, config = trainer.args, trainer.method.effective_options(), Path(data_args.task_config_dir)
     parameters = list(trainer.model.parameters())
     settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
@@ -229,7 +228,7 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) 
 
 
 def record(output_dir: Path, split: str, metrics: dict, trainer: UIETrainer) -> None:
-    """Write `<split>_results.json`, bring all_results.json and trainer_state.json up to date."""
+    """Write `<split>_results.json`, and update all_results.json and trainer_state.json."""
     if not trainer.is_world_process_zero():
         return
     write_json(output_dir / f"{split}_results.json", metrics, sort_keys=True)
@@ -244,8 +243,8 @@ def record(output_dir: Path, split: str, metrics: dict, trainer: UIETrainer) -> 
 
 
 def claim_output_dir(trainer: UIETrainer, run_record: dict, progress: Progress) -> None:
-    """Make the folder this run's, now that nothing about its input can be wrong any more. Collective."""
-    trainer.accelerator.wait_for_everyone()  # until here every rank has read what the first one may now remove
+    """Make the folder this run's, once all of its input is checked; collective."""
+    trainer.accelerator.wait_for_everyone()  # before the first rank removes what the others read
     if trainer.is_world_process_zero():
         keep = trainer.args.resume_from_checkpoint is not None
         begin(Path(trainer.args.output_dir), run_record, progress, keep_checkpoints=keep)
@@ -253,7 +252,7 @@ def claim_output_dir(trainer: UIETrainer, run_record: dict, progress: Progress) 
 
 
 def set_up_logging(training_args: UIETrainingArguments) -> None:
-    """The run's own lines begin with `[gorp]`, its details do not (they are for the log); both from the first rank."""
+    """Log the run's lines, which begin with `[gorp]`, and its details, which do not, on the first rank."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     for name, form in (("gorp", "[gorp] %(message)s"), ("gorp.detail", "%(message)s")):
         own = logging.getLogger(name)

@@ -1,10 +1,10 @@
-"""The shared gradient space: for each protected weight, the directions that earlier tasks' training needed.
+"""The shared gradient space: for each protected weight, the directions in which earlier tasks trained.
 
-After a task, M is Adam's first moment of a weight. What the space S (orthonormal columns) does not hold of it,
-M' = M - S S^T M, gives its leading left singular vectors to S, as few as make S hold a share `energy` of ||M||_F^2
-(GPM, Saha et al. 2021, equation 9, with the moment in place of the activations). For side "input" the same is
-done to M^T, so that S lives in the weight's columns. There a sample of the layer's inputs can stand in for the moment
-(GPM itself), because the gradient's rows are combinations of inputs.
+After a task, let M be Adam's first moment of a weight, and M' = M - S S^T M the part of it outside the space S
+(orthonormal columns). S is extended by the fewest leading left singular vectors of M' that make it hold a share
+`energy` of ||M||_F^2 (GPM, Saha et al. 2021, equation 9, with the moment in place of the activations). For side "input"
+M^T takes the place of M, so that S lives in the weight's columns. There a sample of the layer's inputs can replace the
+moment (as in GPM), because the gradient's rows are combinations of inputs.
 """
 
 import logging
@@ -24,26 +24,25 @@ log = logging.getLogger("gorp")
 
 FORMAT = "gorp-gradient-space"
 VERSION = "1"
-ROUNDING = 1e-6  # a share of the energy that float32 cannot tell from nothing
-SAMPLE = 16  # input vectors that a layer's sample takes from a row
+ROUNDING = 1e-6  # share of the energy that is within float32's rounding error
+SAMPLE = 16  # input vectors of an example in a layer's sample
 
 
-def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9, max_directions: int | None = None) -> Tensor:
-    """S with the fewest further orthonormal columns that make it hold a share `energy` of M.
+def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9) -> Tensor:
+    """Extend S by the fewest orthonormal columns that make it hold a share `energy` of M.
 
-    The share is ||S'^T M||_F^2 / ||M||_F^2. Columns already in S stay bitwise as they are.
+    The share is ||S'^T M||_F^2 / ||M||_F^2. Columns already in S do not change.
 
     Args:
         S: (d, c) with orthonormal columns, or None for an empty space.
         M: (d, n).
         energy: in (0, 1].
-        max_directions: most columns that S' may have; at most, and by default, d.
 
     Returns:
-        S' (d, c') in float32 at least, c <= c' <= max_directions unless c is more already. S itself where M is zero.
+        S' (d, c'), c <= c' <= d, in float32 at least.
 
     Raises:
-        InputError: M is no matrix or not finite, its rows are not S's, or `energy` is not in (0, 1].
+        InputError: M is not a matrix or not finite, its rows are not S's, or `energy` is not in (0, 1].
         torch.linalg.LinAlgError: no method finds the singular vectors of M'.
     """
     _check_energy(energy)
@@ -54,14 +53,14 @@ def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9, max_direction
     S = M.new_zeros(len(M), 0) if S is None else S.to(M)
     if len(S) != len(M):
         raise InputError(f"moment has {len(M)} rows, its gradient space {len(S)}; both must belong to one weight")
-    free = min(len(M) if max_directions is None else max_directions, len(M)) - S.shape[1]
-    if free <= 0 or peak == 0:
+    free = len(M) - S.shape[1]
+    if free == 0 or peak == 0:
         return S
-    M = M / peak  # squares of the entries must neither under- nor overflow
+    M = M / peak  # so that squares neither under- nor overflow
     residual = torch.addmm(M, S, S.T @ M, alpha=-1)
-    whole = M.double().square().sum()
-    held = whole - residual.double().square().sum()
-    wanted = (energy - ROUNDING) * whole
+    total = M.double().square().sum()
+    held = total - residual.double().square().sum()
+    wanted = (energy - ROUNDING) * total
     if held >= wanted:
         return S
     U, s, _ = truncated_svd(residual, min(residual.shape))
@@ -71,8 +70,10 @@ def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9, max_direction
 
 
 def _orthonormal_against(S: Tensor, U: Tensor) -> Tensor:
-    """Orthonormal columns that span U's directions and are orthogonal to S; in float64, so that errors do not add up
-    over many extensions. Twice is enough (Giraud, Langou and Rozloznik 2005)."""
+    """Orthonormal columns that span U's directions and are orthogonal to S.
+
+    In float64, so that errors do not add up over many extensions; twice is enough (Giraud, Langou and Rozloznik 2005).
+    """
     Q, wide = U.double(), S.double()
     for _ in range(2):
         Q = torch.linalg.qr(Q - wide @ (wide.T @ Q)).Q
@@ -81,7 +82,7 @@ def _orthonormal_against(S: Tensor, U: Tensor) -> Tensor:
 
 def _check_energy(energy: float) -> None:
     if not 0 < energy <= 1:
-        raise InputError(f"energy {energy}: allowed is a share above 0 and up to 1")
+        raise InputError(f"energy {energy}: allowed: above 0, at most 1")
 
 
 def _is_orthonormal(S: Tensor) -> bool:
@@ -96,52 +97,43 @@ class GradientSpace:
 
     Args:
         side: "output" (S has the weight's rows) or "input" (its columns).
-        energy: the share of a moment that its basis shall hold.
-        max_directions: most columns of one basis; None for the weight's dimension.
+        energy: the share of a moment that its basis must hold.
         bases: name -> S (d, c), to start from.
 
-    A parameter's name counts without its `.weight`, so that a layer stands for its weight.
+    Names of parameters lose their `.weight`, so that a layer's name stands for its weight.
     """
 
-    def __init__(
-        self,
-        side: str = "output",
-        energy: float = 0.9,
-        max_directions: int | None = None,
-        bases: Mapping[str, Tensor] | None = None,
-    ):
+    def __init__(self, side: str = "output", energy: float = 0.9, bases: Mapping[str, Tensor] | None = None):
         if side not in SIDES:
             raise InputError(f"side {side!r} of a gradient space: allowed are {', '.join(SIDES)}")
         _check_energy(energy)
         self.side = side
         self.energy = energy
-        self.max_directions = max_directions
         self.bases = dict(bases or {})
 
     def get(self, name: str) -> Tensor | None:
-        """S of a weight, None where nothing is protected yet: an entry of ProjAdamW's `scale_mats`."""
+        """S of a weight, None if nothing is protected yet: an entry of ProjAdamW's `scale_mats`."""
         return self.bases.get(_key(name))
 
     def extend(self, moments: Mapping[str, Tensor]) -> None:
-        """Extend every weight's basis by what its moment (out, in), or a sample of its inputs (rows, in), needs.
+        """Extend the basis of every weight by its moment (out, in), or by a sample of its inputs (n, in).
 
-        A moment that is zero or not finite, or whose singular vectors no method finds, leaves its basis as it is and
-        says so in the log.
+        A moment that is zero or not finite, or whose singular vectors no method finds, is skipped with a warning.
 
         Raises:
             InputError: a moment's shape does not fit its basis.
         """
         for name, moment in moments.items():
             if not moment.any() or not moment.isfinite().all():
-                log.warning("%s: what the task needed is zero or not finite; its gradient space stays as it is", name)
+                log.warning("%s: the moment is zero or not finite; its gradient space does not change", name)
                 continue
             M = moment if self.side == "output" else moment.mT
             try:
-                self.bases[_key(name)] = extend_basis(self.get(name), M, self.energy, self.max_directions)
+                self.bases[_key(name)] = extend_basis(self.get(name), M, self.energy)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
             except torch.linalg.LinAlgError as error:
-                log.warning("%s: %s; its gradient space stays as it is", name, error)
+                log.warning("%s: %s; its gradient space does not change", name, error)
 
     def describe(self) -> list[str]:
         """How full each basis is, as lines like "encoder.q: 5 of 8 directions"."""
@@ -163,14 +155,14 @@ class GradientSpace:
         """Start from the bases in a file that `save` wrote.
 
         Args:
-            weights: by name, (out, in); not every one needs a basis.
+            weights: name -> (out, in); some may have no basis.
 
         Raises:
-            InputError: as `load`; the file's side is another, or a basis does not fit its weight.
+            InputError: as in `load`; the file is of the other side, or a basis does not fit its weight.
         """
         found = GradientSpace.load(path)
         if found.side != self.side:
-            hint = " (by METHOD=sgorp, or by the gorp that was the default before it)" if found.side == "input" else ""
+            hint = " (by METHOD=sgorp)" if found.side == "input" else ""
             raise InputError(f"--protect_side: found {self.side}; {path} was built for the {found.side} side{hint}")
         side = SIDES.index(self.side)
         for name, weight in weights.items():
@@ -183,10 +175,8 @@ class GradientSpace:
         self.bases = found.bases
 
     def save(self, path: str | PathLike) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file."""
         metadata = {"format": FORMAT, "version": VERSION, "side": self.side, "energy": repr(self.energy)}
-        if self.max_directions is not None:
-            metadata["max_directions"] = str(self.max_directions)
         with whole_file(path) as partial:
             save_file({name: S.cpu().contiguous() for name, S in self.bases.items()}, partial, metadata)
 
@@ -195,17 +185,16 @@ class GradientSpace:
         """Read what `save` wrote; the bases are on the CPU.
 
         Raises:
-            InputError: the file is missing, damaged, no gradient space of this version, or holds what is no basis.
+            InputError: the file is missing, damaged, of another kind or version, or holds a tensor that is not a basis.
         """
         bases, metadata = read_tensors(path)
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
             raise InputError(f"{path}: not a gradient space of version {VERSION}, its metadata is {metadata}")
         for name, S in bases.items():
             if not _is_orthonormal(S):
-                raise InputError(f"{path}: {name} is no matrix of orthonormal columns")
-        limit = metadata.get("max_directions")
+                raise InputError(f"{path}: {name} is not a matrix of orthonormal columns")
         try:
-            return cls(metadata["side"], float(metadata["energy"]), limit and int(limit), bases)
+            return cls(metadata["side"], float(metadata["energy"]), bases)
         except (KeyError, ValueError, InputError) as error:
             raise InputError(f"{path}: metadata of the gradient space is wrong ({error})") from None
 
@@ -218,19 +207,19 @@ def _key(name: str) -> str:
 def layer_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """A sample of the vectors (n, in) that each layer sees, float32 on the CPU: `SAMPLE` of each row, no padding.
+    """A sample of each layer's input vectors (n, in), float32 on the CPU: `SAMPLE` of each example, without padding.
 
-    Which places of a row are taken depends on its number alone, so the sample is the same however rows share batches.
+    The positions depend only on the example's number, so the sample does not depend on the batch size.
 
     Args:
-        model: takes the batches; as it trains, so under DeepSpeed the engine.
-        layers: name -> module of the model; a module may stand under several names.
-        batches: with `attention_mask`, and `labels` whose -100 are padding where a layer sees the decoder's places. A
-            layer's places are told by how many there are; one that sees neither is sampled from all of them.
+        model: the model that takes the batches, under DeepSpeed the engine.
+        layers: name -> module of the model; a module may have several names.
+        batches: with `attention_mask` for the encoder's positions, and `labels`, -100 for padding, for the decoder's. A
+            layer's positions are recognised by their number; one that fits neither is sampled from all positions.
     """
     two_stacks = getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False)
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-    masks: list[Tensor] = []  # of the batch that is running
+    masks: list[Tensor] = []  # of the current batch
     rows_before = 0
 
     def take(name: str, X: Tensor) -> None:
@@ -249,7 +238,7 @@ def layer_inputs(
         for batch in batches:
             labels = batch["labels"]
             if two_stacks and labels.shape == batch["attention_mask"].shape:
-                # Another place of padding tells the two apart.
+                # One more position of padding distinguishes them.
                 labels = nn.functional.pad(labels, (0, 1), value=-100)
             masks[:] = [batch["attention_mask"].bool(), labels != -100]
             model(**{**batch, "labels": labels})

@@ -1,4 +1,4 @@
-"""The training examples of an order's tasks as a method may read them, and the limits on examples."""
+"""The training examples of an order's tasks, as a method may read them, and limits on numbers of examples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,12 @@ from order_config import OrderStep, read_order
 
 
 class OrderExamples:
-    """The tasks of the order around one task, and the examples that each of them trains on, read when asked for.
+    """The order of a task, and the training examples of each of its tasks, read on demand.
 
     Args:
         config_dir: the task's folder; its parent is the order's.
-        read: from a task's folder to its training examples, cut as the task's own training cuts them.
-        seed: of everything that is drawn from the examples.
+        read: returns the training examples of a task's folder, limited as for its own training.
+        seed: for everything drawn from the examples.
         fixed_steps: whether the number of optimizer steps is given, whatever the number of examples.
     """
 
@@ -26,18 +26,14 @@ class OrderExamples:
         self._read = read
 
     def steps(self) -> list[OrderStep]:
-        """The order's tasks, first to last.
-
-        Raises:
-            InputError: the task's folder is not part of an order.
-        """
+        """The order's tasks, first to last; InputError if the task's folder is not one of them."""
         steps = read_order(self.config_dir.parent)
         if self.config_dir.name not in [step.folder.name for step in steps]:
-            raise InputError(f"--task_config_dir: {self.config_dir} is no step of {self.config_dir.parent}")
+            raise InputError(f"--task_config_dir: {self.config_dir} is not a step of {self.config_dir.parent}")
         return steps
 
     def index(self) -> int:
-        """Number of this task, from 0."""
+        """The index of this task, from 0."""
         return [step.folder.name for step in self.steps()].index(self.config_dir.name)
 
     def earlier(self) -> list[Dataset]:
@@ -50,18 +46,15 @@ class OrderExamples:
 
 
 def first_examples(examples: Dataset, limit: int | None) -> Dataset:
-    """At most `limit` examples, the first ones."""
+    """The first `limit` examples."""
     return examples if limit is None else examples.select(range(min(limit, len(examples))))
 
 
 def first_examples_of_each(examples: Dataset, limit: int | None) -> Dataset:
-    """At most `limit` examples of each dataset, the first ones: a limit must not drop complete tasks of the past."""
+    """The first `limit` examples of each dataset, so that a limit drops no earlier task."""
     if limit is None:
         return examples
-    seen: dict[str, int] = {}
-    kept = []
-    for index, dataset in enumerate(examples["Dataset"]):
-        seen[dataset] = seen.get(dataset, 0) + 1
-        if seen[dataset] <= limit:
-            kept.append(index)
-    return examples.select(kept)
+    places: dict[str, list[int]] = {}
+    for place, dataset in enumerate(examples["Dataset"]):
+        places.setdefault(dataset, []).append(place)
+    return examples.select(sorted(place for own in places.values() for place in own[:limit]))

@@ -1,6 +1,6 @@
-"""What a task is made of: its examples, model, collator and trainer, built from the groups of arguments.
+"""Build a task's examples, model, collator and trainer from the groups of arguments.
 
-`run_uie_lora.py` trains with these functions and `check.py` checks with the same ones.
+`run_uie_lora.py` trains with these functions and `check.py` checks with them.
 """
 
 import dataclasses
@@ -19,22 +19,21 @@ from uie_trainer_lora import DenserEvaluation, UIETrainer
 
 
 def example_options(data_args: DataArguments, training_args: UIETrainingArguments) -> ExampleOptions:
-    """What decides an example beside its task file, from the flags of the same names."""
+    """The example options, from the flags of the same names."""
     given = vars(data_args) | {"seed": training_args.seed}
     return ExampleOptions(**{option.name: given[option.name] for option in dataclasses.fields(ExampleOptions)})
 
 
 def load_examples(data_args: DataArguments, training_args: UIETrainingArguments, method: Method) -> DatasetDict:
-    """The task's examples, cut to the sample limits; every split that the run needs has some.
+    """The task's examples within the limits, with some in every split that the run needs.
 
-    The training examples are those that the method chooses, and `--max_steps` becomes the number of steps that it
-    takes.
+    The method chooses the training examples, and its step factor multiplies `--max_steps`.
     """
     examples = read_task(data_args.task_config_dir, data_args, training_args)
     needed = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
     for split, is_needed in needed.items():
         if is_needed and len(examples[split]) == 0:
-            raise InputError(f"--task_config_dir: {data_args.task_config_dir} has no dataset for {split}; one at least")
+            raise InputError(f"--task_config_dir: {data_args.task_config_dir} has no {split} dataset; one is needed")
     examples["validation"] = first_examples(examples["validation"], data_args.max_eval_samples)
     examples["test"] = first_examples_of_each(examples["test"], data_args.max_predict_samples)
     order = OrderExamples(
@@ -64,7 +63,7 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
 
 
 def read_task(config_dir, data_args: DataArguments, training_args: UIETrainingArguments) -> DatasetDict:
-    """The examples of the task of `config_dir`, its training examples cut to `--max_train_samples`."""
+    """The examples of the task of `config_dir`, with at most `--max_train_samples` to train on."""
     options = example_options(data_args, training_args)
     examples = load_uie_dataset(config_dir, options, overwrite_cache=data_args.overwrite_cache)
     examples["train"] = first_examples(examples["train"], data_args.max_train_samples)
@@ -73,8 +72,7 @@ def read_task(config_dir, data_args: DataArguments, training_args: UIETrainingAr
 
 def read_tests(config_dir, wanted: Callable[[str], bool], data_args: DataArguments,
                training_args: UIETrainingArguments) -> Dataset:
-    """The test examples of the task of `config_dir`, of the datasets that are wanted, cut to
-    `--max_predict_samples`."""
+    """The test examples of a task from the wanted datasets, up to `--max_predict_samples` each."""
     tests = _of_datasets(read_task(config_dir, data_args, training_args)["test"], wanted)
     return first_examples_of_each(tests, data_args.max_predict_samples)
 
@@ -84,7 +82,7 @@ def _of_datasets(examples: Dataset, wanted: Callable[[str], bool]) -> Dataset:
 
 
 def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True) -> LoadedModel:
-    """The model that the arguments name; without `weights` its shapes alone, enough to check all else against."""
+    """The model that the arguments name; without `weights` only its shapes, for checks."""
     return load_model_and_tokenizer(
         model_args.model_name_or_path,
         cache_dir=model_args.cache_dir,
@@ -116,12 +114,12 @@ def build_collator(loaded: LoadedModel, data_args: DataArguments,
 
 
 def check_generation(loaded: LoadedModel, data_args: DataArguments) -> None:
-    """Reject a penalty that would count the padding before a prompt as end tokens: its length depends on the batch."""
+    """Reject a repetition penalty where padding counts as end tokens, so that it would depend on the batch."""
     padding_ends = loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
     if loaded.decoder_only and padding_ends and data_args.repetition_penalty != 1:
         raise InputError(
-            f"--repetition_penalty: found {data_args.repetition_penalty}; 1.0 for this model, whose padding is its end "
-            "token: the penalty on ending would depend on a row's batch"
+            f"--repetition_penalty: found {data_args.repetition_penalty}; allowed: 1.0 for this model, whose padding "
+            "is its end token: the penalty on ending would depend on an example's batch"
         )
 
 
@@ -131,7 +129,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
     collator = build_collator(loaded, data_args, training_args)
     check_generation(loaded, data_args)
     for split, of_split in examples.items():
-        if split != "validation" and len(of_split):  # nothing to train where a method passes on what it has
+        if split != "validation" and len(of_split):  # a method may train on no examples
             collator.check(of_split)
     return UIETrainer(
         model=model,

@@ -1,4 +1,4 @@
-"""Token ids of texts, kept so that no text is tokenised twice in a process: epoch after epoch, task after task."""
+"""Token ids of texts, kept so that a process tokenises no text twice: epoch after epoch, task after task."""
 
 import functools
 import hashlib
@@ -7,23 +7,19 @@ from collections.abc import Callable, Hashable
 
 
 class KeptIds:
-    """Ids of texts by the texts' digests, until a number of them is kept.
+    """The ids of texts, by a digest of the text, up to `most` ids in all.
 
-    Nothing is dropped for something newer: examples come round in like order, epoch after epoch and task after task,
-    so that the oldest would go just before it is needed again.
-
-    Args:
-        most: ids to keep at most.
+    Nothing is evicted: examples recur in a similar order, so the oldest would go just before it is needed again.
     """
 
-    MOST = 32_000_000  # 128 MB: the examples of all 15 datasets, some 20 million ids, with room to spare
+    MOST = 32_000_000  # 128 MB; all 15 datasets have some 20 million ids
 
     def __init__(self, most: int = MOST):
         self._room = most
         self._ids: dict[bytes, array] = {}
 
     def look_up(self, texts: list[str], encode: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
-        """The ids of each text; `encode` gives those of the texts at the indices that it gets, which are not kept."""
+        """The ids of each text; `encode` computes those of the texts at the given indices, which are not kept."""
         keys = [hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest() for text in texts]
         found = [list(self._ids[key]) if key in self._ids else None for key in keys]
         missing = [index for index, ids in enumerate(found) if ids is None]
@@ -37,5 +33,5 @@ class KeptIds:
 
 @functools.lru_cache(maxsize=1)
 def shared_ids(rules: Hashable) -> KeptIds:
-    """The ids kept in this process under `rules`, all that decides a text's ids; those of the latest rules alone."""
+    """The ids kept in this process under `rules`, which determine a text's ids; only the latest rules' are kept."""
     return KeptIds()

@@ -1,9 +1,7 @@
 """Examples -> batches, for encoder-decoder and decoder-only models.
 
-The prompt and the answer are tokenised apart and joined as ids, so the border between what is masked from the loss
-and what is learnt is where it was put, whatever the tokenizer would merge. Only the sentence is ever cut.
-
-A text is tokenised once in a process: later epochs and later tasks find its ids kept (`token_ids.py`).
+Prompt and answer are tokenised separately and joined as ids, so that the loss mask ends exactly where the answer
+begins. Only the sentence is ever cut. Later epochs and tasks reuse the ids of texts seen before (`token_ids.py`).
 """
 
 import bisect
@@ -22,40 +20,37 @@ from uie_dataset_lora import ANSWER_CUE, prompt_parts
 
 @dataclass
 class DataCollatorForUIE:
-    """Turns a list of examples (rows of `load_uie_dataset`) into tensors, n rows to a batch.
+    """Turn a list of n examples of `load_uie_dataset` into tensors.
 
     Every batch has `input_ids`, `attention_mask` (n, source) and `labels` (n, target):
 
-    * encoder-decoder: prompts padded on the right; labels are the answer and EOS, padded on the right. The model
-      shifts them itself.
-    * decoder-only, training: prompt, answer, EOS, padded on the left; labels of the same shape, masked on prompt and
-      padding.
-    * decoder-only, dev and test: the prompt alone, padded on the left, to generate from; labels are the answer and
-      EOS, padded on the right to a width of their own.
+    * encoder-decoder: prompts and labels (answer and EOS) padded on the right.
+    * decoder-only, training: prompt, answer and EOS, padded on the left; labels of the same shape, masked on prompt
+      and padding.
+    * decoder-only, dev and test: the prompt, padded on the left; labels (answer and EOS) padded on the right to their
+      own width.
 
-    One rule says how an answer continues a decoder's prompt, in training as in the labels of an evaluation: its ids
-    are those that follow the cue in "Answer: <label>". So it begins with a space (sentencepiece `▁Good`, byte-level
-    BPE `ĠGood`), which whoever decodes a generated answer strips. BOS stands once, in front, if the tokenizer puts one
-    in front of text. Special tokens spelt out in the data (`<s>`, a tag in web pages) are not parsed as such; where a
-    tokenizer does so all the same (T5's), a prompt may hold one, and an answer that spells one is refused.
+    In a decoder-only model the answer's ids are always those that follow the cue in "Answer: <label>", so the answer
+    begins with a space (`▁Good` in sentencepiece, `ĠGood` in byte-level BPE), which decoding strips. BOS occurs once,
+    in front, if the tokenizer adds it to text. Special tokens spelled out in the data (`<s>`, a tag in web pages) are
+    not parsed. T5's tokenizer parses them anyway; an answer that spells one is rejected.
 
-    A prompt longer than `max_source_length` loses the right ends of its sentence's longest lines: of a MultiRC row
-    the paragraph, never the question. An answer has at most `max_target_length` ids, EOS included, and is never cut.
+    A prompt longer than `max_source_length` loses the right ends of its sentence's longest lines: in MultiRC the
+    paragraph, never the question. An answer has at most `max_target_length` ids, EOS included, and is never cut.
 
     Args:
-        decoder_only: whether the model is a decoder only; the tokenizer cannot tell.
         add_task_name, add_dataset_name: prompt prefixes, see `prompt_parts`.
-        pad_to_multiple_of: round every width up to a multiple, with padding on the side that is padded anyway.
-        label_pad_token_id: the label that the loss leaves out.
-        name_rows: add the rows' names to a training batch, as a list `rows` of strings.
+        pad_to_multiple_of: round every width up to a multiple of this.
+        label_pad_token_id: the label that the loss ignores.
+        name_rows: add the examples' names to a training batch, as a list `rows` of strings.
         input_record_file: append each batch to this file, a JSON object {"source", "label"} a line; rank 0 only.
 
     Attributes:
-        kept: the ids of the texts tokenised so far, shared by collators of the same tokenizer and cut.
+        kept: the ids of the texts tokenised so far, shared by collators of the same tokenizer and lengths.
 
     Raises:
-        InputError: a tokenizer without EOS; a row (named) whose prompt without its sentence, or whose answer, is too
-            long, or whose answer spells a special token; a record file that cannot be written.
+        InputError: a tokenizer without EOS; an example (named) whose prompt without its sentence, or whose answer, is
+            too long, or whose answer spells a special token; a record file that cannot be written.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -72,7 +67,7 @@ class DataCollatorForUIE:
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
-            raise InputError("--model_name_or_path: a tokenizer without an EOS token; allowed: one that has it")
+            raise InputError("--model_name_or_path: found a tokenizer without an EOS token; allowed: one with it")
         self._eos = [self.tokenizer.eos_token_id]
         self._special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         bos = self.tokenizer.bos_token_id
@@ -81,7 +76,7 @@ class DataCollatorForUIE:
         self._record([], [])
 
     def check(self, examples: Iterable[dict]) -> None:
-        """Raise now what a batch of these examples would raise later: one example for each prompt head and answer."""
+        """Raise what batches of these examples would raise, from one example of each prompt head and answer."""
         distinct = {}
         for example in examples:
             instance = example["Instance"]
@@ -112,12 +107,12 @@ class DataCollatorForUIE:
         return batch
 
     def lengths(self, examples: list[dict]) -> list[tuple[int, int]]:
-        """Numbers of ids of each example's prompt, as cut, and of its answer, EOS included."""
+        """The number of ids in each example's prompt, as cut, and in its answer, EOS included."""
         _, prompts = self._prompts(examples)
         return [(len(prompt), len(answer)) for prompt, answer in zip(prompts, self._answers(examples))]
 
     def _prompts(self, examples: list[dict]) -> tuple[list[str], list[list[int]]]:
-        """Each example's prompt, cut where it must be, as text and as ids."""
+        """Each example's prompt, cut where necessary, as text and as ids."""
         parts = [self._parts(example) for example in examples]
         prompts = ["".join(pieces) for pieces in parts]
 
@@ -143,7 +138,7 @@ class DataCollatorForUIE:
             )
 
     def _cut(self, parts: tuple[str, str, str], example: dict) -> str:
-        """The prompt with the sentence's lines cut to the greatest common width (characters) at which it fits."""
+        """The prompt with the sentence's lines cut to the greatest common width (characters) that fits."""
         head, sentence, tail = parts
         lines = sentence.split("\n")
 
@@ -154,7 +149,7 @@ class DataCollatorForUIE:
             return len(self._source_ids([prompt(width)])[0])
 
         self._check_room(prompt(0), example)
-        # The width before bisect's answer was seen to fit, also where the count of tokens does not grow steadily.
+        # The width before bisect's answer was seen to fit, even if the count of tokens is not monotonic.
         widths = range(max(map(len, lines)))
         return prompt(bisect.bisect_right(widths, self.max_source_length, lo=1, key=needed) - 1)
 
@@ -174,8 +169,8 @@ class DataCollatorForUIE:
 
         answers = self.kept.look_up([f"answer {label}" for label in labels], encode)
         for ids, label, example in zip(answers, labels, examples):
-            if spelt := self._special.intersection(ids[:-1]):  # generation would stop inside such an answer
-                token = self.tokenizer.convert_ids_to_tokens(min(spelt))
+            if spelled := self._special.intersection(ids[:-1]):  # generation would stop inside such an answer
+                token = self.tokenizer.convert_ids_to_tokens(min(spelled))
                 raise InputError(
                     f"{_name(example)}: the answer {label!r} spells {token}; allowed: labels without special tokens"
                 )
@@ -187,10 +182,7 @@ class DataCollatorForUIE:
         return answers
 
     def _continuations(self, labels: list[str]) -> list[list[int]]:
-        """Ids of each label as it follows the cue.
-
-        A tokenizer that merges across the space after the cue has no such ids; then those of " <label>" stand in.
-        """
+        """The ids of each label after the cue; of " <label>" where the tokenizer merges across the cue's end."""
         [cue] = self._encode([ANSWER_CUE], add_special_tokens=False)
         joined = self._encode([f"{ANSWER_CUE} {label}" for label in labels], add_special_tokens=False)
         alone = self._encode([f" {label}" for label in labels], add_special_tokens=False)
@@ -200,17 +192,17 @@ class DataCollatorForUIE:
         return self.tokenizer(texts, split_special_tokens=True, verbose=False, **kwargs).input_ids
 
     def _kept_ids(self) -> KeptIds:
-        """What collators of the same tokenizer and cut share, whichever task they serve."""
+        """The store that collators of the same tokenizer and lengths share, in every task."""
         if self.input_record_file is not None:
-            return KeptIds(0)  # the record wants a cut prompt's text, which is not kept
+            return KeptIds(0)  # the record needs the text of cut prompts, which is not kept
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:  # a tokenizer in plain Python, whose rules cannot be compared
+        if backend is None:  # a tokenizer in pure Python, whose rules cannot be compared
             return KeptIds()
         special = str(self.tokenizer.special_tokens_map)
         return shared_ids((backend.to_str(), special, self.decoder_only, self.max_source_length))
 
     def _pad(self, rows: list[list[int]], value: int, *, left: bool) -> torch.Tensor:
-        """(n, width) tensor of the rows, width being the longest row's, rounded up to `pad_to_multiple_of`."""
+        """Pad n rows to a tensor (n, width): the longest row's width, rounded up to `pad_to_multiple_of`."""
         multiple = self.pad_to_multiple_of or 1
         width = -(-max(map(len, rows)) // multiple) * multiple
         fill = [[value] * (width - len(row)) for row in rows]
@@ -219,26 +211,25 @@ class DataCollatorForUIE:
     def _record(self, prompts: list[str], examples: list[dict]) -> None:
         if self.input_record_file is None or os.environ.get("RANK", "0") != "0":
             return
-        pairs = [
-            {"source": prompt, "label": example["Instance"]["label"]} for prompt, example in zip(prompts, examples)
-        ]
         try:
             with open(self.input_record_file, "a", encoding="utf-8") as record:
-                record.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+                for prompt, example in zip(prompts, examples):
+                    pair = {"source": prompt, "label": example["Instance"]["label"]}
+                    record.write(json.dumps(pair, ensure_ascii=False) + "\n")
         except OSError as error:
             raise InputError(
                 f"--input_record_file {self.input_record_file}: cannot be written ({error.strerror}); "
-                "allowed: a file in a folder that exists"
+                "allowed: a file in an existing folder"
             ) from None
 
 
 def _are_training(examples: list[dict]) -> bool:
-    """Whether the rows come from a train split; a batch of both kinds would have labels of two shapes."""
+    """Return whether the examples come from train; labels of train and of dev or test differ in shape."""
     kinds = {example["subset"] == "train" for example in examples}
     if len(kinds) > 1:
-        raise ValueError("a batch mixes rows of train with rows of dev or test; allowed: either")
+        raise ValueError("a batch mixes examples of train with examples of dev or test; allowed: either")
     return kinds.pop()
 
 
 def _name(example: dict) -> str:
-    return f"{example['Dataset']}, {example['subset']} row {example['Instance']['id']}"
+    return f"{example['Dataset']}, {example['subset']} example {example['Instance']['id']}"

@@ -1,8 +1,8 @@
 """The benchmark as instruction examples: `<data_dir>/<TASK>/<DATASET>/{train,dev,test,labels}.json` -> `DatasetDict`.
 
-`load_uie_dataset` reads the datasets that one step's task files name, checks every row, and keeps the result in a
-cache whose key is made of the contents of the files used, so an edited file is never answered with old rows.
-`prompt_parts` writes an example out as text; the collator turns that text into token ids.
+`load_uie_dataset` reads the datasets that a step's task files name, checks every example and caches the result. The
+cache key covers the contents of the files, so an edited file is never answered with old examples. `prompt_parts` lays
+an example out as text, which the collator tokenises.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from compute_metrics import normalise
 from errors import InputError
-from files import check_writable, digest, read_json, whole_folder
+from files import check_writable, digest, json_kind, read_json, read_object, whole_folder
 from order_config import SUBSETS, benchmark_datasets, read_task_config
 
 logger = logging.getLogger("gorp")
@@ -30,18 +30,18 @@ INSTRUCTION_STRATEGIES = ("single", "multiple")
 INSTRUCTION_TYPES = ("zero-shot", "few-shot")
 ANSWER_CUE = "\nAnswer:"
 UNLABELLED = "-"
-"""GLUE's mark for a row of dev or test that has no gold label."""
+"""GLUE's mark for a dev or test example without a gold label."""
 
-_ROW = {"sentence": datasets.Value("string"), "label": datasets.Value("string")}
+_TEXTS = {"sentence": datasets.Value("string"), "label": datasets.Value("string")}
 FEATURES = datasets.Features(
     {
         "Task": datasets.Value("string"),
         "Dataset": datasets.Value("string"),
         "subset": datasets.Value("string"),
-        "Samples": datasets.List(_ROW),
+        "Samples": datasets.List(_TEXTS),
         "Instance": {
             "id": datasets.Value("string"),
-            **_ROW,
+            **_TEXTS,
             "ground_truth": datasets.Value("string"),
             "instruction": datasets.Value("string"),
         },
@@ -51,16 +51,16 @@ FEATURES = datasets.Features(
 
 @dataclasses.dataclass(frozen=True)
 class ExampleOptions:
-    """What decides an example beside the task file that names its dataset.
+    """What decides a step's examples beside its task files.
 
     Args:
         data_dir: the benchmark.
-        instruction_strategy: "single" takes the first instruction of a task, "multiple" a seeded choice for each row.
+        instruction_strategy: "single" takes a task's first instruction, "multiple" a seeded choice for each example.
         max_num_instances_per_task, max_num_instances_per_eval_task: None or a negative number means no limit.
-        num_examples: above 0, each row shows this many labelled rows of its dataset's train.json (`Samples`, a seeded
-            choice that never holds the row itself), under the task's "few-shot" instructions.
-        over_sampling: fill each training set up to `max_num_instances_per_task` with seeded repetitions, under either
-            sampling strategy.
+        num_examples: how many labelled examples from its dataset's train.json each prompt shows (`Samples`, a seeded
+            choice without the example itself). Above 0, the task's "few-shot" instructions are used.
+        over_sampling: repeat seeded training examples up to `max_num_instances_per_task`, under either sampling
+            strategy.
 
     Raises:
         InputError: an unknown strategy, or a negative number of examples.
@@ -83,14 +83,14 @@ class ExampleOptions:
             raise InputError(f"--num_examples: {self.num_examples}; allowed: 0 or more")
 
     def limit(self, subset: str) -> int | None:
-        """Most rows of `subset` ("train", "dev", "test") to keep; None means all, as a negative number does."""
-        limits = {"train": self.max_num_instances_per_task, "dev": self.max_num_instances_per_eval_task, "test": None}
-        limit = limits[subset]
+        """Most examples of `subset` ("train", "dev", "test") to keep; None means all."""
+        limits = {"train": self.max_num_instances_per_task, "dev": self.max_num_instances_per_eval_task}
+        limit = limits.get(subset)
         return None if limit is None or limit < 0 else limit
 
-    def generator(self, purpose: str, source: "_Source", row_id: str = "") -> random.Random:
-        """A generator of its own for each purpose, dataset and row, so that no draw depends on another's count."""
-        return random.Random(f"{self.seed}/{purpose}/{source.task}/{source.dataset}/{source.subset}/{row_id}")
+    def generator(self, purpose: str, source: "_Source", example_id: str = "") -> random.Random:
+        """A separate generator for each purpose, dataset and example, so that no draw depends on earlier ones."""
+        return random.Random(f"{self.seed}/{purpose}/{source.task}/{source.dataset}/{source.subset}/{example_id}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Source:
         return self.folder / f"{name}.json"
 
     def files(self, options: ExampleOptions) -> list[Path]:
-        """What is read of this dataset: its rows, its labels and, few-shot, the rows that are shown."""
+        """What is read of this dataset: examples, labels and, few-shot, the examples to show."""
         names = [self.subset, "labels"] + ["train"] * (options.num_examples > 0)
         return [self.file(name) for name in names]
 
@@ -121,24 +121,24 @@ def load_uie_dataset(
 ) -> datasets.DatasetDict:
     """The instruction examples of one step of an order, splits "train", "validation" and "test" with `FEATURES`.
 
-    Rows come in the order of the task file, then of the data file. `Instance.id` is the row's index in its file;
-    `Instance.instruction` is everything between the name prefixes and the sentence: the instruction and the line of
-    options, or nothing for COPA, unless the instruction file has an entry for it.
+    Examples keep the order of the task file, then of the data file. `Instance.id` is the index in the data file;
+    `Instance.instruction` holds the instruction and the line of options. For COPA it is empty, unless the instruction
+    file has an entry for it.
 
-    The sampling strategy of a dataset, from its task file:
+    The task file sets each dataset's sampling strategy:
 
-    * "full": every row, whatever the limits.
-    * "random" (also when the key is missing): at most N rows, N = `max_num_instances_per_task` for train,
-      `max_num_instances_per_eval_task` for dev, no limit for test. They are a seeded choice, kept in file order. The
-      published code takes the *first* N rows under this name, which in a file sorted by label means one label only.
+    * "full": every example, whatever the limits.
+    * "random" (the default): at most N examples, a seeded choice in file order. N is `max_num_instances_per_task` for
+      train, `max_num_instances_per_eval_task` for dev; test has no limit. The published code takes the *first* N
+      under this name, which in a file sorted by label are all of one label.
 
     Args:
-        cache_dir: where the Arrow files go; None is the `datasets` library's own cache. Ranks that share it wait for
+        cache_dir: folder of the Arrow files; None is the `datasets` library's own cache. Ranks that share it wait for
             the first of them.
-        overwrite_cache: build anew even if the cache has an answer; with several ranks, the first of a machine does.
+        overwrite_cache: rebuild the cached examples, on the first rank of each machine.
 
     Raises:
-        InputError: a file, row, label or name that is not allowed, found before anything is written.
+        InputError: an invalid file, example, label or name, found before anything is written.
     """
     sources = _sources(task_config_dir, options)
     instructions = _choose_instructions(sources, options)
@@ -155,7 +155,7 @@ def load_uie_dataset(
 
 
 def read_examples(task_config_dirs: Iterable[str | os.PathLike], options: ExampleOptions) -> Iterator[dict]:
-    """The examples of many steps, each file read once and nothing written: what a check of a complete order looks at.
+    """The examples of many steps, each file read once and nothing written, to check a complete order.
 
     Raises:
         InputError: as `load_uie_dataset`.
@@ -167,10 +167,10 @@ def read_examples(task_config_dirs: Iterable[str | os.PathLike], options: Exampl
 
 
 def data_files(task_config_dir: str | os.PathLike, options: ExampleOptions) -> dict[str, Path]:
-    """Every file from which a step's examples are made, by a name that does not depend on where the folders are.
+    """Every file that a step's examples are made from, by a name that does not depend on the folders' location.
 
     Raises:
-        InputError: a task file is bad, or names a dataset that the benchmark does not have.
+        InputError: a task file is invalid, or names a dataset that the benchmark does not have.
     """
     files = {"instructions": Path(options.instruction_file)}
     files |= {f"{subset}_tasks.json": Path(task_config_dir) / f"{subset}_tasks.json" for subset in SUBSETS}
@@ -180,10 +180,10 @@ def data_files(task_config_dir: str | os.PathLike, options: ExampleOptions) -> d
 
 
 def prompt_parts(example: dict, *, add_task_name: bool, add_dataset_name: bool) -> tuple[str, str, str]:
-    """An example as (head, sentence, tail); the prompt is their concatenation, and only the sentence may be cut.
+    """Split an example's prompt into (head, sentence, tail), of which only the sentence may be cut.
 
-    head: `Task:` and `Dataset:` lines where asked for, instruction, options, few-shot samples. tail: the answer cue.
-    In a sample, as in training, one space separates the answer from the cue.
+    The head holds the `Task:` and `Dataset:` lines if asked for, instruction, options and few-shot samples; the tail
+    is the answer cue. In a sample, as in training, one space separates the answer from the cue.
     """
     head = f"Task:{example['Task']}\n" if add_task_name else ""
     head += f"Dataset:{example['Dataset']}\n" if add_dataset_name else ""
@@ -199,36 +199,32 @@ def read_instructions(path: str | os.PathLike) -> dict[str, dict[str, list[str]]
     Raises:
         InputError: unreadable, or not an object of task -> array of {"instruction_type", "instruction"}.
     """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found {_kind(content)}; allowed: an object of task -> array of instructions")
-    return {task: _task_instructions(entries, f"{path}, {task}") for task, entries in content.items()}
-
-
-def _task_instructions(entries: Any, where: str) -> dict[str, list[str]]:
-    if not isinstance(entries, list):
-        raise InputError(f"{where}: found {_kind(entries)}; allowed: an array of instructions")
-    texts: dict[str, list[str]] = {kind: [] for kind in INSTRUCTION_TYPES}
-    for index, entry in enumerate(entries):
-        _check_object(entry, ("instruction_type", "instruction"), f"{where}, entry {index}")
-        kind, text = entry["instruction_type"], entry["instruction"]
-        if kind not in texts:
-            allowed = ", ".join(INSTRUCTION_TYPES)
-            raise InputError(f"{where}, entry {index}: instruction_type {kind!r}; allowed: {allowed}")
-        texts[kind].append(text if text.endswith("\n") else text + "\n")
-    return texts
+    content = read_object(path, "an object of task -> array of instructions")
+    instructions = {}
+    for task, entries in content.items():
+        if not isinstance(entries, list):
+            raise InputError(f"{path}, {task}: found {json_kind(entries)}; allowed: an array of instructions")
+        instructions[task] = {kind: [] for kind in INSTRUCTION_TYPES}
+        for index, entry in enumerate(entries):
+            where = f"{path}, {task}, entry {index}"
+            _check_object(entry, ("instruction_type", "instruction"), where)
+            kind, text = entry["instruction_type"], entry["instruction"]
+            if kind not in INSTRUCTION_TYPES:
+                raise InputError(f"{where}: instruction_type {kind!r}; allowed: {', '.join(INSTRUCTION_TYPES)}")
+            instructions[task][kind].append(text if text.endswith("\n") else text + "\n")
+    return instructions
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
     """The answers of a dataset, in the order of the options line.
 
     Raises:
-        InputError: unreadable, or not a non-empty array of distinct, non-empty strings; or two of them differ only in
-            what the score does not see (case, spaces, punctuation), so that a wrong answer would count as right.
+        InputError: unreadable, or not a non-empty array of distinct, non-blank strings; or two of them differ only in
+            case, spaces or punctuation, so that exact match would count a wrong answer as correct.
     """
     labels = read_json(path)
     if not isinstance(labels, list) or not labels:
-        raise InputError(f"{path}: found {_kind(labels)}; allowed: a non-empty array of strings")
+        raise InputError(f"{path}: found {json_kind(labels)}; allowed: a non-empty array of strings")
     scored_as: dict[str, str] = {}
     for index, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip() or label in labels[:index]:
@@ -237,27 +233,28 @@ def read_labels(path: str | os.PathLike) -> list[str]:
         if twin is not label:
             raise InputError(
                 f"{path}, entry {index}: found {label!r} beside {twin!r}; allowed: labels that differ in more than "
-                "case, spaces and punctuation, which the score does not see"
+                "case, spaces and punctuation, which the score ignores"
             )
     return labels
 
 
 def read_rows(path: str | os.PathLike, labels: list[str]) -> list[dict[str, str]]:
-    """The labelled rows of a data file as {"id", "sentence", "label"}; id is the row's index in the file.
+    """The labelled examples of a data file as {"id", "sentence", "label"}; id is the index in the file.
 
-    In dev.json and test.json, rows labelled "-" are left out and counted in the log, unless "-" is one of `labels`.
+    In dev.json and test.json, examples labelled "-" are left out and their number is logged, unless "-" is one of
+    `labels`.
 
     Raises:
-        InputError: unreadable, not an array, no labelled rows, or a row that is not {"sentence": non-blank string,
-            "label": one of `labels`}, named by its index.
+        InputError: unreadable, not an array, no labelled example, or an example (named by its index) that is not
+            {"sentence": non-blank string, "label": one of `labels`}.
     """
     content = read_json(path)
     if not isinstance(content, list) or not content:
-        raise InputError(f"{path}: found {_kind(content)}; allowed: a non-empty array of rows")
+        raise InputError(f"{path}: found {json_kind(content)}; allowed: a non-empty array of examples")
     may_lack_label = Path(path).stem in ("dev", "test") and UNLABELLED not in labels
     rows = []
     for index, row in enumerate(content):
-        where = f"{path}, row {index}"
+        where = f"{path}, example {index}"
         _check_object(row, ("sentence", "label"), where)
         if may_lack_label and row["label"] == UNLABELLED:
             continue
@@ -265,37 +262,28 @@ def read_rows(path: str | os.PathLike, labels: list[str]) -> list[dict[str, str]
             raise InputError(f"{where}: label {row['label']!r}; allowed: {', '.join(labels)}")
         rows.append({"id": str(index), "sentence": row["sentence"], "label": row["label"]})
     if not rows:
-        raise InputError(
-            f"{path}: {len(content)} rows, all labelled {UNLABELLED!r}; allowed: at least one with a label"
-        )
+        raise InputError(f"{path}: {len(content)} examples, all labelled {UNLABELLED!r}; at least one needs a label")
     if len(rows) < len(content):
-        logger.info("%s: left out %d rows labelled %r", path, len(content) - len(rows), UNLABELLED)
+        logger.info("%s: left out %d examples labelled %r", path, len(content) - len(rows), UNLABELLED)
     return rows
 
 
 def _check_object(entry: Any, keys: tuple[str, str], where: str) -> None:
-    """Refuse anything but an object with exactly these two keys and strings that are not blank."""
+    """Reject anything but an object with exactly these two keys and non-blank strings."""
     allowed = f"allowed: an object of exactly {keys[0]!r} and {keys[1]!r}, both non-blank strings"
     if not isinstance(entry, dict):
-        raise InputError(f"{where}: found {_kind(entry)}; {allowed}")
+        raise InputError(f"{where}: found {json_kind(entry)}; {allowed}")
     if set(entry) != set(keys):
         raise InputError(f"{where}: keys {', '.join(map(repr, entry)) or 'none'}; {allowed}")
     for key in keys:
         if not isinstance(entry[key], str):
-            raise InputError(f"{where}: {key} is {_kind(entry[key])}; {allowed}")
+            raise InputError(f"{where}: {key} is {json_kind(entry[key])}; {allowed}")
         if not entry[key].strip():
             raise InputError(f"{where}: {key} is blank; {allowed}")
 
 
-def _kind(value: Any) -> str:
-    """What kind of JSON value this is, for a message."""
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    name = names.get(type(value), "null")
-    return f"empty {name}" if value in ([], {}, "") else name
-
-
 def _sources(task_config_dir: str | os.PathLike, options: ExampleOptions) -> list[_Source]:
-    """The datasets that a step's task files name, in their order, each with its files in the benchmark."""
+    """The datasets that a step's task files name, in their order, with every file inside the benchmark."""
     data_dir, sources = Path(options.data_dir), []
     for subset in SUBSETS:
         config = Path(task_config_dir) / f"{subset}_tasks.json"
@@ -313,11 +301,11 @@ def _sources(task_config_dir: str | os.PathLike, options: ExampleOptions) -> lis
 
 
 def _check_place(path: Path, data_dir: Path) -> None:
-    """Refuse a file that is not there, or that a link puts outside the benchmark."""
+    """Reject a file that is missing, or that a link puts outside the benchmark."""
     if not path.is_file():
         raise InputError(
             f"{path}: no such file; data/prepare_benchmark.py fills CL_Benchmark, and --data_dir (of the scripts "
-            "DATA_DIR) says where another benchmark is"
+            "DATA_DIR) names another benchmark"
         )
     place = path.resolve()
     if not place.is_relative_to(data_dir.resolve()):
@@ -325,12 +313,9 @@ def _check_place(path: Path, data_dir: Path) -> None:
 
 
 def _cache_key(sources: list[_Source], options: ExampleOptions) -> str:
-    """A digest of all that decides the rows: what the task files name, the contents of the files, the options.
-
-    This module's own text counts as well, so that a change of the code cannot meet rows of its predecessor.
-    """
-    places = {"data_dir": None, "instruction_file": digest(options.instruction_file)}  # contents count, not places
-    parts: list[Any] = [digest(__file__), dataclasses.asdict(options) | places]
+    """A digest of what decides the examples: entries of the task files, contents of the files, options, this module."""
+    contents = {"data_dir": None, "instruction_file": digest(options.instruction_file)}  # paths do not count
+    parts: list[Any] = [digest(__file__), dataclasses.asdict(options) | contents]
     for source in sources:
         parts.append([source.subset, source.task, source.dataset, source.strategy])
         parts.append([digest(path) for path in source.files(options)])
@@ -338,18 +323,18 @@ def _cache_key(sources: list[_Source], options: ExampleOptions) -> str:
 
 
 def _build(sources: list[_Source], instructions: dict[str, list[str]], options: ExampleOptions) -> datasets.DatasetDict:
-    """Read, check and lay out every source; a split that no task file names a dataset for is empty."""
-    examples: dict[str, list[dict]] = {subset: [] for subset in SUBSETS}
+    """Read, check and lay out every source; a split without datasets is empty."""
+    examples: dict[str, list[dict]] = {split: [] for split in SPLITS.values()}
     for source in sources:
-        examples[source.subset] += _examples(source, instructions[source.task], options)
-    columns = {subset: {name: [row[name] for row in rows] for name in FEATURES} for subset, rows in examples.items()}
+        examples[SPLITS[source.subset]] += _examples(source, instructions[source.task], options)
+    columns = {split: {name: [one[name] for one in of] for name in FEATURES} for split, of in examples.items()}
     return datasets.DatasetDict(
-        {split: datasets.Dataset.from_dict(columns[subset], features=FEATURES) for subset, split in SPLITS.items()}
+        {split: datasets.Dataset.from_dict(of_split, features=FEATURES) for split, of_split in columns.items()}
     )
 
 
 def _choose_instructions(sources: Iterable[_Source], options: ExampleOptions) -> dict[str, list[str]]:
-    """The instructions that a row of each task may get; none for COPA, unless the file has an entry for it."""
+    """The instructions to draw from for each task; none for COPA, unless the file has an entry for it."""
     kind = "few-shot" if options.num_examples else "zero-shot"
     path = options.instruction_file
     available = {task: texts[kind] for task, texts in read_instructions(path).items()}
@@ -368,28 +353,24 @@ def _examples(source: _Source, instructions: list[str], options: ExampleOptions)
     labels = read_labels(source.file("labels"))
     rows = _choose(read_rows(source.file(source.subset), labels), source, options)
     pool = read_rows(source.file("train"), labels) if options.num_examples else []
-    return [_example(row, source, labels, instructions, pool, options) for row in rows]
-
-
-def _example(
-    row: dict, source: _Source, labels: list[str], instructions: list[str], pool: list[dict], options: ExampleOptions
-) -> dict:
-    """One example; `pool` holds the rows of train.json that may be shown in it."""
-    instruction = ""
-    if instructions:
-        instruction = options.generator("instruction", source, row["id"]).choice(instructions)
-        instruction += f"Option: {', '.join(labels)} \n"
-    return {
-        "Task": source.task,
-        "Dataset": source.dataset,
-        "subset": source.subset,
-        "Samples": _samples(pool, row, source, options),
-        "Instance": {**row, "ground_truth": row["label"], "instruction": instruction},
-    }
+    examples = []
+    for row in rows:
+        instruction = ""
+        if instructions:
+            instruction = options.generator("instruction", source, row["id"]).choice(instructions)
+            instruction += f"Option: {', '.join(labels)} \n"
+        examples.append({
+            "Task": source.task,
+            "Dataset": source.dataset,
+            "subset": source.subset,
+            "Samples": _samples(pool, row, source, options),
+            "Instance": {**row, "ground_truth": row["label"], "instruction": instruction},
+        })
+    return examples
 
 
 def _choose(rows: list[dict], source: _Source, options: ExampleOptions) -> list[dict]:
-    """The rows that the sampling strategy and the limits leave, or repeat."""
+    """Apply the sampling strategy, the limits and over-sampling."""
     limit = options.limit(source.subset)
     if limit is None:
         return rows
@@ -402,13 +383,13 @@ def _choose(rows: list[dict], source: _Source, options: ExampleOptions) -> list[
 
 
 def _samples(pool: list[dict], row: dict, source: _Source, options: ExampleOptions) -> list[dict]:
-    """`num_examples` rows of `pool`, the dataset's train.json, but never `row` itself."""
+    """Draw `num_examples` examples of `pool`, the dataset's train.json, without `row` itself."""
     own_id = row["id"] if source.subset == "train" else None
     wanted = options.num_examples
     drawn = options.generator("samples", source, row["id"]).sample(pool, min(wanted + 1, len(pool)))
     samples = [{"sentence": other["sentence"], "label": other["label"]} for other in drawn if other["id"] != own_id]
     if len(samples) < wanted:
         raise InputError(
-            f"--num_examples: {wanted}; allowed: at most {len(samples)}, the other rows of {source.file('train')}"
+            f"--num_examples: {wanted}; allowed: at most {len(samples)}, the other examples of {source.file('train')}"
         )
     return samples[:wanted]

@@ -1,75 +1,70 @@
 """`UIETrainer`: Hugging Face's Seq2SeqTrainer, overridden only where continual learning with GORP differs.
 
-What differs: the method makes the optimizer and adds its penalty, the loss weighs every answer token of a global
-batch alike, predictions are the new tokens only and are scored per task and dataset, and checkpoints hold what
-trains and nothing else.
+The method creates the optimizer and adds its penalty, every answer token of a global batch has the same weight in the
+loss, predictions are scored per task and dataset, and checkpoints hold only what trains.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
-from checkpoints import SCHEDULE, load_random_state, read_tensors, write_manifest, write_random_state, write_tensors
+from checkpoints import SCHEDULE, TENSORS, load_random_state, write_manifest, write_random_state
 from compute_metrics import evaluate_predictions
 from errors import InputError
 from evaluation.generate import Prediction
-from files import read_json, write_json
+from files import read_json, read_tensors, whole_file, write_json
 from methods import Method
 from non_finite import NonFiniteGuard
 from Proj_torch.sharded_state import start_moments
 
-REVISITED_ROWS = 64  # that show a method what the layers see once a task is learned
+REVISITED_EXAMPLES = 64  # from which a method samples the layers' inputs when a task is learned
 
 
 class UIETrainer(Seq2SeqTrainer):
     """Trains one task by one method.
 
     Args:
-        method: prepared method; makes the optimizer, adds the penalty.
+        method: a method after `prepare`.
         decoder_only: whether the model continues its prompt (LLaMA) or answers from a decoder of its own (T5).
-        multilingual: whether ROUGE counts GPT-2's pieces, for text that is not English.
+        multilingual: whether ROUGE counts GPT-2's pieces instead of English words.
         generation: arguments of `generate` for evaluation and prediction, `max_new_tokens` among them.
     """
 
-    # compute_loss divides by the tokens of the whole global batch, whatever the accumulation.
+    # compute_loss divides by the tokens of the global batch, whatever the accumulation.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, method: Method, decoder_only: bool, generation: dict, multilingual: bool = False,
-                 **kwargs):
+    def __init__(
+        self, *args, method: Method, decoder_only: bool, generation: dict, multilingual: bool = False, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.method = method
         self.multilingual = multilingual
         self.generation = generation
-        # Have the answer tokens of a global batch counted for every model; compute_loss uses the count.
+        # Makes the Trainer count the answer tokens of a global batch, for compute_loss.
         self.model_accepts_loss_kwargs = True
         self._penalties: list[torch.Tensor] = []
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.non_finite = NonFiniteGuard(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
-        if self.is_deepspeed_enabled and not self.args.do_train:
-            self._evaluate_without_engine()
+        if self.is_deepspeed_enabled and not self.args.do_train and not self.args.hf_deepspeed_config.is_zero3():
+            self.is_deepspeed_enabled = False  # evaluation alone needs no engine, and Hugging Face would reject it
+            if self.args.bf16 or self.args.fp16:  # the precision in which the engine would hold the model
+                self.model.to(torch.bfloat16 if self.args.bf16 else torch.float16)
         if decoder_only and self.args.label_smoothing_factor:
             raise InputError(
                 f"--label_smoothing_factor: found {self.args.label_smoothing_factor}; 0 for a decoder-only model, "
                 "whose logits exist only where there is a target"
             )
 
-    def _evaluate_without_engine(self) -> None:
-        """Evaluation alone needs no ZeRO engine below stage 3 (where Hugging Face would refuse it)."""
-        if self.args.hf_deepspeed_config.is_zero3():
-            return
-        self.is_deepspeed_enabled = False
-        if self.args.bf16 or self.args.fp16:  # as the engine holds the model while it trains
-            self.model.to(torch.bfloat16 if self.args.bf16 else torch.float16)
-
     # Optimizer and loss
 
     def create_optimizer(self, model=None):
-        """The method's optimizer; with it the method's own learning rates per group."""
+        """The method's optimizer, with its own learning rates per group."""
         if self.optimizer is None:
             args = self.args
             self.optimizer = self.method.create_optimizer(
@@ -81,7 +76,7 @@ class UIETrainer(Seq2SeqTrainer):
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """The parent's step, told to the method first: a sharded projection acts within forward and backward."""
+        """The parent's step; the method is notified first, as a sharded projection acts within forward and backward."""
         rows = inputs.pop("rows", [])
         self.method.begin_micro_batch(self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -91,12 +86,11 @@ class UIETrainer(Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy per answer token, plus the method's penalty once an optimizer step.
 
-        The model returns the mean over its own rows. Where the Trainer has counted the answer tokens of the global
-        batch (all micro-batches, all ranks), the mean is turned into this batch's share of the global one, so that
-        neither accumulation nor the number of ranks changes the gradient. (Hugging Face leaves that to the model,
-        and T5's forward does not do it.)
+        The model returns the mean over its own answer tokens. It is scaled to this batch's share of the mean over the
+        global batch (all micro-batches, all ranks), so that neither accumulation nor the number of ranks changes the
+        gradient. Hugging Face leaves this to the model, and T5's forward does not do it.
         """
-        outputs = model(**inputs, use_cache=False)  # keys and values would be copied for a generation that never comes
+        outputs = model(**inputs, use_cache=False)  # no generation follows that would read the cache
         loss = outputs.loss
         if self.label_smoother is not None:
             loss = self.label_smoother(outputs, inputs["labels"])
@@ -106,26 +100,21 @@ class UIETrainer(Seq2SeqTrainer):
             share = (inputs["labels"] != -100).sum() / num_items_in_batch
             loss = loss * share * self.accelerator.num_processes  # gradients are averaged over ranks afterwards
         if model.training:
-            loss = self._add_penalty(loss)
+            penalty = self.method.penalty()
+            if penalty is not None:
+                self._penalties.append(penalty.detach())
+                loss = loss + penalty / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs):
-        """The parent's count, but the parameters are counted once, not in every step."""
+        """The parent's count, with the parameters counted once and not in every step."""
         return 6 * inputs["input_ids"].numel() * self._parameters
 
-    def _add_penalty(self, loss: torch.Tensor) -> torch.Tensor:
-        penalty = self.method.penalty()
-        if penalty is None:
-            return loss
-        self._penalties.append(penalty.detach())
-        return loss + penalty / self.current_gradient_accumulation_steps
-
     def revisited_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of the first training rows, the same on every rank."""
-        rows = self.train_dataset.select(range(min(REVISITED_ROWS, len(self.train_dataset))))
-        for start in range(0, len(rows), self.args.per_device_train_batch_size):
-            stop = min(start + self.args.per_device_train_batch_size, len(rows))
-            yield self._batch([rows[i] for i in range(start, stop)])
+        """Batches of the first training examples, the same on every rank."""
+        size, count = self.args.per_device_train_batch_size, min(REVISITED_EXAMPLES, len(self.train_dataset))
+        for start in range(0, count, size):
+            yield self._batch([self.train_dataset[i] for i in range(start, min(start + size, count))])
 
     def _batch(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self._prepare_inputs(self.data_collator(examples))
@@ -133,7 +122,7 @@ class UIETrainer(Seq2SeqTrainer):
         return inputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Beside the loss, which includes it, the mean penalty since the last line."""
+        """Also log the mean penalty since the last line; the loss includes it."""
         if "loss" in logs and self._penalties:
             logs["penalty"] = torch.stack(self._penalties).mean().item()
             self._penalties.clear()
@@ -144,33 +133,21 @@ class UIETrainer(Seq2SeqTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """Every row's prediction as text and its scores per task and dataset, see `evaluation/generate.py`.
+        """Predict every example as text and score the predictions per task and dataset, see `evaluation/generate.py`.
 
-        The parent's loop makes the model ready (place, precision, DeepSpeed) and gets no batch to run. The loss of the
-        reference answers needs a pass of its own: validation has it, since the best step may be chosen by it, and a
-        test where `--predict_loss` asks for it.
+        The parent's loop prepares the model (device, precision, DeepSpeed) and gets no batch to run. The loss of the
+        reference answers needs a forward pass of its own. It is computed in validation, as the best step may be chosen
+        by it, and with `--predict_loss` in tests.
 
-        Returns the parent's output with `predictions` as a list of strings, one for each row of the dataset.
+        Returns the parent's output with `predictions` as a list of strings, one for each example of the dataset.
         """
         output = super().evaluation_loop(DataLoader([]), description, True, ignore_keys, metric_key_prefix)
-        rows, metrics, texts = dataloader.dataset, {}, None
-        prediction = self._prediction(rows)
-        if metric_key_prefix == "eval" or self.args.predict_loss:
-            metrics["loss"] = prediction.loss()
-        if not self.args.prediction_loss_only:
-            tokens = prediction.answers()
-            texts = [text.strip() for text in self.processing_class.batch_decode(tokens, skip_special_tokens=True)]
-            metrics |= evaluate_predictions(rows, texts, multilingual=self.multilingual)
-            metrics["gen_len"] = (tokens != self.processing_class.pad_token_id).sum(1).float().mean().item()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output._replace(predictions=texts, num_samples=len(rows))
-
-    def _prediction(self, rows) -> Prediction:
+        examples, metrics, texts = dataloader.dataset, {}, None
         args, collator = self.args, self.data_collator
-        return Prediction(
+        prediction = Prediction(
             self.model,
             collator,
-            rows,
+            examples,
             self.accelerator,
             self.generation,
             most_rows=args.per_device_eval_batch_size,
@@ -178,11 +155,20 @@ class UIETrainer(Seq2SeqTrainer):
             shares_beginnings=collator.decoder_only and not is_deepspeed_zero3_enabled(),
             show_progress=not args.disable_tqdm and self.is_world_process_zero(),
         )
+        if metric_key_prefix == "eval" or self.args.predict_loss:
+            metrics["loss"] = prediction.loss()
+        if not self.args.prediction_loss_only:
+            tokens = prediction.answers()
+            texts = [text.strip() for text in self.processing_class.batch_decode(tokens, skip_special_tokens=True)]
+            metrics |= evaluate_predictions(examples, texts, multilingual=self.multilingual)
+            metrics["gen_len"] = (tokens != self.processing_class.pad_token_id).sum(1).float().mean().item()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output._replace(predictions=texts, num_samples=len(examples))
 
-    # Private methods of Hugging Face's Trainer. tests/test_resume.py names each, with why no public one does.
+    # Private methods of Hugging Face's Trainer. tests/test_resume.py lists them and why no public one would do.
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """The parent's, without its own checkpoint; then the method meets the engine, and ours is read."""
+        """The parent's preparation without a checkpoint; then the method gets the engine, and ours is read."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.method.begin_training(self.model_wrapped if self.is_deepspeed_enabled else None)
         if self.method.own_state:
@@ -194,17 +180,17 @@ class UIETrainer(Seq2SeqTrainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Nothing yet: `_prepare_for_training` reads the checkpoint once there is an optimizer."""
+        """Do nothing: `_prepare_for_training` reads the checkpoint when there is an optimizer."""
 
     def _load_rng_state(self, checkpoint) -> None:
-        """The generators, called where the first batch after the checkpoint is to be drawn or computed."""
+        """Restore the generators; called before the first batch after the checkpoint."""
         load_random_state(Path(checkpoint), self.args.process_index)
 
     def _load_best_model(self) -> None:
         self._load_state(Path(self.state.best_model_checkpoint))
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint in our format; only once it is complete may older ones go."""
+        """Save a checkpoint in our format; older ones are deleted only when it is complete."""
         args, folder = self.args, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self.store_flos()
         tensors = self.method.training_state()
@@ -214,7 +200,8 @@ class UIETrainer(Seq2SeqTrainer):
         if best.exists():
             self.state.best_model_checkpoint = str(best)
         if args.should_save:
-            write_tensors(folder, tensors)
+            with whole_file(folder / TENSORS) as partial:
+                save_file(tensors, partial, metadata={"format": "pt"})
             schedule = {"schedule": self.lr_scheduler.state_dict(), "loss_scale": self._loss_scale()}
             write_json(folder / SCHEDULE, schedule)
             self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -222,34 +209,32 @@ class UIETrainer(Seq2SeqTrainer):
             rotate_checkpoints(args.output_dir, args.save_total_limit, self.state.best_model_checkpoint)
 
     def _run_epoch(self, *args, **kwargs):
-        """The parent's epoch, unless the last step is in the checkpoint already: the parent would take one more."""
+        """The parent's epoch, unless the checkpoint is of the last step: the parent would take one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The gradient's norm, known right before the optimizer steps; a step that is not finite is left out."""
+        """The gradient's norm, computed right before the optimizer's step; a step that is not finite is skipped."""
         norm = super()._get_grad_norm(model, grad_norm)
         if not self.non_finite.end_of_step(self.state.global_step + 1, norm):
             model.zero_grad()
         return norm
 
-    # What they use
-
     def _load_state(self, folder: Path) -> None:
-        saved, schedule = read_tensors(folder), read_json(folder / SCHEDULE)
+        (saved, _), schedule = read_tensors(folder / TENSORS), read_json(folder / SCHEDULE)
         try:
             self.method.load_training_state(saved)
             self._load_loss_scale(schedule["loss_scale"])
         except (InputError, KeyError) as error:
-            raise InputError(f"{folder}: a checkpoint of another kind of run ({error})") from None
+            raise InputError(f"{folder}: a checkpoint of a different run ({error})") from None
         self.lr_scheduler.load_state_dict(schedule["schedule"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
     def _loss_scaler(self):
-        """What finds fp16's loss scale by trial, DeepSpeed's or PyTorch's, if anything does."""
+        """The dynamic loss scaler of fp16, DeepSpeed's or PyTorch's; None without one."""
         if self.is_deepspeed_enabled:
             return getattr(self.model_wrapped.optimizer, "loss_scaler", None)
         return self.accelerator.scaler
@@ -268,14 +253,14 @@ class UIETrainer(Seq2SeqTrainer):
             vars(scaler).update(saved)
 
     def _start_moments(self) -> None:
-        """Have DeepSpeed make its optimizer state, without drawing random numbers."""
+        """Make DeepSpeed allocate its optimizer state, without drawing random numbers."""
         with torch.random.fork_rng():
             inputs = self._batch([self.train_dataset[0]])
             start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
 
 
 class DenserEvaluation(TrainerCallback):
-    """Logs and evaluates at a few early steps too (`--denser_evaluation`)."""
+    """Also logs and evaluates at a few early steps (`--denser_evaluation`)."""
 
     STEPS = (1, 50, 100, 200)
 

@@ -15,20 +15,20 @@ def test_identical_answers_have_no_gap_and_no_width():
     answers = runs(("A", "1"), ("A", "2"), x=[1, 0, 1, 1], y=[0, 0, 1])
     found = paired_interval(answers, answers)
     assert (found.mean, found.low, found.high) == (0, 0, 0)
-    assert not found.is_result
+    assert not found.is_significant
 
 
 def test_a_gap_on_every_row_has_no_width():
     keys = [("A", "1"), ("A", "2"), ("B", "1"), ("B", "2")]
     found = paired_interval(runs(*keys, x=[1] * 5, y=[1] * 3), runs(*keys, x=[0] * 5, y=[0] * 3))
     assert (found.mean, found.low, found.high) == pytest.approx((100, 100, 100))
-    assert (found.runs, found.seeds) == (4, 2) and found.is_result
+    assert (found.runs, found.seeds) == (4, 2) and found.is_significant
 
 
 def test_one_seed_of_an_order_is_no_result():
     keys = [("A", "1"), ("A", "2"), ("B", "1")]
     found = paired_interval(runs(*keys, x=[1] * 5), runs(*keys, x=[0] * 5))
-    assert not found.holds_zero and found.seeds == 1 and not found.is_result
+    assert not found.contains_zero and found.seeds == 1 and not found.is_significant
 
 
 def test_datasets_count_alike_whatever_their_size():

@@ -241,7 +241,7 @@ def test_a_head_that_does_not_fit(tokenizers, build, decoder_only):
     with pytest.raises(InputError) as error:
         collator(tokenizers[build], decoder_only, max_source_length=needed - 1)([row])
     assert str(error.value) == (
-        f"mine, train row 7: the prompt without its sentence needs {needed} tokens; "
+        f"mine, train example 7: the prompt without its sentence needs {needed} tokens; "
         f"allowed: --max_source_length {needed - 1}"
     )
     assert collator(tokenizers[build], decoder_only, max_source_length=needed)([row])
@@ -254,7 +254,7 @@ def test_an_answer_that_does_not_fit(tokenizers, decoder_only, needed):
             [example("x", "0123456789", subset="dev")]
         )
     assert str(error.value) == (
-        f"mine, dev row 7: the answer '0123456789' needs {needed} tokens; allowed: --max_target_length {needed - 1}"
+        f"mine, dev example 7: the answer '0123456789' needs {needed} tokens; allowed: --max_target_length {needed - 1}"
     )
     assert collator(tokenizers[byt5], decoder_only, max_target_length=needed)([example("x", "0123456789")])
 
@@ -264,11 +264,11 @@ def test_a_tokenizer_without_eos():
     tokenizer.eos_token = None
     with pytest.raises(InputError) as error:
         collator(tokenizer, True)
-    assert str(error.value) == "--model_name_or_path: a tokenizer without an EOS token; allowed: one that has it"
+    assert str(error.value) == "--model_name_or_path: found a tokenizer without an EOS token; allowed: one with it"
 
 
 def test_training_and_evaluation_rows_do_not_mix(tokenizers):
-    with pytest.raises(ValueError, match="mixes rows of train with rows of dev or test"):
+    with pytest.raises(ValueError, match="mixes examples of train with examples of dev or test"):
         collator(tokenizers[llama], True)([example("x"), example("x", subset="test")])
 
 
@@ -297,7 +297,7 @@ def test_a_record_that_cannot_be_written(tokenizers, tmp_path):
         collator(tokenizers[byt5], False, input_record_file=path)
     assert str(error.value) == (
         f"--input_record_file {path}: cannot be written (No such file or directory); "
-        "allowed: a file in a folder that exists"
+        "allowed: a file in an existing folder"
     )
 
 

@@ -298,7 +298,7 @@ def test_a_blank_row_is_refused(tmp_path):
     def load(repo, config, *, split, streaming):
         return [{"text": " " if split == "test" else "a film", "label": 0}]
 
-    with pytest.raises(InputError, match=r"IMDB.*dev\.json, row 0: "):
+    with pytest.raises(InputError, match=r"IMDB.*dev\.json, example 0: "):
         prepare_benchmark.prepare_from_hub(tmp_path, ["SC/IMDB"], load=load)
     assert not is_complete(tmp_path / "SC/IMDB")
 
@@ -338,8 +338,8 @@ def test_from_a_folder(tmp_path, caplog):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"train": [{"sentence": "a", "label": "maybe"}]}, r"train\.json, row 0: label 'maybe'; allowed: no, yes"),
-        ({"dev": [{"sentence": "a"}]}, r"dev\.json, row 0: "),
+        ({"train": [{"sentence": "a", "label": "maybe"}]}, r"train\.json, example 0: label 'maybe'; allowed: no, yes"),
+        ({"dev": [{"sentence": "a"}]}, r"dev\.json, example 0: "),
         ({"test": []}, r"test\.json: "),
         ({"labels": []}, r"labels\.json: "),
     ],
@@ -403,11 +403,11 @@ def test_rows_without_gold_label_are_no_label(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"test": [{"sentence": "a", "label": "maybe"}]}, r"test\.json, row 0: label 'maybe'; allowed: yes, no"),
+        ({"test": [{"sentence": "a", "label": "maybe"}]}, r"test\.json, example 0: label 'maybe'; allowed: yes, no"),
         ({"dev": None}, r"dev\.json: no such file"),
-        ({"train": [{"sentence": "a", "label": "-"}]}, r"train\.json, row 0: label '-'"),
-        ({"train": [{"sentence": "a", "label": ["yes"]}]}, r"train\.json, row 0: "),
-        ({"train": ["yes"]}, r"train\.json, row 0: "),
+        ({"train": [{"sentence": "a", "label": "-"}]}, r"train\.json, example 0: label '-'"),
+        ({"train": [{"sentence": "a", "label": ["yes"]}]}, r"train\.json, example 0: "),
+        ({"train": ["yes"]}, r"train\.json, example 0: "),
         ({"train": {"label": "yes"}}, r"train\.json: "),
     ],
 )
@@ -456,7 +456,7 @@ def test_an_order_may_come_before_the_benchmark(tmp_path):
         ("x", ["yelp"], "--tasks: 'yelp'; allowed: TASK/DATASET with a task of SC, TC"),
         ("x", ["SC/yelp/test"], "--tasks: 'SC/yelp/test'; allowed: TASK/DATASET"),
         ("x", ["TC/yelp"], "--tasks: TC/yelp is not in .*; allowed: SC/IMDB, .*SC/yelp"),
-        ("x", ["SC/yelp", "SC/yelp"], "dataset 'yelp' stands twice"),
+        ("x", ["SC/yelp", "SC/yelp"], "dataset 'yelp' occurs twice"),
     ],
 )
 def test_orders_that_are_refused(tmp_path, name, tasks, message):

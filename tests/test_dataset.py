@@ -195,7 +195,7 @@ def test_few_shot_may_show_all_other_rows_but_no_more(benchmark):
     for row in rows["train"]:
         others = {f"question {index}" for index in range(4)} - {row["Instance"]["sentence"]}
         assert {sample["sentence"] for sample in row["Samples"]} == others
-    expected = f"--num_examples: 4; allowed: at most 3, the other rows of {folder / 'train.json'}"
+    expected = f"--num_examples: 4; allowed: at most 3, the other examples of {folder / 'train.json'}"
     with pytest.raises(InputError, match=f"^{expected}$"):
         benchmark.load(num_examples=4)
 
@@ -285,7 +285,7 @@ def test_rows_without_gold_label_are_left_out_with_one_line(benchmark, caplog):
         loaded = benchmark.load()
     assert ids(loaded["test"]) == ids(loaded["validation"]) == [0, 3]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{folder / name}: left out 2 rows labelled '-'" for name in ("dev.json", "test.json")
+        f"{folder / name}: left out 2 examples labelled '-'" for name in ("dev.json", "test.json")
     ]
 
 
@@ -297,20 +297,20 @@ GOOD = {"sentence": "fine", "label": "True"}
     "content, message",
     [
         ("[{", ", line 1, column 3: not JSON (Expecting property name enclosed in double quotes)"),
-        ([], ": found empty array; allowed: a non-empty array of rows"),
-        ({"sentence": "x"}, ": found object; allowed: a non-empty array of rows"),
-        (None, ": found null; allowed: a non-empty array of rows"),
-        ([GOOD, "text"], f", row 1: found string; {ROW}"),
-        ([GOOD, {"sentence": "x"}], f", row 1: keys 'sentence'; {ROW}"),
-        ([GOOD, {"label": "True"}], f", row 1: keys 'label'; {ROW}"),
-        ([{}], f", row 0: keys none; {ROW}"),
-        ([{**GOOD, "id": "3"}], f", row 0: keys 'sentence', 'label', 'id'; {ROW}"),
-        ([{"sentence": 3, "label": "True"}], f", row 0: sentence is number; {ROW}"),
-        ([{"sentence": "x", "label": None}], f", row 0: label is null; {ROW}"),
-        ([{"sentence": " \n", "label": "True"}], f", row 0: sentence is blank; {ROW}"),
-        ([{"sentence": "x", "label": ""}], f", row 0: label is blank; {ROW}"),
-        ([GOOD, GOOD, {"sentence": "x", "label": "Maybe"}], ", row 2: label 'Maybe'; allowed: False, True"),
-        ([GOOD, {"sentence": "x", "label": "-"}], ", row 1: label '-'; allowed: False, True"),
+        ([], ": found empty array; allowed: a non-empty array of examples"),
+        ({"sentence": "x"}, ": found object; allowed: a non-empty array of examples"),
+        (None, ": found null; allowed: a non-empty array of examples"),
+        ([GOOD, "text"], f", example 1: found string; {ROW}"),
+        ([GOOD, {"sentence": "x"}], f", example 1: keys 'sentence'; {ROW}"),
+        ([GOOD, {"label": "True"}], f", example 1: keys 'label'; {ROW}"),
+        ([{}], f", example 0: keys none; {ROW}"),
+        ([{**GOOD, "id": "3"}], f", example 0: keys 'sentence', 'label', 'id'; {ROW}"),
+        ([{"sentence": 3, "label": "True"}], f", example 0: sentence is number; {ROW}"),
+        ([{"sentence": "x", "label": None}], f", example 0: label is null; {ROW}"),
+        ([{"sentence": " \n", "label": "True"}], f", example 0: sentence is blank; {ROW}"),
+        ([{"sentence": "x", "label": ""}], f", example 0: label is blank; {ROW}"),
+        ([GOOD, GOOD, {"sentence": "x", "label": "Maybe"}], ", example 2: label 'Maybe'; allowed: False, True"),
+        ([GOOD, {"sentence": "x", "label": "-"}], ", example 1: label '-'; allowed: False, True"),
     ],
 )
 def test_bad_rows(benchmark, content, message):
@@ -326,7 +326,7 @@ def test_a_test_file_without_any_label(benchmark):
     put(folder / "test.json", [{"sentence": "x", "label": "-"}])
     with pytest.raises(InputError) as error:
         benchmark.load()
-    assert str(error.value) == (f"{folder / 'test.json'}: 1 rows, all labelled '-'; allowed: at least one with a label")
+    assert str(error.value) == (f"{folder / 'test.json'}: 1 examples, all labelled '-'; at least one needs a label")
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ TENSORS = st.dictionaries(
     ),
     max_size=4,
 )
-METADATA = st.none() | st.dictionaries(st.sampled_from(["format", "version", "side", "energy", "max_directions"]),
+METADATA = st.none() | st.dictionaries(st.sampled_from(["format", "version", "side", "energy"]),
     st.sampled_from(["gorp-gradient-space", "1", "output", "0.9", "pt", "", "x"]), max_size=5)  # fmt: skip
 FITS = {"base_model.model.q.lora_A.weight": torch.ones(2, 4), "base_model.model.q.lora_B.weight": torch.ones(5, 2)}
 SAFETENSORS = st.one_of(

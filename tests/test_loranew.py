@@ -404,7 +404,7 @@ KEY = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
     [
         (lambda t: t.pop(KEY), [KEY, "missing", "(8, 16)"]),
         (lambda t: t.update({KEY: torch.zeros(6, 16)}), [KEY, "(6, 16)", "(8, 16)"]),
-        (lambda t: t.update({"stray.weight": torch.zeros(2)}), ["stray.weight", "no place"]),
+        (lambda t: t.update({"stray.weight": torch.zeros(2)}), ["stray.weight", "which the model does not have"]),
         (lambda t: t.update({KEY.replace("lora_A", "loranew_A"): torch.zeros(4, 16)}), ["loranew_", "missing"]),
     ],
     ids=["missing", "shape", "unexpected", "half a new pair"],
@@ -460,7 +460,7 @@ def test_a_pickle_is_refused_with_a_conversion_that_works(folder):
         ({"rank_pattern": {"q": 2}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"target_modules": ".*nowhere"}, "matches no module"),
-        ({"target_modules": "("}, "no regular expression"),
+        ({"target_modules": "("}, "not a regular expression"),
         ({"target_modules": ".*SelfAttention"}, "only linear layers"),
         ({"r": 17}, "r: found 17; at most 16"),
     ],

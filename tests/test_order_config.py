@@ -91,7 +91,7 @@ def test_hidden_folders_are_no_steps(order):
     "change, message",
     [
         (lambda tasks: tasks.update(NER=[]), r"test_tasks\.json: unknown task 'NER'; allowed: SC, TC"),
-        (lambda tasks: tasks.update(SC={}), r"test_tasks\.json, SC: found dict; allowed: an array"),
+        (lambda tasks: tasks.update(SC={}), r"test_tasks\.json, SC: found empty object; allowed: an array"),
         (lambda tasks: tasks["SC"].append("yelp"), r"SC\[1\]: found 'yelp'; allowed: an object with a string under"),
         (lambda tasks: tasks["SC"].append({"sampling strategy": "full"}), r"SC\[1\]: found .* 'dataset name'"),
         (lambda tasks: tasks["SC"].append({"dataset name": 7}), r"SC\[1\]: found .* 'dataset name'"),
@@ -164,7 +164,7 @@ def test_faulty_dev_list(order):
 @pytest.mark.parametrize("name", TASK_FILES)
 def test_missing_and_broken_files(order, name):
     (order / "amazon" / name).write_text("[]")
-    with pytest.raises(InputError, match=f"amazon/{name}: found list; allowed: an object"):
+    with pytest.raises(InputError, match=f"amazon/{name}: found empty array; allowed: an object"):
         read_order(order)
     (order / "amazon" / name).write_text("{")
     with pytest.raises(InputError, match=f"amazon/{name}, line 1, column 2: not JSON"):
@@ -175,7 +175,7 @@ def test_missing_and_broken_files(order, name):
 
 
 def test_missing_and_empty_orders(order):
-    with pytest.raises(InputError, match="four_configs: no such folder of an order; in .*: three_configs"):
+    with pytest.raises(InputError, match="four_configs: no such order folder; in .*: three_configs"):
         read_order(order.parent / "four_configs")
     (order.parent / "five_configs").mkdir()
     with pytest.raises(InputError, match="five_configs: no steps; allowed: one folder a dataset"):
@@ -188,7 +188,7 @@ def test_missing_and_empty_orders(order):
         ([], "an order without tasks"),
         ([("NER", "x")], "NER/x: unknown task 'NER'; allowed: SC, TC"),
         ([("SC", "..")], "dataset name: found '..'; allowed: letters"),
-        ([("SC", "a"), ("TC", "a")], "TC/a: dataset 'a' stands twice in the order; allowed: once"),
+        ([("SC", "a"), ("TC", "a")], "TC/a: dataset 'a' occurs twice in the order; allowed: once"),
     ],
 )
 def test_an_order_that_cannot_be_written_leaves_nothing(tmp_path, datasets, message):
@@ -214,11 +214,3 @@ def test_a_write_that_fails_half_way_leaves_the_old_order(order, monkeypatch):
         write_order(order, THREE[:2], overwrite=True)
     assert pairs(read_order(order)) == THREE
     assert [path.name for path in order.parent.iterdir()] == [order.name]
-
-
-def test_command_line(order, capsys):
-    assert order_config.main([str(order)]) == 0
-    assert capsys.readouterr().out == "TC/dbpedia\nSC/amazon\nTC/agnews\n"
-    assert order_config.main([str(order / "nowhere")]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1

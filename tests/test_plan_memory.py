@@ -11,8 +11,7 @@ from helpers import ROOT
 from loranew import fold_loranew, renew_loranew
 from methods.gorp import Gorp
 from model.loading import load_model_and_tokenizer
-from module_matching import match_linear
-from plan_memory import CONTEXT, GIB, collected, count_activations, make_plan, parse_arguments, verdict
+from plan_memory import CONTEXT, GIB, STATE, STEP, collected, make_plan, parse_arguments, tokens_of, verdict
 from Proj_torch.layer_gradient import LayerGradient
 
 LORA = {"tiny-t5": ".*SelfAttention.(q|v).*", "tiny-llama": ".*self_attn.(q_proj|v_proj).*"}
@@ -22,9 +21,8 @@ LLAMA = (
     "--optim_target_modules", WEIGHTS["tiny-llama"], "--bf16", "--activation_checkpointing",
 )  # fmt: skip
 ROWS, SOURCE, ANSWER = 3, 40, 12
-BACKWARD = "a refresh step, backward begins"
 END = "the task's end"
-STATE = plan_memory.STATE
+INPUTS = ("--protect_side", "input", "--space_from", "inputs")
 
 # LLaMA-2-7B by its published shapes: 32 layers of four h x h, three h x f and two norms; embeddings and head; a norm.
 H, F, LAYERS, VOCABULARY = 4096, 11008, 32, 32000
@@ -61,14 +59,15 @@ def tiny(name: str, *more: str):
 
 def test_two_ranks_of_zero_2_hold_what_the_shapes_say():
     start = time.perf_counter()
-    plan, options = plan_of(*LLAMA, "--gpus", "2", "--gpu_gib", "24", "--space_from", "inputs")
+    plan, options = plan_of(*LLAMA, "--gpus", "2", "--gpu_gib", "24", *INPUTS)
     assert options.stage == 2 and time.perf_counter() - start < 60
-    assert plan.values == (PARAMETERS, NEW_LORA, CORES, GATES) == (6_738_415_616, 4_194_304, 2_818_048, 1_442_840_576)
+    assert plan.parameters == (PARAMETERS, NEW_LORA, CORES, GATES)
+    assert plan.parameters == (6_738_415_616, 4_194_304, 2_818_048, 1_442_840_576)
     trained = NEW_LORA + CORES
     assert plan.resident == {
         "weights": 2 * PARAMETERS,
         "frozen LoRA of earlier tasks": 0,
-        "trained values in the model": 2 * trained,
+        "trainable parameters in the model": 2 * trained,
         STATE: 12 * trained // 2,
         "gradients": 2 * trained // 2,
         "bases": 4 * LAYERS * 8 * H,
@@ -83,7 +82,7 @@ def test_two_ranks_of_zero_2_hold_what_the_shapes_say():
     assert plan.host[END]["full-rank weights to save, fp32"] == 4 * GATES
     said = verdict(plan, options)
     assert said.startswith("verdict: fits in 2 x 24 GiB: 18.") and "largest part: weights, 12.55 GiB" in said
-    assert said.endswith("the CPU's memory: 50.2 GiB in all")
+    assert said.endswith("the CPU's memory: 50.2 GiB in total")
     options.gpu_gib = 16.0
     assert verdict(plan, options).startswith("verdict: does not fit in 2 x 16 GiB: ")
     options.gpu_gib = plan.peak()[0] / GIB / 0.95
@@ -91,7 +90,7 @@ def test_two_ranks_of_zero_2_hold_what_the_shapes_say():
 
 
 def test_stage_3_holds_the_complete_model_while_it_loads():
-    plan, options = plan_of(*LLAMA, "--gpus", "8", "--stage", "3", "--space_from", "inputs")
+    plan, options = plan_of(*LLAMA, "--gpus", "8", "--stage", "3", *INPUTS)
     assert plan.resident["weights"] == 2 * PARAMETERS / 8
     assert plan.moments["loading"]["weights, complete"] == 2 * (PARAMETERS + NEW_LORA + CORES)
     assert plan.peak() == (2 * (PARAMETERS + NEW_LORA + CORES) + CONTEXT, "loading")
@@ -108,16 +107,16 @@ def test_a_space_from_moments_the_default_needs_all_of_them_at_the_end():
 
 def test_one_gpu_without_stage_is_a_run_without_deepspeed():
     plan, options = plan_of(*LLAMA, "--gpus", "1")
-    assert options.stage is None and options.galore_engine == "dense"
+    assert options.stage is None and not options.cores
     assert plan.resident["weights"] == 4 * PARAMETERS  # float32, whatever the precision of training
-    assert plan.resident["trained values in the model"] == 4 * NEW_LORA
+    assert plan.resident["trainable parameters in the model"] == 4 * NEW_LORA
     assert plan.resident[STATE] == 8 * (NEW_LORA + CORES)  # moments alone; those of the gates in projected coordinates
     assert plan.resident["gradients"] == 4 * (NEW_LORA + GATES)
     assert plan.resident["DeepSpeed's buffers"] == plan.resident["rounding error of 16-bit targets"] == 0
-    assert plan.moments[BACKWARD]["16-bit copies of weights"] == 2 * PARAMETERS // LAYERS
+    assert plan.moments[STEP]["16-bit copies of weights"] == 2 * PARAMETERS // LAYERS
     assert "does not fit in 1 x 24 GiB" in verdict(plan, options)
     whole, _ = plan_of(*LLAMA[:-1])  # without checkpointing every layer's copies stay
-    assert whole.moments[BACKWARD]["16-bit copies of weights"] == 2 * PARAMETERS
+    assert whole.moments[STEP]["16-bit copies of weights"] == 2 * PARAMETERS
     cores, _ = plan_of(*LLAMA, "--galore_engine", "cores")
     assert cores.resident["gradients"] == 4 * (NEW_LORA + CORES)
     sharded, _ = plan_of(*LLAMA, "--gpus", "1", "--stage", "2")
@@ -125,13 +124,13 @@ def test_one_gpu_without_stage_is_a_run_without_deepspeed():
 
 
 def test_accumulation_collects_complete_gradients():
-    plan, options = plan_of(*LLAMA, "--gpus", "2", "--gradient_accumulation_steps", "32", "--space_from", "inputs")
-    assert plan.moments["a refresh step, backward ends"]["gradients collected so far"] == 4 * GATES
+    plan, options = plan_of(*LLAMA, "--gpus", "2", "--gradient_accumulation_steps", "32", *INPUTS)
+    assert plan.moments[STEP]["gradients collected"] == 4 * GATES
     assert verdict(plan, options).startswith("verdict: fits in 2 x 24 GiB (too close to rely on): ")
 
 
 def test_checkpointing_keeps_each_layers_input_and_one_layer():
-    plain, less = (plan_of(*words, "--gpus", "2")[0].moments[BACKWARD]["activations"] for words in (LLAMA[:-1], LLAMA))
+    plain, less = (plan_of(*words, "--gpus", "2")[0].moments[STEP]["activations"] for words in (LLAMA[:-1], LLAMA))
     inputs = LAYERS * (512 + 50) * H * 2
     assert inputs + plain / LAYERS == pytest.approx(less, rel=0.1)
 
@@ -147,7 +146,7 @@ def test_what_each_stage_shards(stage):
         0: set(),
         1: {STATE},
         2: {STATE, "gradients"},
-        3: {STATE, "gradients", "weights", "trained values in the model"},
+        3: {STATE, "gradients", "weights", "trainable parameters in the model"},
     }
     assert halved == expected[stage]
 
@@ -161,8 +160,8 @@ def test_offloaded_state_is_in_the_cpus_memory():
 def test_t5_large_preset_has_the_published_size():
     plan, _ = plan_of("--model_name_or_path", "t5-large", "--lora_modules", LORA["tiny-t5"],
                       "--optim_target_modules", WEIGHTS["tiny-t5"])  # fmt: skip
-    assert plan.values[0] == 737_668_096
-    assert plan.values[3] == 48 * 1024 * 1024
+    assert plan.parameters[0] == 737_668_096
+    assert plan.parameters[3] == 48 * 1024 * 1024
 
 
 def test_buffers_are_those_of_the_deepspeed_files():
@@ -220,13 +219,13 @@ def step(method: Gorp) -> int:
 def test_counts_and_optimizer_state_are_those_of_the_real_run(name):
     (plan, _), method = tiny(name, "--stage", "0"), prepared(name)
     trained = [p for p in method.model.parameters() if p.requires_grad]
-    values, lora, cores, weights = plan.values
+    values, lora, cores, weights = plan.parameters
     assert lora + cores == sum(p.numel() for p in trained)
     assert values == sum(p.numel() for p in method.model.parameters()) - lora - cores
     step(method)
     state = sum(v[key].nbytes for v in method.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     assert plan.resident[STATE] == state
-    assert plan.resident["trained values in the model"] == sum(p.nbytes for p in trained)
+    assert plan.resident["trainable parameters in the model"] == sum(p.nbytes for p in trained)
     layers = method.engine.layers.values()
     assert cores == sum(layer.core.numel() for layer in layers)
     assert weights == sum(layer.weight.numel() for layer in layers)
@@ -234,23 +233,23 @@ def test_counts_and_optimizer_state_are_those_of_the_real_run(name):
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_activations_are_what_autograd_keeps(name):
-    plan, options = tiny(name, "--stage", "0")
+def test_activations_are_those_that_autograd_keeps_or_a_little_more(name):
+    plan, _ = tiny(name, "--stage", "0")
     method = prepared(name)
     kept = step(method) - 4 * ROWS * ANSWER * method.model.config.vocab_size  # log-softmax
-    assert plan.moments[BACKWARD]["activations"] == pytest.approx(kept, rel=0.06)
+    assert kept <= plan.moments[STEP]["activations"] <= 1.25 * kept
 
 
 def test_targets_see_the_tokens_of_their_stack():
-    model = plan_memory.build_on_meta(str(ROOT / "initial_model" / "tiny-t5")).float()
-    targets = match_linear(model, [WEIGHTS["tiny-t5"], "encoder.*SelfAttention.o"], "--optim_target_modules")
+    model = plan_memory.build_on_meta(str(ROOT / "initial_model" / "tiny-t5"))
     _, options = tiny("tiny-t5")
-    _, inputs, tokens = count_activations(model, targets, options)
-    for name, seen in tokens.items():
-        assert seen == ROWS * (ANSWER if name.endswith("Attention.q") else SOURCE), name
-    hidden = model.config.d_model
-    assert sorted(inputs) == sorted([4 * ROWS * n * hidden for n in (SOURCE, ANSWER)
-                                     for _ in range(model.config.num_layers)])  # fmt: skip
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].shape[:-1].numel()}))
+    ids = [torch.ones(ROWS, length, dtype=torch.long, device="meta") for length in (SOURCE, ANSWER)]
+    model(input_ids=ids[0], labels=ids[1])
+    assert seen == {name: tokens_of(name, model, options) for name in seen}
 
 
 def test_frozen_lora_is_that_of_folded_tasks():
@@ -280,9 +279,9 @@ def test_collected_gradient_is_as_large_as_the_real_one(micro_batches):
     [
         (("--lora_modules", ".*nothing.*"), "--lora_modules: '.*nothing.*' matches no module"),
         (("--optim_target_modules", ".*lm_head2"), "--optim_target_modules: '.*lm_head2' matches no module"),
-        (("--optim_target_modules", "("), "is no regular expression"),
+        (("--optim_target_modules", "("), "is not a regular expression"),
         (("--galore_rank", "999"), "--galore_rank: found 999; at most 128"),
-        (("--gpus", "0"), "--gpus: found 0; a whole number from 1"),
+        (("--gpus", "0"), "--gpus: found 0; 1 or more"),
         (("--gpu_gib", "nan"), "--gpu_gib: found nan"),
         (("--stage", "4"), "argument --stage"),
         (("--stage", "0", "--offload_optimizer"), "--offload_optimizer: found without --stage 1, 2 or 3"),

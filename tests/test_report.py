@@ -99,7 +99,7 @@ def test_unfinished_order_has_the_measures_of_its_latest_task(order):
     assert matrix[2] == [None, None, None]
     assert average_performance(matrix) == 70.0
     assert backward_transfer(matrix) == -8.0
-    assert "not finished: no results of 3-yahoo; the measures are those after 2-amazon" in table(folder)
+    assert "not finished: no results for 3-yahoo; the measures are those after 2-amazon" in table(folder)
 
 
 def test_one_task_has_no_backward_transfer(order):
@@ -132,7 +132,7 @@ def test_table(order):
         "3-yahoo      95.00   44.50  70.00",
         "",
         "average performance (AP)  69.83",
-        "the same over rows        1.00",
+        "the same over examples    1.00",
         "backward transfer (BWT)   -4.25",
         "forgetting (F)            4.25",
     ]
@@ -140,8 +140,8 @@ def test_table(order):
 
 @pytest.mark.parametrize("content, fault", [
     ("{", "not JSON"),
-    ("[]", "found list"),
-    ('{"predict_exact_match_for_dbpedia": "98"}', "is '98'; expected a number"),
+    ("[]", "found empty array; allowed: an object of metrics"),
+    ('{"predict_exact_match_for_dbpedia": "98"}', "is '98'; allowed: a number"),
 ])
 def test_unusable_results_file(order, content, fault):
     folder = order(DONE[:1])
@@ -163,7 +163,7 @@ def test_no_results(order, tmp_path):
 def test_steps_counted_twice_or_left_out_are_refused(order, extra):
     folder = order(DONE[:2])
     (folder / "outputs" / extra).mkdir()
-    with pytest.raises(InputError, match="found steps 1, 2, [24]; allowed is"):
+    with pytest.raises(InputError, match="found steps 1, 2, [24]; allowed: each"):
         accuracy_matrix(folder)
 
 

@@ -73,8 +73,8 @@ def test_mean_counts_orders_alike_and_differences_are_paired(runs):
 def test_answer_names_the_method_the_lead_and_the_cost(runs):
     said = page.answer(find_runs([runs]))
     assert said.startswith("Best: gorp, average performance 73.0 ± 6.2 over 4 runs, backward transfer -17.0.")
-    assert re.search(r"It leads olora by 9\.0 \[[5-8]\.\d, 1\d\.\d\] points \(4 pairs of runs\)\.", said)
-    assert "60 s of training an order, 10 values trained (1 % of the model), 2.50 MB kept between tasks" in said
+    assert re.search(r"It leads olora by 9\.0 \[[5-8]\.\d, 1\d\.\d\] points \(4 paired runs\)\.", said)
+    assert "60 s of training per order, 10 trainable parameters (1 % of the model), 2.50 MB saved between tasks" in said
     assert re.search(r"Against multitask, all tasks at once: -6\.0 \[-\d\.\d, -\d\.\d\] points\.", said)
 
 
@@ -94,7 +94,7 @@ def test_runs_that_are_not_finished_leave_the_others_pictures_and_costs_alone(tm
     assert len(runs) == 2, "a folder within another counts once"
     page.write_report(runs, tmp_path / "report")
     said = (tmp_path / "report" / "report.md").read_text()
-    assert "60 s of training an order" in said and "gorp, A, seed 1" in said
+    assert "60 s of training per order" in said and "gorp, A, seed 1" in said
     assert "70.0" in (tmp_path / "report" / "figures" / "tiny-t5-A-gorp-matrix.svg").read_text()
 
 
@@ -116,11 +116,11 @@ def test_a_difference_weighs_orders_alike(tmp_path):
 
 
 @pytest.mark.parametrize("pairs, caution", [
-    ([(70.0, 60.0), (60.0, 69.0)], ", an interval that holds 0: no result."),
-    ([(70.0, 60.0)], ", over test rows alone: another seed may differ."),
-    ([(70.0, 60.0), (70.0, 60.0)], "2 pairs of runs)."),
+    ([(70.0, 60.0), (60.0, 69.0)], ", not significant: the interval contains 0."),
+    ([(70.0, 60.0)], ", over test examples alone: another seed may differ."),
+    ([(70.0, 60.0), (70.0, 60.0)], "2 paired runs)."),
 ])  # fmt: skip
-def test_the_answer_says_what_keeps_a_gap_from_being_a_result(pairs, caution, tmp_path):
+def test_the_answer_says_why_a_gap_is_not_significant(pairs, caution, tmp_path):
     for seed, (ours, theirs) in enumerate(pairs):
         write_run(tmp_path, "gorp", "A", seed, ours)
         write_run(tmp_path, "olora", "A", seed, theirs)
@@ -146,7 +146,7 @@ def test_without_predictions_there_is_no_difference(tmp_path):
     last = write_run(tmp_path, "olora", "A", 1, 60.0) / "outputs" / "3-agnews"
     (last / "predict_eval_predictions.jsonl").unlink()
     said = page.answer(find_runs([tmp_path]))
-    assert "With olora it has no order and seed in common whose predictions are there." in said
+    assert "It shares no order and seed that have predictions with olora." in said
 
 
 def test_a_run_counts_once_and_other_data_make_another_method(tmp_path):
@@ -154,7 +154,7 @@ def test_a_run_counts_once_and_other_data_make_another_method(tmp_path):
     write_run(tmp_path, "gorp", "A", 1, 60.0, data={"TC/dbpedia/train.json": "other"})
     assert len({run.method for run in find_runs([tmp_path])}) == 2
     write_run(tmp_path, "gorp", "A", 1, 70.0, data={"TC/dbpedia/train.json": "one"})
-    with pytest.raises(InputError, match="gorp-A-1-2: gorp .*, A, seed 1, as .*gorp-A-1-0 is.*counts once"):
+    with pytest.raises(InputError, match="gorp-A-1-2: gorp .*, A, seed 1 with the same options as .*gorp-A-1-0"):
         find_runs([tmp_path])
 
 
@@ -189,7 +189,7 @@ def test_command_writes_pages_pictures_and_tables(runs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "tiny-t5: Best: gorp" in done.stdout  # inclora is ahead after two tasks, but not finished
     html, text = (out / "report.html").read_text(), (out / "report.md").read_text()
-    for name in (*LAST_ROW, "dbpedia", "T5-large", "secondary summaries", "Not finished"):
+    for name in (*LAST_ROW, "dbpedia", "T5-large", "secondary summaries", "Unfinished"):
         assert name in html and name in text
     assert "src=" not in html and "href=" not in html and "<script" not in html  # one file, offline
     figures = list((out / "figures").glob("*.svg"))
@@ -224,11 +224,11 @@ def test_names_from_outside_are_text(tmp_path):
     (lambda folder: None, "no task has results"),
     (lambda folder: (folder / "order/outputs/1-dbpedia").mkdir(parents=True), "no task has results"),
     (lambda folder: (write_run(folder, "gorp", "A", 1, 1.0) / "outputs/1-dbpedia/run_record.json").write_text("[]"),
-     "run_record.json: found list"),
+     "run_record.json: found empty array; allowed: an object"),
     (lambda folder: (write_run(folder, "gorp", "A", 1, 1.0) / "outputs/1-dbpedia/run_record.json").write_text(
-        '{"report": {"options": [1]}}'), "run_record.json: found list; expected an object options"),
+        '{"report": {"options": [1]}}'), "run_record.json, options: found array; allowed: an object"),
     (lambda folder: (write_run(folder, "gorp", "A", 1, 1.0) / "outputs/1-dbpedia/train_results.json").write_text(
-        '{"train_runtime": "long"}'), "train_runtime is 'long'; expected a number"),
+        '{"train_runtime": "long"}'), "train_runtime is 'long'; allowed: a number"),
     (lambda folder: (write_run(folder, "gorp", "A", 1, 1.0) / "outputs/3-agnews/predict_eval_predictions.jsonl"
                      ).write_text("{"), "predict_eval_predictions.jsonl, line 1: not JSON"),
 ])  # fmt: skip

@@ -282,7 +282,7 @@ def test_a_trained_task_is_only_evaluated(model, modules, mini_benchmark, tmp_pa
     monkeypatch.setattr(UIETrainer, "train", None)  # training would fail
     capfd.readouterr()
     assert run_uie_lora.main(words) == 0
-    assert "trained before; only what is left is evaluated" in capfd.readouterr().out
+    assert "trained before; only the evaluation runs" in capfd.readouterr().out
     assert predictions(output) == predictions(whole)
     assert (output / "trainer_state.json").read_bytes() == state
     scores = [json.loads((folder / "all_results.json").read_text()) for folder in (output, whole)]
@@ -400,7 +400,7 @@ def test_results_without_a_record_are_not_touched(finished, mini_benchmark, capf
     (finished / "run_record.json").unlink()
     before = sorted(finished.rglob("*"))
     assert run_uie_lora.main(command(mini_benchmark, finished)) == 2
-    assert "holds completed.json and no run_record.json" in capfd.readouterr().err
+    assert "holds completed.json but no run_record.json" in capfd.readouterr().err
     assert sorted(finished.rglob("*")) == before
 
 

@@ -200,13 +200,13 @@ def test_fresh_moves_earlier_results_and_the_log_aside(order, tmp_path, capfd):
 def test_a_folder_that_is_no_task_of_the_order(command, tmp_path, capfd):
     (tmp_path / "outputs" / "2-yelp").mkdir(parents=True)
     assert run_order.main(command()) == 2
-    assert "2-yelp: no task of two as it is now; --fresh starts over" in capfd.readouterr().err
+    assert "2-yelp: not a task of two as it is now; --fresh starts over" in capfd.readouterr().err
     assert not (tmp_path / "outputs" / "1-dbpedia").exists()
 
 
 @pytest.mark.parametrize("words, said", [([], "order"), (["configs/order1_configs"], "--model_name_or_path"),
                                          (["none", "--model_name_or_path", str(T5), "--output_dir", "x",
-                                           "--lora_modules", ".*"], "none: no such folder of an order")])
+                                           "--lora_modules", ".*"], "none: no such order folder")])
 def test_a_command_line_that_lacks_something(words, said, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_order.main(words) == 2

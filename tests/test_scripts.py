@@ -285,7 +285,7 @@ def test_the_first_lines_say_what_is_run():
     assert said("scripts/order_1.sh") == [
         f"[gorp] order1: gorp, the published method, with the published values; {steps}"]
     assert said("scripts/order_1.sh", EXTRA="--galore_rank 16")[1:] == [
-        "[gorp] order1: flags in EXTRA win over these: --galore_rank 16"]
+        "[gorp] order1: flags in EXTRA override these: --galore_rank 16"]
     assert said("scripts/order_1.sh", EXTRA="--preset released")[0] == (
         "[gorp] order1: gorp as its released code computes it (--preset released), with the published values; " + steps)
     assert said("scripts/order_1.sh", METHOD="olora") == [
@@ -419,7 +419,7 @@ def test_without_a_model_both_ways_on_are_said(checkout):
     (checkout / "requirements.txt").write_text("no-such-package==1.0\n")
     done = bash("scripts/run.sh", cwd=checkout)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: initial_model/t5-large: holds no model")
+    assert done.stderr.startswith("error: initial_model/t5-large: contains no model")
     assert "hf download google-t5/t5-large --local-dir initial_model/t5-large" in done.stderr
     assert "--tiny" in done.stderr
     assert not (checkout / ".venv").exists()
@@ -531,7 +531,7 @@ def test_set_up_installs_once_mends_what_was_interrupted_and_says_what_failed(ne
     (checkout / "requirements.txt").write_text("gorp-test-package==2.0\n")
     done = bash("-c", SET_UP, cwd=checkout, **pip)
     assert done.returncode == 2
-    assert done.stderr.endswith("error: .venv: pip could not install requirements.txt; its reason is above\n")
+    assert done.stderr.endswith("error: .venv: pip could not install requirements.txt; the reason is above\n")
 
 
 def test_without_a_python_that_is_new_enough(checkout, tmp_path):
@@ -544,7 +544,7 @@ def test_without_a_python_that_is_new_enough(checkout, tmp_path):
         (tools / name).chmod(0o755)
     done = order_1(checkout, PATH=str(tools))
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Python: found none of version 3.11 or newer") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: Python: found no version 3.11 or newer") and done.stderr.count("\n") == 1
 
 
 # --- the terminal ---
@@ -635,7 +635,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path)
 
     status, out = through_terminal(log, "[gorp] one\n", "[gorp] two\n", "[gorp] three\n", between=replace)
     assert status == 0 and "two" in out and "three" in out
-    assert out.count("cannot be written (") == 1 and "; the run goes on" in out
+    assert out.count("cannot be written (") == 1 and "; the run continues" in out
 
 
 def test_ctrl_c_in_an_order_is_one_line(checkout):
@@ -652,7 +652,7 @@ def test_ctrl_c_in_an_order_is_one_line(checkout):
         assert run.poll() is None
     os.killpg(run.pid, signal.SIGINT)
     _, err = run.communicate(timeout=50)
-    assert (run.returncode, err) == (130, "[gorp] order1: interrupted; the same command goes on where it stood\n")
+    assert (run.returncode, err) == (130, "[gorp] order1: interrupted; the same command resumes\n")
 
 
 def test_a_process_that_was_killed_is_said_with_its_signal(checkout):

@@ -1,1 +1,1 @@
-"""Evaluation: how answers are generated (`generate.py`), and the metrics that belong to a task (`evaluator.py`)."""
+"""Evaluation: how answers are generated. Their metrics are in `compute_metrics.py`."""

@@ -1,15 +1,14 @@
-"""Answers to the rows of a test set, and the loss of their reference answers: one plain loop over batches.
+"""Answers to the examples of a test set, and the loss of their reference answers.
 
-What a loop in file order wastes is left out. Rows of like length share a batch, so little is padding. Generation stops
-when a batch has ended. And since one row that rambles would keep its whole batch going, a batch first gets as many
-tokens as the longest reference answer of its datasets has; rows that have not ended there are collected and generated
-again, in batches of their own, with all the tokens they may have. Greedy search chooses a row's next token from that
-row alone, so every row gets the answer that it would have had in any batch. Prompts of a dataset begin alike (task,
-instruction, options), so where the model continues its prompt, rows of one dataset share a batch, and the keys and
-values of that beginning are computed once a batch, for one row (a prefix cache).
+The loop saves what a loop in file order wastes. Examples of similar length share a batch, so there is little padding.
+A batch first generates as many tokens as the longest reference answer of its datasets has, since one long answer would
+keep the complete batch going; unfinished answers are collected and generated again, up to the full limit. Greedy search
+depends on one example alone, so every answer is the one that any batch would give. The prompts of a dataset begin alike
+(task, instruction, options), so for a decoder-only model its examples share a batch, and the keys and values of the
+common prefix are computed once per batch (a prefix cache).
 
-Each of W ranks takes every W-th row. ZeRO-3 gathers weights in each forward pass, so all ranks must call the model
-equally often: a rank that has no batch left runs one more, and its result counts nowhere.
+Each of W ranks takes every W-th example. ZeRO-3 gathers weights in each forward pass, so all ranks must call the model
+equally often: a rank without batches left runs one more and discards its result.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,22 +24,22 @@ from tqdm import tqdm
 from uie_collator import DataCollatorForUIE
 
 TOKENISED_AT_ONCE = 1000
-TWICE_AT_MOST = 1 / 4  # share of the rows, a batch aside, that may be generated again before batches go without a bound
+TWICE_AT_MOST = 1 / 4  # share of the examples generated twice, above which batches have no first bound
 
 
 @dataclass
 class Prediction:
-    """One evaluation of `rows`. All ranks make it, call the same methods, and get the same results.
+    """One evaluation of the examples `rows`. All ranks make it, call the same methods and get the same results.
 
     Args:
         model: in evaluation mode, on the accelerator's device.
-        generation: arguments of `generate`; `max_new_tokens` is what a row may have at most.
-        most_rows: of a batch.
-        most_tokens: of a batch's prompts, padding included; a prompt above it has a batch of its own.
-        bounded: whether the longest reference answer is tried as the first bound.
-        shares_beginnings: whether what all prompts of a batch begin with is computed once; decoder-only models alone
-            can, and not under ZeRO-3 (one rank's batch may begin alike, another's not).
-        show_progress: whether a bar counts the rows.
+        generation: arguments of `generate`; `max_new_tokens` is the limit of an answer.
+        most_rows: examples in a batch.
+        most_tokens: prompt tokens in a batch, padding included; a longer prompt is a batch of its own.
+        bounded: whether to try the longest reference answer as a first bound.
+        shares_beginnings: whether to compute the common prefix of a batch once; for decoder-only models, and not under
+            ZeRO-3, as one rank's batch may have a prefix and another's not.
+        show_progress: whether to show a progress bar.
     """
 
     model: nn.Module
@@ -57,7 +56,7 @@ class Prediction:
     def __post_init__(self) -> None:
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.longest_answer = self.generation["max_new_tokens"]
-        self.prompt_lengths: dict[int, int] = {}  # of this rank's rows, by their place in `rows`
+        self.prompt_lengths: dict[int, int] = {}  # of this rank's examples, by their index in `rows`
         self.bounds: dict[str, int] = {}  # of each dataset: the length of its longest reference answer, EOS included
         mine = range(self.rank, len(self.rows), self.ranks)
         for start in range(0, len(mine), TOKENISED_AT_ONCE):
@@ -66,34 +65,36 @@ class Prediction:
             for place, example, (prompt, answer) in zip(places, examples, self.collator.lengths(examples)):
                 self.prompt_lengths[place] = prompt
                 self.bounds[example["Dataset"]] = max(answer, self.bounds.get(example["Dataset"], 1))
-        self.shares_beginnings = self.shares_beginnings and self.generation.get("num_beams", 1) == 1
-        self.bounded = self.bounded and not _end_depends_on_bound(self.model, self.generation)
+        greedy = self.generation.get("num_beams", 1) == 1
+        self.shares_beginnings = self.shares_beginnings and greedy
+        # At a bound beams are ranked, or the end is forced: another bound could change the answer.
+        self.bounded = self.bounded and greedy and self.model.generation_config.forced_eos_token_id is None
 
     @torch.no_grad()
     def answers(self) -> torch.Tensor:
-        """Generated ids (len(rows), max_new_tokens) in the order of the rows, padded after each one's end."""
+        """Generated ids (len(rows), max_new_tokens) in the order of `rows`, padded after each answer's end."""
         share = ceil(len(self.rows) / self.ranks)
         answers = torch.full((share, self.longest_answer), self.collator.tokenizer.pad_token_id)
         with tqdm(total=len(self.prompt_lengths), desc="predict", disable=not self.show_progress) as bar:
             cut = self._answer(list(self.prompt_lengths), answers, bar, bounded=self.bounded)
             self._answer(cut, answers, bar, bounded=False)
-        # (rank, its rows) -> (its rows, rank): row r was dealt to rank r % ranks.
+        # (rank, its examples) -> (its examples, rank): example r went to rank r % ranks.
         gathered = self.accelerator.gather(answers.to(self.accelerator.device)).cpu()
         return gathered.view(self.ranks, share, -1).transpose(0, 1).flatten(0, 1)[: len(self.rows)]
 
     def _answer(self, places: list[int], answers: torch.Tensor, bar: tqdm, *, bounded: bool) -> list[int]:
-        """Fill in the answers of the rows at `places`; the places of those that had not ended at their bound."""
+        """Fill in the answers of the examples at `places`; returns the places of those unfinished at their bound."""
         cut, tried = [], 0
         for batch, counts in self._batches(places):
             examples = [self.rows[place] for place in batch]
             bound = self.longest_answer
-            if bounded and TWICE_AT_MOST * tried >= len(cut):  # where most rows ramble, a bound only costs
+            if bounded and TWICE_AT_MOST * tried >= len(cut):  # with many long answers, a bound only costs
                 bound = min(bound, max(self.bounds.get(example["Dataset"], bound) for example in examples))
             tokens = self._generate(examples, bound).cpu()
             if not counts:
                 continue
             ends = tokens == self.collator.tokenizer.eos_token_id
-            tokens[ends.cumsum(1) > ends] = self.collator.tokenizer.pad_token_id  # beams leave other ids there
+            tokens[ends.cumsum(1) > ends] = self.collator.tokenizer.pad_token_id  # beam search pads otherwise
             ended = ends.any(1) | (bound == self.longest_answer)
             cut += [place for place, has_ended in zip(batch, ended.tolist()) if not has_ended]
             tried += len(batch)
@@ -102,23 +103,23 @@ class Prediction:
         return cut
 
     def _generate(self, examples: list[dict], bound: int) -> torch.Tensor:
-        """Ids (n, at most `bound`) that follow the prompt, or the decoder's start."""
+        """Ids (n, at most `bound`) after the prompt, or after the decoder's start token."""
         batch = self._on_device(self.collator(examples))
         prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
         if self.shares_beginnings:
-            prompts = self._after_common_beginning(**prompts)
+            prompts = self._after_common_prefix(**prompts)
         generated = self.model.generate(**prompts, **self.generation | {"max_new_tokens": bound})
         return generated[:, prompts["input_ids"].shape[1] if self.collator.decoder_only else 1 :]
 
-    def _after_common_beginning(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
-        """Left-padded prompts (n, length) with a cache of the tokens that all of them begin with, computed once.
+    def _after_common_prefix(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
+        """Replace the common prefix of left-padded prompts (n, length) by a cache of its keys and values.
 
-        The padding moves behind that beginning, and positions are counted without it, so that nothing else changes.
+        The padding moves behind the prefix, and positions do not count it, so that the answers stay the same.
         """
         padding = (attention_mask == 0).sum(1, keepdim=True)
         place, length = torch.arange(input_ids.shape[1], device=input_ids.device), input_ids.shape[1]
         leading = input_ids.gather(1, (place + padding).clamp(max=length - 1))  # right padded with the last token
-        alike = (leading == leading[0]).all(0)[: length - int(padding.max()) - 1]  # each row keeps a token of its own
+        alike = (leading == leading[0]).all(0)[: length - int(padding.max()) - 1]  # each prompt keeps a token
         common = int(alike.long().cumprod(0).sum())
         if not common:
             return {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -136,7 +137,7 @@ class Prediction:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """Cross entropy of the reference answers, the mean over all their tokens."""
+        """Cross entropy of the reference answers, averaged over their tokens."""
         total = torch.zeros(2, device=self.accelerator.device)
         for batch, counts in self._batches(list(self.prompt_lengths)):
             inputs = self._on_device(self.collator([self.rows[place] for place in batch]))
@@ -150,7 +151,7 @@ class Prediction:
         return loss / tokens
 
     def _answers_after_prompts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Prompts (left padded) joined with their answers (right padded with -100): a batch that has a loss."""
+        """Join prompts (left-padded) with their answers (right-padded with -100) to a batch that has a loss."""
         prompts, answers, ignored = inputs["input_ids"], inputs["labels"], self.collator.label_pad_token_id
         present = answers != ignored
         filled = answers.masked_fill(~present, self.collator.tokenizer.pad_token_id)
@@ -161,7 +162,7 @@ class Prediction:
         }
 
     def _batches(self, places: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """Batches of places in `rows`, as many on every rank, each with whether its result counts."""
+        """Batches of indices in `rows`, equally many on every rank, each with whether its result counts."""
         groups: dict[str, list[int]] = {}
         for place in places:
             groups.setdefault(self.rows[place]["Dataset"] if self.shares_beginnings else "", []).append(place)
@@ -180,12 +181,12 @@ class Prediction:
 
 
 def plan_batches(lengths: Sequence[int], most_rows: int, most_tokens: int) -> list[list[int]]:
-    """Indices of `lengths` in batches of like length, longest first, so that too little memory shows at once.
+    """Group the indices of `lengths` by length, longest first, so that a lack of memory shows at once.
 
-    A batch has at most `most_rows` rows and, padded to its longest row, `most_tokens` tokens, or else a single row.
+    A batch has at most `most_rows` indices and, padded to its longest, `most_tokens` tokens, or else one index.
     """
     batches: list[list[int]] = []
-    room = 0  # rows that still fit into the last batch
+    room = 0  # indices that still fit into the last batch
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if not room:
             batches.append([])
@@ -193,8 +194,3 @@ def plan_batches(lengths: Sequence[int], most_rows: int, most_tokens: int) -> li
         batches[-1].append(index)
         room -= 1
     return batches
-
-
-def _end_depends_on_bound(model: nn.Module, generation: dict) -> bool:
-    """Whether an answer could be another under a smaller bound: a beam is ranked, or the end forced, at the bound."""
-    return generation.get("num_beams", 1) > 1 or model.generation_config.forced_eos_token_id is not None

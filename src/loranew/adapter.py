@@ -1,4 +1,4 @@
-"""A whole model's LoRA with memory: attach it, fold what a task has learned, load what earlier tasks left."""
+"""LoRA with memory on a model: attach it, fold what a task has learned, load what earlier tasks saved."""
 
 import contextlib
 import copy
@@ -26,38 +26,44 @@ logger = logging.getLogger("gorp")
 
 
 def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
-    """`model` with the four factors at each module that `config.target_modules` matches; only `loranew_` trains.
+    """Add the four factors at each module that `config.target_modules` matches; only `loranew_` factors train.
 
     Raises:
         InputError: `target_modules` matches nothing or a module that is not linear, or r is above a matrix's rank.
     """
-    _check_targets(model, config)
+    try:
+        targets = {name: module for name, module in model.named_modules()
+                   if name and check_target_module_exists(config, name)}  # fmt: skip
+    except (re.error, TypeError) as error:
+        raise InputError(f"target_modules: {config.target_modules!r} is no regular expression ({error})") from None
+    check_linear(model, targets, f"target_modules: {config.target_modules!r}")
+    check_rank(targets, config.r, "r")
     return get_peft_model(model, config)
 
 
 def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> PeftModel:
-    """`model` with the adapter in `folder`: ours, O-LoRA's (with `r_sum`), or plain LoRA's (all of it is memory).
+    """Add the adapter in `folder` to `model`: ours, O-LoRA's (with `r_sum`), or plain LoRA's (all of it is memory).
 
-    Stored `lora_` factors become the frozen memory, whatever their precision; `loranew_` factors are taken over where
-    they are stored and fresh otherwise. With `trainable` false nothing requires gradients.
+    Stored `lora_` factors become the frozen memory, in float32. `loranew_` factors are loaded if they are stored and
+    fresh otherwise. With `trainable` false nothing requires gradients.
 
     Raises:
         InputError: a file is missing, damaged or a pickle, or its tensors do not fit `adapter_config.json` and the
-            model: naming the file, the tensor, what was found and what is needed.
+            model.
     """
     folder = Path(folder)
     config = read_config(folder)
     tensors = read_factors(folder)
     _check_memory(config, tensors, folder / WEIGHTS_FILE)
     config.inference_mode = not trainable
-    # The model's own name is right: the base may have moved since the adapter was written.
+    # The name in the file may be outdated: the base may have moved since.
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     try:
         peft_model = add_loranew(model, config)
     except (InputError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own checks
         raise InputError(f"{folder / CONFIG_FILE}: does not fit the base model: {error}") from None
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    # PEFT stores the embeddings too when they have grown; they go back to where they were.
+    # PEFT also stores embeddings that have grown.
     expected |= {name: tensor for name, tensor in peft_model.state_dict().items() if name in tensors}
     _check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()}, folder / WEIGHTS_FILE)
     set_peft_model_state_dict(peft_model, tensors)
@@ -65,16 +71,15 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
 
 
 def fold_loranew(peft_model: PeftModel) -> None:
-    """Fold the new factors into the memory: r_sum grows by r, and the model computes what it did before.
+    """Fold the new factors into the memory: r_sum grows by r, and the model computes the same function.
 
-    What `save_pretrained` writes next is the memory alone (`lora_A`, `lora_B`), as published adapters are. The model
-    has no new factors then; `renew_loranew` gives it fresh ones, as loading does. A config with `save_loranew` keeps
-    the two pairs apart, so nothing is done.
+    The model then has no new factors until `renew_loranew`, and `save_pretrained` writes the memory alone (`lora_A`,
+    `lora_B`), as in published adapters. With `save_loranew` in the config the two pairs stay separate.
     """
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
     if config.save_loranew:
-        logger.info("save_loranew is set: the new factors stay apart from the memory")
+        logger.info("save_loranew is set: the new factors stay separate from the memory")
         return
     for layer in loranew_layers(peft_model).values():
         layer.fold(name)
@@ -82,10 +87,10 @@ def fold_loranew(peft_model: PeftModel) -> None:
 
 
 def merge_old(peft_model: PeftModel) -> None:
-    """Add the memory to the base weights in this process; what is saved later is the same as without.
+    """Add the memory to the base weights in this process; what is saved later does not change.
 
     Raises:
-        ValueError: a base weight is not in float32, or exists in pieces only.
+        ValueError: a base weight is not in float32, or is sharded.
     """
     for layer in loranew_layers(peft_model).values():
         layer.merge_old(peft_model.active_adapter)
@@ -93,10 +98,10 @@ def merge_old(peft_model: PeftModel) -> None:
 
 @torch.no_grad()
 def folded_factors(peft_model: PeftModel, gathered: Callable = contextlib.nullcontext) -> dict[str, torch.Tensor]:
-    """What `fold_loranew` would leave to be saved, on the CPU, while the model stays as it is.
+    """The factors that would be saved after `fold_loranew`, on the CPU; the model does not change.
 
     Args:
-        gathered: makes a list of parameters whole within a `with` block, where they exist in pieces only (ZeRO-3).
+        gathered: context manager that gathers a list of sharded parameters (ZeRO-3).
     """
     name, tensors = peft_model.active_adapter, {}
     for layer_name, layer in loranew_layers(peft_model).items():
@@ -108,7 +113,7 @@ def folded_factors(peft_model: PeftModel, gathered: Callable = contextlib.nullco
 
 
 def save_folded(peft_model: PeftModel, factors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write `folded_factors` as `save_pretrained` writes an adapter whose new factors have been folded."""
+    """Write `folded_factors` as `save_pretrained` would write them after folding."""
     config = copy.copy(peft_model.peft_config[peft_model.active_adapter])
     config.r_sum += config.r
     config.inference_mode = True
@@ -117,13 +122,13 @@ def save_folded(peft_model: PeftModel, factors: dict[str, torch.Tensor], folder:
 
 
 def renew_loranew(peft_model: PeftModel) -> None:
-    """Fresh trainable new factors (B = 0) in every layer, for the next task in the same process."""
+    """Give every layer fresh trainable factors (B = 0), for the next task in the same process."""
     for layer in loranew_layers(peft_model).values():
         layer.renew(peft_model.active_adapter)
 
 
 def set_shared_dropout(peft_model: PeftModel, shared: bool) -> None:
-    """Let dropout act on the memory too, with the mask of the new pair, as O-LoRA's code does it; or not."""
+    """Set whether dropout also acts on the memory, with the mask of the new pair, as in O-LoRA's code."""
     for layer in loranew_layers(peft_model).values():
         layer.shared_dropout = shared
 
@@ -132,7 +137,7 @@ def set_input_space(peft_model: PeftModel, spaces: Mapping[str, torch.Tensor | N
     """Set the input space S (in, c) of each named layer (names as in `loranew_layers`), see LoraNewLinear.
 
     Raises:
-        ValueError: a name is no LoRA layer of the model, or S does not suit the layer.
+        ValueError: the model has no LoRA layer of that name, or S does not fit it.
     """
     layers = loranew_layers(peft_model)
     for name, space in spaces.items():
@@ -142,26 +147,16 @@ def set_input_space(peft_model: PeftModel, spaces: Mapping[str, torch.Tensor | N
 
 
 def loranew_layers(peft_model: PeftModel) -> dict[str, LoraNewLinear]:
-    """The LoRA layers by the name that their module has in the base model."""
+    """The LoRA layers by their names in the base model."""
     base = peft_model.get_base_model()
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraNewLinear)}
-
-
-def _check_targets(model: nn.Module, config: LoraNewConfig) -> None:
-    try:
-        modules = {name: module for name, module in model.named_modules() if name}
-        targets = {name: modules[name] for name in modules if check_target_module_exists(config, name)}
-    except (re.error, TypeError) as error:
-        raise InputError(f"target_modules: {config.target_modules!r} is no regular expression ({error})") from None
-    check_linear(model, targets, f"target_modules: {config.target_modules!r}")
-    check_rank(targets, config.r, "r")
 
 
 def read_config(folder: Path) -> LoraNewConfig:
     """The configuration of an adapter folder.
 
     Raises:
-        InputError: the file is missing, or describes no LoRA that is known here.
+        InputError: the file is missing, or describes an adapter that is not supported.
     """
     path = folder / CONFIG_FILE
     content = read_json(path)
@@ -178,23 +173,28 @@ def read_config(folder: Path) -> LoraNewConfig:
 
 
 def read_factors(folder: Path) -> dict[str, torch.Tensor]:
-    """The factors that an adapter folder holds, by name.
+    """The factors in an adapter folder, by name.
 
     Raises:
         InputError: the file is missing, damaged or a pickle.
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        if (folder / PICKLE_FILE).is_file():
-            raise InputError(f"{folder / PICKLE_FILE}: a pickle, which is not loaded; {_conversion(folder)}")
+        pickle = folder / PICKLE_FILE
+        if pickle.is_file():
+            raise InputError(
+                f"{pickle}: a pickle, which is not loaded; convert it once, if you trust its source: "
+                'python -c "import torch, safetensors.torch as s; s.save_file('
+                f"torch.load('{pickle}', map_location='cpu', weights_only=True), '{path}')\""
+            )
         raise InputError(f"{path}: no such file")
     tensors, _ = read_tensors(path)
-    # O-LoRA may store its empty first memory (r_sum = 0); here a layer without memory has no such factors.
+    # O-LoRA may store empty factors for its first memory (r_sum = 0); here such a layer has none.
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
 
 def _check_memory(config: LoraNewConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """r_sum, before factors of that size are made: a damaged config could ask for more than the machine has."""
+    """Check r_sum before factors of that size are allocated: a damaged config could ask for too much memory."""
     factors = {name: tensor for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
     for name, tensor in factors.items():
         if tensor.shape[:1] != (config.r_sum,):
@@ -204,23 +204,15 @@ def _check_memory(config: LoraNewConfig, tensors: dict[str, torch.Tensor], path:
         raise InputError(f"{path}: holds no lora_A, for which {CONFIG_FILE} says r_sum {config.r_sum}")
 
 
-def _conversion(folder: Path) -> str:
-    return (
-        'convert it once, if you trust its source: python -c "import torch, safetensors.torch as s; '
-        f"s.save_file(torch.load('{folder / PICKLE_FILE}', map_location='cpu', weights_only=True), "
-        f"'{folder / WEIGHTS_FILE}')\""
-    )
-
-
 def _check_tensors(found: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Every expected tensor in its shape and no other; the new factors may be absent, all together."""
+    """Check that exactly the expected tensors are found, in their shapes; all new factors may be absent."""
     if not any(".loranew_" in name for name in found):
         expected = {name: shape for name, shape in expected.items() if ".loranew_" not in name}
     hint = f"{CONFIG_FILE} (r, r_sum, target_modules) and the base model must be those it was trained with"
     for name in sorted(expected.keys() - found.keys()):
         raise InputError(f"{path}: {name} is missing, {expected[name]} is needed; {hint}")
     for name in sorted(found.keys() - expected.keys()):
-        raise InputError(f"{path}: {name} is found, for which the model has no place; {hint}")
+        raise InputError(f"{path}: found {name}, which the model does not have; {hint}")
     for name, tensor in found.items():
         if tuple(tensor.shape) != expected[name]:
             raise InputError(f"{path}: {name} is {tuple(tensor.shape)}, {expected[name]} is needed; {hint}")

@@ -3,18 +3,18 @@
     y = W x + s B_old A_old x + s B_new A_new (I - S S^T) dropout(x),      s = lora_alpha / r
 
 `lora_A` (r_sum, in) and `lora_B` (out, r_sum) stack the factors of all earlier tasks and are frozen; `loranew_A`
-(r, in) and `loranew_B` (out, r) train. A layer without earlier tasks (r_sum = 0) has no `lora_` factors at all, and
-one without an input space S leaves the projection out: neither costs anything.
+(r, in) and `loranew_B` (out, r) train. A layer without earlier tasks (r_sum = 0) has no `lora_` factors, and one
+without an input space S does not project.
 
 `merge_old` adds s B_old A_old to W, so that a pass costs the same after any number of tasks. The factors stay: they are
-what is saved, and what a penalty compares the new ones with.
+saved, and penalties compare the new ones with them.
 """
 
 import dataclasses
 import inspect
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
@@ -22,10 +22,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from torch.nn.functional import linear
+from transformers.hf_argparser import HfArg
 
 logger = logging.getLogger("gorp")
 
-# LoRA options that would change what a layer computes or stores in ways that LoraNewLinear does not know.
+# LoRA options that LoraNewLinear does not support.
 _FIXED_OPTIONS = (
     "alpha_pattern", "bias", "layer_replication", "lora_bias", "megatron_config", "modules_to_save", "rank_pattern",
     "target_parameters", "trainable_token_indices", "use_qalora", "use_rslora",
@@ -34,16 +35,14 @@ _FIXED_OPTIONS = (
 
 @dataclass
 class LoraNewConfig(LoraConfig):
-    """A `LoraConfig` that knows how many ranks earlier tasks have filled.
+    """A `LoraConfig` with the total rank of earlier tasks.
 
     Raises:
-        ValueError: r, r_sum or an option that LoraNewLinear does not support (DoRA, rank patterns, ...).
+        ValueError: r or r_sum out of range, or an unsupported option (DoRA, rank patterns, ...).
     """
 
-    r_sum: int = field(default=0, metadata={"help": "Rows of lora_A: the ranks of all folded tasks together."})
-    save_loranew: bool = field(
-        default=False, metadata={"help": "Keep the new factors apart from the old ones: fold_loranew does nothing."}
-    )
+    r_sum: int = HfArg(default=0, help="Rows of lora_A: the ranks of all folded tasks together.")
+    save_loranew: bool = HfArg(default=False, help="Keep new and old factors separate: fold_loranew does nothing.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,28 +52,27 @@ class LoraNewConfig(LoraConfig):
                 raise ValueError(f"{name}: found {value!r}; a number of at least {least} is needed")
         for name, default in _defaults_to_keep().items():
             if getattr(self, name) not in (default, None):
-                raise ValueError(f"{name}: found {getattr(self, name)!r}; LoRA with memory knows only {default!r}")
-        # Anything but a plain initialisation also changes W, which is not part of an adapter.
+                raise ValueError(f"{name}: found {getattr(self, name)!r}; only {default!r} is supported")
+        # Other initialisations also change W, which is not part of an adapter.
         if not isinstance(self.init_lora_weights, bool):
-            raise ValueError(f"init_lora_weights: found {self.init_lora_weights!r}; LoRA with memory knows only true")
+            raise ValueError(f"init_lora_weights: found {self.init_lora_weights!r}; only true is supported")
         self._register_custom_module({nn.Linear: LoraNewLinear})
 
     @classmethod
     def from_peft_type(cls, **kwargs) -> "LoraNewConfig":
         """The configuration that `adapter_config.json` describes; `from_pretrained` calls this with its content.
 
-        PEFT's own version picks the class by `peft_type`, which is LORA here too. A file without `r_sum` comes from
-        plain LoRA: all its ranks are memory. Keys that this version of PEFT does not know are left out.
+        A file without `r_sum` comes from plain LoRA: all its ranks are memory. Unknown keys are ignored.
         """
         known = inspect.signature(cls).parameters
         unknown = sorted(key for key, value in kwargs.items() if key not in known and value)
         if unknown:
-            logger.warning("adapter_config.json: options that are not known here are ignored: %s", ", ".join(unknown))
+            logger.warning("adapter_config.json: unknown options are ignored: %s", ", ".join(unknown))
         return cls(**{"r_sum": kwargs.get("r", cls.r)} | {key: kwargs[key] for key in kwargs if key in known})
 
 
 def _defaults_to_keep() -> dict[str, object]:
-    """Default of every LoRA option that must keep it, PEFT's variants of LoRA among them."""
+    """Defaults of the unsupported LoRA options, PEFT's variants of LoRA among them."""
     options = {option.name: option for option in dataclasses.fields(LoraConfig)}
     names = [name for name, option in options.items() if option.metadata.get("is_lora_variant")]
     return {
@@ -94,8 +92,8 @@ class LoraNewLinear(nn.Module, LoraLayer):
         self.loranew_A = nn.ModuleDict()
         self.loranew_B = nn.ModuleDict()
         self.register_buffer("input_space", None, persistent=False)
-        self.shared_dropout = False  # whether dropout acts on the old pair too
-        self.ranks_in_weight: dict[str, int] = {}  # of each adapter: the leading ranks of the old pair that W holds
+        self.shared_dropout = False  # whether dropout also acts on the old pair
+        self.ranks_in_weight: dict[str, int] = {}  # by adapter: how many leading ranks of the old pair W contains
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
 
@@ -125,7 +123,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
             seen = x.to((self.loranew_A if adapter in self.loranew_A else self.lora_A)[adapter].weight.dtype)
             dropped = self.lora_dropout[adapter](seen)
             if self.has_old_branch(adapter):
-                # Without dropout by default: noise on a frozen branch would only blur what earlier tasks know.
+                # Without dropout by default: it would only add noise to what earlier tasks have learned.
                 old = self._old_change(adapter, dropped if self.shared_dropout else seen)
                 change = change + self.scaling[adapter] * old
             if adapter in self.loranew_A:
@@ -135,11 +133,10 @@ class LoraNewLinear(nn.Module, LoraLayer):
         return (result + change).to(result.dtype)
 
     def set_input_space(self, space: torch.Tensor | None) -> None:
-        """Let the new branch see x - S S^T x from now on, so that what it learns is orthogonal to S exactly.
+        """Feed x - S S^T x to the new branch, so that its change of W is orthogonal to S exactly.
 
         Args:
-            space: S (in, c) with orthonormal columns; None takes the projection away. It is no part of the saved
-                adapter: whoever sets it keeps it.
+            space: S (in, c) with orthonormal columns; None removes the projection. It is not saved with the adapter.
 
         Raises:
             ValueError: S has another number of rows, or its columns are not orthonormal.
@@ -156,10 +153,9 @@ class LoraNewLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def merge_old(self, adapter: str) -> None:
-        """Add what W does not hold yet of the old pair to W; the layer computes what it did before, up to rounding.
+        """Add the part of the old pair that W does not contain yet to W; the function stays the same up to rounding.
 
-        W must be whole (not yet cut up by ZeRO-3) and float32: in 16 bits most of the small change would be rounded
-        away.
+        W must be float32, as in 16 bits most of the small change would be lost, and not sharded by ZeRO-3.
         """
         if not self.has_old_branch(adapter):
             return
@@ -171,18 +167,18 @@ class LoraNewLinear(nn.Module, LoraLayer):
         self.ranks_in_weight[adapter] = len(self.lora_A[adapter].weight)
 
     def has_old_branch(self, adapter: str) -> bool:
-        """Whether earlier tasks left ranks that W does not hold."""
+        """Whether earlier tasks have ranks that W does not contain."""
         return adapter in self.lora_A and self.lora_A[adapter].out_features > self.ranks_in_weight.get(adapter, 0)
 
     def _old_change(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        """B A x over the ranks of earlier tasks that W does not hold."""
+        """B A x over the ranks of earlier tasks that W does not contain."""
         if adapter not in self.ranks_in_weight:
             return self.lora_B[adapter](self.lora_A[adapter](x))  # as modules, whose weights ZeRO-3 gathers
         A, B = self._old_branch(adapter)
         return linear(linear(x, A), B)
 
     def _old_branch(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (ranks, in) and B (out, ranks) of the earlier tasks that W does not hold."""
+        """A (ranks, in) and B (out, ranks) of the earlier tasks that W does not contain."""
         first = self.ranks_in_weight.get(adapter, 0)
         A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return (A[first:], B[:, first:]) if first else (A, B)
@@ -191,8 +187,8 @@ class LoraNewLinear(nn.Module, LoraLayer):
     def fold(self, adapter: str) -> None:
         """Move the new pair to the end of the old one: A = [A_old; A_new (I - S S^T)], B = [B_old, B_new].
 
-        The layer then computes what it did before (in evaluation mode: the old branch has no dropout), and has no
-        new pair until `renew`.
+        The layer computes the same function (in evaluation mode: the old branch has no dropout), and has no new pair
+        until `renew`.
         """
         if self.merged:
             raise ValueError("the adapter is merged into the weight; unmerge it before folding")
@@ -202,14 +198,14 @@ class LoraNewLinear(nn.Module, LoraLayer):
 
     def folded(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r_sum + r, in) and B (out, r_sum + r) of the two pairs together."""
-        rows, columns = [self.seen_new_A(adapter)], [self.loranew_B[adapter].weight]
+        rows, columns = [self.effective_new_A(adapter)], [self.loranew_B[adapter].weight]
         if adapter in self.lora_A:
             rows.insert(0, self.lora_A[adapter].weight)
             columns.insert(0, self.lora_B[adapter].weight)
         return torch.cat(rows), torch.cat(columns, dim=1)
 
     def renew(self, adapter: str) -> None:
-        """A fresh new pair: A Kaiming-uniform as nn.Linear's, B zero, so that it changes nothing until it trains."""
+        """Make a fresh new pair: A Kaiming-uniform as nn.Linear's, B zero."""
         r = self.r[adapter]
         like = self.lora_A[adapter].weight if adapter in self.lora_A else torch.empty(0)
         A = torch.empty(r, self.in_features, dtype=like.dtype, device=like.device)
@@ -219,21 +215,21 @@ class LoraNewLinear(nn.Module, LoraLayer):
         self.loranew_B[adapter] = _linear(B, trainable=True)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What the adapter adds to W (out, in) as it stands, both branches together."""
+        """The adapter's change of W (out, in), both branches together."""
         delta = torch.zeros_like(self.get_base_layer().weight, dtype=torch.float32)
         if self.has_old_branch(adapter):
             A, B = self._old_branch(adapter)
             delta += B.float() @ A.float()
         if adapter in self.loranew_A:
-            delta += self.loranew_B[adapter].weight.float() @ self.seen_new_A(adapter).float()
+            delta += self.loranew_B[adapter].weight.float() @ self.effective_new_A(adapter).float()
         return self.scaling[adapter] * delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the change of the named adapters (the active ones) to W.
+        """Add the change of the named adapters (by default the active ones) to W.
 
         Raises:
-            ValueError: `safe_merge` is set and the sum is not finite; W is then as it was.
+            ValueError: `safe_merge` is set and the sum is not finite; W does not change.
         """
         weight = self.get_base_layer().weight
         for adapter in check_adapters_to_merge(self, adapter_names):
@@ -241,25 +237,25 @@ class LoraNewLinear(nn.Module, LoraLayer):
                 continue
             merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
             if safe_merge and not merged.isfinite().all():
-                raise ValueError(f"merging adapter {adapter} would leave values that are not finite")
+                raise ValueError(f"merging adapter {adapter} would make weights that are not finite")
             weight.copy_(merged)
             self.merged_adapters.append(adapter)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take what was merged out of W again."""
+        """Subtract the merged adapters from W."""
         weight = self.get_base_layer().weight
         while self.merged_adapters:
             weight -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
-    def seen_new_A(self, adapter: str) -> torch.Tensor:
-        """A_new (I - S S^T), (r, in): the rows as they act on x itself."""
+    def effective_new_A(self, adapter: str) -> torch.Tensor:
+        """A_new (I - S S^T), (r, in)."""
         A = self.loranew_A[adapter].weight
         return A if self.input_space is None else _remove(A, self.input_space)
 
 
 def _remove(rows: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
-    """The rows (..., in) without their component in the span of S (in, c); never builds S S^T."""
+    """Remove the component in the span of S (in, c) from rows (..., in)."""
     space = space.to(rows.dtype)
     return rows - (rows @ space) @ space.T
 

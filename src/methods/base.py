@@ -342,7 +342,7 @@ class LoraMethod(Method):
         terms = []
         lamda_1, lamda_2, adapter = self.options.lamda_1, self.options.lamda_2, self.model.active_adapter
         for layer in loranew_layers(self.model).values() if lamda_1 or lamda_2 else []:
-            A_new = layer.seen_new_A(adapter)
+            A_new = layer.effective_new_A(adapter)
             if lamda_1 and adapter in layer.lora_A:
                 terms.append(lamda_1 * (layer.lora_A[adapter].weight @ A_new.T).abs().sum())
             if lamda_2:

@@ -1,4 +1,4 @@
-"""LLaMA whose training loss computes logits only where there is something to predict."""
+"""LLaMA with a training loss that computes logits only for the tokens to predict."""
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,9 +12,8 @@ IGNORED = -100
 class LlamaForCausalLM_with_lossmask(LlamaForCausalLM):
     """`LlamaForCausalLM` with the same loss for less memory.
 
-    An answer is a few tokens of a prompt of hundreds, and a row of logits is as long as the vocabulary: the
-    language-model head is run on the positions that predict a label and on no other. Without labels (generation)
-    this is the stock class.
+    An answer is a few tokens of a prompt of hundreds, and each position's logits span the vocabulary: the head runs
+    only on the positions that predict a label. Without labels (generation) this is the stock class.
     """
 
     @can_return_tuple
@@ -33,16 +32,16 @@ class LlamaForCausalLM_with_lossmask(LlamaForCausalLM):
         Args:
             input_ids, attention_mask: (batch, length).
             labels: (batch, length), the inputs' own tokens; -100 where none is to be predicted.
-            loss_mask: (batch, length) weight of the loss at each *predicting* position, one before its label; 1 where
-                not given. Positions of weight 0 are not scored.
-            logits_to_keep: without labels, the number of last positions to compute logits for; 0 means all. `generate`
-                asks for the last one alone, of a class that names this argument.
+            loss_mask: (batch, length), weight of the loss at each *predicting* position, one before its label; 1 by
+                default. Positions of weight 0 are not scored.
             num_items_in_batch: tokens to average over, which the Trainer counts over all micro-batches of a step;
                 by default the scored tokens of this batch.
+            logits_to_keep: without labels, number of last positions to compute logits for; 0 means all. `generate`
+                asks for the last one only if `forward` names this argument.
 
         Returns:
-            With labels: `loss`, 0 where nothing is scored, and `logits` (scored tokens, vocabulary), row by row of
-            the batch. Without: what the stock class returns.
+            With labels: `loss`, 0 if nothing is scored, and `logits` (scored tokens, vocabulary), in the order of the
+            batch. Without: the stock class's output.
 
         Raises:
             ValueError: labels of another shape than the inputs.
@@ -66,7 +65,7 @@ class LlamaForCausalLM_with_lossmask(LlamaForCausalLM):
         if loss_mask is not None:
             losses = losses * weights[scored]
         count = num_items_in_batch if num_items_in_batch is not None else scored.sum()
-        # An empty sum over at least one token: no target gives 0 with a graph, not 0 / 0.
+        # Without a target: an empty sum over one token, which is 0 with a graph, not 0 / 0.
         loss = losses.sum() / torch.as_tensor(count, device=losses.device).clamp(min=1)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -1,8 +1,8 @@
 """From `--model_name_or_path` to a base model and its tokenizer.
 
-Three routes, told apart by what is in the folder and not by its name: an adapter folder leads to the base model that
-it names; a LLaMA config gets the decoder-only class of this project; any other encoder-decoder (T5, mT5, BART, ...)
-gets its own class. Weights are read from safetensors only, and no code that comes with a model is run.
+What the folder holds, not its name, decides which: an adapter folder leads to the base model that it names; a LLaMA
+config gets this project's decoder-only class; any other encoder-decoder (T5, mT5, BART, ...) gets its own class.
+Weights are read from safetensors only, and no code that comes with a model is run.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from errors import InputError
-from files import read_json
+from files import read_object
 from model.llama import LlamaForCausalLM_with_lossmask
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,13 +34,13 @@ logger = logging.getLogger("gorp")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model ready for a method to attach itself to.
+    """A base model, ready for a method to attach to.
 
     Attributes:
         model, tokenizer: their special tokens agree; a decoder-only model's tokenizer pads on the left.
         decoder_only: whether prompts and answers share one sequence.
-        previous: the adapter folder that was given, which the method loads; None for a base model.
-        base_name: folder or hub id of the base model, as it was written.
+        previous: the given adapter folder, which the method loads; None for a base model.
+        base_name: folder or hub id of the base model, as written.
     """
 
     model: PreTrainedModel
@@ -64,23 +64,22 @@ def load_model_and_tokenizer(
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
 ) -> LoadedModel:
-    """Load a base model: the one named, or the one that the named adapter folder was trained on.
+    """Load the base model that is named, or that the named adapter folder was trained on.
 
     Args:
         model_name_or_path: a folder or a hub id; `cache_dir`, `revision` and `token` are for the hub.
-        config_name, tokenizer_name: other places of the config and the tokenizer than the model's.
-        use_fast_tokenizer: kept for its users; transformers 5 has one kind of tokenizer, which is said if false.
+        config_name, tokenizer_name: where config and tokenizer are, if not with the model.
+        use_fast_tokenizer: a published flag; false only logs that transformers 5 has one kind of tokenizer.
         resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
             warning. Only some models can (Pegasus can, BART and LLaMA cannot).
-        dtype: precision of the weights.
-        weights: False leaves the model on the meta device: files and shapes are checked, no value is read.
+        weights: False leaves the model on the meta device: files and shapes are checked, no values are read.
 
     Raises:
-        InputError: the model is not there, is a pickle, is incomplete, is of a kind that is not trained here, or is
-            too short for `max_source_length`; the hub cannot be reached.
+        InputError: the model is missing, a pickle, incomplete, of an unsupported kind, or too short for
+            `max_source_length`; the hub cannot be reached.
     """
     if not use_fast_tokenizer:
-        logger.warning("--use_fast_tokenizer false has no effect: transformers 5 has one kind of tokenizer")
+        logger.warning("--use_fast_tokenizer false is ignored: transformers 5 has one kind of tokenizer")
     previous, base_name = _find_base(model_name_or_path)
     hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "trust_remote_code": False}
     with _loading("config", config_name or base_name):
@@ -88,12 +87,12 @@ def load_model_and_tokenizer(
     decoder_only = config.model_type == "llama"
     if not decoder_only and not config.is_encoder_decoder:
         raise InputError(
-            f"{base_name}/config.json: found model_type {config.model_type!r}; llama and encoder-decoder models "
-            "(t5, mt5, bart, ...) are trained here"
+            f"{base_name}/config.json: found model_type {config.model_type!r}; allowed: llama and encoder-decoder "
+            "models (t5, mt5, bart, ...)"
         )
-    _refuse_kernels(config, base_name)
+    _reject_kernels(config, base_name)
     model_class = LlamaForCausalLM_with_lossmask if decoder_only else AutoModelForSeq2SeqLM
-    _refuse_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
+    _reject_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
     _check_index(Path(base_name) / "model.safetensors.index.json")
     with _loading("tokenizer", tokenizer_name or base_name):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **hub)
@@ -106,12 +105,12 @@ def load_model_and_tokenizer(
 
 
 def model_files(model_name_or_path: str) -> dict[str, Path]:
-    """The files that decide what is loaded, by name: the adapter folder's, if it is one, and the base model's.
+    """The files that decide what is loaded, by name: the base model's and, if given, the adapter folder's.
 
-    A base model on the hub has none here; its id and revision are part of the command line.
+    A base model on the hub has none; its id and revision are part of the command line.
 
     Raises:
-        InputError: the model is not there.
+        InputError: the model is missing.
     """
     previous, base_name = _find_base(model_name_or_path)
     folders = {"adapter": previous, "base": Path(base_name)}
@@ -124,7 +123,7 @@ def model_files(model_name_or_path: str) -> dict[str, Path]:
     }
 
 
-# Where the base model is
+# Finding it
 
 
 def _find_base(name: str) -> tuple[Path | None, str]:
@@ -133,7 +132,7 @@ def _find_base(name: str) -> tuple[Path | None, str]:
     if (folder / ADAPTER_CONFIG).is_file():
         return folder, _base_of_adapter(folder / ADAPTER_CONFIG)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        # Only the name can tell what an incomplete folder was meant to be.
+        # Only its name tells what an incomplete folder was meant to be.
         wanted = ADAPTER_CONFIG if "adapter" in folder.name else "config.json"
         raise InputError(f"{FLAG}: {name} has no {wanted}")
     if _is_missing_folder(name):
@@ -145,22 +144,19 @@ def _find_base(name: str) -> tuple[Path | None, str]:
 
 
 def _base_of_adapter(path: Path) -> str:
-    content = read_json(path)
-    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    base = read_object(path).get("base_model_name_or_path")
+    where = f"{path}: base_model_name_or_path is {base}"
     if not isinstance(base, str) or not base:
-        raise InputError(f"{path}: base_model_name_or_path is {base!r}; the base model's folder or hub id is needed")
+        raise InputError(f"{where}; allowed: the base model's folder or hub id")
     if _is_missing_folder(base) or (Path(base).is_dir() and not (Path(base) / "config.json").is_file()):
-        raise InputError(
-            f"{path}: base_model_name_or_path is {base}, where there is no model (seen from {Path.cwd()}); put the "
-            "base model there, or write into the file where it is"
-        )
+        raise InputError(f"{where}, where there is no model (seen from {Path.cwd()}); correct the path in the file")
     if (Path(base) / ADAPTER_CONFIG).is_file():
-        raise InputError(f"{path}: base_model_name_or_path is {base}, itself an adapter; a base model is needed")
+        raise InputError(f"{where}, itself an adapter; allowed: a base model")
     return base
 
 
 def _is_missing_folder(name: str) -> bool:
-    """Whether `name` cannot be a hub id (`name` or `owner/name`) and is no folder either."""
+    """Return whether `name` is neither a folder nor a possible hub id (`name` or `owner/name`)."""
     path = Path(name)
     if path.is_dir():
         return False
@@ -169,12 +165,12 @@ def _is_missing_folder(name: str) -> bool:
     return path.exists() or no_hub_id or beside_a_folder
 
 
-# Reading it
+# Loading it
 
 
 @contextlib.contextmanager
 def _loading(what: str, name: str) -> Iterator[None]:
-    """Third-party loading without its progress bars, its failures said in one line."""
+    """Third-party loading without progress bars, its failures reported in one line."""
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -187,14 +183,14 @@ def _loading(what: str, name: str) -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _refuse_pickle(name: str, auto_class: str) -> None:
-    """A local folder must hold safetensors; of a hub repository, from_pretrained sees to that."""
+def _reject_pickle(name: str, auto_class: str) -> None:
+    """Require safetensors in a local folder; for a hub repository, from_pretrained does."""
     folder = Path(name)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if not pickles:
-        raise InputError(f"{name}: holds no weights; model.safetensors is needed")
+        raise InputError(f"{name}: holds no weights; allowed: a folder with model.safetensors")
     raise InputError(
         f"{folder / pickles[0]}: a pickle, which is not loaded; convert it once, if you trust its source: "
         f'python -c "from transformers import {auto_class} as M; '
@@ -203,32 +199,30 @@ def _refuse_pickle(name: str, auto_class: str) -> None:
 
 
 def _check_index(path: Path) -> None:
-    """Of a model in pieces: each is a safetensors file beside the index. transformers would read a pickle, or leave
-    the folder, where the index says so."""
+    """Require each piece of a split model to be a safetensors file beside the index, which transformers does not."""
     if not path.is_file():
         return
-    content = read_json(path)
-    pieces = content.get("weight_map") if isinstance(content, dict) else None
+    pieces = read_object(path).get("weight_map")
     if not isinstance(pieces, dict) or not pieces:
-        raise InputError(f"{path}: has no weight_map; an object of weight -> safetensors file is needed")
+        raise InputError(f"{path}: found no weight_map; allowed: an object of weight -> safetensors file")
     for weight, piece in pieces.items():
         if not isinstance(piece, str) or Path(piece).name != piece or not piece.endswith(".safetensors"):
-            raise InputError(f"{path}, weight_map, {weight}: found {piece!r}; a safetensors file beside it is needed")
+            raise InputError(f"{path}, weight_map, {weight}: found {piece!r}; allowed: a safetensors file beside it")
         if not (path.parent / piece).is_file():
             raise InputError(f"{path}, weight_map, {weight}: there is no {piece} beside it")
 
 
-def _refuse_kernels(config: PreTrainedConfig, name: str) -> None:
-    """A config can name a hub repository of compiled attention kernels, which would be fetched and run."""
+def _reject_kernels(config: PreTrainedConfig, name: str) -> None:
+    """Reject a config that names a hub repository of compiled attention kernels, which would be fetched and run."""
     wanted = config._attn_implementation
     if wanted is not None and "/" in str(wanted):
-        raise InputError(f"{name}/config.json: attention from {wanted!r}, which is code of others; eager or sdpa")
+        raise InputError(f"{name}/config.json: found attention code from {wanted!r}; allowed: eager, sdpa")
 
 
 def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
-    """The model with every weight from its checkpoint, none left as initialised."""
+    """Load a model, every weight from its checkpoint."""
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # what its table of differences would say is said below, a line each
+    hf_logging.set_verbosity_error()  # its table of differences is reported below, a line each
     try:
         with _loading("model", name):
             model, report = model_class.from_pretrained(
@@ -237,11 +231,11 @@ def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
     finally:
         hf_logging.set_verbosity(verbosity)
     for key, found, needed in sorted(report["mismatched_keys"]):
-        raise InputError(f"{name}: {key} is {tuple(found)}, {tuple(needed)} is needed by its config.json")
+        raise InputError(f"{name}: {key} is {tuple(found)}; {tuple(needed)} is needed by its config.json")
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{name}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
     if unused := sorted(report["unexpected_keys"]):
-        logger.warning("%s: the model has no place for %d weights, such as %s", name, len(unused), unused[0])
+        logger.warning("%s: the model does not use %d weights, such as %s", name, len(unused), unused[0])
     return model
 
 
@@ -249,11 +243,10 @@ def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoder_only: bool) -> None:
-    """Write one choice of special tokens to tokenizer, config and generation config.
+    """Write the same special tokens to tokenizer, config and generation config.
 
-    The tokenizer's own tokens count; bos and eos that it lacks come from the model's config. A LLaMA tokenizer
-    without a padding token pads with unk, or with eos where that is absent too: padding is masked everywhere, so it
-    needs no embedding of its own.
+    The tokenizer's own tokens are used; a LLaMA tokenizer without bos or eos takes the config's. Without a padding
+    token it pads with unk, or else eos: padding is always masked and needs no embedding of its own.
     """
     if decoder_only:
         for kind in ("bos", "eos"):
@@ -279,13 +272,13 @@ def _token_of_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def _grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A row for every token id; never fewer rows, for a checkpoint may round their number up."""
+    """Add an embedding row for every token id; never remove any, as a checkpoint may round their number up."""
     rows = model.get_input_embeddings().num_embeddings
     needed = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     if needed <= rows:
         return
-    logger.warning("embeddings grow from %d to %d rows, the tokenizer's; new rows start as their mean", rows, needed)
-    # The new rows are drawn (narrowly around the mean) and not saved: the same draw makes them the same every time.
+    logger.warning("embeddings grow from %d to %d rows for the tokenizer; new rows start near the mean", rows, needed)
+    # The new rows are drawn narrowly around the mean and not saved, so every load must draw the same ones.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.resize_token_embeddings(needed, mean_resizing=model.device.type != "meta")
@@ -297,10 +290,11 @@ def _grow_positions(model: PreTrainedModel, length: int, allowed: bool | None) -
         return
     fault = f"--max_source_length: found {length}; {model.name_or_path} has {limit} positions"
     if allowed is False:
-        raise InputError(f"{fault}, which --resize_position_embeddings false keeps; at most {limit}")
+        raise InputError(f"{fault}, which --resize_position_embeddings false keeps; allowed: at most {limit}")
     try:
         model.resize_position_embeddings(length)
     except NotImplementedError:
-        raise InputError(f"{fault}, which --resize_position_embeddings cannot change here; at most {limit}") from None
+        reason = "which --resize_position_embeddings cannot change"
+        raise InputError(f"{fault}, {reason}; allowed: at most {limit}") from None
     if allowed is None:
         logger.warning("position embeddings grow from %d to %d; new ones are untrained", limit, length)

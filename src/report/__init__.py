@@ -1,1 +1,1 @@
-"""What an order's runs add up to: the accuracy matrix and the measures taken from it."""
+"""Reports: an order's accuracy matrix and its measures, and methods side by side."""

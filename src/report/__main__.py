@@ -1,4 +1,4 @@
-"""What runs add up to: an order's accuracy matrix, or methods, orders and seeds side by side.
+"""Reports: an order's accuracy matrix, or methods, orders and seeds side by side.
 
     python src/report logs_and_outputs/order_1                 one order: prints its table, writes order_results.json
     python src/report logs_and_outputs more_runs --out report  every order below: writes a report into that folder
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a folder run as a program has only itself on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program, a folder has only itself on the path
 
 from errors import InputError, entry_point
 from files import write_json
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report_order(order_dir: Path) -> None:
-    """Print an order's table, and write its measures beside its outputs."""
+    """Print an order's table, and write its measures to `order_results.json`."""
     tasks, matrix = accuracy_matrix(order_dir)
     measures = measure(order_dir, tasks, matrix)
     print(format_table(tasks, matrix, measures))
@@ -46,13 +46,13 @@ def report_order(order_dir: Path) -> None:
 
 
 def report_runs(folders: Sequence[Path], out: Path) -> None:
-    """Write the report over every order below the folders, and print its answers.
+    """Write the report over every order below the folders, and print its summaries.
 
     Raises:
-        InputError: there are no results, or `out` is a folder with something else in it.
+        InputError: there are no results, or `out` holds something other than a report.
     """
     if out.exists() and not (out.is_dir() and ((out / "report.html").exists() or not any(out.iterdir()))):
-        raise InputError(f"--out: {out} holds something other than a report; a new folder, or an earlier report's")
+        raise InputError(f"--out: {out} holds something other than a report; allowed: a new folder, or a report's")
     runs = find_runs(folders)
     write_report(runs, out)
     for model in distinct(runs, "model"):

@@ -1,9 +1,9 @@
 """A paired bootstrap interval for the difference of two methods' average performance.
 
-What varies between two runs of the same order and seed is which test rows there happened to be and what the seed drew.
-So both are resampled: the rows of each dataset (the same ones for every run, for two methods answer the same rows), and
-the seeds of each order. A difference whose interval holds 0 is no result. Nor is one of a single seed, whose interval
-tells nothing of what another seed would have drawn.
+Two runs of one order and seed differ by the test examples there happen to be and by what the seed draws, so both are
+resampled: each dataset's examples (the same draw for every run, as two methods answer the same examples) and each
+order's seeds. A difference is not significant if its interval contains 0, nor with a single seed, where the interval
+does not cover what another seed would draw.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ class Interval:
     """A difference of average performance in points, and its bounds.
 
     Attributes:
-        runs: how many both methods have, by order and seed; seeds: of the order that has fewest.
+        runs: number of orders and seeds that both methods have; seeds: of the order with the fewest.
     """
 
     mean: float
@@ -33,13 +33,12 @@ class Interval:
     seeds: int
 
     @property
-    def holds_zero(self) -> bool:
+    def contains_zero(self) -> bool:
         return self.low <= 0 <= self.high
 
     @property
-    def is_result(self) -> bool:
-        """Whether the difference is more than chance would give, that of rows and that of seeds."""
-        return self.seeds > 1 and not self.holds_zero
+    def is_significant(self) -> bool:
+        return self.seeds > 1 and not self.contains_zero
 
     def __str__(self) -> str:
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
@@ -53,13 +52,14 @@ def paired_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Ours minus theirs, over the runs that both have: mean over orders, their seeds, their datasets, their rows.
+    """Ours minus theirs over the runs that both have: the mean over orders, their seeds, datasets and examples.
 
     Args:
-        ours, theirs: by order and seed, then by dataset, which test rows (n,) were answered rightly at the end.
+        ours, theirs: by order and seed, then by dataset, whether each test example (n,) was answered correctly at the
+            end.
 
     Raises:
-        InputError: no run is common to both, or the two were tested on other rows.
+        InputError: no run is common to both, or they were tested on different examples.
     """
     runs = [run for run in ours if run in theirs]
     if not runs:
@@ -83,11 +83,11 @@ def paired_interval(
 
 
 def _gaps(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], run: RunKey) -> dict[str, np.ndarray]:
-    if {name: len(rows) for name, rows in ours.items()} != {name: len(rows) for name, rows in theirs.items()}:
-        raise InputError(f"order {run[0]}, seed {run[1]}: the two methods were not tested on the same rows")
+    if {name: len(hits) for name, hits in ours.items()} != {name: len(hits) for name, hits in theirs.items()}:
+        raise InputError(f"order {run[0]}, seed {run[1]}: the two methods were not tested on the same examples")
     return {name: np.asarray(ours[name], float) - np.asarray(theirs[name], float) for name in ours}
 
 
 def _mean_over_datasets(gaps: Mapping[str, np.ndarray], shares: Mapping[str, np.ndarray] | None = None):
-    """Mean over datasets of the mean over rows; with `shares` (resamples, n) one for each resample."""
+    """Mean over datasets of the mean over examples; with `shares` (resamples, n), one for each resample."""
     return np.mean([gap.mean() if shares is None else shares[name] @ gap for name, gap in gaps.items()], axis=0)

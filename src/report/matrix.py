@@ -1,19 +1,20 @@
-"""The accuracy of every task after every task, and what continual learning measures in it.
+"""The accuracy of every task after every task, and the measures of continual learning taken from it.
 
 Row i, column j of the matrix is a[i][j], the exact match in per cent on task j after training on task i, None where
-it was not measured; b[i][j], j >= i, is the same before training on task i (`--zero_shot`). With T tasks, the last
-row being T, and n[j] test rows of task j:
+it was not measured; b[i][j], j >= i, is the same before training on task i (`--zero_shot`). With T tasks, T also
+being the last row, and n[j] test examples of task j:
 
     average performance        AP  = 1/T sum_j a[T][j]                       (Lopez-Paz & Ranzato, 2017, there ACC;
                                                                               Chaudhry et al., 2018, there A_T)
-    the same over rows               sum_j n[j] a[T][j] / sum_j n[j]         (the published code's exact_match)
+    the same over examples           sum_j n[j] a[T][j] / sum_j n[j]         (the published code's exact_match)
     backward transfer          BWT = 1/(T-1) sum_{j<T} (a[T][j] - a[j][j])   (Lopez-Paz & Ranzato, 2017)
     forgetting                 F   = 1/(T-1) sum_{j<T} (max_{j<=i<T} a[i][j] - a[T][j])     (Chaudhry et al., 2018)
     forward transfer           FWT = 1/(T-1) sum_{j>1} (b[j][j] - b[1][j])   (Lopez-Paz & Ranzato, 2017; their
                                                                               untrained model is the base model here)
     accuracy on unseen data          the mean over the datasets of `--unseen_config_dir` after task T
 
-BWT below zero is forgetting. An order that is not finished has the measures of its latest finished task.
+BWT below zero is forgetting. The measures of an unfinished order are those of its latest finished task. A measure is
+None if a value that it needs is missing.
 """
 
 import os
@@ -22,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from errors import InputError
-from files import read_json
+from files import read_object
 
 Matrix = list[list[float | None]]
 
@@ -30,10 +31,10 @@ Matrix = list[list[float | None]]
 def accuracy_matrix(order_dir: str | os.PathLike) -> tuple[list[str], Matrix]:
     """The datasets of an order's output folder, in training order, and their accuracy matrix, square.
 
-    Reads `outputs/<i>-<dataset>/predict_results.json`. A step that has a folder but no results yet is a row of None.
+    Reads `outputs/<i>-<dataset>/predict_results.json`. A step without results is a row of None.
 
     Raises:
-        InputError: there are no results, a results file is not one, or the steps are not numbered 1, 2, ...
+        InputError: there are no results, a results file is invalid, or the steps are not numbered 1, 2, ...
     """
     folders = _step_folders(Path(order_dir) / "outputs")
     tasks = [folder.name.partition("-")[2] for folder in folders]
@@ -44,42 +45,33 @@ def accuracy_matrix(order_dir: str | os.PathLike) -> tuple[list[str], Matrix]:
 
 
 def last_finished(matrix: Matrix) -> int | None:
-    """Index of the last row that has values, None if there is none."""
+    """Index of the last row with a value; None if there is none."""
     return max((i for i, row in enumerate(matrix) if any(value is not None for value in row)), default=None)
 
 
 def average_performance(matrix: Matrix) -> float | None:
-    """AP after the latest finished task, over the tasks seen by then; None if one of their values is missing."""
+    """AP after the latest finished task, over the tasks seen by then."""
     last = last_finished(matrix)
     return None if last is None else _mean(matrix[last][: last + 1])
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """BWT after the latest finished task; None after the first one, or if a value that it needs is missing."""
+    """BWT after the latest finished task; None after the first one."""
     last = last_finished(matrix)
-    if not last:
-        return None
-    pairs = [(matrix[last][i], matrix[i][i]) for i in range(last)]
-    return _mean([None if None in pair else pair[0] - pair[1] for pair in pairs])
+    return _mean_difference([(matrix[last][i], matrix[i][i]) for i in range(last or 0)])
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """F after the latest finished task; None after the first one, or if a value that it needs is missing."""
+    """F after the latest finished task; None after the first one."""
     last = last_finished(matrix)
-    if not last:
-        return None
-    columns = [[matrix[i][j] for i in range(j, last + 1)] for j in range(last)]
-    return _mean([None if None in column else max(column[:-1]) - column[-1] for column in columns])
+    columns = [[matrix[i][j] for i in range(j, last)] for j in range(last or 0)]
+    best = [None if None in column else max(column) for column in columns]
+    return _mean_difference([(value, matrix[last][j]) for j, value in enumerate(best)])
 
 
 def forward_transfer(before: Matrix, tasks_finished: int) -> float | None:
-    """FWT over the first `tasks_finished` tasks; None below two, or if a value that it needs is missing.
-
-    Args:
-        before: b, what `zero_shot_matrix` reads.
-    """
-    pairs = [(before[j][j], before[0][j]) for j in range(1, tasks_finished)]
-    return _mean([None if None in pair else pair[0] - pair[1] for pair in pairs]) if pairs else None
+    """FWT over the first `tasks_finished` tasks, from b of `zero_shot_matrix`; None below two tasks."""
+    return _mean_difference([(before[j][j], before[0][j]) for j in range(1, tasks_finished)])
 
 
 def zero_shot_matrix(order_dir: str | os.PathLike, tasks: Sequence[str]) -> Matrix:
@@ -89,7 +81,7 @@ def zero_shot_matrix(order_dir: str | os.PathLike, tasks: Sequence[str]) -> Matr
 
 
 def unseen_accuracy(folder: str | os.PathLike) -> dict[str, float | None]:
-    """Exact match after a step on each dataset that its order never trains; empty where it was not measured."""
+    """Exact match after a step on each dataset that its order never trains; empty if it was not measured."""
     path = Path(folder) / "unseen_results.json"
     tasks = _results(path).get("unseen_datasets", [])
     return dict(zip(tasks, _row(path, tasks, "unseen")))
@@ -97,26 +89,26 @@ def unseen_accuracy(folder: str | os.PathLike) -> dict[str, float | None]:
 
 MEASURES = {
     "average_performance": "average performance (AP)",
-    "average_over_rows": "the same over rows",
+    "average_over_rows": "the same over examples",
     "backward_transfer": "backward transfer (BWT)",
     "forgetting": "forgetting (F)",
     "forward_transfer": "forward transfer (FWT)",
     "unseen_accuracy": "accuracy on unseen datasets",
 }
-"""The measures of an order, and what a table calls them."""
+"""The measures of an order, and their titles."""
 
 
 def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) -> dict[str, float | None]:
-    """Every measure of `MEASURES` after the latest finished task, None where it was not measured."""
+    """Every measure of `MEASURES` after the latest finished task."""
     last = last_finished(matrix)
     folder = Path(order_dir) / "outputs" / step_name(last + 1, tasks[last])
+    results = _results(folder / "predict_results.json")
     unseen = unseen_accuracy(folder).values()
     average = average_performance(matrix)
     return {
         "average_performance": average,
-        # Where `ends` has tested the latest task alone, its rows are not those of all tasks.
-        "average_over_rows": None if average is None else _results(folder / "predict_results.json").get(
-            "predict_exact_match"),
+        # `--predict_tasks ends` may have tested the latest task alone, and then there is no AP either.
+        "average_over_rows": None if average is None else results.get("predict_exact_match"),
         "backward_transfer": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
         "forward_transfer": forward_transfer(zero_shot_matrix(order_dir, tasks), last + 1),
@@ -125,7 +117,7 @@ def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) 
 
 
 def order_results(tasks: Sequence[str], matrix: Matrix, measures: Mapping[str, float | None]) -> dict:
-    """The content of `order_results.json`; values have 4 decimals, as the metrics have."""
+    """The content of `order_results.json`, with 4 decimals."""
     return {
         "tasks": list(tasks),
         "accuracy": matrix,
@@ -145,7 +137,7 @@ def step_name(number: int, dataset: str) -> str:
 
 
 def format_table(tasks: Sequence[str], matrix: Matrix, measures: Mapping[str, float | None]) -> str:
-    """The matrix as aligned text, with the measures that there are below it, then the steps without results."""
+    """The matrix as aligned text, then the measures taken, then the steps without results."""
     steps = [step_name(i, task) for i, task in enumerate(tasks, 1)]
     cells = [["after", *tasks]] + [[step, *map(cell, row)] for step, row in zip(steps, matrix)]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -156,44 +148,45 @@ def format_table(tasks: Sequence[str], matrix: Matrix, measures: Mapping[str, fl
     lines += ["", *(f"{MEASURES[name].ljust(width)}  {cell(measures[name])}" for name in shown)]
     if unfinished := unfinished_steps(tasks, matrix):
         last = steps[last_finished(matrix)]
-        lines += ["", f"not finished: no results of {', '.join(unfinished)}; the measures are those after {last}"]
+        lines += ["", f"not finished: no results for {', '.join(unfinished)}; the measures are those after {last}"]
     return "\n".join(lines)
 
 
 def cell(value: float | None) -> str:
-    """A number of a table, two decimals, "-" where there is none."""
+    """A number with two decimals for a table, "-" for None."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def _step_folders(outputs: Path) -> list[Path]:
-    """The folders `<i>-<dataset>`, i = 1, 2, ..., in order; others, such as hidden ones, are not steps."""
+    """The folders `<i>-<dataset>`, i = 1, 2, ..., in order; others are not steps."""
     if not outputs.is_dir():
-        raise InputError(f"{outputs}: no such folder; expected the output folder of an order")
+        raise InputError(f"{outputs}: no such folder; an order's output folder has one")
     folders = [folder for folder in outputs.iterdir() if folder.is_dir()]
     numbered = [(int(match[1]), folder) for folder in folders if (match := re.match(r"(\d+)-.", folder.name))]
     numbers = sorted(number for number, _ in numbered)
     if numbers != list(range(1, len(numbers) + 1)):
-        raise InputError(f"{outputs}: found steps {', '.join(map(str, numbers))}; allowed is each of 1, 2, ... once")
+        raise InputError(f"{outputs}: found steps {', '.join(map(str, numbers))}; allowed: each of 1, 2, ... once")
     return [folder for _, folder in sorted(numbered)]
 
 
 def _row(path: Path, tasks: Sequence[str], part: str = "predict") -> list[float | None]:
-    """Exact match on every task in a step's results file, None where it has none; without a file all are None."""
+    """Exact match on every task in a step's results file; None where the file, or its value, is missing."""
     results = _results(path)
     keys = [f"{part}_exact_match_for_{task}" for task in tasks]
     for key in keys:
         if not isinstance(results.get(key), int | float | None):
-            raise InputError(f"{path}: {key} is {results[key]!r}; expected a number")
+            raise InputError(f"{path}: {key} is {results[key]!r}; allowed: a number")
     return [results.get(key) for key in keys]
 
 
 def _results(path: Path) -> dict:
-    """The metrics of a step's results file, none without a file."""
-    results = read_json(path) if path.exists() else {}
-    if not isinstance(results, dict):
-        raise InputError(f"{path}: found {type(results).__name__}; expected an object of metrics")
-    return results
+    """The metrics in a step's results file, if there is one."""
+    return read_object(path, "an object of metrics") if path.exists() else {}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     return None if None in values else sum(values) / len(values)
+
+
+def _mean_difference(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    return _mean([None if None in pair else pair[0] - pair[1] for pair in pairs]) if pairs else None

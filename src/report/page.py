@@ -1,11 +1,12 @@
-"""The report over many runs: a page in Markdown and in HTML (one file, no network), SVG pictures and CSV tables.
+"""The report on many runs: a page in Markdown and in HTML (one file, no network), SVG figures and CSV tables.
 
-Both pages are made from the same list of blocks: ("heading", text), ("text", text), ("table", rows), ("figure", name).
+Both pages are made from one list of blocks: ("heading", text), ("text", text), ("table", rows), ("figure", name).
 """
 
 import csv
 import io
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,11 +14,10 @@ from pathlib import Path
 from files import whole_folder
 from report import svg
 from report.bootstrap import Interval
-from report.matrix import MEASURES, cell
+from report.matrix import MEASURES
 from report.published import RESULTS
 from report.runs import (
     Run,
-    Summary,
     base_method,
     distinct,
     finished,
@@ -58,11 +58,11 @@ def write_report(runs: Sequence[Run], folder: Path) -> None:
         (partial / "accuracy.csv").write_text(accuracy_csv(runs), encoding="utf-8")
 
 
-# What the pages say
+# Content
 
 
 def answer(runs: Sequence[Run]) -> str:
-    """Which method, by how much, at what cost, in a few sentences; `runs` are those of one model."""
+    """Say which method is best, by how much and at what cost; `runs` are those of one model."""
     methods = [method for method in ranked_methods(runs)
                if summarise(select(runs, method=method), "average_performance")]
     if not methods:
@@ -71,64 +71,65 @@ def answer(runs: Sequence[Run]) -> str:
     best = sequential[0]
     own = select(runs, method=best)
     result = summarise(own, "average_performance")
-    said = [f"Best: {best}, average performance {_with_spread(result)} over {_runs(result.count)}"]
     transfer = summarise(own, "backward_transfer")
-    said[0] += f", backward transfer {transfer.mean:+.1f}." if transfer else "."
+    said = [f"Best: {best}, average performance {result} over {_counted(result.count, 'run')}"
+            + (f", backward transfer {transfer.mean:+.1f}." if transfer else ".")]
     others = [method for method in sequential if base_method(method) != base_method(best)]
     rivals = dict.fromkeys([*sequential[1:2], *others[:1]])  # the next may be a variant of the best
     said += [_lead(own, select(runs, method=rival), rival) for rival in rivals]
     said.append(f"Cost: {_cost(own)}.")
-    if ceiling := [method for method in methods if method not in sequential]:
-        gap = paired_difference(own, select(runs, method=ceiling[0]))
-        if gap:
-            said.append(f"Against {ceiling[0]}, all tasks at once: {gap} points{_caution(gap)}.")
+    for ceiling in [method for method in methods if method not in sequential][:1]:
+        if gap := paired_difference(own, select(runs, method=ceiling)):
+            said.append(f"Against {ceiling}, all tasks at once: {gap} points{_caution(gap)}.")
     return " ".join(said)
 
 
 def _lead(own: Sequence[Run], second: Sequence[Run], name: str) -> str:
     gap = paired_difference(own, second)
     if gap is None:
-        return f"With {name} it has no order and seed in common whose predictions are there."
-    # It may be ahead on average and yet behind on the orders and seeds that both have.
+        return f"It shares no order and seed that have predictions with {name}."
+    # It may lead on average and yet be behind on the orders and seeds that both have.
     place = f"It leads {name}" if gap.mean >= 0 else f"On the same orders and seeds {name} leads"
     low, high = sorted((gap.low, gap.high)) if gap.mean >= 0 else sorted((-gap.low, -gap.high))
-    pairs = "1 pair of runs" if gap.runs == 1 else f"{gap.runs} pairs of runs"
+    pairs = _counted(gap.runs, "paired run")
     return f"{place} by {abs(gap.mean):.1f} [{low:.1f}, {high:.1f}] points ({pairs}){_caution(gap)}."
 
 
 def _caution(gap: Interval) -> str:
-    """What keeps a difference from being a result."""
-    if gap.holds_zero:
-        return ", an interval that holds 0: no result"
-    return "" if gap.is_result else ", over test rows alone: another seed may differ"
+    """Why a difference is not significant; empty if it is."""
+    if gap.contains_zero:
+        return ", not significant: the interval contains 0"
+    return "" if gap.is_significant else ", over test examples alone: another seed may differ"
 
 
 def _cost(runs: Sequence[Run]) -> str:
     seconds, trained, stored = _costs(runs)
     share = f" ({100 * runs[0].trained_values / runs[0].values:.2g} % of the model)" if runs[0].values else ""
-    return f"{seconds} of training an order, {trained} values trained{share}, {stored} kept between tasks"
+    return f"{seconds} of training per order, {trained} trainable parameters{share}, {stored} saved between tasks"
 
 
 def _costs(runs: Sequence[Run]) -> tuple[str, str, str]:
-    """Mean time, values trained and bytes stored, for a table."""
-    def mean(name: str) -> float | None:
-        values = [getattr(run, name) for run in finished(runs)]
-        return None if None in values else sum(values) / len(values)
-    return _seconds(mean("seconds")), _count(mean("trained_values")), _bytes(mean("stored_bytes"))
+    """Mean training time, trainable parameters and stored bytes, as text."""
+    columns = [[getattr(run, name) for run in finished(runs)] for name in ("seconds", "trained_values", "stored_bytes")]
+    seconds, trained, stored = (None if None in column else statistics.mean(column) for column in columns)
+    return (
+        "-" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min",
+        "-" if trained is None else f"{trained:,.0f}",
+        "-" if stored is None else f"{stored / 1e6:.2f} MB",
+    )
 
 
 def _model_blocks(runs: Sequence[Run], figures: dict[str, str]) -> list[Block]:
-    """Everything about one model; its pictures are added to `figures`."""
+    """The blocks of one model; their pictures are added to `figures`."""
     model, methods = runs[0].model, ranked_methods(runs)
     blocks: list[Block] = [("heading", model), ("answer", answer(runs)), ("table", _method_table(runs, methods))]
     blocks.append(("text", NOTE))
     if variants := {run.method: run.varying for run in runs if run.varying}:
-        blocks.append(("text", "Options in which runs of one name differ. " + "; ".join(
+        blocks.append(("text", "Options in which runs of one method differ. " + "; ".join(
             f"{name}: {', '.join(f'{key}={value}' for key, value in varying.items())}"
             for name, varying in variants.items()) + "."))
     scored = [(method, summarise(select(runs, method=method), "average_performance")) for method in methods]
-    rows = [(method, result.mean, result.spread) for method, result in scored if result]
-    if rows:
+    if rows := [(method, result.mean, result.spread) for method, result in scored if result]:
         blocks.append(_figure(figures, f"{model}-methods", svg.bars(rows, f"{model}: average performance, per cent")))
     blocks += [("heading", f"{model}: method by order"), ("table", _order_table(runs, methods))]
     for order in sorted(distinct(runs, "order"), key=natural):
@@ -136,7 +137,7 @@ def _model_blocks(runs: Sequence[Run], figures: dict[str, str]) -> list[Block]:
                                 figures)
     unfinished = [run for run in runs if run.unfinished]
     if unfinished:
-        blocks.append(("text", "Not finished, and so not compared: " + "; ".join(
+        blocks.append(("text", "Unfinished, and so not compared: " + "; ".join(
             f"{run.method}, {run.order}, seed {run.seed} (without {', '.join(run.unfinished)})" for run in unfinished)))
     return blocks
 
@@ -145,8 +146,9 @@ NOTE = (
     "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
     "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
     "same order and seed with those of the best method, the ceiling aside; in brackets the 95 % interval, resampled "
-    "over test rows and seeds (over rows alone where there is one seed). What holds 0 is no result. "
-    "Trained: the most values that a task trains; stored: what the last task leaves. Definitions: docs/METRICS.md."
+    "over test examples and seeds (over examples alone with one seed). A difference whose interval contains 0 is not "
+    "significant. Trained: most trainable parameters of a task; stored: what the last task saves. Definitions: "
+    "docs/METRICS.md."
 )
 
 
@@ -154,16 +156,16 @@ def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]
     best = next((method for method in methods if not is_ceiling(method)), methods[0])
     optional = [name for name in ("average_over_rows", "forward_transfer", "unseen_accuracy")
                 if any(run.measures.get(name) is not None for run in runs)]
-    names = {"average_over_rows": "over rows", "forward_transfer": "FWT", "unseen_accuracy": "unseen"}
+    names = {"average_over_rows": "over examples", "forward_transfer": "FWT", "unseen_accuracy": "unseen"}
     rows = [["method", "AP", "against the best", "BWT", "F", *(names[name] for name in optional), "training", "trained",
              "stored", "runs"]]
     for method in methods:
         own = select(runs, method=method)
         gap = None if method == best else paired_difference(own, select(runs, method=best))
-        shown = [_with_spread(summarise(own, name)) for name in ("backward_transfer", "forgetting", *optional)]
+        average, *shown = [str(summarise(own, name) or "-") for name in (
+            "average_performance", "backward_transfer", "forgetting", *optional)]
         name = f"{method} (ceiling)" if is_ceiling(method) else method
-        rows.append([name, _with_spread(summarise(own, "average_performance")), str(gap or "-"), *shown, *_costs(own),
-                     str(sum(not run.unfinished for run in own))])
+        rows.append([name, average, str(gap or "-"), *shown, *_costs(own), str(sum(not run.unfinished for run in own))])
     return rows
 
 
@@ -172,12 +174,12 @@ def _order_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]]
     rows = [["AP", *orders]]
     for method in methods:
         results = [summarise(select(runs, method=method, order=order), "average_performance") for order in orders]
-        rows.append([method, *map(_with_spread, results)])
+        rows.append([method, *(str(result or "-") for result in results)])
     return rows
 
 
 def _order_blocks(runs: Sequence[Run], methods: Sequence[str], figures: dict[str, str]) -> list[Block]:
-    """Curves and heat maps of one order's finished runs; those over other tasks than the longest are left out."""
+    """Curves and heat maps of one order's finished runs; runs over fewer or other tasks are left out."""
     runs = finished(runs)
     model, order, tasks = runs[0].model, runs[0].order, max((run.tasks for run in runs), key=len)
     alike = [run for run in runs if run.tasks == tasks]
@@ -194,15 +196,15 @@ def _order_blocks(runs: Sequence[Run], methods: Sequence[str], figures: dict[str
 
 def _published_blocks() -> list[Block]:
     rows = [["published: model", "orders", "method", "AP", "BWT"]]
-    rows += [[one.model, one.orders, one.method, f"{one.average_performance:.1f}",
-              "-" if one.backward_transfer is None else f"{one.backward_transfer:+.1f}"] for one in RESULTS]
+    rows += [[*where, f"{performance:.1f}", "-" if transfer is None else f"{transfer:+.1f}"]
+             for *where, performance, transfer in RESULTS]
     note = ("Published numbers, not measured here: full-size models and data. They were read in secondary summaries, "
             "not in the papers' own tables.")
     return [("heading", "Published results"), ("text", note), ("table", rows)]
 
 
 def _figure(figures: dict[str, str], name: str, picture: str) -> Block:
-    """A picture under a file name of its own."""
+    """Add a picture under a unique file name."""
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:100]
     while slug in figures:
         slug += "-"
@@ -210,7 +212,7 @@ def _figure(figures: dict[str, str], name: str, picture: str) -> Block:
     return ("figure", slug)
 
 
-# How they say it
+# Form
 
 
 def markdown(blocks: Sequence[Block]) -> str:
@@ -230,7 +232,7 @@ def markdown(blocks: Sequence[Block]) -> str:
 
 
 def html(blocks: Sequence[Block], figures: Mapping[str, str]) -> str:
-    """The page as one HTML file with its pictures inside; every text is escaped."""
+    """The page as one HTML file with its pictures; all text is escaped."""
     parts = []
     for kind, content in blocks:
         if kind == "heading":
@@ -253,7 +255,7 @@ def html(blocks: Sequence[Block], figures: Mapping[str, str]) -> str:
 
 
 def measures_csv(runs: Sequence[Run]) -> str:
-    """A row for each run: its measures and costs, full precision, empty where there is none."""
+    """A row for each run: its measures and costs in full precision, empty where there is none."""
     costs = ("seconds", "trained_values", "values", "stored_bytes")
     rows = [["model", "method", "order", "seed", *MEASURES, *costs, "unfinished"]]
     for run in runs:
@@ -266,10 +268,10 @@ def accuracy_csv(runs: Sequence[Run]) -> str:
     """A row for each measured cell of each run's accuracy matrix."""
     rows = [["model", "method", "order", "seed", "step", "after", "task", "accuracy"]]
     for run in runs:
+        about = [run.model, run.method, run.order, run.seed]
         for i, row in enumerate(run.matrix):
-            for task, value in zip(run.tasks, row):
-                if value is not None:
-                    rows.append([run.model, run.method, run.order, run.seed, i + 1, run.tasks[i], task, value])
+            cells = zip(run.tasks, row)
+            rows += [[*about, i + 1, run.tasks[i], task, value] for task, value in cells if value is not None]
     return _csv(rows)
 
 
@@ -280,29 +282,9 @@ def _csv(rows: Sequence[Sequence]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, within a table's cell too."""
+    """Escape Markdown's marks, also within a table's cell."""
     return re.sub(r"([\\|<>*_`\[\]])", r"\\\1", " ".join(text.split()))
 
 
-def _with_spread(result: Summary | None) -> str:
-    if result is None:
-        return "-"
-    return f"{result.mean:.1f}" + ("" if result.spread is None else f" ± {result.spread:.1f}")
-
-
-def _runs(count: int) -> str:
-    return "1 run" if count == 1 else f"{count} runs"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min"
-
-
-def _count(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
-
-
-def _bytes(value: float | None) -> str:
-    return "-" if value is None else f"{cell(value / 1e6)} MB"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
