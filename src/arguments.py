@@ -114,10 +114,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
     predict_loss: bool = field(
         default=False, metadata={"help": "Also the loss of the test rows' answers: one more forward pass."}
     )
-    optim_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Full-rank weights that train by projection: regular expressions for whole module names."},
-    )
+    # The flag is an option of the methods that read it (`methods/base_options.py`), not of Hugging Face's optimizers.
+    optim_target_modules: list[str] | None = field(init=False, default=None)
 
     def __post_init__(self):
         if self.bf16 and self.fp16:

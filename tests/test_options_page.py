@@ -14,7 +14,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "OPTIONS.md"
 
 
 def own_flags() -> set[str]:
-    names = {name for _, name, _ in pkgutil.iter_modules(methods.__path__) if name != "base"}
+    names = {name for _, name, _ in pkgutil.iter_modules(methods.__path__) if not name.startswith("base")}
     groups = [ModelArguments, DataArguments, *(find_method(name).Arguments for name in sorted(names))]
     flags = {option.name for group in groups for option in dataclasses.fields(group) if option.init}
     inherited = {option.name for option in dataclasses.fields(Seq2SeqTrainingArguments)}
