@@ -7,7 +7,7 @@ the published ones.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import Seq2SeqTrainingArguments
@@ -103,10 +103,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
     predict_loss: bool = HfArg(
         default=False, help="Also compute the loss of the test examples' answers: one more forward pass."
     )
-    optim_target_modules: list[str] | None = HfArg(
-        default=None,
-        help="Full-rank weights that train by projection: regular expressions for complete module names.",
-    )
+    # The flag is an option of the methods that read it (`methods/base_options.py`), not of Hugging Face's optimizers.
+    optim_target_modules: list[str] | None = field(init=False, default=None)
 
     def __post_init__(self):
         if self.bf16 and self.fp16:

@@ -9,7 +9,7 @@ import sys
 
 from transformers import HfArgumentParser
 
-from arguments import NOTHING, DataArguments, ModelArguments, UIETrainingArguments, check
+from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
 from errors import InputError
 from files import read_json
 from methods import Method, find_method, method_names
@@ -56,12 +56,6 @@ def parse_arguments(
         raise InputError(f"command line: {error}") from None
     model, data, method, training, others = groups
     method.ignored = [name for name, value in vars(others).items() if value is not None]
-    if training.optim_target_modules == [NOTHING]:
-        training.optim_target_modules = None
-    if hasattr(method, "optim_target_modules"):
-        method.optim_target_modules = training.optim_target_modules or []
-    elif training.optim_target_modules:
-        method.ignored.append("optim_target_modules")
     for name, value in fixed.items():
         found = getattr(method if hasattr(method, name) else training, name)
         if name == "deepspeed":

@@ -44,9 +44,9 @@ class NonFiniteGuard:
         self._gradients_bad = bad if self._gradients_bad is None else self._gradients_bad | bad
         return torch.where(finite, gradient, torch.zeros_like(gradient))
 
-    def note_micro_batch(self, loss: Tensor, rows: list[str]) -> None:
+    def note_micro_batch(self, loss: Tensor, examples: list[str]) -> None:
         """Note a micro-batch's loss and the names of its examples."""
-        self._micro_batches.append((loss.detach(), rows))
+        self._micro_batches.append((loss.detach(), examples))
 
     def end_of_step(self, step: int, gradient_norm: Tensor | float | None) -> bool:
         """Whether this step (counted from 1) may change the weights.
@@ -57,17 +57,17 @@ class NonFiniteGuard:
         micro_batches, self._micro_batches = self._micro_batches, []
         cleaned, self._gradients_bad = self._gradients_bad, None
         usable = not self.watch_gradients or gradient_norm is None or bool(torch.as_tensor(gradient_norm).isfinite())
-        lost = [(loss, rows) for loss, rows in micro_batches if not loss.isfinite()]
+        lost = [(loss, examples) for loss, examples in micro_batches if not loss.isfinite()]
         if usable and not lost and not (cleaned is not None and cleaned):
             self.in_a_row = 0
             return True
         self.in_a_row += 1
         what = f"loss is {lost[0][0].item()}" if lost else "gradient is not finite"
-        rows = ", ".join([row for _, names in lost or micro_batches for row in names][:EXAMPLES_NAMED])
+        examples = ", ".join([example for _, names in lost or micro_batches for example in names][:EXAMPLES_NAMED])
         if self.in_a_row >= self.limit:
             raise RunStopped(
                 f"step {step}: {what}, the last of {self.in_a_row} such steps in a row (--max_non_finite_steps); "
-                f"examples: {rows}; none of them changed the weights, and the last checkpoint is kept"
+                f"examples: {examples}; none of them changed the weights, and the last checkpoint is kept"
             )
-        log.warning("step %d: %s, the update is skipped; examples: %s", step, what, rows)
+        log.warning("step %d: %s, the update is skipped; examples: %s", step, what, examples)
         return usable

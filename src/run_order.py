@@ -35,8 +35,6 @@ from files import check_writable
 from order_config import OrderStep, read_order
 from run_record import find_adapter
 
-OWN_FLAGS = ("--model_name_or_path", "--output_dir")  # the order's; each task gets its own
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run an order; returns 0, or the exit code of the check or of the task that ended it."""

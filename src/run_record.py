@@ -19,9 +19,10 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import torch
@@ -166,37 +167,20 @@ def _change(section: str, name: str, before, now) -> str:
 
 def code_digests(method: str) -> dict[str, str]:
     """Digests of the files in src/ that a run of this method imports, without comments and docstrings."""
-    digests, waiting = {}, [SOURCE / "run_uie_lora.py", Path(find_spec(f"methods.{method}").origin)]
-    while waiting:
-        path = waiting.pop()
+    finder = ModuleFinder(path=[str(SOURCE)])  # reads code and runs none
+    finder.run_script(str(SOURCE / "run_uie_lora.py"))
+    finder.load_file(find_spec(f"methods.{method}").origin)
+    digests = {}
+    for path in (Path(module.__file__) for module in finder.modules.values() if module.__file__):
         name = f"src/{path.relative_to(SOURCE)}" if path.is_relative_to(SOURCE) else path.name
-        if name not in digests:
-            tree = _WithoutDocstrings().visit(ast.parse(path.read_bytes()))
-            digests[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-            waiting += _imported_files(tree, path)
+        tree = _WithoutDocstrings().visit(ast.parse(path.read_bytes()))
+        digests[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
     return dict(sorted(digests.items()))
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) else node
-
-
-def _imported_files(tree: ast.AST, path: Path) -> Iterator[Path]:
-    """The files in src/ that a module imports anywhere, including the packages that contain them."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(SOURCE).parts[: -node.level] if node.level else ()
-            module = ".".join([*package, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names]  # a module, or a name within `module`
-        else:
-            continue
-        for parts in (name.split(".") for name in names):
-            for depth in range(1, len(parts) + 1):
-                place = SOURCE.joinpath(*parts[:depth])
-                yield from filter(Path.exists, (place.with_suffix(".py"), place / "__init__.py"))
 
 
 def _versions() -> dict[str, str]:

@@ -50,9 +50,11 @@ class LoraNewConfig(LoraConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
                 raise ValueError(f"{name}: found {value!r}; a number of at least {least} is needed")
-        for name, default in _defaults_to_keep().items():
-            if getattr(self, name) not in (default, None):
-                raise ValueError(f"{name}: found {getattr(self, name)!r}; only {default!r} is supported")
+        plain, options = LoraConfig(), dataclasses.fields(LoraConfig)
+        variants = [option.name for option in options if option.metadata.get("is_lora_variant")]
+        for name in (*_FIXED_OPTIONS, *variants):
+            if getattr(self, name) not in (getattr(plain, name), None):
+                raise ValueError(f"{name}: found {getattr(self, name)!r}; only {getattr(plain, name)!r} is supported")
         # Other initialisations also change W, which is not part of an adapter.
         if not isinstance(self.init_lora_weights, bool):
             raise ValueError(f"init_lora_weights: found {self.init_lora_weights!r}; only true is supported")
@@ -69,16 +71,6 @@ class LoraNewConfig(LoraConfig):
         if unknown:
             logger.warning("adapter_config.json: unknown options are ignored: %s", ", ".join(unknown))
         return cls(**{"r_sum": kwargs.get("r", cls.r)} | {key: kwargs[key] for key in kwargs if key in known})
-
-
-def _defaults_to_keep() -> dict[str, object]:
-    """Defaults of the unsupported LoRA options, PEFT's variants of LoRA among them."""
-    options = {option.name: option for option in dataclasses.fields(LoraConfig)}
-    names = [name for name, option in options.items() if option.metadata.get("is_lora_variant")]
-    return {
-        name: options[name].default_factory() if name.endswith("_pattern") else options[name].default
-        for name in (*_FIXED_OPTIONS, *names)
-    }
 
 
 class LoraNewLinear(nn.Module, LoraLayer):

@@ -1,5 +1,9 @@
-"""Continual-learning methods, one file each; `--method NAME` finds the file of that name here."""
+"""Continual-learning methods, one file each; `--method NAME` finds the file of that name here.
 
+`make_method` is for code without a command line, such as `examples/`.
+"""
+
+import dataclasses
 import importlib
 import pkgutil
 
@@ -31,3 +35,22 @@ def find_method(name: str) -> type[Method]:
         classes = ", ".join(member.__name__ for member in found) or "none"
         raise InputError(f"--method {name}: src/methods/{name}.py defines {classes}; exactly one subclass of Method")
     return found[0]
+
+
+def make_method(name: str, **options) -> Method:
+    """The method of that name; its options have the names of the flags.
+
+    An option that only other methods read is ignored, and `Method.summary` says so: the same settings suit every
+    method.
+
+    Raises:
+        InputError: an unknown method, or a value that is not allowed.
+        TypeError: an option that no method has.
+    """
+    method = find_method(name)
+    own = {option.name for option in dataclasses.fields(method.Arguments)}
+    others = {option.name for other in method_names() for option in dataclasses.fields(find_method(other).Arguments)}
+    ignored = [option for option in options if option in others - own]
+    arguments = method.Arguments(method=name, **{key: options[key] for key in options if key not in ignored})
+    arguments.ignored = ignored
+    return method(arguments)

@@ -7,7 +7,7 @@ A method's options are a dataclass, its `Arguments`, made of the groups in `base
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -41,9 +41,9 @@ logger = logging.getLogger("gorp")
 class Method:
     """One task's training by one method.
 
-    Life of an instance: `training_rows`, then `prepare` once, then `create_optimizer`; `penalty` in every training
-    step; `revisit` and `end_task` after the last one; `save` to leave the adapter folder from which the next task's
-    `prepare` starts.
+    Life of an instance: `training_rows`, then `prepare` once, then `create_optimizer` and `begin_training`;
+    `begin_micro_batch` and `penalty` in every training step; `revisit` and `end_task` after the last one; `save` to
+    write the adapter folder from which the next task's `prepare` starts. `examples/loop.py` shows all but the first.
 
     Attributes:
         Arguments: the method's group of command-line options; all of them, and no others, are read.
@@ -115,8 +115,8 @@ class Method:
         self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         return self.optimizer
 
-    def begin_training(self, engine) -> None:
-        """Called once before the first step, with the DeepSpeed engine that trains the model, or None."""
+    def begin_training(self, engine=None) -> None:
+        """Called once before the first step, with the DeepSpeed engine that trains the model, if one does."""
 
     def begin_micro_batch(self, is_last: bool) -> None:
         """Called before each forward pass in training; `is_last` where an optimizer step follows."""
@@ -149,9 +149,9 @@ class Method:
 
     # Finishing
 
-    def revisit(self, model: nn.Module, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        """Called after the last step with the model as it trained and batches of the task's rows, made when asked for;
-        under DeepSpeed on every rank alike."""
+    def revisit(self, model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Called after the last step with the model as it trained and some batches of the task's examples, with
+        `attention_mask` and `labels`; under DeepSpeed with the same ones on every rank."""
 
     def end_task(self) -> None:
         """Turn what was trained into what is saved. Collective."""
@@ -282,7 +282,7 @@ class LoraMethod(Method):
             task_type=TaskType.CAUSAL_LM if decoder_only else TaskType.SEQ_2_SEQ_LM,
         )
 
-    def begin_training(self, engine) -> None:
+    def begin_training(self, engine=None) -> None:
         self.own_state |= engine is not None
         self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
         self.optimizer_state = optimizer_state_of(self.optimizer, engine)

@@ -69,8 +69,17 @@ class LoraArguments(MethodArguments):
 class TargetArguments(MethodArguments):
     """The full-rank weights that train."""
 
-    # `--optim_target_modules` belongs to Hugging Face's arguments; `parse_arguments` copies it.
-    optim_target_modules: list[str] = field(init=False, default_factory=list)
+    optim_target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Full-rank weights that train by projection: regular expressions for complete module names."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        given = self.optim_target_modules
+        if isinstance(given, str):
+            given = [given]
+        self.optim_target_modules = [] if given == [NOTHING] else given
 
 
 @dataclass

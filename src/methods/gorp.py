@@ -116,7 +116,7 @@ class Gorp(LoraMethod):
         self.optimizer = self.engine.create_optimizer(dict(self.factors()), **adam)
         return self.optimizer
 
-    def begin_training(self, engine) -> None:
+    def begin_training(self, engine=None) -> None:
         super().begin_training(engine)
         self.engine.begin_training(self.optimizer, engine)
         weights = self.engine.effective_weights() if self.options.lamda_3 else ()
