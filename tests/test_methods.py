@@ -345,7 +345,8 @@ def test_cores_protect_the_lora_alone_where_no_full_rank_weight_trains(mini_benc
 
 
 @pytest.mark.parametrize("name, flags, fault", [
-    ("sgorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"], "--proj_lora_modules: .*only factors loranew_A"),
+    ("sgorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"],
+     "--proj_lora_modules: .*only factors loranew_A"),
     ("gorp", ["--optim_target_modules", ".*SelfAttention.q", "--galore_engine", "cores"],
      "--optim_target_modules: matches .*SelfAttention.q, which has a LoRA too"),
 ])  # fmt: skip
