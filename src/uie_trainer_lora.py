@@ -21,7 +21,7 @@ from evaluation.generate import Prediction
 from files import read_json, read_tensors, whole_file, write_json
 from methods import Method
 from non_finite import NonFiniteGuard
-from Proj_torch.sharded_state import start_moments
+from Proj_torch.optimizer_state import start_moments
 
 REVISITED_EXAMPLES = 64  # from which a method samples the layers' inputs when a task is learned
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from Proj_torch.adamw import ProjAdamW  # noqa: E402
-from Proj_torch.sharded_state import MOMENTS, start_moments  # noqa: E402
+from Proj_torch.optimizer_state import MOMENTS, start_moments  # noqa: E402
 from Proj_torch.zero_core import CoreEngine  # noqa: E402
 
 TARGETS = {

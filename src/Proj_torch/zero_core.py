@@ -53,7 +53,7 @@ from Proj_torch.proj_projector import (
     project_back,
     remove,
 )
-from Proj_torch.sharded_state import MOMENTS, LocalState, ZeroState, optimizer_state_of
+from Proj_torch.optimizer_state import MOMENTS, LocalState, ZeroState, optimizer_state_of
 from Proj_torch.svd import energy_share
 
 log = logging.getLogger("gorp")
@@ -316,7 +316,7 @@ class CoreEngine:
 
         Raises:
             InputError: a tensor is missing or of another shape, or DeepSpeed has no moments to set yet (see
-                `sharded_state.start_moments`).
+                `optimizer_state.start_moments`).
         """
         self._check_state(state)
         self.step = int(state["step"])

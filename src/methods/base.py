@@ -32,7 +32,7 @@ from loranew import (
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
 from methods.base_options import LoraArguments, MethodArguments, TargetArguments
 from module_matching import check_rank, check_unshared, match_linear
-from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
+from Proj_torch.optimizer_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
 from task_examples import OrderExamples
 
 logger = logging.getLogger("gorp")
