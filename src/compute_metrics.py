@@ -1,8 +1,8 @@
 """Exact match and ROUGE of generated answers: over all examples, for every task and for every dataset.
 
-As a command it scores a predictions file without the model, with `--superglue` also by F1:
+As a command it scores a predictions file without the model:
 
-    python src/compute_metrics.py --predictions OUTPUT_DIR/predict_eval_predictions.jsonl [--superglue] [--multilingual]
+    python src/compute_metrics.py --predictions OUTPUT_DIR/predict_eval_predictions.jsonl [--multilingual]
 """
 
 import argparse
@@ -77,42 +77,6 @@ def evaluate_predictions(
         **_mean_by_group(scores, [example["Task"] for example in examples]),
         **_mean_by_group(scores, [example["Dataset"] for example in examples]),
     }
-
-
-def superglue_metrics(examples: Iterable[Mapping], predictions: Sequence[str]) -> dict[str, float]:
-    """What SuperGLUE reports beside accuracy (Wang et al., 2019), in per cent, 4 decimals.
-
-    * `macro_f1_for_<dataset>`: mean F1 over the labels that occur. An answer that is none of them counts as a miss.
-    * `f1a_for_MultiRC`: F1 of the label True over all candidate answers (Khashabi et al., 2018).
-    * `em_for_MultiRC`: share of its questions, each with its paragraph, whose candidates are all judged correctly.
-
-    Raises:
-        InputError: a MultiRC sentence has no line "candidate answer: ...".
-    """
-    pairs: dict[str, list[tuple[str, str]]] = {}  # by dataset: prediction, label
-    questions: dict[str, bool] = {}
-    for example, prediction in zip(examples, predictions, strict=True):
-        pair = normalise(prediction), normalise(example["Instance"]["label"])
-        pairs.setdefault(example["Dataset"], []).append(pair)
-        if example["Dataset"] == "MultiRC":
-            question, marker, _ = example["Instance"].get("sentence", "").rpartition("\ncandidate answer:")
-            if not marker:
-                raise InputError(f"MultiRC, example {example['Instance'].get('id')}: found no line 'candidate answer:'")
-            questions[question] = questions.get(question, True) and pair[0] == pair[1]
-    metrics = {}
-    for dataset, own in pairs.items():
-        labels = sorted({label for _, label in own})
-        metrics[f"macro_f1_for_{dataset}"] = sum(_class_f1(own, label) for label in labels) / len(labels)
-    if questions:
-        metrics["f1a_for_MultiRC"] = _class_f1(pairs["MultiRC"], "true")
-        metrics["em_for_MultiRC"] = 100 * sum(questions.values()) / len(questions)
-    return {name: round(value, 4) for name, value in metrics.items()}
-
-
-def _class_f1(pairs: Sequence[tuple[str, str]], name: str) -> float:
-    """F1 of one class in per cent, 2 TP / (2 TP + FP + FN); 0 if it is neither predicted nor wanted."""
-    counted = sum(pair.count(name) for pair in pairs)
-    return 200 * pairs.count((name, name)) / counted if counted else 0.0
 
 
 def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: str = "", *, prefix: str = "") -> str:
@@ -232,14 +196,11 @@ def _gpt2_folder() -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Exact match and ROUGE of a predictions file, as JSON.")
     parser.add_argument("--predictions", required=True, type=Path, help="predict_eval_predictions.jsonl of a run")
-    parser.add_argument("--superglue", action="store_true", help="add macro-F1, and F1a and EM of MultiRC")
     parser.add_argument("--multilingual", action="store_true", help="ROUGE over GPT-2 tokens instead of words")
     options = parser.parse_args(arguments)
     examples = read_predictions(options.predictions)
     predictions = [example["Prediction"] for example in examples]
     metrics = evaluate_predictions(examples, predictions, multilingual=options.multilingual)
-    if options.superglue:
-        metrics |= superglue_metrics(examples, predictions)
     print(json.dumps(metrics, indent=4, ensure_ascii=False))
 
 

@@ -11,7 +11,6 @@ from data.gpt2tokenizer import fetch_gpt2_tokenizer as fetch
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
-from sklearn.metrics import f1_score
 
 import compute_metrics as module
 from compute_metrics import (
@@ -23,7 +22,6 @@ from compute_metrics import (
     exact_match,
     normalise,
     read_predictions,
-    superglue_metrics,
 )
 from errors import InputError
 
@@ -126,50 +124,6 @@ def test_a_dataset_wins_over_a_task_of_the_same_name():
     assert evaluate_predictions(rows, ["True", "False"])["exact_match_for_QQP"] == 100.0
 
 
-def superglue(dataset, predictions, labels, sentences=None):
-    sentences = sentences or ["text"] * len(labels)
-    rows = [row("NLI", dataset, label, sentence=sentence) for label, sentence in zip(labels, sentences)]
-    return superglue_metrics(rows, predictions)
-
-
-def test_macro_f1_by_hand():
-    # entailment: 1 of 2 predicted right, 1 wanted: F1 2/3. neutral: found in none of 1: 0. The mean is 1/3.
-    assert superglue("CB", ["entailment", "Entailment."], ["entailment", "neutral"]) == {"macro_f1_for_CB": 33.3333}
-    assert superglue("CB", ["+", "-", ""], ["+", "-", "-"]) == {"macro_f1_for_CB": 83.3333}
-
-
-def test_macro_f1_is_scikit_learns_over_the_wanted_classes():
-    labels = ["good", "bad", "good", "bad", "fair", "good"]
-    predictions = ["good", "good", "bad", "bad", "nonsense", "fair"]
-    expected = f1_score(labels, predictions, labels=["good", "bad", "fair"], average="macro", zero_division=0)
-    assert superglue("CB", predictions, labels) == {"macro_f1_for_CB": round(100 * expected, 4)}
-
-
-def multirc(predictions, labels, candidates):
-    sentences = [f"paragraph: P\nquestion: {question}\ncandidate answer: {answer}" for question, answer in candidates]
-    metrics = superglue("MultiRC", predictions, labels, sentences)
-    return metrics["f1a_for_MultiRC"], metrics["em_for_MultiRC"]
-
-
-def test_multirc_by_hand():
-    # Question 1 is right in both answers, though question 2 stands between them; question 2 has one false alarm.
-    # Over answers: 2 True wanted, 3 predicted, 2 right: F1 = 4/5.
-    candidates, labels = ["1a", "2a", "1b", "2b"], ["True", "True", "False", "False"]
-    assert multirc(["True", "True", "False", "True"], labels, candidates) == (80.0, 50.0)
-    # One wrong answer spoils a question for good, whatever follows it.
-    assert multirc(["False", "True", "False", "False"], labels, candidates)[1] == 50.0
-    assert multirc(["True", "perhaps"], ["True", "False"], ["1a", "2a"]) == (100.0, 50.0)
-    assert multirc(["False", "False"], ["False", "False"], ["1a", "2a"]) == (0.0, 100.0)
-
-
-def test_multirc_question_ends_at_the_last_candidate_line():
-    paragraph = "paragraph: P\ncandidate answer: quoted\nquestion: "
-    sentences = [f"{paragraph}{question}\ncandidate answer: a" for question in "12"]
-    assert superglue("MultiRC", ["True", "False"], ["True", "True"], sentences)["em_for_MultiRC"] == 50.0
-    with pytest.raises(InputError, match="example 0.*candidate answer"):
-        superglue("MultiRC", ["True"], ["True"], ["paragraph: P\nquestion: Q"])
-
-
 def test_accuracy_line():
     metrics = {"predict_exact_match_for_dbpedia": 97.5, "predict_exact_match_for_amazon": 54.0}
     line = accuracy_line(metrics, ["dbpedia", "amazon"], "2-amazon", prefix="predict_")
@@ -189,10 +143,9 @@ def run(*arguments):
 
 def test_command_gives_the_same_numbers(tmp_path):
     rows = [row("TC", "dbpedia", "Film", "film"), row("TC", "agnews", "World\u2028", "Sports")]
-    done = run("--superglue", "--predictions", write_rows(tmp_path / "predictions.jsonl", rows))
+    done = run("--predictions", write_rows(tmp_path / "predictions.jsonl", rows))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == evaluate_predictions(rows, ["film", "Sports"]) | {
-        "macro_f1_for_dbpedia": 100.0, "macro_f1_for_agnews": 0.0}
+    assert json.loads(done.stdout) == evaluate_predictions(rows, ["film", "Sports"])
 
 
 def test_command_reports_bad_input_in_one_line(tmp_path):
