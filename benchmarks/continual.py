@@ -366,15 +366,15 @@ def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> 
         run_all(bench, trials, workers)
 
     try_all(rates)
-    try_all(lambda method: knobs(method, best_settings(bench.out, method)[:2]))
+    try_all(lambda method: knobs(method, best_settings([bench.out], method)[:2]))
 
 
-def best_settings(out: Path, method: str) -> tuple[str, ...]:
+def best_settings(folders: Sequence[Path], method: str) -> tuple[str, ...]:
     """What the search found for a method, or else for it with fewer of its flags, or with others; nothing without one.
 
     Settings are compared over the seeds that all of them were tried with (over all seeds where there is no such one).
     """
-    searched = [outcome for outcome in read_outcomes(out).values()
+    searched = [outcome for folder in folders for outcome in read_outcomes(folder).values()
                 if outcome.trial.split == "dev" and outcome.trial.order == SEARCHED and outcome.trial.settings
                 and outcome.trial.method.split()[0] == method.split()[0]]
     nearest = max((outcome.trial.method for outcome in searched), default=None, key=lambda name: (
@@ -455,7 +455,8 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument("--dev", action="store_true", help="compare --methods on dev rows, to decide something")
-    parser.add_argument("--settings_from", type=Path, help="folder of the results that a search is in; default: --out")
+    parser.add_argument("--settings_from", type=Path, nargs="+", default=[],
+                        help="folders of the results that a search is in; default: --out")
     decide = parser.add_mutually_exclusive_group()
     decide.add_argument("--search", action="store_true", help="find each method's settings, on dev rows")
     decide.add_argument("--question", choices=QUESTIONS, help="compare these variants of SGORP, on dev rows")
@@ -468,7 +469,7 @@ def main() -> int:
             return 0
         methods = QUESTIONS[args.question] if args.question else args.methods or METHODS
         split = "dev" if args.dev or args.question else "test"
-        searched = args.settings_from or bench.out
+        searched = args.settings_from or [bench.out]
         trials = [Trial(method, order, seed, () if args.question else best_settings(searched, method), split)
                   for seed in args.seeds for order in args.orders or ORDERS for method in methods]
         print(compare(bench, OURS if OURS in methods and split == "test" else methods[0], trials, args.workers))
@@ -484,8 +485,9 @@ def _check(args: argparse.Namespace) -> None:
         for flag in flags:
             if getattr(args, mode) and getattr(args, flag):
                 raise InputError(f"--{mode}: found --{flag} beside it, which it does not read")
-    if args.settings_from and not (args.settings_from / "outcomes.jsonl").exists():
-        raise InputError(f"--settings_from: {args.settings_from} has no outcomes.jsonl; a folder of --search is needed")
+    for folder in args.settings_from:
+        if not (folder / "outcomes.jsonl").exists():
+            raise InputError(f"--settings_from: {folder} has no outcomes.jsonl; a folder of --search is needed")
     if args.workers < 1:
         raise InputError(f"--workers: found {args.workers}; 1 or more")
     for method in args.methods or []:

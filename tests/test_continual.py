@@ -69,7 +69,7 @@ def test_the_search_tries_the_knob_with_the_rate_that_is_best_over_seeds(bench, 
     search(bench, ["olora"], [1, 2], 1)
     assert len(tried) == 10
     assert all(settings[:2] == ("--learning_rate", "1e-3") for settings in tried[6:])
-    assert best_settings(bench.out, "olora") == ("--learning_rate", "1e-3", "--lamda_1", "5")
+    assert best_settings([bench.out], "olora") == ("--learning_rate", "1e-3", "--lamda_1", "5")
 
 
 def test_a_method_is_its_name_with_flags_that_win():
@@ -120,21 +120,21 @@ def test_the_whole_matrix_is_measured_on_test_rows_of_the_small_t5(bench):
 
 
 def test_what_the_search_found_is_for_the_method_and_its_variants(tmp_path):
-    assert best_settings(tmp_path, "gorp") == ()
+    assert best_settings([tmp_path], "gorp") == ()
     finish(tmp_path, Trial("gorp", "A", 1, ("--lr", "1"), "dev"))
     finish(tmp_path, Trial("gorp --b 2", "A", 1, ("--lr", "2"), "dev"))
     for elsewhere in (Trial("gorp", "B", 1, ("--lr", "3"), "dev"), Trial("gorp", "A", 1, ("--lr", "3"), "test")):
         finish(tmp_path, elsewhere, accuracies=((100.0, None), (100.0, 100.0)))
-    assert best_settings(tmp_path, "gorp") == best_settings(tmp_path, "gorp --a 1") == ("--lr", "1")
-    assert best_settings(tmp_path, "gorp --b 2") == best_settings(tmp_path, "gorp --b 2 --a 1") == ("--lr", "2")
-    assert best_settings(tmp_path, "gorp --b 23") == ("--lr", "1")
-    assert best_settings(tmp_path, "olora") == ()
+    assert best_settings([tmp_path], "gorp") == best_settings([tmp_path], "gorp --a 1") == ("--lr", "1")
+    assert best_settings([tmp_path], "gorp --b 2") == best_settings([tmp_path], "gorp --b 2 --a 1") == ("--lr", "2")
+    assert best_settings([tmp_path], "gorp --b 23") == ("--lr", "1")
+    assert best_settings([tmp_path], "olora") == ()
 
 
 def test_settings_are_compared_over_the_seeds_that_all_were_tried_with(tmp_path):
     for rate, seed, value in [("1", 1, 34), ("3", 1, 33), ("3", 2, 99), ("1", 2, 20), ("9", 1, 30)]:
         finish(tmp_path, Trial("gorp", "A", seed, ("--lr", rate), "dev"), accuracies=((value, None), (value, value)))
-    assert best_settings(tmp_path, "gorp") == ("--lr", "1")
+    assert best_settings([tmp_path], "gorp") == ("--lr", "1")
 
 
 def test_settings_that_a_methods_own_flags_replace_are_not_shown():
@@ -230,7 +230,7 @@ def test_the_tables_of_reproduce_are_what_its_commands_print(words, tmp_path, mo
         (tmp_path / kept.parent.name).mkdir()
         shutil.copy(kept, tmp_path / kept.parent.name)
     if model != "small-t5":
-        rest += ["--settings_from", str(tmp_path / "small-t5")]
+        rest += ["--settings_from", str(tmp_path / "small-t5"), str(tmp_path / "small-t5-b")]
     monkeypatch.setattr("sys.argv", ["continual.py", "--data_dir", "none", "--model", "none",
                                      "--out", str(tmp_path / model), *rest])
     assert continual.main() == 0
