@@ -18,9 +18,9 @@ One step for a weight W (out, in) with gradient G, in a group with a rank and a 
 This is the reference; `zero_core.py` does the same with cores that stay from step to step, and must equal it.
 
 S is always in W's own coordinates; where its side is projected, it is taken out of that side's basis. `gp_first` and
-`gp_second` are the two ways of the released GORP code. With neither is the change of W orthogonal to S, except where
-S's side is itself projected: Adam's elementwise division turns a direction orthogonal to S into one that is not. With
-`orthogonal`, this project's third way, it is (except for weight decay, which acts on W itself): S is removed from G
+`gp_second` are the two ways of the released GORP code. Neither makes the change of W orthogonal to S, except
+where S's side is itself projected: Adam's elementwise division turns a direction orthogonal to S into one that is not.
+`orthogonal`, this project's third way, does (except for weight decay, which acts on W itself): S is removed from G
 before the bases are taken, and from the update that is projected back.
 """
 

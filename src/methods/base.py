@@ -52,7 +52,7 @@ class Method:
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
-        trains: whether training follows `prepare`; otherwise the folder to load is this task's own. Set before it.
+        trains: whether training follows `prepare`; otherwise the folder to load is this task's own. Set before `prepare`.
     """
 
     Arguments: type[MethodArguments] = MethodArguments
@@ -292,11 +292,11 @@ class LoraMethod(Method):
         if not self.own_state:
             return super().training_state()
         step = torch.tensor(steps_taken(self.optimizer))
-        return {"step": step} | read_parameters(self.optimizer_state, dict(self.factors()))
+        return {"step": step} | read_parameters(self.optimizer_state, self._trained_factors())
 
     def load_training_state(self, saved: dict[str, torch.Tensor]) -> None:
         if self.own_state:
-            write_parameters(self.optimizer_state, dict(self.factors()), saved, int(saved["step"]))
+            write_parameters(self.optimizer_state, self._trained_factors(), saved, int(saved["step"]))
         else:
             super().load_training_state(saved)
 
@@ -327,7 +327,7 @@ class LoraMethod(Method):
         return super().changed_weights() | self.whole
 
     def describe(self) -> str:
-        new = sum(parameter.numel() for _, parameter in self.factors())
+        new = sum(factor.numel() for factor in self._trained_factors().values())
         return f"{new:,} in the new LoRA of {len(loranew_layers(self.model))} layers"
 
     # Access for subclasses
@@ -354,6 +354,10 @@ class LoraMethod(Method):
         for name, parameter in self.model.named_parameters():
             if ".loranew_" in name:
                 yield name.removeprefix("base_model.model.").replace(".default.", "."), parameter
+
+    def _trained_factors(self) -> dict[str, nn.Parameter]:
+        """The factors that train: a method may have frozen some in `prepare`."""
+        return {name: factor for name, factor in self.factors() if factor.requires_grad}
 
 
 class FullRankMethod(Method):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 
 from arguments import NOTHING, UIETrainingArguments, check, check_number
 from errors import InputError
+from Proj_torch.proj_projector import PROJ_TYPES
 
 
 @dataclass
@@ -90,7 +91,7 @@ class ProjectionArguments(TargetArguments):
     galore_update_proj_gap: int = field(default=10, metadata={"help": "Optimizer steps between two bases."})
     galore_scale: float = field(default=1.0, metadata={"help": "Factor on the update that is projected back."})
     galore_proj_type: str = field(
-        default="std", metadata={"help": "Projected side.", "choices": ["std", "reverse_std", "left", "right", "full"]}
+        default="std", metadata={"help": "Projected side.", "choices": list(PROJ_TYPES)}
     )
     galore_svd: str = field(
         default="lowrank",
