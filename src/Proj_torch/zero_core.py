@@ -20,7 +20,8 @@ with elementwise AdamW on C, whose result does not depend on how C is partitione
   moments stay, as in published GaLore. A 16-bit W keeps its rounding error beside it, so small updates are not lost.
 * **Weight decay** W <- (1 - lr wd) W is a number d per engine, applied in the forward pass and in the fold; on C it
   is AdamW's own. GaLore's scale and the learning rate are one number, because the fold is linear: the core trains
-  with lr * scale, and with wd / scale, so that lr wd is the same. eps acts on the gradient's own scale, as in ProjAdamW.
+  with lr * scale, and with wd / scale, so that lr wd is the same. eps acts on the gradient's own scale, as in
+  ProjAdamW.
 
 A protected space S acts as in ProjAdamW. As `gp_first` it leaves the core's gradient; as `orthogonal` it leaves the
 gradient that the bases are taken from too, and L C R^T in the forward pass and in the fold. `gp_second` would have to

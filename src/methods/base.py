@@ -52,7 +52,7 @@ class Method:
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
-        trains: whether training follows `prepare`; otherwise the folder to load is this task's own. Set before `prepare`.
+        trains: whether training follows; otherwise the folder to load is this task's own. Set before `prepare`.
     """
 
     Arguments: type[MethodArguments] = MethodArguments
