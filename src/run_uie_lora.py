@@ -158,12 +158,13 @@ def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
         checkpoint = latest_complete(Path(trainer.args.output_dir))
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
+    trainer.method.begin_task(trainer.model, trainer.shown_batches())
     return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics | {"train_samples": samples}
 
 
 def leave_behind(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
     """Turn the task into memory and write the adapter folder, whole or not at all."""
-    trainer.method.revisit(trainer.model_wrapped, trainer.revisited_batches())
+    trainer.method.revisit(trainer.model_wrapped, trainer.shown_batches())
     trainer.method.end_task()
     for line in trainer.method.closing_summary():
         logger.info(line)

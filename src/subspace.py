@@ -8,7 +8,7 @@ done to M^T, so that S lives in the weight's columns. There a sample of the laye
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 
 import torch
@@ -67,10 +67,10 @@ def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9, max_direction
     U, s, _ = truncated_svd(residual, min(residual.shape))
     reached = held + s.double().square().cumsum(0)
     count = min(int((reached < wanted).sum()) + 1, free, len(s))
-    return torch.cat([S, _orthonormal_against(S, U[:, :count])], dim=1)
+    return torch.cat([S, orthonormal_against(S, U[:, :count])], dim=1)
 
 
-def _orthonormal_against(S: Tensor, U: Tensor) -> Tensor:
+def orthonormal_against(S: Tensor, U: Tensor) -> Tensor:
     """Orthonormal columns that span U's directions and are orthogonal to S; in float64, so that errors do not add up
     over many extensions. Twice is enough (Giraud, Langou and Rozloznik 2005)."""
     Q, wide = U.double(), S.double()
@@ -214,22 +214,41 @@ def _key(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-@torch.no_grad()
 def layer_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """A sample of the vectors (n, in) that each layer sees, float32 on the CPU: `SAMPLE` of each row, no padding.
 
     Which places of a row are taken depends on its number alone, so the sample is the same however rows share batches.
+    The arguments are those of `see_inputs`.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def take(name: str, number: int, vectors: Tensor) -> None:
+        chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(number))[:SAMPLE]
+        seen[name].append(vectors[chosen.to(vectors.device)].float().cpu())
+
+    see_inputs(model, layers, batches, take)
+    return {name: torch.cat(vectors) for name, vectors in seen.items()}
+
+
+@torch.no_grad()
+def see_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Tensor]],
+    see: Callable[[str, int, Tensor], None],
+) -> None:
+    """Run the batches in evaluation mode and call `see` with what each layer sees of each row, without padding.
 
     Args:
         model: takes the batches; as it trains, so under DeepSpeed the engine.
         layers: name -> module of the model; a module may stand under several names.
         batches: with `attention_mask`, and `labels` whose -100 are padding where a layer sees the decoder's places. A
-            layer's places are told by how many there are; one that sees neither is sampled from all of them.
+            layer's places are told by how many there are; one that sees neither is shown with all of them.
+        see: gets the layer's name, the row's number over all batches, and the vectors (places, in).
     """
     two_stacks = getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False)
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     masks: list[Tensor] = []  # of the batch that is running
     rows_before = 0
 
@@ -237,9 +256,7 @@ def layer_inputs(
         fitting = (mask for mask in masks if mask.shape == X.shape[:-1])
         mask = next(fitting, torch.ones(X.shape[:-1], dtype=torch.bool))
         for number, (row, places) in enumerate(zip(X, mask), rows_before):
-            vectors = row[places]
-            chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(number))[:SAMPLE]
-            seen[name].append(vectors[chosen.to(vectors.device)].float().cpu())
+            see(name, number, row[places])
 
     hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: take(name, args[0]))
              for name, layer in layers.items()]  # fmt: skip
@@ -258,4 +275,3 @@ def layer_inputs(
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(vectors) for name, vectors in seen.items()}

@@ -22,8 +22,7 @@ from files import read_json, write_json
 from methods import Method
 from non_finite import NonFiniteGuard
 from Proj_torch.sharded_state import start_moments
-
-REVISITED_ROWS = 64  # that show a method what the layers see once a task is learned
+from task_examples import first_examples
 
 
 class UIETrainer(Seq2SeqTrainer):
@@ -120,9 +119,11 @@ class UIETrainer(Seq2SeqTrainer):
         self._penalties.append(penalty.detach())
         return loss + penalty / self.current_gradient_accumulation_steps
 
-    def revisited_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of the first training rows, the same on every rank."""
-        rows = self.train_dataset.select(range(min(REVISITED_ROWS, len(self.train_dataset))))
+    def shown_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of the first training rows, as many as the method asks for, the same on every rank."""
+        if self.model_wrapped is self.model:
+            self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
+        rows = first_examples(self.train_dataset, self.method.shown_rows)
         for start in range(0, len(rows), self.args.per_device_train_batch_size):
             stop = min(start + self.args.per_device_train_batch_size, len(rows))
             yield self._batch([rows[i] for i in range(start, stop)])

@@ -41,14 +41,16 @@ logger = logging.getLogger("gorp")
 class Method:
     """One task's training by one method.
 
-    Life of an instance: `training_rows`, then `prepare` once, then `create_optimizer`; `penalty` in every training
-    step; `revisit` and `end_task` after the last one; `save` to leave the adapter folder from which the next task's
-    `prepare` starts.
+    Life of an instance: `training_rows`, then `prepare` once, `begin_task`, then `create_optimizer`; `penalty` in every
+    training step; `revisit` and `end_task` after the last one; `save` to leave the adapter folder from which the next
+    task's `prepare` starts. After `prepare` and after `end_task` the model is one to evaluate; between `begin_task` and
+    `end_task` it may differ from that, as in methods that evaluate merged weights and train others.
 
     Attributes:
         Arguments: the method's group of command-line options; all of them, and no others, are read.
         zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
         step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_rows` may set it.
+        shown_rows: how many of the task's rows `begin_task` and `revisit` may see; None for all.
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
@@ -58,6 +60,7 @@ class Method:
     Arguments: type[MethodArguments] = MethodArguments
     zero_stage: int | None = 3
     step_factor = 1
+    shown_rows: int | None = 64
     averages_micro_batches = False
     trains = True
     presets: Mapping[str, Mapping[str, object]] = {}
@@ -108,6 +111,10 @@ class Method:
         raise NotImplementedError
 
     # Training
+
+    def begin_task(self, model: nn.Module, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+        """Called before training, and before it resumes, with the complete model and batches of the task's rows, made
+        when asked for; under DeepSpeed before it has the model, on every rank alike."""
 
     def create_optimizer(self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         """Optimizer of everything that trains."""

@@ -1,0 +1,159 @@
+"""Rival methods: each has the property that defines it, resumes to the same bits, and exports what it evaluates."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
+
+import export
+import run_uie_lora
+from command_line import parse_arguments
+from helpers import PREFIX, T5, T5_MODULES, arguments, predictions
+from methods import find_method
+from subspace import see_inputs
+
+SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "16"]
+ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+
+def method_of(name: str, *extra: str, folder: Path):
+    """An instance of a method with the options of a command line, without dropout."""
+    flags = ["--method", name, "--lora_dropout", "0", *extra]
+    command = arguments(folder, folder / "out", "dbpedia", T5, T5_MODULES, *flags)
+    return find_method(name)(parse_arguments(command)[2])
+
+
+def tiny_t5():
+    return AutoModelForSeq2SeqLM.from_pretrained(T5, dtype=torch.float32)
+
+
+def batches(task: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Three batches of a made-up task."""
+    generator = torch.Generator().manual_seed(task)
+    tokens = [torch.randint(5, 200, (2, 8), generator=generator) for _ in range(3)]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :3].contiguous()}
+            for ids in tokens]
+
+
+def begin(method, previous: Path | None, task: int = 0):
+    model = method.prepare(tiny_t5(), previous, decoder_only=False)
+    method.begin_task(model, iter(batches(task)))
+    return model.train()
+
+
+def fit(method, model, task: int = 0, steps: int = 3) -> None:
+    optimizer = method.create_optimizer(**ADAM)
+    method.begin_training(None)
+    for step in range(steps):
+        method.begin_micro_batch(True)
+        loss, penalty = model(**batches(task)[step % 3]).loss, method.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def finish(method, model, folder: Path, task: int = 0) -> Path:
+    method.revisit(model, iter(batches(task)))
+    method.end_task()
+    folder.mkdir()
+    method.save(folder)
+    return folder
+
+
+def train(method, previous: Path | None, folder: Path, task: int = 0) -> Path:
+    """One task of a method's life without the entry; the folder that it saves."""
+    model = begin(method, previous, task)
+    fit(method, model, task)
+    return finish(method, model, folder, task)
+
+
+def covariances(method, model, task: int) -> dict[str, torch.Tensor]:
+    """sum x x^T of what each LoRA layer sees of a task, in float64."""
+    seen = {name: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
+            for name, layer in method.layers.items()}
+    see_inputs(model, method.layers, batches(task), lambda name, _, X: seen[name].add_(X.double().T @ X.double()))
+    return seen
+
+
+# InfLoRA
+
+
+def test_inflora_trains_b_alone_in_new_directions_of_the_inputs(tmp_path):
+    train(method_of("inflora", folder=tmp_path), None, tmp_path / "1")
+    second = method_of("inflora", folder=tmp_path)
+    model = begin(second, tmp_path / "1", task=1)
+    C = covariances(second, model, task=1)
+    chosen = {name: A.clone() for name, A in second.A.items()}
+    for name, A in chosen.items():
+        M = second.space.get(name).double()
+        assert (A @ M.float()).abs().max() < 1e-5
+        torch.testing.assert_close(3 * A @ A.T, torch.eye(8), rtol=0, atol=1e-5)
+        residual = C[name] - M @ (M.T @ C[name])
+        held = (math.sqrt(3) * A.double() @ residual).square().sum()
+        best = torch.linalg.svdvals(residual)[:8].square().sum()
+        assert held > 0.999 * best
+    fit(second, model, task=1)
+    for name, layer in second.layers.items():
+        assert torch.equal(second.A[name], chosen[name])
+        change = layer.get_delta_weight("default") - layer.scaling["default"] * (
+            layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+        assert change.norm() > 1e-2 and (change @ second.space.get(name)).norm() < 1e-4 * change.norm()
+
+
+def test_inflora_keeps_the_energy_that_the_order_asks_for(tmp_path):
+    method = method_of("inflora", "--inflora_energy", "0.8", folder=tmp_path)
+    method.finished = 0.5
+    model = begin(method, None)
+    fit(method, model)
+    C = covariances(method, model, task=0)
+    finish(method, model, tmp_path / "1")
+    for name, matrix in C.items():
+        M = method.space.get(name).double()
+        shares = [(M[:, :count].T @ matrix).square().sum() / matrix.square().sum() for count in (M.shape[1], -1)]
+        assert shares[0] >= 0.9 - 1e-5 > shares[1]
+
+
+def test_inflora_has_zero_rows_where_no_direction_is_left():
+    from methods.inflora import directions
+
+    M = torch.linalg.qr(torch.randn(6, 4, generator=torch.Generator().manual_seed(0))).Q
+    rows = directions(torch.eye(6), M, 3)
+    assert (rows @ M).abs().max() < 1e-6 and torch.equal(rows[2], torch.zeros(6))
+    torch.testing.assert_close(rows[:2] @ rows[:2].T, torch.eye(2))
+
+
+# All of them, through the entry
+
+
+RIVALS = ["inflora"]
+
+
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("family", PREFIX)
+def test_a_second_task_resumes_to_the_same_bits_and_exports_what_it_predicts(name, family, mini_benchmark, tmp_path):
+    model, modules = PREFIX[family]
+    flags = ["--method", *name.split(), *SHORT, "--save_strategy", "steps", "--save_steps", "2"]
+
+    def run(folder: str, dataset: str, start: Path, *extra: str) -> Path:
+        words = arguments(mini_benchmark, tmp_path / folder, dataset, start, modules, *flags, *extra)
+        assert run_uie_lora.main(words) == 0
+        return tmp_path / folder
+
+    first = run("first", "dbpedia", model)
+    whole = run("whole", "amazon", first / family)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    cut = run("cut", "amazon", first / family, "--resume_from_checkpoint", "True")
+    assert predictions(cut) == predictions(whole)
+    for path in (whole / family).glob("*.safetensors"):
+        once, again = load_file(path), load_file(cut / family / path.name)
+        assert once.keys() == again.keys() and all(torch.equal(once[key], again[key]) for key in once)
+    assert export.main([str(whole), "--to", str(tmp_path / "model")]) == 0
+    words = arguments(mini_benchmark, tmp_path / "again", "amazon", tmp_path / "model", modules, "--method", "inclora",
+                      *SHORT)  # fmt: skip
+    words.remove("--do_train")
+    assert run_uie_lora.main(words) == 0
+    assert predictions(tmp_path / "again") == predictions(whole)
