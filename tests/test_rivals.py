@@ -13,6 +13,7 @@ import export
 import run_uie_lora
 from command_line import parse_arguments
 from helpers import PREFIX, T5, T5_MODULES, arguments, predictions
+from loranew import loranew_layers
 from methods import find_method
 from subspace import see_inputs
 
@@ -126,10 +127,62 @@ def test_inflora_has_zero_rows_where_no_direction_is_left():
     torch.testing.assert_close(rows[:2] @ rows[:2].T, torch.eye(2))
 
 
+# ELLA
+
+
+def overlap(method) -> torch.Tensor:
+    """||dW * W_past||_F^2 over all layers, from the definition."""
+    total = 0
+    for layer in loranew_layers(method.model).values():
+        s, pairs = layer.scaling["default"], (layer.loranew_B, layer.loranew_A, layer.lora_B, layer.lora_A)
+        B, A, B_old, A_old = (pair["default"].weight for pair in pairs)
+        total = total + ((s * B @ A) * (s * B_old @ A_old)).square().sum()
+    return total
+
+
+def test_ella_penalty_and_gradient_are_those_of_the_elementwise_product(tmp_path, monkeypatch):
+    monkeypatch.setattr("methods.ella.BLOCK", 48)  # does not divide a weight's 128 rows
+    first = method_of("ella", "--ella_lamda", "3", folder=tmp_path)
+    model = begin(first, None)
+    assert first.penalty() is None
+    fit(first, model)
+    finish(first, model, tmp_path / "1")
+    second = method_of("ella", "--ella_lamda", "3", folder=tmp_path)
+    begin(second, tmp_path / "1")
+    assert second.penalty() == 0
+    factors = [factor for _, factor in second.factors()]
+    for factor in factors:
+        torch.nn.init.normal_(factor)
+    wanted = 3 * overlap(second)
+    torch.testing.assert_close(second.penalty(), wanted)
+    gradients = [torch.autograd.grad(value, factors) for value in (second.penalty(), wanted)]
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_ella_shrinks_each_entry_by_what_earlier_tasks_did_to_it():
+    """Of min ||B A - T||^2 + lambda ||B A * W_past||^2 at full rank, the solution is T / (1 + lambda W_past^2)."""
+    from methods.ella import Overlap
+
+    torch.manual_seed(0)
+    A_old, B_old, T = torch.randn(2, 6), torch.randn(6, 2), torch.randn(6, 6)
+    A, B = torch.randn(6, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True)
+    optimizer = torch.optim.LBFGS([A, B], max_iter=500, tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (B @ A - T).square().sum() + 5 * Overlap.apply(A, B, A_old, B_old)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close((B @ A).detach(), T / (1 + 5 * (B_old @ A_old).square()), rtol=0, atol=1e-2)
+
+
 # All of them, through the entry
 
 
-RIVALS = ["inflora"]
+RIVALS = ["inflora", "ella"]
 
 
 @pytest.mark.parametrize("name", RIVALS)

@@ -16,7 +16,6 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from arguments import check
