@@ -179,10 +179,40 @@ def test_ella_shrinks_each_entry_by_what_earlier_tasks_did_to_it():
     torch.testing.assert_close((B @ A).detach(), T / (1 + 5 * (B_old @ A_old).square()), rtol=0, atol=1e-2)
 
 
+# SLAO
+
+
+def test_slao_starts_from_orthonormal_rows_of_the_last_fine_tuned_factor_and_merges_b_alone(tmp_path):
+    previous, fine_tuned, merged = None, {}, {}
+    for task in range(3):
+        method = method_of("slao", folder=tmp_path)
+        model = begin(method, previous, task)
+        for name, factor in method.factors() if task else ():
+            last = fine_tuned[name]
+            if ".loranew_B." in name:
+                assert torch.equal(factor, last)
+                continue
+            torch.testing.assert_close(factor @ factor.T, torch.eye(8), rtol=0, atol=1e-5)
+            R = factor @ last.T  # A^T = Q R
+            torch.testing.assert_close(R.T @ factor, last, rtol=1e-4, atol=1e-5)
+            assert (R.tril(-1).abs() < 1e-5).all() and (R.diagonal() > 0).all()
+        fit(method, model, task)
+        fine_tuned = {name: factor.detach().clone() for name, factor in method.factors()}
+        for name, factor in fine_tuned.items():
+            step = 1 if ".loranew_A." in name else 1 / math.sqrt(task + 1)
+            merged[name] = merged.get(name, factor) + step * (factor - merged.get(name, factor))
+        previous = finish(method, model, tmp_path / str(task), task)
+        reloaded = method_of("slao", folder=tmp_path)
+        reloaded.prepare(tiny_t5(), previous, decoder_only=False)
+        for name, factor in reloaded.factors():
+            torch.testing.assert_close(factor.detach(), merged[name])
+    assert any(not torch.allclose(merged[name], fine_tuned[name], atol=1e-3) for name in merged)
+
+
 # All of them, through the entry
 
 
-RIVALS = ["inflora", "ella"]
+RIVALS = ["inflora", "ella", "slao"]
 
 
 @pytest.mark.parametrize("name", RIVALS)

@@ -362,6 +362,16 @@ class LoraMethod(Method):
             if ".loranew_" in name:
                 yield name.removeprefix("base_model.model.").replace(".default.", "."), parameter
 
+    def check_like_factors(self, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+        """Reject what a file beside the adapter holds unless it is a matrix, or several in one tensor, for each factor.
+
+        Raises:
+            InputError: a name or a shape is not a factor's.
+        """
+        found = {name: tuple(tensor.shape[-2:]) for name, tensor in tensors.items()}
+        if found != {name: tuple(factor.shape) for name, factor in self.factors()}:
+            raise InputError(f"{path}: its tensors do not fit the LoRA beside it")
+
 
 class FullRankMethod(Method):
     """The weights of the base model that `--optim_target_modules` names train themselves; there is no LoRA."""
