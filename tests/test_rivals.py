@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM
 import export
 import run_uie_lora
 from command_line import parse_arguments
+from errors import InputError
 from helpers import PREFIX, T5, T5_MODULES, arguments, predictions
 from loranew import loranew_layers
 from methods import find_method
@@ -209,10 +210,52 @@ def test_slao_starts_from_orthonormal_rows_of_the_last_fine_tuned_factor_and_mer
     assert any(not torch.allclose(merged[name], fine_tuned[name], atol=1e-3) for name in merged)
 
 
+# MagMax
+
+
+@pytest.mark.parametrize("rule", ["max", "ties"])
+def test_magmax_evaluates_the_merged_changes_and_trains_on_from_the_unmerged_ones(rule, tmp_path):
+    base, previous, taus = dict(tiny_t5().named_parameters()), None, {}
+    for task in range(3):
+        method = method_of("magmax", "--magmax_merge", rule, folder=tmp_path)
+        model = begin(method, previous, task)
+        for name, layer in loranew_layers(model).items():
+            assert torch.equal(layer.get_base_layer().weight, base[f"{name}.weight"])
+            if task:
+                torch.testing.assert_close(layer.get_delta_weight("default"), taus[name][-1])
+        fit(method, model, task)
+        for name, layer in loranew_layers(model).items():
+            taus.setdefault(name, []).append(layer.get_delta_weight("default").detach())
+        previous = finish(method, model, tmp_path / str(task), task)
+        reloaded = method_of("magmax", folder=tmp_path).prepare(tiny_t5(), previous, decoder_only=False)
+        for name, layer in loranew_layers(reloaded).items():
+            stacked = torch.stack(taus[name])
+            if rule == "max":
+                merged = stacked.gather(0, stacked.abs().argmax(0, keepdim=True))[0]
+            else:
+                bound = stacked.abs().flatten(1).quantile(0.8, dim=1)[:, None, None]
+                kept = torch.where(stacked.abs() > bound, stacked, 0)
+                agree = kept * kept.sum(0).sign() > 0
+                merged = (kept * agree).sum(0) / agree.sum(0).clamp_min(1)
+            assert not layer.get_delta_weight("default").any()
+            change = layer.get_base_layer().weight - base[f"{name}.weight"]
+            torch.testing.assert_close(change, 0.5 * merged, rtol=1e-3, atol=1e-5)
+    with pytest.raises(InputError, match="holds changed full-rank weights, which are no LoRA"):
+        export.export_adapter(previous, tmp_path / "adapter")
+
+
+def test_ties_trims_elects_and_averages():
+    from methods.magmax import ties
+
+    changes = [torch.tensor([[9.0, 8, 3, 3, 1, 1, 1, 1, 1, 1]]), torch.tensor([[-5.0, 4, 3, 3, 1, 1, 1, 1, 1, 1]])]
+    merged = ties([(change, torch.ones(1, 1)) for change in changes])
+    assert torch.equal(merged, torch.tensor([[9.0, 6, 0, 0, 0, 0, 0, 0, 0, 0]]))
+
+
 # All of them, through the entry
 
 
-RIVALS = ["inflora", "ella", "slao"]
+RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties"]
 
 
 @pytest.mark.parametrize("name", RIVALS)
