@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import export
@@ -252,10 +252,64 @@ def test_ties_trims_elects_and_averages():
     assert torch.equal(merged, torch.tensor([[9.0, 6, 0, 0, 0, 0, 0, 0, 0, 0]]))
 
 
+# EWC
+
+
+def test_ewc_holds_the_mean_squared_gradient_of_each_row_over_tasks(tmp_path):
+    expected = {}
+    for task, decay in enumerate((1, 0.5)):
+        method = method_of("ewc", "--ewc_decay", "0.5", folder=tmp_path)
+        model = begin(method, tmp_path / "0" if task else None, task)
+        fit(method, model, task)
+        model.eval()
+        expected = {name: decay * F for name, F in expected.items()}
+        for batch in batches(task):
+            for row in range(2):
+                one = {key: value[row : row + 1] for key, value in batch.items()}
+                likelihood = model(**one).logits.log_softmax(-1).gather(-1, one["labels"][..., None]).sum()
+                likelihood.backward()
+                for name, factor in method.factors():
+                    expected[name] = expected.get(name, 0) + factor.grad.square() / 6
+                model.zero_grad()
+        finish(method, model, tmp_path / str(task), task)
+        saved = load_file(tmp_path / str(task) / "fisher.safetensors")
+        assert saved.keys() == expected.keys()
+        for name, F in saved.items():
+            torch.testing.assert_close(F, expected[name], rtol=1e-3, atol=1e-6 * F.max().item())
+
+
+@pytest.mark.parametrize("name", ["slao", "magmax", "ewc"])
+def test_what_a_method_needs_beside_the_lora_must_be_there_and_fit(name, tmp_path):
+    first = train(method_of(name, folder=tmp_path), None, tmp_path / "1")
+    plain = ("adapter_model.safetensors", "full_rank_weights.safetensors")
+    (beside,) = [path for path in first.glob("*.safetensors") if path.name not in plain]
+    tensors = load_file(beside)
+    for damaged in ({key: tensor[..., :-1].contiguous() for key, tensor in tensors.items()}, {}):
+        save_file(damaged, beside, {"tasks": "1"})
+        with pytest.raises(InputError, match=f"{beside.name}: its tensors do not fit the LoRA beside it"):
+            method_of(name, folder=tmp_path).prepare(tiny_t5(), first, decoder_only=False)
+    beside.unlink()
+    with pytest.raises(InputError, match=f"{beside.name}: no such file"):
+        method_of(name, folder=tmp_path).prepare(tiny_t5(), first, decoder_only=False)
+
+
+def test_ewc_penalty_is_half_the_weighted_distance_to_the_last_task(tmp_path):
+    train(method_of("ewc", folder=tmp_path), None, tmp_path / "1")
+    method = method_of("ewc", "--ewc_lamda", "7", folder=tmp_path)
+    begin(method, tmp_path / "1")
+    assert method.penalty() == 0
+    F = load_file(tmp_path / "1" / "fisher.safetensors")
+    with torch.no_grad():
+        for _, factor in method.factors():
+            factor += 0.1
+    torch.testing.assert_close(method.penalty(), 0.5 * 7 * 0.01 * sum(value.sum() for value in F.values()))
+    assert method_of("ewc", "--ewc_lamda", "0", folder=tmp_path).penalty() is None
+
+
 # All of them, through the entry
 
 
-RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties"]
+RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc"]
 
 
 @pytest.mark.parametrize("name", RIVALS)
