@@ -306,10 +306,31 @@ def test_ewc_penalty_is_half_the_weighted_distance_to_the_last_task(tmp_path):
     assert method_of("ewc", "--ewc_lamda", "0", folder=tmp_path).penalty() is None
 
 
+# N-LoRA's two forms
+
+
+def test_nlora_forms_are_the_papers_product_and_the_released_codes(tmp_path):
+    for form in ("product", "factors"):
+        method = method_of("nlora", "--nlora_lamda", "0.5", "--nlora_form", form, folder=tmp_path)
+        begin(method, None)
+        factors = dict(method.factors())
+        for factor in factors.values():
+            torch.nn.init.normal_(factor)
+        pairs = [(A, factors[name.replace("_A", "_B")]) for name, A in factors.items() if "_A" in name]
+        wanted = sum((B @ A if form == "product" else A @ B).abs().sum() for A, B in pairs)
+        torch.testing.assert_close(method.penalty(), 0.5 * wanted)
+
+
+def test_nlora_factors_need_square_weights(tmp_path):
+    method = method_of("nlora", "--nlora_form", "factors", "--lora_modules", ".*wi.*", folder=tmp_path)
+    with pytest.raises(InputError, match="--nlora_form: found factors; product for .*wi"):
+        method.prepare(tiny_t5(), None, decoder_only=False)
+
+
 # All of them, through the entry
 
 
-RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc"]
+RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc", "nlora --nlora_form factors"]
 
 
 @pytest.mark.parametrize("name", RIVALS)
