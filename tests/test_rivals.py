@@ -13,12 +13,13 @@ import export
 import run_uie_lora
 from command_line import parse_arguments
 from errors import InputError
-from helpers import PREFIX, T5, T5_MODULES, arguments, predictions
+from helpers import PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
 from loranew import loranew_layers
 from methods import find_method
 from subspace import see_inputs
 
 SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "16"]
+STAGE_2 = str(ROOT / "configs" / "ds_configs" / "stage2.config")
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
@@ -327,10 +328,39 @@ def test_nlora_factors_need_square_weights(tmp_path):
         method.prepare(tiny_t5(), None, decoder_only=False)
 
 
+# Muon
+
+
+@pytest.mark.parametrize("name", ["seqlora", "inclora"])
+def test_a_muon_step_moves_every_direction_of_a_factor_alike_and_by_adamws_size(name, tmp_path):
+    method = method_of(name, "--lora_optimizer", "muon", folder=tmp_path)
+    begin(method, None)
+    optimizer = method.create_optimizer(**ADAM)
+    before = {key: factor.detach().clone() for key, factor in method.factors()}
+    torch.manual_seed(0)
+    for _, factor in method.factors():
+        factor.grad = torch.randn(factor.shape)
+    optimizer.step()
+    for key, factor in method.factors():
+        change = factor.detach() - before[key]
+        spread = torch.linalg.svdvals(change)
+        assert spread.max() < 1.8 * spread.min()
+        assert change.square().mean().sqrt() == pytest.approx(0.2 * ADAM["lr"], rel=0.25)
+    plain = method_of(name, folder=tmp_path)
+    begin(plain, None)
+    assert type(plain.create_optimizer(**ADAM)) is torch.optim.AdamW
+
+
+def test_muon_is_refused_under_deepspeed(tmp_path):
+    with pytest.raises(InputError, match="--lora_optimizer: found muon; adamw under DeepSpeed"):
+        method_of("seqlora", "--lora_optimizer", "muon", "--deepspeed", STAGE_2, folder=tmp_path)
+
+
 # All of them, through the entry
 
 
-RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc", "nlora --nlora_form factors"]
+RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc", "nlora --nlora_form factors", "inclora --lora_optimizer muon",
+          "seqlora --lora_optimizer muon"]
 
 
 @pytest.mark.parametrize("name", RIVALS)

@@ -30,7 +30,7 @@ from loranew import (
     save_folded,
 )
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
-from methods.base_options import LoraArguments, MethodArguments, TargetArguments
+from methods.base_options import LoraArguments, MethodArguments, OptimizerArguments, TargetArguments
 from module_matching import check_rank, check_unshared, match_linear
 from Proj_torch.sharded_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
 from task_examples import OrderExamples
@@ -288,6 +288,15 @@ class LoraMethod(Method):
             target_modules=self.options.lora_modules,
             task_type=TaskType.CAUSAL_LM if decoder_only else TaskType.SEQ_2_SEQ_LM,
         )
+
+    def create_optimizer(self, *, lr, betas, eps, weight_decay):
+        """AdamW, or Muon where the method has the choice; all that trains is matrices."""
+        if not isinstance(self.options, OptimizerArguments) or self.options.lora_optimizer == "adamw":
+            return super().create_optimizer(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        factors = [factor for _, factor in self.factors()]
+        # Its steps get the size of AdamW's, so that the same learning rates suit both.
+        self.optimizer = torch.optim.Muon(factors, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        return self.optimizer
 
     def begin_training(self, engine) -> None:
         self.own_state |= engine is not None
