@@ -356,11 +356,42 @@ def test_muon_is_refused_under_deepspeed(tmp_path):
         method_of("seqlora", "--lora_optimizer", "muon", "--deepspeed", STAGE_2, folder=tmp_path)
 
 
+# SGORP, protected after each step
+
+
+@pytest.mark.parametrize("engine", ["dense", "cores"])
+def test_sgorp_step_keeps_the_new_factor_clear_of_the_space_after_every_step(engine, tmp_path):
+    flags = ["--protect", "step", "--galore_engine", engine]
+    train(method_of("sgorp", *flags, folder=tmp_path), None, tmp_path / "1")
+    method = method_of("sgorp", *flags, folder=tmp_path)
+    model = begin(method, tmp_path / "1", task=1)
+    seen = []
+    optimizer = method.create_optimizer(**ADAM)
+    optimizer.register_step_post_hook(lambda *_: seen.append(
+        max((A @ method.space.get(name)).norm() / A.norm() for name, A in method.protected.items())))
+    method.create_optimizer = lambda **_: optimizer
+    start = {name: A.detach().clone() for name, A in method.protected.items()}
+    assert max((A @ method.space.get(name)).norm() for name, A in start.items()) < 1e-5
+    fit(method, model, task=1)
+    assert len(seen) == 3 and max(seen) < 1e-5
+    assert all((A - start[name]).norm() > 1e-3 for name, A in method.protected.items())
+    assert all(layer.input_space is None for layer in loranew_layers(model).values())
+    finish(method, model, tmp_path / "2", task=1)
+
+
+def test_sgorp_step_protects_the_input_side_in_one_process(tmp_path):
+    output = ["--protect_side", "output", "--space_from", "moments"]
+    for flags, fault in ((output, "--protect step: found --protect_side output"),
+                         (["--deepspeed", STAGE_2], "--protect: found step; structural under DeepSpeed")):
+        with pytest.raises(InputError, match=fault):
+            method_of("sgorp", "--protect", "step", *flags, folder=tmp_path)
+
+
 # All of them, through the entry
 
 
 RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc", "nlora --nlora_form factors", "inclora --lora_optimizer muon",
-          "seqlora --lora_optimizer muon"]
+          "seqlora --lora_optimizer muon", "sgorp --protect step"]
 
 
 @pytest.mark.parametrize("name", RIVALS)
