@@ -157,12 +157,13 @@ def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
         checkpoint = latest_complete(Path(trainer.args.output_dir))
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
+    trainer.method.begin_task(trainer.model, trainer.shown_batches())
     return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics | {"train_samples": samples}
 
 
 def save_task(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
     """Finish the task in the method and write the complete adapter folder."""
-    trainer.method.revisit(trainer.model_wrapped, trainer.revisited_batches())
+    trainer.method.revisit(trainer.model_wrapped, trainer.shown_batches())
     trainer.method.end_task()
     for line in trainer.method.closing_summary():
         logger.info(line)

@@ -8,7 +8,7 @@ moment (as in GPM), because the gradient's rows are combinations of inputs.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 
 import torch
@@ -66,10 +66,10 @@ def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9) -> Tensor:
     U, s, _ = truncated_svd(residual, min(residual.shape))
     reached = held + s.double().square().cumsum(0)
     count = min(int((reached < wanted).sum()) + 1, free, len(s))
-    return torch.cat([S, _orthonormal_against(S, U[:, :count])], dim=1)
+    return torch.cat([S, orthonormal_against(S, U[:, :count])], dim=1)
 
 
-def _orthonormal_against(S: Tensor, U: Tensor) -> Tensor:
+def orthonormal_against(S: Tensor, U: Tensor) -> Tensor:
     """Orthonormal columns that span U's directions and are orthogonal to S.
 
     In float64, so that errors do not add up over many extensions; twice is enough (Giraud, Langou and Rozloznik 2005).
@@ -203,22 +203,41 @@ def _key(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-@torch.no_grad()
 def layer_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """A sample of each layer's input vectors (n, in), float32 on the CPU: `SAMPLE` of each example, without padding.
 
-    The positions depend only on the example's number, so the sample does not depend on the batch size.
+    The positions depend only on the example's number, so the sample does not depend on the batch size. The arguments
+    are those of `see_inputs`.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def take(name: str, number: int, vectors: Tensor) -> None:
+        chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(number))[:SAMPLE]
+        seen[name].append(vectors[chosen.to(vectors.device)].float().cpu())
+
+    see_inputs(model, layers, batches, take)
+    return {name: torch.cat(vectors) for name, vectors in seen.items()}
+
+
+@torch.no_grad()
+def see_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Tensor]],
+    see: Callable[[str, int, Tensor], None],
+) -> None:
+    """Run the batches in evaluation mode and call `see` with each layer's inputs for each example, without padding.
 
     Args:
         model: the model that takes the batches, under DeepSpeed the engine.
         layers: name -> module of the model; a module may have several names.
         batches: with `attention_mask` for the encoder's positions, and `labels`, -100 for padding, for the decoder's. A
-            layer's positions are recognised by their number; one that fits neither is sampled from all positions.
+            layer's positions are recognised by their number; of one that fits neither, all positions count.
+        see: gets the layer's name, the example's number over all batches, and the vectors (positions, in).
     """
     two_stacks = getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False)
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     masks: list[Tensor] = []  # of the current batch
     rows_before = 0
 
@@ -226,9 +245,7 @@ def layer_inputs(
         fitting = (mask for mask in masks if mask.shape == X.shape[:-1])
         mask = next(fitting, torch.ones(X.shape[:-1], dtype=torch.bool))
         for number, (row, places) in enumerate(zip(X, mask), rows_before):
-            vectors = row[places]
-            chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(number))[:SAMPLE]
-            seen[name].append(vectors[chosen.to(vectors.device)].float().cpu())
+            see(name, number, row[places])
 
     hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: take(name, args[0]))
              for name, layer in layers.items()]  # fmt: skip
@@ -247,4 +264,3 @@ def layer_inputs(
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(vectors) for name, vectors in seen.items()}

@@ -22,8 +22,7 @@ from files import read_json, read_tensors, whole_file, write_json
 from methods import Method
 from non_finite import NonFiniteGuard
 from Proj_torch.optimizer_state import start_moments
-
-REVISITED_EXAMPLES = 64  # from which a method samples the layers' inputs when a task is learned
+from task_examples import first_examples
 
 
 class UIETrainer(Seq2SeqTrainer):
@@ -110,11 +109,14 @@ class UIETrainer(Seq2SeqTrainer):
         """The parent's count, with the parameters counted once and not in every step."""
         return 6 * inputs["input_ids"].numel() * self._parameters
 
-    def revisited_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of the first training examples, the same on every rank."""
-        size, count = self.args.per_device_train_batch_size, min(REVISITED_EXAMPLES, len(self.train_dataset))
-        for start in range(0, count, size):
-            yield self._batch([self.train_dataset[i] for i in range(start, min(start + size, count))])
+    def shown_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of the first training examples, as many as the method asks for, the same on every rank."""
+        if self.model_wrapped is self.model:
+            self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
+        rows = first_examples(self.train_dataset, self.method.shown_rows)
+        for start in range(0, len(rows), self.args.per_device_train_batch_size):
+            stop = min(start + self.args.per_device_train_batch_size, len(rows))
+            yield self._batch([rows[i] for i in range(start, stop)])
 
     def _batch(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self._prepare_inputs(self.data_collator(examples))

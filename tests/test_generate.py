@@ -8,9 +8,11 @@ import numpy
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import LlamaConfig
 
 from evaluation.generate import Prediction, plan_batches
 from helpers import ROOT
+from model.llama import LlamaForCausalLM_with_lossmask
 from model.loading import load_model_and_tokenizer
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import ExampleOptions, load_uie_dataset
@@ -103,8 +105,24 @@ def test_answers_are_those_of_a_row_alone_also_past_the_bound(taught):
     assert ended.any() and len({tuple(row) for row in expected.tolist()}) > 3  # something was learned
 
 
-def test_what_prompts_begin_with_is_computed_once_a_batch(taught):
-    """And answers are the same, which the other tests show."""
+def test_shorter_prompts_of_a_batch_attend_to_the_common_prefix():
+    """The arguments for `generate`, token by token: prefix, padding, rest."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    evaluated = SimpleNamespace(model=LlamaForCausalLM_with_lossmask(config))
+    found = Prediction._after_common_prefix(
+        evaluated, torch.tensor([[5, 6, 7, 8], [0, 0, 5, 9]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    )
+    assert found["past_key_values"].get_seq_length() == 1
+    assert found["input_ids"].tolist() == [[5, 6, 7, 8], [5, 0, 0, 9]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 1]]
+    assert found["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+
+
+def test_the_common_prefix_is_computed_once_a_batch(taught):
+    """That answers stay the same, `test_answers_are_those_of_a_row_alone_also_past_the_bound` shows."""
     if not taught.collator.decoder_only:
         pytest.skip("an encoder reads the whole prompt")
     tokens = {}

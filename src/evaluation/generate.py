@@ -1,11 +1,11 @@
 """Answers to the examples of a test set, and the loss of their reference answers.
 
-The loop saves what a loop in file order wastes. Examples of similar length share a batch, so there is little padding.
-A batch first generates as many tokens as the longest reference answer of its datasets has, since one long answer would
-keep the complete batch going; unfinished answers are collected and generated again, up to the full limit. Greedy search
-depends on one example alone, so every answer is the one that any batch would give. The prompts of a dataset begin alike
-(task, instruction, options), so for a decoder-only model its examples share a batch, and the keys and values of the
-common prefix are computed once per batch (a prefix cache).
+Three things make the loop faster than one in file order. Examples of similar length share a batch, so there is little
+padding. A batch first generates as many tokens as the longest reference answer of its datasets has, since one long
+answer would keep the complete batch going; unfinished answers are collected and generated again, up to the full limit.
+The prompts of a dataset begin alike (task, instruction, options), so for a decoder-only model the examples of a batch
+are of one dataset, and the keys and values of their common prefix are computed once (a prefix cache). With greedy
+search an example's answer does not depend on what shares its batch, but for near ties in 16 bits.
 
 Each of W ranks takes every W-th example. ZeRO-3 gathers weights in each forward pass, so all ranks must call the model
 equally often: a rank without batches left runs one more and discards its result.
@@ -114,22 +114,24 @@ class Prediction:
     def _after_common_prefix(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
         """Replace the common prefix of left-padded prompts (n, length) by a cache of its keys and values.
 
-        The padding moves behind the prefix, and positions do not count it, so that the answers stay the same.
+        The padding moves behind the prefix: `_ _ P P a` becomes `P P _ _ a`, where `P P` is cached. Position ids do not
+        count padding, so the answers stay the same.
         """
-        padding = (attention_mask == 0).sum(1, keepdim=True)
-        place, length = torch.arange(input_ids.shape[1], device=input_ids.device), input_ids.shape[1]
-        leading = input_ids.gather(1, (place + padding).clamp(max=length - 1))  # right padded with the last token
-        alike = (leading == leading[0]).all(0)[: length - int(padding.max()) - 1]  # each prompt keeps a token
-        common = int(alike.long().cumprod(0).sum())
+        length = input_ids.shape[1]
+        column = torch.arange(length, device=input_ids.device)
+        padded = (attention_mask == 0).sum(1, keepdim=True)  # (n, 1), columns of padding
+        left_aligned = input_ids.gather(1, (column + padded).clamp(max=length - 1))  # beyond a prompt's end: anything
+        same_in_all = (left_aligned == left_aligned[0]).all(0)[: length - int(padded.max()) - 1]  # each keeps a token
+        common = int(same_in_all.long().cumprod(0).sum())
         if not common:
             return {"input_ids": input_ids, "attention_mask": attention_mask}
-        cache = self.model(input_ids=leading[:1, :common], use_cache=True, logits_to_keep=1).past_key_values
+        cache = self.model(input_ids=left_aligned[:1, :common], use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(input_ids))
-        behind = torch.where(place < common + padding, place - common, place)  # first the padding, then the rest
-        source = torch.where(place < common, place + padding, behind)
-        mask = attention_mask.gather(1, source)
+        after_prefix = torch.where(column < common + padded, column - common, column)  # the padding, then the rest
+        source_column = torch.where(column < common, column + padded, after_prefix)
+        mask = attention_mask.gather(1, source_column)
         return {
-            "input_ids": input_ids.gather(1, source),
+            "input_ids": input_ids.gather(1, source_column),
             "attention_mask": mask,
             "position_ids": mask.cumsum(1) - 1,
             "past_key_values": cache,

@@ -30,7 +30,7 @@ from loranew import (
     save_folded,
 )
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
-from methods.base_options import LoraArguments, MethodArguments, TargetArguments
+from methods.base_options import LoraArguments, MethodArguments, OptimizerArguments, TargetArguments
 from module_matching import check_rank, check_unshared, match_linear
 from Proj_torch.optimizer_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
 from task_examples import OrderExamples
@@ -41,14 +41,17 @@ logger = logging.getLogger("gorp")
 class Method:
     """One task's training by one method.
 
-    Life of an instance: `training_rows`, then `prepare` once, then `create_optimizer` and `begin_training`;
+    Life of an instance: `training_rows`, `prepare`, `begin_task`, `create_optimizer` and `begin_training`, once each;
     `begin_micro_batch` and `penalty` in every training step; `revisit` and `end_task` after the last one; `save` to
-    write the adapter folder from which the next task's `prepare` starts. `examples/loop.py` shows all but the first.
+    write the adapter folder from which the next task's `prepare` starts. `examples/loop.py` shows them. After `prepare`
+    and after `end_task` the model is ready for evaluation; in between it may hold other weights, as in methods that
+    evaluate merged weights and train others.
 
     Attributes:
         Arguments: the method's group of command-line options; all of them, and no others, are read.
         zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
         step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_rows` may set it.
+        shown_rows: how many of the task's rows `begin_task` and `revisit` may see; None for all.
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
@@ -58,6 +61,7 @@ class Method:
     Arguments: type[MethodArguments] = MethodArguments
     zero_stage: int | None = 3
     step_factor = 1
+    shown_rows: int | None = 64
     averages_micro_batches = False
     trains = True
     presets: Mapping[str, Mapping[str, object]] = {}
@@ -108,6 +112,10 @@ class Method:
         raise NotImplementedError
 
     # Training
+
+    def begin_task(self, model: nn.Module, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+        """Called before training, and before it resumes, with the complete model and batches of the task's rows, made
+        when asked for; under DeepSpeed before it has the model, on every rank alike."""
 
     def create_optimizer(self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         """Optimizer of everything that trains."""
@@ -282,6 +290,15 @@ class LoraMethod(Method):
             task_type=TaskType.CAUSAL_LM if decoder_only else TaskType.SEQ_2_SEQ_LM,
         )
 
+    def create_optimizer(self, *, lr, betas, eps, weight_decay):
+        """AdamW, or Muon where the method has the choice; all that trains is matrices."""
+        if not isinstance(self.options, OptimizerArguments) or self.options.lora_optimizer == "adamw":
+            return super().create_optimizer(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        factors = [factor for _, factor in self.factors()]
+        # Its steps get the size of AdamW's, so that the same learning rates suit both.
+        self.optimizer = torch.optim.Muon(factors, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        return self.optimizer
+
     def begin_training(self, engine=None) -> None:
         self.own_state |= engine is not None
         self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
@@ -358,6 +375,16 @@ class LoraMethod(Method):
     def _trained_factors(self) -> dict[str, nn.Parameter]:
         """The factors that train: a method may have frozen some in `prepare`."""
         return {name: factor for name, factor in self.factors() if factor.requires_grad}
+
+    def check_like_factors(self, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+        """Reject what a file beside the adapter holds unless it is a matrix, or several in one tensor, for each factor.
+
+        Raises:
+            InputError: a name or a shape is not a factor's.
+        """
+        found = {name: tuple(tensor.shape[-2:]) for name, tensor in tensors.items()}
+        if found != {name: tuple(factor.shape) for name, factor in self.factors()}:
+            raise InputError(f"{path}: its tensors do not fit the LoRA beside it")
 
 
 class FullRankMethod(Method):

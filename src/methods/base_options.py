@@ -67,6 +67,25 @@ class LoraArguments(MethodArguments):
 
 
 @dataclass
+class OptimizerArguments(MethodArguments):
+    """The optimizer of the LoRA factors."""
+
+    lora_optimizer: str = field(
+        default="adamw",
+        metadata={
+            "help": "adamw, or muon (torch.optim.Muon: momentum 0.95, orthogonalised, steps of AdamW's size; the adam_ "
+            "flags have no effect).",
+            "choices": ["adamw", "muon"],
+        },
+    )
+
+    def check_with(self, training, zero_stage):
+        super().check_with(training, zero_stage)
+        check(self.lora_optimizer == "adamw" or zero_stage is None, "lora_optimizer", self.lora_optimizer,
+              "adamw under DeepSpeed, which flattens the matrices")
+
+
+@dataclass
 class TargetArguments(MethodArguments):
     """The full-rank weights that train."""
 

@@ -2,6 +2,10 @@
 
 Where two tasks change different entries of a weight, neither disturbs the other. N-LoRA makes each task's change
 dW = B_new A_new sparse by an l1 penalty, lambda sum |dW|, and keeps the changes of earlier tasks frozen.
+
+`--nlora_form product` is that penalty, the paper's. `--nlora_form factors` is what the authors' released code computes:
+lambda sum |A_new B_new|, an r x r matrix that exists only where a layer has as many outputs as inputs, with lambda 0.4
+and, later in long orders, 1.2.
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from arguments import check
+from errors import InputError
 from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import LoraArguments
@@ -20,6 +25,14 @@ class NloraArguments(LoraArguments):
         default=1e-5,
         metadata={"help": "Weight of sum |B_new A_new| over all layers (a choice of this project, not the paper's)."},
     )
+    nlora_form: str = field(
+        default="product",
+        metadata={
+            "help": "product: |B_new A_new|, (out, in), as in the paper; factors: |A_new B_new|, (r, r), as in the "
+            "released code, for layers with as many outputs as inputs.",
+            "choices": ["product", "factors"],
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -27,17 +40,25 @@ class NloraArguments(LoraArguments):
 
 
 class Nlora(LoraMethod):
-    """The base method with the l1 penalty on each layer's change (out, in), taken without the LoRA scale."""
+    """The base method with an l1 penalty on each layer's factors, taken without the LoRA scale."""
 
     Arguments = NloraArguments
     zero_stage = 2  # a rank has no whole factor at stage 3
+
+    def prepare(self, model, previous, **kind):
+        model = super().prepare(model, previous, **kind)
+        for name, layer in loranew_layers(model).items() if self.options.nlora_form == "factors" else ():
+            if layer.in_features != layer.out_features:
+                raise InputError(f"--nlora_form: found factors; product for {name}, a {layer.out_features} x "
+                                 f"{layer.in_features} matrix, as A B exists only for square ones")
+        return model
 
     def penalty(self):
         if not self.options.nlora_lamda:
             return None
         adapter = self.model.active_adapter
-        sizes = [
-            (layer.loranew_B[adapter].weight @ layer.loranew_A[adapter].weight).abs().sum()
-            for layer in loranew_layers(self.model).values()
-        ]
+        sizes = []
+        for layer in loranew_layers(self.model).values():
+            A, B = layer.loranew_A[adapter].weight, layer.loranew_B[adapter].weight
+            sizes.append((B @ A if self.options.nlora_form == "product" else A @ B).abs().sum())
         return self.options.nlora_lamda * torch.stack(sizes).sum()

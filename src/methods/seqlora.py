@@ -1,11 +1,20 @@
 """SeqLoRA: one LoRA that every task of the order trains further, the plainest way to learn in sequence."""
 
+from dataclasses import dataclass
+
 from methods.base import LoraMethod
+from methods.base_options import LoraArguments, OptimizerArguments
+
+
+@dataclass
+class SeqloraArguments(OptimizerArguments, LoraArguments):
+    pass
 
 
 class Seqlora(LoraMethod):
     """The new LoRA never joins a memory; the next task takes it over as it is and goes on training it."""
 
+    Arguments = SeqloraArguments
     zero_stage = 2  # what is gathered from stage 3 is a folded memory
 
     def lora_config(self, decoder_only: bool):

@@ -4,10 +4,17 @@ Removing S from a gradient does not keep an update clear of S: Adam divides elem
 component in S (docs/LOG.md). Here the new LoRA sees x - S S^T x, and a full-rank weight's update loses its component in
 S after Adam. S lives on the input side and comes from what the layers see on a task's examples, for which forgetting
 has a theory (GPM, Saha et al. 2021; InfLoRA, Liang and Li 2024).
+
+With `--protect step` the new LoRA sees x itself, and A loses its component in S instead, A <- A - A S S^T, before
+training and after each optimizer step. The change is orthogonal to S as well; what differs is that Adam's moments, and
+the gradient of B, hold what S takes away.
 """
 
 from dataclasses import dataclass, field
 
+import torch
+
+from arguments import check
 from errors import InputError
 from loranew import loranew_layers, set_input_space
 from methods.gorp import Gorp, GorpArguments
@@ -18,8 +25,9 @@ class SgorpArguments(GorpArguments):
     protect: str = field(
         default="structural",
         metadata={
-            "help": "structural: the change is orthogonal to the shared space exactly; or as --method gorp.",
-            "choices": ["structural", "gp_first", "gp_second", "none"],
+            "help": "structural: the change is orthogonal to the shared space exactly, by the forward pass; step: so "
+            "too, by removing the space from loranew_A after each step; or as --method gorp.",
+            "choices": ["structural", "step", "gp_first", "gp_second", "none"],
         },
     )
     protect_side: str = field(
@@ -33,8 +41,13 @@ class SgorpArguments(GorpArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.protect == "structural" and self.protect_side != "input":
-            raise InputError("--protect structural: found --protect_side output; it needs --protect_side input")
+        if self.protect in ("structural", "step") and self.protect_side != "input":
+            raise InputError(f"--protect {self.protect}: found --protect_side output; it needs --protect_side input")
+
+    def check_with(self, training, zero_stage):
+        super().check_with(training, zero_stage)
+        check(self.protect != "step" or zero_stage is None, "protect", "step",
+              "structural under DeepSpeed, which keeps the factors' float32 values in pieces")
 
 
 class Sgorp(Gorp):
@@ -47,18 +60,38 @@ class Sgorp(Gorp):
     def structural(self) -> bool:
         return self.options.protect == "structural"
 
+    @property
+    def exact(self) -> bool:
+        """Whether a change is orthogonal to S, whatever Adam makes of a gradient."""
+        return self.options.protect in ("structural", "step")
+
     def prepare(self, model, previous, *, decoder_only, sharded=False):
         model = super().prepare(model, previous, decoder_only=decoder_only, sharded=sharded)
         if self.structural:
             set_input_space(model, {name: self.space.get(f"{name}.loranew_A") for name in loranew_layers(model)})
         return model
 
+    def create_optimizer(self, **adam):
+        optimizer = super().create_optimizer(**adam)
+        if self.options.protect == "step":
+            self.cleared = [(A, S.to(A)) for name, A in self.protected.items()
+                            if (S := self.space.get(name)) is not None]  # fmt: skip
+            self.clear()
+            optimizer.register_step_post_hook(lambda *_: self.clear())
+        return optimizer
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """A <- A - A S S^T, for each protected A (r, in) and its S (in, c)."""
+        for A, S in self.cleared:
+            A -= (A @ S) @ S.T
+
     def way(self):
-        return "orthogonal" if self.structural else super().way()
+        return "orthogonal" if self.exact else super().way()
 
     def spaces(self, names):
-        # A factor's change is clear of S by the forward pass already.
-        return super().spaces(name for name in names if not self.structural or name in self.targets)
+        # A factor's change is clear of S by the forward pass, or after each step.
+        return super().spaces(name for name in names if not self.exact or name in self.targets)
 
     def needs_inputs(self):
-        return self.structural or super().needs_inputs()
+        return self.exact or super().needs_inputs()

@@ -1,0 +1,80 @@
+"""Online EWC (Schwarz et al., ICML 2018, https://arxiv.org/abs/1805.06370) on one LoRA that all tasks train.
+
+    loss += 1/2 lambda sum F (theta - theta*)^2
+
+theta* is the LoRA as the last task left it, F the diagonal of the empirical Fisher information: after a task,
+F <- decay F + the mean over the task's rows of the squared gradient of log p(answer | prompt), taken row by row without
+dropout. EWC (Kirkpatrick et al., PNAS 2017) keeps a theta* and an F of every task; here one of each is enough.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from arguments import check, check_number
+from files import read_tensors
+from methods.base_options import LoraArguments
+from methods.seqlora import Seqlora
+
+FISHER_FILE = "fisher.safetensors"
+
+
+@dataclass
+class EwcArguments(LoraArguments):
+    ewc_lamda: float = field(default=100.0, metadata={"help": "Weight lambda of 1/2 sum F (theta - theta*)^2; 0: off."})
+    ewc_decay: float = field(default=1.0, metadata={"help": "Factor on earlier tasks' F at the end of a task."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(self, "ewc_lamda", least=0)
+        check(0 <= self.ewc_decay <= 1, "ewc_decay", self.ewc_decay, "0 to 1")
+
+
+class Ewc(Seqlora):
+    Arguments = EwcArguments
+    shown_rows = None
+
+    def prepare(self, model, previous: Path | None, **kind):
+        model = super().prepare(model, previous, **kind)
+        self.fisher, self.start = {}, {}
+        if previous is not None:
+            self.fisher, _ = read_tensors(previous / FISHER_FILE)
+            self.check_like_factors(self.fisher, previous / FISHER_FILE)
+        return model
+
+    def begin_task(self, model, batches):
+        factors = dict(self.factors())
+        self.fisher = {name: F.to(factors[name].device) for name, F in self.fisher.items()}
+        self.start = {name: factors[name].detach().clone() for name in self.fisher}
+
+    def penalty(self):
+        if not self.options.ewc_lamda or not self.fisher:
+            return None
+        terms = [(self.fisher[name] * (factor - self.start[name]).square()).sum() for name, factor in self.factors()]
+        return 0.5 * self.options.ewc_lamda * torch.stack(terms).sum()
+
+    def revisit(self, model, batches):
+        names, factors = zip(*self.factors())
+        sums, rows = [torch.zeros_like(factor, dtype=torch.float32) for factor in factors], 0
+        training = model.training
+        model.eval()
+        for batch in batches:
+            for row in range(len(batch["labels"])):
+                one = {key: values[row : row + 1] for key, values in batch.items()}
+                answer = (one["labels"] != -100).sum()
+                gradients = torch.autograd.grad(model(**one, use_cache=False).loss * answer, factors)
+                for total, gradient in zip(sums, gradients):
+                    total += gradient.float().square()
+                rows += 1
+        model.train(training)
+        old = {name: self.options.ewc_decay * F for name, F in self.fisher.items()}
+        self.fisher = {name: total / rows + old.get(name, 0) for name, total in zip(names, sums)}
+
+    def save(self, folder: Path):
+        super().save(folder)
+        save_file({name: F.cpu() for name, F in self.fisher.items()}, folder / FISHER_FILE)
+
+    def describe(self):
+        return f"{super().describe()}; {'held by' if self.fisher else 'no'} Fisher information of earlier tasks"

@@ -1,0 +1,114 @@
+"""InfLoRA (Liang and Li, CVPR 2024, https://arxiv.org/abs/2404.00228): LoRA in directions that old inputs do not have.
+
+For each LoRA layer, M (in, c) is an orthonormal basis of the inputs that earlier tasks gave it, and C (in, in) the sum
+of x x^T over the inputs x that this task's rows give it.
+
+1. Before task t, C <- C - M M^T C; A_t has the first r left singular vectors of C as rows, divided by sqrt 3, and is
+   frozen. B_t begins at zero and trains, so that a change s B_t A_t does not touch what lies in M.
+2. After the task, C is taken anew and M grows by GPM (`extend_basis`) until it holds a share
+   eps_t = eps + (1 - eps) t / T of ||C||_F^2, t from 0, T the number of tasks in the order.
+
+Where fewer than r directions are left outside M, the rows of A_t without one are zero. The paper's DualGPM keeps the
+complement of M where that is smaller, which saves memory; here M is kept.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from arguments import check
+from loranew import loranew_layers
+from methods.base import LoraMethod
+from methods.base_options import LoraArguments
+from Proj_torch.svd import truncated_svd
+from subspace import GradientSpace, orthonormal_against, see_inputs
+
+SPACE_FILE = "input_space.safetensors"
+
+
+@dataclass
+class InfloraArguments(LoraArguments):
+    inflora_energy: float = field(
+        default=0.995, metadata={"help": "Share eps of a task's input energy in M after the first task; grows to 1."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(0 < self.inflora_energy <= 1, "inflora_energy", self.inflora_energy, "above 0, at most 1")
+
+
+class Inflora(LoraMethod):
+    Arguments = InfloraArguments
+    zero_stage = 2  # a rank has no complete A at stage 3
+    shown_rows = None
+    finished = 0.0  # share of the order's tasks before this one, t / T
+
+    def training_rows(self, own, order):
+        self.finished = order.index() / len(order.steps())
+        return own
+
+    def prepare(self, model, previous: Path | None, *, decoder_only, sharded=False):
+        model = super().prepare(model, previous, decoder_only=decoder_only, sharded=sharded)
+        self.layers = loranew_layers(model)
+        self.A = {name: layer.loranew_A[model.active_adapter].weight for name, layer in self.layers.items()}
+        for A in self.A.values():
+            A.requires_grad_(False)
+        eps = self.options.inflora_energy
+        self.space = GradientSpace("input", eps + (1 - eps) * self.finished)
+        if previous is not None:
+            weights = {name: layer.get_base_layer().weight for name, layer in self.layers.items()}
+            self.space.take_over(previous / SPACE_FILE, weights)
+        return model
+
+    def begin_task(self, model, batches):
+        for name, C in input_covariances(model, self.layers, batches).items():
+            self.A[name].copy_(directions(C, self.space.get(name), len(self.A[name])) / math.sqrt(3))
+
+    def factors(self):
+        return ((name, factor) for name, factor in super().factors() if factor.requires_grad)
+
+    def training_state(self):
+        return super().training_state() | {f"frozen.{name}": A.to("cpu", copy=True) for name, A in self.A.items()}
+
+    def load_training_state(self, saved):
+        super().load_training_state({name: value for name, value in saved.items() if not name.startswith("frozen.")})
+        for name, A in self.A.items():
+            A.copy_(saved[f"frozen.{name}"])
+
+    def revisit(self, model, batches):
+        self.space.extend(input_covariances(model, self.layers, batches))
+
+    def save(self, folder: Path):
+        super().save(folder)
+        self.space.save(folder / SPACE_FILE)
+
+    def describe(self):
+        return f"{super().describe()}, of B alone; A is clear of {self.space.total()} directions of earlier inputs"
+
+    def closing_summary(self):
+        return [self.space.line()]
+
+
+def input_covariances(model, layers, batches) -> dict[str, Tensor]:
+    """C = sum x x^T (in, in) of each layer's inputs, float32 on the layer's device; arguments as in `see_inputs`."""
+    total: dict[str, Tensor] = {}
+
+    def add(name: str, number: int, X: Tensor) -> None:
+        X = X.float()
+        total[name] = X.T @ X if name not in total else total[name].addmm_(X.T, X)
+
+    see_inputs(model, layers, batches, add)
+    return total
+
+
+def directions(C: Tensor, M: Tensor | None, rank: int) -> Tensor:
+    """The first `rank` left singular vectors of C - M M^T C as rows (rank, in); zero where M leaves no direction."""
+    M = C.new_zeros(len(C), 0) if M is None else M.to(C)
+    count = min(rank, len(C) - M.shape[1])
+    rows = C.new_zeros(rank, len(C))
+    if count:
+        U, _, _ = truncated_svd(C - M @ (M.T @ C), count)
+        rows[:count] = orthonormal_against(M, U).T
+    return rows

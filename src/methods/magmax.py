@@ -1,0 +1,124 @@
+"""MagMax (Marczak et al., ECCV 2024, https://arxiv.org/abs/2407.06322): tasks train one after the other, changes merge.
+
+One LoRA trains through all tasks. tau_t = s B_t A_t (out, in) is all that it has changed when task t ends, not that
+task's share of it. What is evaluated is W + lambda tau, with tau merged from tau_1 ... tau_t entry by entry:
+
+* `--magmax_merge max`: the value of largest magnitude.
+* `--magmax_merge ties` (TIES, Yadav et al., NeurIPS 2023, https://arxiv.org/abs/2306.01708): each tau_t keeps the
+  largest 20 % of its entries in each weight; the sign of their sum is elected; the mean of those that have it.
+
+Training continues from W and (A_t, B_t). Merging is not linear, so the merged weight is no LoRA: the folder holds it
+as a full-rank weight, beside a LoRA that adds nothing. The factors of all tasks, which give every tau_t, take less
+room than the tau_t themselves.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from arguments import check, check_number
+from files import read_tensors
+from loranew import loranew_layers
+from methods.base_options import LoraArguments
+from methods.seqlora import Seqlora
+
+TASKS_FILE = "task_factors.safetensors"
+TIES_SHARE = 0.2
+
+
+@dataclass
+class MagmaxArguments(LoraArguments):
+    magmax_scale: float = field(default=0.5, metadata={"help": "Factor lambda on the merged change."})
+    magmax_merge: str = field(
+        default="max",
+        metadata={"help": "Of each entry: its largest value over tasks (max), or TIES.", "choices": ["max", "ties"]},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(self, "magmax_scale", least=0)
+
+    def check_with(self, training, zero_stage):
+        super().check_with(training, zero_stage)
+        in_16_bits = zero_stage is not None and (training.bf16 or training.fp16)
+        check(not in_16_bits, "method", "magmax with 16 bits under DeepSpeed",
+              "fp32, for 16-bit weights would round most of the merged change away")
+
+
+class Magmax(Seqlora):
+    Arguments = MagmaxArguments
+
+    def prepare(self, model, previous: Path | None, **kind):
+        self.tasks: dict[str, Tensor] = {}  # of each factor, all tasks' (t, rows, columns)
+        self.base: dict[str, Tensor] = {}  # weights before merging, until training begins
+        if previous is not None:
+            self.tasks, _ = read_tensors(previous / TASKS_FILE)
+        merged = {name.partition(".loranew_")[0] for name in self.tasks}
+        for name, module in model.named_modules() if self.trains else ():
+            if name in merged and isinstance(module, nn.Linear):
+                self.base[name] = module.weight.detach().clone()
+        model = super().prepare(model, previous, **kind)
+        if previous is not None:
+            self.check_like_factors(self.tasks, previous / TASKS_FILE)
+        return model
+
+    @torch.no_grad()
+    def begin_task(self, model, batches):
+        for name, layer in loranew_layers(self.model).items() if self.base else ():
+            layer.get_base_layer().weight.copy_(self.base.pop(name))
+        for name, factor in self.factors() if self.tasks else ():
+            factor.copy_(self.tasks[name][-1])
+
+    @torch.no_grad()
+    def end_task(self):
+        super().end_task()
+        for name, factor in self.factors():
+            kept = self.tasks.get(name, torch.empty(0, *factor.shape))
+            self.tasks[name] = torch.cat([kept, factor.float().cpu()[None]])
+        merge = {"max": largest, "ties": ties}[self.options.magmax_merge]
+        adapter = self.model.active_adapter
+        for name, layer in loranew_layers(self.model).items():
+            weight, scale = layer.get_base_layer().weight, self.options.magmax_scale * layer.scaling[adapter]
+            pairs = [self.tasks[f"{name}.loranew_{kind}.weight"].to(weight.device) for kind in "AB"]
+            weight += scale * merge([(A, B) for A, B in zip(*pairs)])
+            layer.loranew_B[adapter].weight.zero_()
+            self.changed[name] = layer.get_base_layer()
+
+    def save(self, folder: Path):
+        super().save(folder)
+        save_file(self.tasks, folder / TASKS_FILE)
+
+    def describe(self):
+        tasks = len(next(iter(self.tasks.values()), ()))
+        return f"{super().describe()}; {tasks} tasks are merged in what is evaluated, by {self.options.magmax_merge}"
+
+
+def largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of B A (out, in) over the pairs A (r, in), B (out, r), each entry's value of largest magnitude."""
+    merged = None
+    for A, B in pairs:
+        change = B @ A
+        merged = change if merged is None else torch.where(change.abs() > merged.abs(), change, merged)
+    return merged
+
+
+def ties(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of B A over the pairs, trimmed, the mean of those with the elected sign; 0 where none is left or signs cancel."""
+    total = sum(trimmed(B @ A) for A, B in pairs)
+    agreeing, count = torch.zeros_like(total), torch.zeros_like(total)
+    for A, B in pairs:
+        change = trimmed(B @ A)
+        agrees = change * total > 0
+        agreeing += change * agrees
+        count += agrees
+    return agreeing / count.clamp_min(1)
+
+
+def trimmed(change: Tensor) -> Tensor:
+    """The largest `TIES_SHARE` of the entries by magnitude, 0 in place of the others."""
+    dropped = int((1 - TIES_SHARE) * change.numel())
+    return change * (change.abs() > change.abs().flatten().kthvalue(dropped).values) if dropped else change

@@ -1,0 +1,421 @@
+"""Rival methods: each has the property that defines it, resumes to the same bits, and exports what it evaluates."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM
+
+import export
+import run_uie_lora
+from command_line import parse_arguments
+from errors import InputError
+from helpers import PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
+from loranew import loranew_layers
+from methods import find_method
+from subspace import see_inputs
+
+SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "16"]
+STAGE_2 = str(ROOT / "configs" / "ds_configs" / "stage2.config")
+ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+
+def method_of(name: str, *extra: str, folder: Path):
+    """An instance of a method with the options of a command line, without dropout."""
+    flags = ["--method", name, "--lora_dropout", "0", *extra]
+    command = arguments(folder, folder / "out", "dbpedia", T5, T5_MODULES, *flags)
+    return find_method(name)(parse_arguments(command)[2])
+
+
+def tiny_t5():
+    return AutoModelForSeq2SeqLM.from_pretrained(T5, dtype=torch.float32)
+
+
+def batches(task: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Three batches of a made-up task."""
+    generator = torch.Generator().manual_seed(task)
+    tokens = [torch.randint(5, 200, (2, 8), generator=generator) for _ in range(3)]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :3].contiguous()}
+            for ids in tokens]
+
+
+def begin(method, previous: Path | None, task: int = 0):
+    model = method.prepare(tiny_t5(), previous, decoder_only=False)
+    method.begin_task(model, iter(batches(task)))
+    return model.train()
+
+
+def fit(method, model, task: int = 0, steps: int = 3) -> None:
+    optimizer = method.create_optimizer(**ADAM)
+    method.begin_training(None)
+    for step in range(steps):
+        method.begin_micro_batch(True)
+        loss, penalty = model(**batches(task)[step % 3]).loss, method.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def finish(method, model, folder: Path, task: int = 0) -> Path:
+    method.revisit(model, iter(batches(task)))
+    method.end_task()
+    folder.mkdir()
+    method.save(folder)
+    return folder
+
+
+def train(method, previous: Path | None, folder: Path, task: int = 0) -> Path:
+    """One task of a method's life without the entry; the folder that it saves."""
+    model = begin(method, previous, task)
+    fit(method, model, task)
+    return finish(method, model, folder, task)
+
+
+def covariances(method, model, task: int) -> dict[str, torch.Tensor]:
+    """sum x x^T of what each LoRA layer sees of a task, in float64."""
+    seen = {name: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
+            for name, layer in method.layers.items()}
+    see_inputs(model, method.layers, batches(task), lambda name, _, X: seen[name].add_(X.double().T @ X.double()))
+    return seen
+
+
+# InfLoRA
+
+
+def test_inflora_trains_b_alone_in_new_directions_of_the_inputs(tmp_path):
+    train(method_of("inflora", folder=tmp_path), None, tmp_path / "1")
+    second = method_of("inflora", folder=tmp_path)
+    model = begin(second, tmp_path / "1", task=1)
+    C = covariances(second, model, task=1)
+    chosen = {name: A.clone() for name, A in second.A.items()}
+    for name, A in chosen.items():
+        M = second.space.get(name).double()
+        assert (A @ M.float()).abs().max() < 1e-5
+        torch.testing.assert_close(3 * A @ A.T, torch.eye(8), rtol=0, atol=1e-5)
+        residual = C[name] - M @ (M.T @ C[name])
+        held = (math.sqrt(3) * A.double() @ residual).square().sum()
+        best = torch.linalg.svdvals(residual)[:8].square().sum()
+        assert held > 0.999 * best
+    fit(second, model, task=1)
+    for name, layer in second.layers.items():
+        assert torch.equal(second.A[name], chosen[name])
+        change = layer.get_delta_weight("default") - layer.scaling["default"] * (
+            layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+        assert change.norm() > 1e-2 and (change @ second.space.get(name)).norm() < 1e-4 * change.norm()
+
+
+def test_inflora_keeps_the_energy_that_the_order_asks_for(tmp_path):
+    method = method_of("inflora", "--inflora_energy", "0.8", folder=tmp_path)
+    method.finished = 0.5
+    model = begin(method, None)
+    fit(method, model)
+    C = covariances(method, model, task=0)
+    finish(method, model, tmp_path / "1")
+    for name, matrix in C.items():
+        M = method.space.get(name).double()
+        shares = [(M[:, :count].T @ matrix).square().sum() / matrix.square().sum() for count in (M.shape[1], -1)]
+        assert shares[0] >= 0.9 - 1e-5 > shares[1]
+
+
+def test_inflora_has_zero_rows_where_no_direction_is_left():
+    from methods.inflora import directions
+
+    M = torch.linalg.qr(torch.randn(6, 4, generator=torch.Generator().manual_seed(0))).Q
+    rows = directions(torch.eye(6), M, 3)
+    assert (rows @ M).abs().max() < 1e-6 and torch.equal(rows[2], torch.zeros(6))
+    torch.testing.assert_close(rows[:2] @ rows[:2].T, torch.eye(2))
+
+
+# ELLA
+
+
+def overlap(method) -> torch.Tensor:
+    """||dW * W_past||_F^2 over all layers, from the definition."""
+    total = 0
+    for layer in loranew_layers(method.model).values():
+        s, pairs = layer.scaling["default"], (layer.loranew_B, layer.loranew_A, layer.lora_B, layer.lora_A)
+        B, A, B_old, A_old = (pair["default"].weight for pair in pairs)
+        total = total + ((s * B @ A) * (s * B_old @ A_old)).square().sum()
+    return total
+
+
+def test_ella_penalty_and_gradient_are_those_of_the_elementwise_product(tmp_path, monkeypatch):
+    monkeypatch.setattr("methods.ella.BLOCK", 48)  # does not divide a weight's 128 rows
+    first = method_of("ella", "--ella_lamda", "3", folder=tmp_path)
+    model = begin(first, None)
+    assert first.penalty() is None
+    fit(first, model)
+    finish(first, model, tmp_path / "1")
+    second = method_of("ella", "--ella_lamda", "3", folder=tmp_path)
+    begin(second, tmp_path / "1")
+    assert second.penalty() == 0
+    factors = [factor for _, factor in second.factors()]
+    for factor in factors:
+        torch.nn.init.normal_(factor)
+    wanted = 3 * overlap(second)
+    torch.testing.assert_close(second.penalty(), wanted)
+    gradients = [torch.autograd.grad(value, factors) for value in (second.penalty(), wanted)]
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_ella_shrinks_each_entry_by_what_earlier_tasks_did_to_it():
+    """Of min ||B A - T||^2 + lambda ||B A * W_past||^2 at full rank, the solution is T / (1 + lambda W_past^2)."""
+    from methods.ella import Overlap
+
+    torch.manual_seed(0)
+    A_old, B_old, T = torch.randn(2, 6), torch.randn(6, 2), torch.randn(6, 6)
+    A, B = torch.randn(6, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True)
+    optimizer = torch.optim.LBFGS([A, B], max_iter=500, tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (B @ A - T).square().sum() + 5 * Overlap.apply(A, B, A_old, B_old)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close((B @ A).detach(), T / (1 + 5 * (B_old @ A_old).square()), rtol=0, atol=1e-2)
+
+
+# SLAO
+
+
+def test_slao_starts_from_orthonormal_rows_of_the_last_fine_tuned_factor_and_merges_b_alone(tmp_path):
+    previous, fine_tuned, merged = None, {}, {}
+    for task in range(3):
+        method = method_of("slao", folder=tmp_path)
+        model = begin(method, previous, task)
+        for name, factor in method.factors() if task else ():
+            last = fine_tuned[name]
+            if ".loranew_B." in name:
+                assert torch.equal(factor, last)
+                continue
+            torch.testing.assert_close(factor @ factor.T, torch.eye(8), rtol=0, atol=1e-5)
+            R = factor @ last.T  # A^T = Q R
+            torch.testing.assert_close(R.T @ factor, last, rtol=1e-4, atol=1e-5)
+            assert (R.tril(-1).abs() < 1e-5).all() and (R.diagonal() > 0).all()
+        fit(method, model, task)
+        fine_tuned = {name: factor.detach().clone() for name, factor in method.factors()}
+        for name, factor in fine_tuned.items():
+            step = 1 if ".loranew_A." in name else 1 / math.sqrt(task + 1)
+            merged[name] = merged.get(name, factor) + step * (factor - merged.get(name, factor))
+        previous = finish(method, model, tmp_path / str(task), task)
+        reloaded = method_of("slao", folder=tmp_path)
+        reloaded.prepare(tiny_t5(), previous, decoder_only=False)
+        for name, factor in reloaded.factors():
+            torch.testing.assert_close(factor.detach(), merged[name])
+    assert any(not torch.allclose(merged[name], fine_tuned[name], atol=1e-3) for name in merged)
+
+
+# MagMax
+
+
+@pytest.mark.parametrize("rule", ["max", "ties"])
+def test_magmax_evaluates_the_merged_changes_and_trains_on_from_the_unmerged_ones(rule, tmp_path):
+    base, previous, taus = dict(tiny_t5().named_parameters()), None, {}
+    for task in range(3):
+        method = method_of("magmax", "--magmax_merge", rule, folder=tmp_path)
+        model = begin(method, previous, task)
+        for name, layer in loranew_layers(model).items():
+            assert torch.equal(layer.get_base_layer().weight, base[f"{name}.weight"])
+            if task:
+                torch.testing.assert_close(layer.get_delta_weight("default"), taus[name][-1])
+        fit(method, model, task)
+        for name, layer in loranew_layers(model).items():
+            taus.setdefault(name, []).append(layer.get_delta_weight("default").detach())
+        previous = finish(method, model, tmp_path / str(task), task)
+        reloaded = method_of("magmax", folder=tmp_path).prepare(tiny_t5(), previous, decoder_only=False)
+        for name, layer in loranew_layers(reloaded).items():
+            stacked = torch.stack(taus[name])
+            if rule == "max":
+                merged = stacked.gather(0, stacked.abs().argmax(0, keepdim=True))[0]
+            else:
+                bound = stacked.abs().flatten(1).quantile(0.8, dim=1)[:, None, None]
+                kept = torch.where(stacked.abs() > bound, stacked, 0)
+                agree = kept * kept.sum(0).sign() > 0
+                merged = (kept * agree).sum(0) / agree.sum(0).clamp_min(1)
+            assert not layer.get_delta_weight("default").any()
+            change = layer.get_base_layer().weight - base[f"{name}.weight"]
+            torch.testing.assert_close(change, 0.5 * merged, rtol=1e-3, atol=1e-5)
+    with pytest.raises(InputError, match="holds changed full-rank weights, which are no LoRA"):
+        export.export_adapter(previous, tmp_path / "adapter")
+
+
+def test_ties_trims_elects_and_averages():
+    from methods.magmax import ties
+
+    changes = [torch.tensor([[9.0, 8, 3, 3, 1, 1, 1, 1, 1, 1]]), torch.tensor([[-5.0, 4, 3, 3, 1, 1, 1, 1, 1, 1]])]
+    merged = ties([(change, torch.ones(1, 1)) for change in changes])
+    assert torch.equal(merged, torch.tensor([[9.0, 6, 0, 0, 0, 0, 0, 0, 0, 0]]))
+
+
+# EWC
+
+
+def test_ewc_holds_the_mean_squared_gradient_of_each_row_over_tasks(tmp_path):
+    expected = {}
+    for task, decay in enumerate((1, 0.5)):
+        method = method_of("ewc", "--ewc_decay", "0.5", folder=tmp_path)
+        model = begin(method, tmp_path / "0" if task else None, task)
+        fit(method, model, task)
+        model.eval()
+        expected = {name: decay * F for name, F in expected.items()}
+        for batch in batches(task):
+            for row in range(2):
+                one = {key: value[row : row + 1] for key, value in batch.items()}
+                likelihood = model(**one).logits.log_softmax(-1).gather(-1, one["labels"][..., None]).sum()
+                likelihood.backward()
+                for name, factor in method.factors():
+                    expected[name] = expected.get(name, 0) + factor.grad.square() / 6
+                model.zero_grad()
+        finish(method, model, tmp_path / str(task), task)
+        saved = load_file(tmp_path / str(task) / "fisher.safetensors")
+        assert saved.keys() == expected.keys()
+        for name, F in saved.items():
+            torch.testing.assert_close(F, expected[name], rtol=1e-3, atol=1e-6 * F.max().item())
+
+
+@pytest.mark.parametrize("name", ["slao", "magmax", "ewc"])
+def test_what_a_method_needs_beside_the_lora_must_be_there_and_fit(name, tmp_path):
+    first = train(method_of(name, folder=tmp_path), None, tmp_path / "1")
+    plain = ("adapter_model.safetensors", "full_rank_weights.safetensors")
+    (beside,) = [path for path in first.glob("*.safetensors") if path.name not in plain]
+    tensors = load_file(beside)
+    for damaged in ({key: tensor[..., :-1].contiguous() for key, tensor in tensors.items()}, {}):
+        save_file(damaged, beside, {"tasks": "1"})
+        with pytest.raises(InputError, match=f"{beside.name}: its tensors do not fit the LoRA beside it"):
+            method_of(name, folder=tmp_path).prepare(tiny_t5(), first, decoder_only=False)
+    beside.unlink()
+    with pytest.raises(InputError, match=f"{beside.name}: no such file"):
+        method_of(name, folder=tmp_path).prepare(tiny_t5(), first, decoder_only=False)
+
+
+def test_ewc_penalty_is_half_the_weighted_distance_to_the_last_task(tmp_path):
+    train(method_of("ewc", folder=tmp_path), None, tmp_path / "1")
+    method = method_of("ewc", "--ewc_lamda", "7", folder=tmp_path)
+    begin(method, tmp_path / "1")
+    assert method.penalty() == 0
+    F = load_file(tmp_path / "1" / "fisher.safetensors")
+    with torch.no_grad():
+        for _, factor in method.factors():
+            factor += 0.1
+    torch.testing.assert_close(method.penalty(), 0.5 * 7 * 0.01 * sum(value.sum() for value in F.values()))
+    assert method_of("ewc", "--ewc_lamda", "0", folder=tmp_path).penalty() is None
+
+
+# N-LoRA's two forms
+
+
+def test_nlora_forms_are_the_papers_product_and_the_released_codes(tmp_path):
+    for form in ("product", "factors"):
+        method = method_of("nlora", "--nlora_lamda", "0.5", "--nlora_form", form, folder=tmp_path)
+        begin(method, None)
+        factors = dict(method.factors())
+        for factor in factors.values():
+            torch.nn.init.normal_(factor)
+        pairs = [(A, factors[name.replace("_A", "_B")]) for name, A in factors.items() if "_A" in name]
+        wanted = sum((B @ A if form == "product" else A @ B).abs().sum() for A, B in pairs)
+        torch.testing.assert_close(method.penalty(), 0.5 * wanted)
+
+
+def test_nlora_factors_need_square_weights(tmp_path):
+    method = method_of("nlora", "--nlora_form", "factors", "--lora_modules", ".*wi.*", folder=tmp_path)
+    with pytest.raises(InputError, match="--nlora_form: found factors; product for .*wi"):
+        method.prepare(tiny_t5(), None, decoder_only=False)
+
+
+# Muon
+
+
+@pytest.mark.parametrize("name", ["seqlora", "inclora"])
+def test_a_muon_step_moves_every_direction_of_a_factor_alike_and_by_adamws_size(name, tmp_path):
+    method = method_of(name, "--lora_optimizer", "muon", folder=tmp_path)
+    begin(method, None)
+    optimizer = method.create_optimizer(**ADAM)
+    before = {key: factor.detach().clone() for key, factor in method.factors()}
+    torch.manual_seed(0)
+    for _, factor in method.factors():
+        factor.grad = torch.randn(factor.shape)
+    optimizer.step()
+    for key, factor in method.factors():
+        change = factor.detach() - before[key]
+        spread = torch.linalg.svdvals(change)
+        assert spread.max() < 1.8 * spread.min()
+        assert change.square().mean().sqrt() == pytest.approx(0.2 * ADAM["lr"], rel=0.25)
+    plain = method_of(name, folder=tmp_path)
+    begin(plain, None)
+    assert type(plain.create_optimizer(**ADAM)) is torch.optim.AdamW
+
+
+def test_muon_is_refused_under_deepspeed(tmp_path):
+    with pytest.raises(InputError, match="--lora_optimizer: found muon; adamw under DeepSpeed"):
+        method_of("seqlora", "--lora_optimizer", "muon", "--deepspeed", STAGE_2, folder=tmp_path)
+
+
+# SGORP, protected after each step
+
+
+@pytest.mark.parametrize("engine", ["dense", "cores"])
+def test_sgorp_step_keeps_the_new_factor_clear_of_the_space_after_every_step(engine, tmp_path):
+    flags = ["--protect", "step", "--galore_engine", engine]
+    train(method_of("sgorp", *flags, folder=tmp_path), None, tmp_path / "1")
+    method = method_of("sgorp", *flags, folder=tmp_path)
+    model = begin(method, tmp_path / "1", task=1)
+    seen = []
+    optimizer = method.create_optimizer(**ADAM)
+    optimizer.register_step_post_hook(lambda *_: seen.append(
+        max((A @ method.space.get(name)).norm() / A.norm() for name, A in method.protected.items())))
+    method.create_optimizer = lambda **_: optimizer
+    start = {name: A.detach().clone() for name, A in method.protected.items()}
+    assert max((A @ method.space.get(name)).norm() for name, A in start.items()) < 1e-5
+    fit(method, model, task=1)
+    assert len(seen) == 3 and max(seen) < 1e-5
+    assert all((A - start[name]).norm() > 1e-3 for name, A in method.protected.items())
+    assert all(layer.input_space is None for layer in loranew_layers(model).values())
+    finish(method, model, tmp_path / "2", task=1)
+
+
+def test_sgorp_step_protects_the_input_side_in_one_process(tmp_path):
+    output = ["--protect_side", "output", "--space_from", "moments"]
+    for flags, fault in ((output, "--protect step: found --protect_side output"),
+                         (["--deepspeed", STAGE_2], "--protect: found step; structural under DeepSpeed")):
+        with pytest.raises(InputError, match=fault):
+            method_of("sgorp", "--protect", "step", *flags, folder=tmp_path)
+
+
+# All of them, through the entry
+
+
+RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc", "nlora --nlora_form factors",
+          "inclora --lora_optimizer muon", "seqlora --lora_optimizer muon", "sgorp --protect step"]
+
+
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("family", PREFIX)
+def test_a_second_task_resumes_to_the_same_bits_and_exports_what_it_predicts(name, family, mini_benchmark, tmp_path):
+    model, modules = PREFIX[family]
+    flags = ["--method", *name.split(), *SHORT, "--save_strategy", "steps", "--save_steps", "2"]
+
+    def run(folder: str, dataset: str, start: Path, *extra: str) -> Path:
+        words = arguments(mini_benchmark, tmp_path / folder, dataset, start, modules, *flags, *extra)
+        assert run_uie_lora.main(words) == 0
+        return tmp_path / folder
+
+    first = run("first", "dbpedia", model)
+    whole = run("whole", "amazon", first / family)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    cut = run("cut", "amazon", first / family, "--resume_from_checkpoint", "True")
+    assert predictions(cut) == predictions(whole)
+    for path in (whole / family).glob("*.safetensors"):
+        once, again = load_file(path), load_file(cut / family / path.name)
+        assert once.keys() == again.keys() and all(torch.equal(once[key], again[key]) for key in once)
+    assert export.main([str(whole), "--to", str(tmp_path / "model")]) == 0
+    words = arguments(mini_benchmark, tmp_path / "again", "amazon", tmp_path / "model", modules, "--method", "inclora",
+                      *SHORT)  # fmt: skip
+    words.remove("--do_train")
+    assert run_uie_lora.main(words) == 0
+    assert predictions(tmp_path / "again") == predictions(whole)
