@@ -61,7 +61,8 @@ ORDERS = {
 OURS = "sgorp"
 METHODS = [
     "seqlora", "inclora", "olora", "nlora", "galore", "osf", "replay", "multitask", "gorp", "gorp --preset released",
-    OURS,
+    OURS, "inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc",
+    "seqlora --lora_optimizer muon", "inclora --lora_optimizer muon", f"{OURS} --protect step",
 ]  # fmt: skip
 INPUT, MOMENTS = "--protect_side input", "--space_from moments"
 ASKED = "sgorp --lamda_1 0.5"  # then the default
@@ -107,12 +108,18 @@ RATES_OF_OTHERS = ("--learning_rate", ["3e-4", "1e-3", "3e-3"])
 KNOBS = {
     "olora": ["--lamda_1 0.05", "--lamda_1 5"],
     "nlora": ["--nlora_lamda 1e-4", "--nlora_lamda 1e-3"],
+    "nlora --nlora_form factors": ["--nlora_lamda 0.4", "--nlora_lamda 1.2"],  # published; square weights only
+    "inflora": ["--inflora_energy 0.95", "--inflora_energy 0.99"],
+    "ella": ["--ella_lamda 10", "--ella_lamda 1000"],
+    "magmax": ["--magmax_scale 0.3", "--magmax_scale 1"],
+    "ewc": ["--ewc_lamda 1", "--ewc_lamda 1e4"],
     "galore": ["--galore_rank 16", "--galore_rank 32"],
     "osf": ["--osf_preserved 0.3", "--osf_preserved 0.8"],
     "replay": ["--replay_rows 40", "--replay_rows 80"],
     "gorp": ["--galore_lr 1e-4", "--galore_lr 1e-3 --galore_rank 32"],
     "sgorp": ["--galore_lr 1e-4", "--galore_lr 1e-3 --galore_rank 32"],
 }
+"""By the method's name, or by its name and flags."""
 SEARCHED = "A"  # the order of the search
 
 
@@ -349,13 +356,13 @@ def run_all(bench: Bench, trials: list[Trial], workers: int) -> dict[Trial, str]
 
 def rates(method: str) -> list[tuple[str, ...]]:
     """What `--search` tries first for a method."""
-    flag, values = RATES.get(method.split()[0], RATES_OF_OTHERS)
+    flag, values = RATES.get(method, RATES.get(method.split()[0], RATES_OF_OTHERS))
     return [(flag, rate) for rate in values]
 
 
 def knobs(method: str, rate: tuple[str, ...]) -> list[tuple[str, ...]]:
     """What it tries then, with the rate that was best."""
-    return [(*rate, *knob.split()) for knob in KNOBS.get(method.split()[0], [])]
+    return [(*rate, *knob.split()) for knob in KNOBS.get(method, KNOBS.get(method.split()[0], []))]
 
 
 def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> None:
