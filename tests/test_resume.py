@@ -148,7 +148,7 @@ def test_random_numbers_resume_where_they_were_saved(tmp_path, capfd):
 
 
 def test_optimizer_state_is_restored_by_name():
-    """Moments, bases, steps and counts of a projected and of a plain parameter, one step of which was skipped."""
+    """Moments, bases, steps and counts of a projected and of a plain parameter, one step of which was left out."""
 
     def built() -> tuple[dict[str, torch.nn.Parameter], ProjAdamW]:
         torch.manual_seed(0)
@@ -159,8 +159,8 @@ def test_optimizer_state_is_restored_by_name():
 
     def step(named, optimizer, number: int) -> None:
         for name, parameter in named.items():
-            parameter.grad = torch.full_like(parameter, float("nan") if number == 1 and "plain" in name else number + 1)
-            parameter.grad += torch.arange(24.0).reshape(6, 4).sin() * (number + 1)
+            left_out = number == 1 and "plain" in name
+            parameter.grad = None if left_out else (torch.arange(24.0).reshape(6, 4).sin() + 1) * (number + 1)
         optimizer.step()
 
     (named, optimizer), (others, other) = built(), built()
@@ -168,7 +168,7 @@ def test_optimizer_state_is_restored_by_name():
         step(named, optimizer, number)
     saved = safetensors.torch.load(safetensors.torch.save(checkpoints.training_state(named, optimizer)))
     checkpoints.load_training_state(others, other, saved)
-    assert other.projection_report() == optimizer.projection_report() and other.projection_report().skipped == 1
+    assert other.projection_report() == optimizer.projection_report()
     for number in range(3, 6):
         step(named, optimizer, number)
         step(others, other, number)
