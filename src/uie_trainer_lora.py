@@ -7,8 +7,8 @@ loss, predictions are scored per task and dataset, and checkpoints hold only wha
 from collections.abc import Iterator
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -203,7 +203,7 @@ class UIETrainer(Seq2SeqTrainer):
             self.state.best_model_checkpoint = str(best)
         if args.should_save:
             with whole_file(folder / TENSORS) as partial:
-                save_file(tensors, partial, metadata={"format": "pt"})
+                safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
             schedule = {"schedule": self.lr_scheduler.state_dict(), "loss_scale": self._loss_scale()}
             write_json(folder / SCHEDULE, schedule)
             self.state.save_to_json(str(folder / "trainer_state.json"))

@@ -472,7 +472,7 @@ def test_three_such_steps_in_a_row_end_the_run_with_their_rows(mini_benchmark, t
         patch.setattr(UIETrainer, "compute_loss", poisoned({5, 7, 8, 9}, float("nan")))
         assert run_uie_lora.main(command(mini_benchmark, output)) == 1
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "step 9: loss is nan, the 3 steps in a row" in said[0]
+    assert len(said) == 1 and "step 9: loss is nan, the last of 3 such steps in a row" in said[0]
     assert said[0].count("dbpedia, train row ") == 8  # the batch's rows
     assert run_uie_lora.main(command(mini_benchmark, output)) == 0  # goes on from checkpoint-6
     assert f"resuming from {output / 'checkpoint-6'}" in capfd.readouterr().out
@@ -507,7 +507,8 @@ def test_a_rank_whose_loss_is_nan_ends_the_run_under_zero(mini_benchmark, tmp_pa
     done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
-    assert said.count("error: step 6: loss is nan, the 3 steps in a row") == 1 and "not finite after" not in said
+    assert said.count("error: step 6: loss is nan, the last of 3 such steps in a row") == 1
+    assert "not finite after" not in said
     assert said.count("dbpedia, train row ") == 8
 
 
