@@ -169,7 +169,8 @@ def code_digests(method: str) -> dict[str, str]:
     """Digests of the files in src/ that a run of this method imports, without comments and docstrings."""
     finder = ModuleFinder(path=[str(SOURCE)])  # reads code and runs none
     finder.run_script(str(SOURCE / "run_uie_lora.py"))
-    finder.load_file(find_spec(f"methods.{method}").origin)
+    own = SOURCE / "methods" / f"{method}.py"
+    finder.load_file(str(own if own.exists() else find_spec(f"methods.{method}").origin))
     digests = {}
     for path in (Path(module.__file__) for module in finder.modules.values() if module.__file__):
         name = f"src/{path.relative_to(SOURCE)}" if path.is_relative_to(SOURCE) else path.name

@@ -374,7 +374,7 @@ CASES: dict[str, list[Case]] = {
         Case("zero examples", flags("--max_num_instances_per_task", "0"), "found 0; a number above 0, or -1 for all"),
         Case("an unknown choice", flags("--galore_proj_type", "up"),
              "--galore-proj-type: invalid choice: 'up' (choose"),
-        Case("an unknown method", flags("--method", "magic"), "--method: found magic; one of galore, gorp, inclora"),
+        Case("an unknown method", flags("--method", "magic"), "--method: found magic; one of ella, ewc, galore"),
         Case("an unknown strategy", flags("--instruction_strategy", "both"), "'both'; allowed: single, multiple"),
         Case("a logger that is not installed", flags("--report_to", "nowhere"), "--report_to: found nowhere; none"),
         Case("both 16-bit precisions", flags("--bf16", "--fp16"), "--bf16 --fp16: both found; at most one"),

@@ -306,7 +306,7 @@ def test_a_changed_data_file_is_named(uninterrupted, mini_benchmark, tmp_path, c
     assert run_uie_lora.main(command(benchmark, uninterrupted)) == 0  # another place, the same content
     edit(benchmark / "TC" / "dbpedia" / "test.json", lambda rows: rows[1:])
     assert run_uie_lora.main(command(benchmark, uninterrupted)) == 2
-    assert "holds a run that differs: TC/dbpedia/test.json has changed; as it was" in capfd.readouterr().err
+    assert "holds a run that differs: TC/dbpedia/test.json has changed; undo" in capfd.readouterr().err
 
 
 def test_every_part_of_a_record_is_compared(finished):
