@@ -390,8 +390,8 @@ def test_sgorp_step_protects_the_input_side_in_one_process(tmp_path):
 # All of them, through the entry
 
 
-RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc", "nlora --nlora_form factors", "inclora --lora_optimizer muon",
-          "seqlora --lora_optimizer muon", "sgorp --protect step"]
+RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc", "nlora --nlora_form factors",
+          "inclora --lora_optimizer muon", "seqlora --lora_optimizer muon", "sgorp --protect step"]
 
 
 @pytest.mark.parametrize("name", RIVALS)
