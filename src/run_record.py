@@ -106,8 +106,8 @@ def find_progress(output_dir: Path, record: dict, *, start_over: bool) -> Progre
     found = read_json(output_dir / RECORD)
     if changes := differences(found, record):
         if {"method": "gorp", "protect": "structural"}.items() <= found.get("configuration", {}).items():
-            raise InputError(f"--output_dir: {output_dir} holds a run of an earlier gorp with --protect structural, which "
-                             f"is --method sgorp now; {hint}")
+            raise InputError(f"--output_dir: {output_dir} holds a run of an earlier gorp with --protect structural, "
+                             f"which is --method sgorp now; {hint}")
         more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
         raise InputError(f"--output_dir: {output_dir} holds a run that differs: {'; '.join(changes[:SHOWN])}{more}; "
                          f"undo these changes, {hint}")

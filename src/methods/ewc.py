@@ -34,6 +34,7 @@ class EwcArguments(LoraArguments):
 
 class Ewc(Seqlora):
     Arguments = EwcArguments
+    zero_stage = None  # stage 2 should do, and has not been tried
     shown_rows = None
 
     def prepare(self, model, previous: Path | None, **kind):

@@ -41,7 +41,7 @@ class InfloraArguments(LoraArguments):
 
 class Inflora(LoraMethod):
     Arguments = InfloraArguments
-    zero_stage = 2  # a rank has no complete A at stage 3
+    zero_stage = None  # stage 2 should do, and has not been tried
     shown_rows = None
     finished = 0.0  # share of the order's tasks before this one, t / T
 

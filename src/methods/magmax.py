@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from arguments import check, check_number
+from arguments import check_number
 from files import read_tensors
 from loranew import loranew_layers
 from methods.base_options import LoraArguments
@@ -42,15 +42,11 @@ class MagmaxArguments(LoraArguments):
         super().__post_init__()
         check_number(self, "magmax_scale", least=0)
 
-    def check_with(self, training, zero_stage):
-        super().check_with(training, zero_stage)
-        in_16_bits = zero_stage is not None and (training.bf16 or training.fp16)
-        check(not in_16_bits, "method", "magmax with 16 bits under DeepSpeed",
-              "fp32, for 16-bit weights would round most of the merged change away")
 
 
 class Magmax(Seqlora):
     Arguments = MagmaxArguments
+    zero_stage = None  # stage 2 should do, and has not been tried
 
     def prepare(self, model, previous: Path | None, **kind):
         self.tasks: dict[str, Tensor] = {}  # of each factor, all tasks' (t, rows, columns)

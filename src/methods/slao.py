@@ -27,6 +27,7 @@ LAST_FILE = "last_factors.safetensors"
 
 class Slao(Seqlora):
     Arguments = LoraArguments
+    zero_stage = None  # stage 2 should do, and has not been tried
 
     def prepare(self, model, previous: Path | None, **kind):
         model = super().prepare(model, previous, **kind)
