@@ -50,12 +50,16 @@ WIDTH, ROW, TOP, NAMES, GAP = 830, 33, 72, 220, 36
 
 @dataclass(frozen=True)
 class Panel:
-    """One model: whose trials, which orders of them, and the seeds that a complete method has at least."""
+    """One model: whose trials, which orders of them, and the seeds that a complete method has at least.
+
+    `again` are folders of the same model pretrained anew; a method that is there is drawn from there.
+    """
 
     folder: str
     title: str
     orders: tuple[str, ...]
     seeds: int
+    again: tuple[str, ...] = ()
 
     def subtitle(self, seeds: set[int]) -> str:
         orders = f"order {self.orders[0]}" if len(self.orders) == 1 else f"orders {self.orders[0]} to {self.orders[-1]}"
@@ -64,7 +68,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("small-t5", "Small T5, 1.5 million weights", ("A", "B", "C"), 3),
+    Panel("small-t5", "Small T5, 1.5 million weights", ("A", "B", "C"), 3, again=("small-t5-b",)),
     Panel("smollm2-135m", "SmolLM2-135M", ("A",), 1),
 )
 
@@ -196,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         panels = [
-            (panel, complete_methods(list(read_outcomes(args.results / panel.folder).values()), panel))
+            (panel, {method: interval for folder in (panel.folder, *panel.again) for method, interval in
+                     complete_methods(list(read_outcomes(args.results / folder).values()), panel).items()})
             for panel in PANELS
         ]
         known = {method for _, intervals in panels for method in intervals}
