@@ -9,8 +9,8 @@ For each task:
 3. When the task ends, S grows by the fewest leading left singular vectors of Adam's first moment M, less S S^T M, that
    make it hold a share `--space_energy` of M; the new LoRA joins the old one, which is frozen.
 
-Step 1 and 2 are the engine's (`Proj_torch/engine.py`; the optimizer is `Proj_torch/adamw.py`), step 3 is `subspace.py`
-and `loranew`. The paper, the code that its authors released and this project differ in places: docs/DEVIATIONS.md.
+Points 1 and 2 are the engine's work (`Proj_torch/engine.py`, `Proj_torch/adamw.py`), point 3 that of `subspace.py` and
+`loranew`. The paper, the code that its authors released and this project differ in places: docs/DEVIATIONS.md.
 `--preset released` computes what the released scripts compute; `sgorp.py` is this project's variant.
 """
 
@@ -79,8 +79,7 @@ class Gorp(LoraMethod):
         self.changed |= self.targets
         model = super().prepare(model, previous, decoder_only=decoder_only)
         set_shared_dropout(model, self.released)
-        factors = dict(self.factors())
-        ending = ".loranew_A.weight" if self.needs_inputs() else ""
+        factors, ending = dict(self.factors()), ".loranew_A.weight" if self.needs_inputs() else ""
         named = match_names(factors, options.proj_lora_modules, "--proj_lora_modules", ending)
         self.protected = {name: factors[name] for name in named}
         if not self.targets and not self.protected:
