@@ -111,7 +111,7 @@ def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep] | No
     checked = check_flags(["--model_name_or_path", options.model_name_or_path, *flags])  # on every rank: connects them
     if is_first():
         try:
-            print(f"[gorp] {options.order}: fine, {check_order(options.order, *checked)}", flush=True)
+            print(f"[gorp] {options.order}: valid, {check_order(options.order, *checked)}", flush=True)
             claim(options, steps)
         except InputError as error:
             fault = error
