@@ -35,7 +35,7 @@ def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
         targets = {name: module for name, module in model.named_modules()
                    if name and check_target_module_exists(config, name)}  # fmt: skip
     except (re.error, TypeError) as error:
-        raise InputError(f"target_modules: {config.target_modules!r} is no regular expression ({error})") from None
+        raise InputError(f"target_modules: {config.target_modules!r} is not a regular expression ({error})") from None
     check_linear(model, targets, f"target_modules: {config.target_modules!r}")
     check_rank(targets, config.r, "r")
     return get_peft_model(model, config)
