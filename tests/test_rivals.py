@@ -241,7 +241,7 @@ def test_magmax_evaluates_the_merged_changes_and_trains_on_from_the_unmerged_one
             assert not layer.get_delta_weight("default").any()
             change = layer.get_base_layer().weight - base[f"{name}.weight"]
             torch.testing.assert_close(change, 0.5 * merged, rtol=1e-3, atol=1e-5)
-    with pytest.raises(InputError, match="holds changed full-rank weights, which are no LoRA"):
+    with pytest.raises(InputError, match="holds changed full-rank weights; allowed: --as model"):
         export.export_adapter(previous, tmp_path / "adapter")
 
 
