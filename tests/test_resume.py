@@ -474,7 +474,7 @@ def test_three_such_steps_in_a_row_end_the_run_with_their_rows(mini_benchmark, t
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "step 9: loss is nan, the last of 3 such steps in a row" in said[0]
     assert said[0].count("dbpedia, train example ") == 8  # the batch's
-    assert run_uie_lora.main(command(mini_benchmark, output)) == 0  # goes on from checkpoint-6
+    assert run_uie_lora.main(command(mini_benchmark, output)) == 0  # resumes from checkpoint-6
     assert f"resuming from {output / 'checkpoint-6'}" in capfd.readouterr().out
 
 
