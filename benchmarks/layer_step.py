@@ -74,9 +74,9 @@ def published(linear: nn.Linear) -> Step:
 
 def ours(linear: nn.Linear, refresh: str) -> Step:
     model = nn.Sequential(linear)
-    cores = CoreEngine(model, {"0": linear}, rank=RANK, update_proj_gap=GAP, refresh=refresh)
+    cores = CoreEngine(model, {"0": linear}, rank=RANK, update_proj_gap=GAP, svd=refresh)
     optimizer = torch.optim.AdamW(cores.core_groups(1e-5))
-    cores.attach(optimizer)
+    cores.begin_training(optimizer)
     return plain_step(model, optimizer, cores.begin_micro_batch)
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from Proj_torch.adamw import ProjAdamW  # noqa: E402
 from Proj_torch.optimizer_state import MOMENTS, start_moments  # noqa: E402
+from Proj_torch.proj_projector import product  # noqa: E402
 from Proj_torch.zero_core import CoreEngine  # noqa: E402
 
 TARGETS = {
@@ -183,7 +184,7 @@ class Run:
             self.net.to(torch.bfloat16)
         self.cores = CoreEngine(
             self.net, {name: self.net.get_submodule(name) for name in TARGETS[case.model]}, rank=case.rank,
-            update_proj_gap=case.gap, scale=case.scale, proj_type=case.proj_type, refresh=case.refresh,
+            update_proj_gap=case.gap, scale=case.scale, proj_type=case.proj_type, svd=case.refresh,
             spaces=spaces(case, self.net), protect_side=case.side or "output",
             orthogonal=case.way == "orthogonal",
             factor_spaces={"head": (self.net.head.weight, factor_space(case))} if case.factor else None,
@@ -200,7 +201,7 @@ class Run:
             self.model = nn.parallel.DistributedDataParallel(self.net)
         elif case.stage is not None:
             self._deepspeed()
-        self.cores.attach(self.optimizer, self.engine)
+        self.cores.begin_training(self.optimizer, self.engine)
 
     def _deepspeed(self) -> None:
         import deepspeed
@@ -281,9 +282,10 @@ class Run:
         self.cores.load_state_dict(state)
 
     def result(self, losses: list[float]) -> dict:
-        result = {"losses": losses, "moments": self.cores.first_moments()}
+        moments = {name: product(factors) for name, factors in self.cores.first_moments().items()}
+        result = {"losses": losses, "moments": moments}
         self.cores.finish(in_pieces=True)
-        return result | {"weights": dict(self.cores.trained_weights), "report": self.cores.report()}
+        return result | {"weights": dict(self.cores.trained_weights), "report": self.cores.report().weights}
 
 
 def run(case: Case) -> dict:

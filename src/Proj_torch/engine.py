@@ -4,7 +4,7 @@
 * `CoreEngine` (`zero_core.py`): small trainable cores beside frozen weights, which DeepSpeed can shard. It must equal
   the reference, and the tests say so.
 
-A method describes what it keeps in a `Plan` and does not ask which engine it got. In the order of a task's life:
+A method describes what it keeps in a `Plan` and does not ask which engine it gets. In the order of the calls:
 
     engine = make_engine(model, plan, cores=...)
     optimizer = engine.create_optimizer(factors, lr=..., betas=..., eps=..., weight_decay=...)
@@ -12,8 +12,8 @@ A method describes what it keeps in a `Plan` and does not ask which engine it go
     engine.begin_micro_batch(is_last)                  # before each forward pass
     engine.effective_weights()                         # in a penalty
     engine.first_moments(), engine.report()            # after the last step
-    engine.finish(in_pieces)                           # the weights hold what was trained
-    engine.trained_weights                             # where the engine knows them better than the model does
+    engine.finish(in_pieces)                           # the weights then hold what was trained
+    engine.trained_weights                             # where the engine has them more exactly than the model
 """
 
 from collections.abc import Iterator, Mapping
@@ -60,7 +60,7 @@ class Engine(Protocol):
     def begin_training(self, optimizer: Optimizer, deepspeed: Any) -> None: ...
     def begin_micro_batch(self, is_last: bool) -> None: ...
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]: ...
-    def first_moments(self) -> dict[str, Tensor]: ...
+    def first_moments(self) -> dict[str, tuple[Tensor, ...]]: ...  # of each, one matrix or two whose product it is
     def report(self) -> ProjectionReport: ...
     def finish(self, in_pieces: bool) -> None: ...
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -68,11 +68,11 @@ class Engine(Protocol):
 
 
 def make_engine(model: nn.Module, plan: Plan, *, cores: bool, eps_before_correction: bool = False) -> Engine:
-    """The engine that `plan` asks of `model`, whose targets begin to train.
+    """The engine that trains `plan.targets` of `model`.
 
     Args:
         cores: take `CoreEngine`, as DeepSpeed needs.
-        eps_before_correction: of `ProjAdamW`; only without cores.
+        eps_before_correction: as in `ProjAdamW`; only without cores.
 
     Raises:
         InputError: a rank, a setting or a space does not fit; with cores, a target that has a LoRA too.
@@ -85,13 +85,11 @@ def make_engine(model: nn.Module, plan: Plan, *, cores: bool, eps_before_correct
             f"--optim_target_modules: matches {both[0]}, which has a LoRA too; under DeepSpeed, or with "
             "--galore_engine cores, one of the two"
         )
-    settings = {key: value for key, value in plan.projection.items() if key != "svd"}
     return CoreEngine(
         model,
-        dict(plan.targets),
-        **settings,
-        refresh=plan.projection["svd"],
-        spaces={name: plan.spaces.get(name) for name in plan.targets},
+        plan.targets,
+        **plan.projection,
+        spaces=plan.spaces,
         protect_side=plan.side,
         orthogonal=plan.way == "orthogonal",
         factor_spaces={name: (factor, plan.spaces.get(name)) for name, factor in plan.factors.items()},
@@ -134,9 +132,9 @@ class DenseEngine:
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.weights.items()
 
-    def first_moments(self) -> dict[str, Tensor]:
+    def first_moments(self) -> dict[str, tuple[Tensor, ...]]:
         params = {**self.plan.factors, **self.weights}
-        return {name: self.optimizer.get_first_moment(param) for name, param in params.items()}
+        return {name: self.optimizer.first_moment_factors(param) for name, param in params.items()}
 
     def report(self) -> ProjectionReport:
         return self.optimizer.projection_report()
