@@ -13,10 +13,10 @@ BAD_STEPS = (2, 4, 5, 6)
 
 
 class Poisoned(UIETrainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+    def answer_loss(self, *args):
+        loss, outputs = super().answer_loss(*args)
         bad = os.environ["RANK"] == "1" and self.state.global_step + 1 in BAD_STEPS
-        return loss * float("nan") if bad else loss
+        return (loss * float("nan") if bad else loss), outputs
 
     def _get_grad_norm(self, model, grad_norm=None):
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from non_finite import NonFiniteGuard  # noqa: E402
 from Proj_torch.adamw import ProjAdamW  # noqa: E402
 from Proj_torch.optimizer_state import MOMENTS, start_moments  # noqa: E402
 from Proj_torch.proj_projector import product  # noqa: E402
@@ -51,7 +52,8 @@ class Case:
     way: str = "gp_first"  # in which S acts on the targets; from a factor's gradient it is removed
     precision: str = "fp32"
     stop_at: int = 0  # save after this many steps and go on from the file in a new model
-    bad_step: int = -1  # the loss of this step is infinite, and the step is skipped
+    bad_steps: tuple[int, ...] = ()  # whose loss is infinite on one rank, so that they are left out
+    zero_steps: tuple[int, ...] = ()  # whose gradients are zero, so that a refresh finds no basis
     eps: float = 1e-8
     penalty: float = 0.0  # on the change of a weight
     factor: bool = False  # the head's weight is protected too, as a LoRA factor is
@@ -158,19 +160,20 @@ def dense(case: Case) -> dict:
     starts = [w.detach().clone() for w in weights]
     losses = []
     for step in range(case.steps):
-        if step == case.bad_step:
+        if step in case.bad_steps:
             continue
         for group in optimizer.param_groups:
             group["lr"] = LR * rate(step)
         x, y = batch(step, case.model)
         loss = loss_of(case, net, x, y) + penalty(case, weights, starts)
         optimizer.zero_grad()
-        loss.backward()
+        (loss * 0.0 if step in case.zero_steps else loss).backward()
         optimizer.step()
         losses.append(loss.item())
+    refreshes = optimizer.projection_report().weights["0.0"]["refreshes"]
     columns = {"weights": [w.detach() for w in weights], "starts": starts,
                "moments": [optimizer.get_first_moment(w) for w in weights]}
-    return {"losses": losses} | {key: dict(zip(TARGETS[case.model], c, strict=True)) for key, c in columns.items()}
+    return {"losses": losses, "refreshes": refreshes} | {key: dict(zip(TARGETS[case.model], c, strict=True)) for key, c in columns.items()}
 
 
 class Run:
@@ -202,6 +205,8 @@ class Run:
         elif case.stage is not None:
             self._deepspeed()
         self.cores.begin_training(self.optimizer, self.engine)
+        self.guard = NonFiniteGuard(limit=99, watch_gradients=case.precision != "fp16")
+        self.guard.watch(self.optimizer, (*others, *cores))
 
     def _deepspeed(self) -> None:
         import deepspeed
@@ -238,25 +243,27 @@ class Run:
                     weights = [layer.effective_weight() for layer in self.cores.layers.values()]
                     loss = loss + penalty(self.case, weights, self.starts)
                 total += loss.detach() / len(pairs)
-                if step == self.case.bad_step:
+                if step in self.case.bad_steps and self.rank == self.world - 1:
                     loss = loss * torch.inf
-                self.backward(loss / len(pairs) if self.engine is None else loss, number == len(pairs), step)
-            if step == self.case.bad_step:
+                if step in self.case.zero_steps:
+                    loss = loss * 0.0
+                self.guard.note_micro_batch(step + 1, loss, [])
+                self.backward(loss / len(pairs) if self.engine is None else loss, number == len(pairs))
+            if step in self.case.bad_steps:
                 continue
             if dist.is_initialized():
                 dist.all_reduce(total)
             losses.append(total.item() / self.world)
         return losses
 
-    def backward(self, loss: torch.Tensor, is_last: bool, step: int) -> None:
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         if self.engine is not None:
             self.engine.backward(loss)
             self.engine.step()
             return
         loss.backward()
         if is_last:
-            if step != self.case.bad_step:
-                self.optimizer.step()
+            self.optimizer.step()
             self.optimizer.zero_grad()
 
     def save(self) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ A method's options are a dataclass, its `Arguments`, made of the groups in `base
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from loranew import (
     merge_old,
     save_folded,
 )
-from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
+from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_factors
 from methods.base_options import LoraArguments, MethodArguments, OptimizerArguments, TargetArguments
 from module_matching import check_rank, check_unshared, match_linear
 from Proj_torch.optimizer_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
@@ -219,10 +219,11 @@ class LoraMethod(Method):
 
     def __init__(self, options: LoraArguments):
         super().__init__(options)
-        # Of a model that DeepSpeed has cut up: what `end_task` has gathered to be saved.
-        self.partitioned = False
-        self.left_behind: dict[str, torch.Tensor] | None = None
-        self.whole: dict[str, torch.Tensor] = {}
+        self.previous: Path | None = None
+        # Under DeepSpeed the model may be partitioned or in 16 bits: `end_task` reads what is saved.
+        self.under_deepspeed = self.partitioned = False
+        self.factors_to_save: dict[str, torch.Tensor] | None = None
+        self.weights_to_save: dict[str, torch.Tensor] = {}
 
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
@@ -230,6 +231,7 @@ class LoraMethod(Method):
         layers = match_linear(model, [self.options.lora_modules], "--lora_modules")
         check_rank(layers, self.options.lora_dim, "--lora_dim")
         model.requires_grad_(False)
+        self.previous = previous
         if previous is None:
             self.model = add_loranew(model, self.lora_config(decoder_only))
         else:
@@ -300,7 +302,8 @@ class LoraMethod(Method):
         return self.optimizer
 
     def begin_training(self, engine=None) -> None:
-        self.own_state |= engine is not None
+        self.under_deepspeed = engine is not None
+        self.own_state |= self.under_deepspeed
         self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
         self.optimizer_state = optimizer_state_of(self.optimizer, engine)
 
@@ -320,28 +323,38 @@ class LoraMethod(Method):
     def end_task(self) -> None:
         """Turn what was trained into memory: the new LoRA joins the old one.
 
-        At ZeRO-3 the model stays as DeepSpeed has it, and only what is saved is gathered.
+        At ZeRO-3 the model stays as DeepSpeed has it.
         """
-        if self.partitioned:
-            import deepspeed  # slow, so only where it runs
-
-            self.left_behind = folded_factors(self.model, deepspeed.zero.GatheredParameters)
-            for name, layer in self.changed.items():
-                with deepspeed.zero.GatheredParameters([layer.weight]):
-                    self.whole[name] = layer.weight.detach().to("cpu", copy=True)
-        else:
+        if self.under_deepspeed:
+            self.factors_to_save = folded_factors(self.model, self._exact_values())
+        if not self.partitioned:
             fold_loranew(self.model)
+        for name, layer in self.changed.items() if self.partitioned else ():
+            with self.optimizer_state.gathered([layer.weight]):
+                self.weights_to_save[name] = layer.weight.detach().to("cpu", copy=True)
+
+    def _exact_values(self) -> Callable[[nn.Parameter], torch.Tensor]:
+        """What reads the complete float32 value of a factor: the optimizer's, or of a frozen one that of its file."""
+        stored = {} if self.previous is None else read_factors(self.previous)
+        names = {parameter: name.replace(".default.", ".") for name, parameter in self.model.named_parameters()}
+
+        def read(factor: nn.Parameter) -> torch.Tensor:
+            if factor.requires_grad:
+                return self.optimizer_state.read_master(factor)
+            return stored[names[factor]].to(factor.device, torch.float32)
+
+        return read
 
     def save(self, folder: Path) -> None:
         """Write the LoRA factors and every changed full-rank weight to `folder`."""
-        if self.left_behind is None:
+        if self.factors_to_save is None:
             self.model.save_pretrained(folder, save_embedding_layers=False)  # the base's are never changed
         else:
-            save_folded(self.model, self.left_behind, folder)
+            save_folded(self.model, self.factors_to_save, folder)
         super().save(folder)
 
     def changed_weights(self) -> dict[str, torch.Tensor]:
-        return super().changed_weights() | self.whole
+        return super().changed_weights() | self.weights_to_save
 
     def describe(self) -> str:
         new = sum(factor.numel() for factor in self._trained_factors().values())
