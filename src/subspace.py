@@ -45,10 +45,9 @@ def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9) -> Tensor:
         S' (d, c'), c <= c' <= d, in float32 at least.
 
     Raises:
-        InputError: M is not a matrix or not finite, its rows are not S's, or `energy` is not in (0, 1].
+        InputError: M is not a matrix or not finite, or its rows are not S's.
         torch.linalg.LinAlgError: no method finds the singular vectors of M'.
     """
-    _check_energy(energy)
     if M.ndim != 2 or not M.isfinite().all():
         raise InputError(f"moment of shape {tuple(M.shape)}: not a matrix of finite numbers")
     M = at_least_float32(M)
@@ -98,11 +97,6 @@ def columns_of(moment: Moment, side: str) -> Tensor:
     return A @ torch.linalg.qr(B.mT).R.mT
 
 
-def _check_energy(energy: float) -> None:
-    if not 0 < energy <= 1:
-        raise InputError(f"energy {energy}: allowed: above 0, at most 1")
-
-
 class GradientSpace:
     """One basis S for each protected weight, by the weight's name.
 
@@ -117,9 +111,9 @@ class GradientSpace:
     def __init__(self, side: str = "output", energy: float = 0.9, bases: Mapping[str, Tensor] | None = None):
         if side not in SIDES:
             raise InputError(f"side {side!r} of a gradient space: allowed are {', '.join(SIDES)}")
-        _check_energy(energy)
-        self.side = side
-        self.energy = energy
+        if not 0 < energy <= 1:
+            raise InputError(f"energy {energy}: allowed: above 0, at most 1")
+        self.side, self.energy = side, energy
         self.bases = dict(bases or {})
 
     def get(self, name: str) -> Tensor | None:

@@ -19,6 +19,7 @@ from zero_worker import TARGETS as TARGETS_OF  # noqa: E402
 from errors import InputError  # noqa: E402
 from Proj_torch.core_linear import CoreLinear  # noqa: E402
 from Proj_torch.layer_gradient import LayerGradient, sketched_bases  # noqa: E402
+from Proj_torch.plan import Plan  # noqa: E402
 from Proj_torch.proj_projector import project  # noqa: E402
 from Proj_torch.zero_core import CoreEngine  # noqa: E402
 
@@ -189,60 +190,16 @@ def test_bfloat16_follows_float32():
 # ------------------------------------------------------------------------------------------- factors
 
 
-def factor_engine(space: torch.Tensor | None, **flags) -> tuple[CoreEngine, nn.Parameter]:
-    net, factor = Net(), nn.Parameter(torch.zeros(4, 6))
-    cores = CoreEngine(
-        net, {"first": net.first}, rank=2, update_proj_gap=5, factor_spaces={"loranew_A": (factor, space)}, **flags
-    )
-    cores.begin_training(torch.optim.AdamW([{"params": [factor]}, *cores.core_groups(LR)], lr=LR))
-    return cores, factor
-
-
 def test_a_factor_gradient_loses_its_component_and_its_moment_is_returned():
     S = torch.linalg.qr(torch.randn(4, 2, generator=torch.Generator().manual_seed(0))).Q
-    cores, factor = factor_engine(S)
+    net, factor = Net(), nn.Parameter(torch.zeros(4, 6))
+    projection = {"rank": 2, "update_proj_gap": 5, "scale": 1.0, "proj_type": "std", "svd": "exact", "lr": LR}
+    cores = CoreEngine(net, Plan({"first": net.first}, projection, {"loranew_A": factor}, {"loranew_A": S}))
+    cores.begin_training(cores.create_optimizer({"loranew_A": factor}, lr=LR, weight_decay=0.0))
     G = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     (factor * G).sum().backward()
     torch.testing.assert_close(factor.grad, G - S @ (S.T @ G))
     assert cores.first_moments()["loranew_A"][0].shape == (4, 6)
-
-
-# ------------------------------------------------------------------------------------------ refusals
-
-
-def build(net: nn.Module, targets: dict, **settings) -> CoreEngine:
-    return CoreEngine(net, targets, **{"rank": 2, "update_proj_gap": 5} | settings)
-
-
-def test_refusals_name_what_was_found():
-    net = Net()
-    tied = Net()
-    tied.second.weight = nn.Parameter(torch.zeros(12, 12))
-    tied.third.weight = tied.second.weight
-    refused = [
-        ("second.*shared.*third", lambda: build(tied, {"second": tied.second})),
-        ("norm: a LayerNorm", lambda: build(net, {"norm": nn.LayerNorm(3)})),
-        ("no module matches", lambda: build(net, {})),
-        ("first: rank 11", lambda: build(net, {"first": net.first}, rank=11)),
-        ("svd is 'fast'", lambda: build(net, {"first": net.first}, svd="fast")),
-        ("protect_side is 'left'", lambda: build(net, {"first": net.first}, protect_side="left")),
-        ("scale is 0", lambda: build(net, {"first": net.first}, scale=0)),
-        ("update_proj_gap is 0", lambda: build(net, {"first": net.first}, update_proj_gap=0)),
-        ("space of first: shape", lambda: build(net, {"first": net.first}, spaces={"first": torch.eye(10, 2)})),
-    ]
-    for message, make in refused:
-        with pytest.raises(InputError, match=message):
-            make()
-    assert all(type(net.get_submodule(name)) is nn.Linear for name in TARGETS)
-
-
-def test_training_without_the_cores_is_refused():
-    net = Net()
-    cores = build(net, {"first": net.first})
-    with pytest.raises(InputError, match="begin_training"):
-        cores.begin_micro_batch()
-    with pytest.raises(InputError, match="core_groups"):
-        cores.begin_training(torch.optim.AdamW(net.head.parameters()))
 
 
 def test_a_damaged_state_is_refused_before_anything_changes():

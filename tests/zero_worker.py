@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from non_finite import NonFiniteGuard  # noqa: E402
 from Proj_torch.adamw import ProjAdamW  # noqa: E402
 from Proj_torch.optimizer_state import MOMENTS, start_moments  # noqa: E402
+from Proj_torch.plan import Plan  # noqa: E402
 from Proj_torch.proj_projector import product  # noqa: E402
 from Proj_torch.zero_core import CoreEngine  # noqa: E402
 
@@ -122,9 +123,9 @@ def rate(step: int) -> float:
     return 1.0 - 0.03 * step
 
 
-def spaces(case: Case, net: nn.Module) -> dict[str, torch.Tensor | None]:
+def spaces(case: Case, net: nn.Module) -> dict[str, torch.Tensor]:
     if not case.side:
-        return dict.fromkeys(TARGETS[case.model])
+        return {}
     generator = torch.Generator().manual_seed(3)
     sizes = {name: net.get_submodule(name).weight.shape[case.side == "input"] for name in TARGETS[case.model]}
     return {name: torch.linalg.qr(torch.randn(n, 2, generator=generator)).Q for name, n in sizes.items()}
@@ -185,17 +186,19 @@ class Run:
         self.net = build(case)
         if case.stage is None and case.precision != "fp32":
             self.net.to(torch.bfloat16)
-        self.cores = CoreEngine(
-            self.net, {name: self.net.get_submodule(name) for name in TARGETS[case.model]}, rank=case.rank,
-            update_proj_gap=case.gap, scale=case.scale, proj_type=case.proj_type, svd=case.refresh,
-            spaces=spaces(case, self.net), protect_side=case.side or "output",
-            orthogonal=case.way == "orthogonal",
-            factor_spaces={"head": (self.net.head.weight, factor_space(case))} if case.factor else None,
-        )
+        targets = {name: self.net.get_submodule(name) for name in TARGETS[case.model]}
+        factors = {"head": self.net.head.weight} if case.factor else {}
+        plan = Plan(
+            targets, {"rank": case.rank, "update_proj_gap": case.gap, "scale": case.scale, "svd": case.refresh,
+                      "proj_type": case.proj_type, "lr": LR},
+            factors, spaces(case, self.net) | ({"head": factor_space(case)} if case.factor else {}),
+            case.side or "output", case.way,
+        )  # fmt: skip
+        self.cores = CoreEngine(self.net, plan)
         cores = {layer.core for layer in self.cores.layers.values()}
         others = [p for p in self.net.parameters() if p.requires_grad and p not in cores]
         groups = [{"params": others, "lr": LR, "weight_decay": 0.0},
-                  *self.cores.core_groups(LR, case.weight_decay)]
+                  *self.cores.core_groups(case.weight_decay)]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, eps=case.eps)
         self.starts = [layer.weight.detach().clone() for layer in self.cores.layers.values()]
         self.rates = [group["lr"] for group in self.optimizer.param_groups]

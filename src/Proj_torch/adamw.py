@@ -28,7 +28,7 @@ G before the bases are taken, and from the update that is projected back.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -360,7 +360,13 @@ def _check(group: dict[str, Any]) -> None:
             group |= {key: DEFAULTS[key] for key in keys if key in DEFAULTS and key not in group}
             if missing := [key for key in keys if key not in group]:
                 raise InputError(f"optimizer group: {', '.join(missing)} missing; {purpose} needs {', '.join(keys)}")
-    check_values(group, "optimizer group: ")
+    for key, (holds, wanted) in VALUES.items():
+        try:
+            fits = key not in group or holds(group[key])
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise InputError(f"optimizer group: {key} is {group[key]!r}; allowed is {wanted}")
     spaces = group.get("scale_mats", ())
     if spaces and not any(group[way] for way in WAYS) and any(S is not None for S in spaces):
         raise InputError(f"optimizer group: {', '.join(WAYS)} are all off, so scale_mats would do nothing")
@@ -372,17 +378,6 @@ def _check(group: dict[str, Any]) -> None:
     names = group.get("param_names", [f"number {index}" for index in range(len(group["params"]))])
     for index, (name, p) in enumerate(zip(names, group["params"], strict=True)):
         _check_fit(group, index, p, f"parameter {name}")
-
-
-def check_values(settings: Mapping[str, Any], where: str = "") -> None:
-    """Reject with InputError a value that `VALUES` does not allow; `where` begins the message."""
-    for key, (holds, wanted) in VALUES.items():
-        try:
-            fits = key not in settings or holds(settings[key])
-        except (TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise InputError(f"{where}{key} is {settings[key]!r}; allowed is {wanted}")
 
 
 def _check_fit(group: dict[str, Any], index: int, p: Tensor, name: str) -> None:

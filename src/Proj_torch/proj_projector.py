@@ -76,26 +76,28 @@ def matrix_bases(G: Tensor, ranks: Sequence[int | None], svd: str = "exact") -> 
     return (left if ranks[0] else None), (right if ranks[1] else None)
 
 
-def next_bases(G: Tensor, ranks: Sequence[int | None], svd: str = "exact", previous: Bases | None = None) -> Bases:
-    """Bases of `ranks` for the next steps from G (out, in), or `kept_bases`, so that no gradient can end a run."""
-    return fresh_bases(G, ranks, svd) or kept_bases(G, ranks, previous)
-
-
-def fresh_bases(
+def next_bases(
     G: Tensor,
     ranks: Sequence[int | None],
     svd: str = "exact",
+    previous: Bases | None = None,
     compute: Callable[[Tensor, Sequence[int | None], str], Bases] = matrix_bases,
-) -> Bases | None:
-    """Bases of G, by `matrix_bases` or, for more than two dimensions, `tucker_bases`.
+) -> tuple[Bases, bool]:
+    """Bases for the next steps, and whether they are G's own; never fails, so that no gradient can end a run.
 
-    None where G is zero or not finite, or no SVD converged.
+    They are `kept_bases` where G is zero or not finite, or no SVD converged.
+
+    Args:
+        G: this step's gradient, (out, in) or of more dimensions.
+        ranks: one for each dimension of G, from `mode_ranks` or `tucker_ranks`.
+        previous: what this function last returned for the weight.
+        compute: `matrix_bases`, or `tucker_bases` for more than two dimensions.
     """
     try:
-        return compute(G, ranks, svd)
+        return compute(G, ranks, svd), True
     except torch.linalg.LinAlgError as error:
         warn_once(f"{error}; the previous basis stays")
-        return None
+        return kept_bases(G, ranks, previous), False
 
 
 def kept_bases(like: Tensor, ranks: Sequence[int | None], previous: Bases | None) -> Bases:
@@ -250,9 +252,8 @@ class ProjProjector:
 
     def refresh(self, G: Tensor) -> bool:
         """Take the bases from G (out, in); False where G has none and `kept_bases` stand in."""
-        fresh = fresh_bases(G, self.ranks(G.shape), self.svd, self.compute)
-        self.bases = fresh or kept_bases(G, self.ranks(G.shape), self.bases)
-        return fresh is not None
+        self.bases, own = next_bases(G, self.ranks(G.shape), self.svd, self.bases, self.compute)
+        return own
 
     def project(self, G: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
         """See the function `project`."""

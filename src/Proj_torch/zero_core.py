@@ -39,16 +39,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from errors import InputError
-from module_matching import check_unshared
-from Proj_torch.adamw import ProjectionReport, check_values
+from Proj_torch.adamw import ProjectionReport
 from Proj_torch.core_linear import CoreLinear
 from Proj_torch.layer_gradient import sketched_bases
-from Proj_torch.optimizer_state import LocalState, ZeroState, optimizer_state_of, read_parameters, write_parameters
-from Proj_torch.proj_projector import (
-    SIDES, Bases, back_factors, check_space, kept_bases, matrix_bases, mode_ranks, project, remove,
-)  # fmt: skip
-from Proj_torch.svd import SVD_METHODS, energy_share, warn_once
+from Proj_torch.optimizer_state import optimizer_state_of, read_parameters, write_parameters
+from Proj_torch.plan import Plan
+from Proj_torch.proj_projector import Bases, back_factors, kept_bases, matrix_bases, mode_ranks, project, remove
+from Proj_torch.svd import energy_share, warn_once
 
 CORE_GROUP = "projected_cores"  # key that marks the cores' optimizer group
 BASES = ("left", "right")
@@ -58,84 +55,36 @@ COUNTS = ("decay", "refreshes", "fell_back", "share")  # a layer's numbers in a 
 class CoreEngine:
     """Trains linear layers of a model through low-rank gradient projection, in one process or many.
 
-        cores = CoreEngine(model, targets, rank=8, update_proj_gap=10)
-        optimizer = torch.optim.AdamW([*other_groups, *cores.core_groups(lr, weight_decay)])
-        # ... deepspeed.initialize(model, optimizer), or DistributedDataParallel, or neither
-        cores.begin_training(optimizer, deepspeed)
-        for every micro-batch:
-            cores.begin_micro_batch(is_last)
-            # forward, backward; after the last one the optimizer's step
-        cores.finish()
-
-    Its other methods are those of every engine (`engine.py`).
+    Its methods and attributes are those of every engine (`engine.py`); all but the constructor are collective.
 
     Args:
-        model: holds the targets; they are replaced in it by `CoreLinear` layers.
-        targets: module name -> layer, whose weight is frozen. May be empty where there are factors to protect.
-        rank, update_proj_gap, scale, proj_type: as in ProjAdamW; `lr` of the targets, for `create_optimizer`.
-        svd: "exact", "lowrank" (randomised SVD of the summed gradient) or "sketch" (no gradient is summed).
-        spaces: module name -> S (out, c) or (in, c), or None.
-        protect_side: "output" or "input".
-        orthogonal: S acts on a target as ProjAdamW's `orthogonal`, otherwise as its `gp_first`.
-        factor_spaces: parameter name -> (parameter, S or None), of weights that the optimizer trains directly (LoRA
-            factors): a hook removes S from their gradient before it is reduced, as ProjAdamW's `gp_first` does.
+        model: holds the plan's targets, which are replaced in it by `CoreLinear` layers.
+        plan: `svd` is "exact", "lowrank" (randomised SVD of the summed gradient) or "sketch" (no gradient is summed). A
+            hook removes S from a factor's gradient before it is reduced.
 
     Raises:
-        InputError: a target is not a linear layer or shares its weight, or a setting or a space does not fit.
+        InputError: a rank does not fit a target.
     """
 
     name = "trainable cores, AdamW"
     own_state = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: Mapping[str, nn.Linear],
-        *,
-        rank: int,
-        update_proj_gap: int,
-        scale: float = 1.0,
-        proj_type: str = "std",
-        lr: float | None = None,
-        svd: str = "exact",
-        spaces: Mapping[str, Tensor | None] | None = None,
-        protect_side: str = "output",
-        orthogonal: bool = False,
-        factor_spaces: Mapping[str, tuple[nn.Parameter, Tensor | None]] | None = None,
-    ):
-        spaces, factor_spaces = spaces or {}, factor_spaces or {}
-        check_values({"update_proj_gap": update_proj_gap, "scale": scale, "protect_side": protect_side})
-        if svd not in (*SVD_METHODS, "sketch"):
-            raise InputError(f"svd is {svd!r}; allowed is {', '.join(SVD_METHODS)}, sketch")
-        if not targets and not factor_spaces:
-            raise InputError("targets: no module matches, so nothing would be projected")
-        for name, linear in targets.items():
-            if type(linear) is not nn.Linear:
-                raise InputError(f"{name}: a {type(linear).__name__}; allowed is a torch.nn.Linear")
-        check_unshared(model, targets, "targets")
-        self.model, self.lr, self.gap, self.scale, self.svd = model, lr, update_proj_gap, scale, svd
-        self.side = protect_side
+    def __init__(self, model: nn.Module, plan: Plan):
+        self.model, self.plan = model, plan
+        self.gap, self.scale = plan.projection["update_proj_gap"], plan.projection["scale"]
+        self.spaces = {name: S.detach().float() for name, S in plan.spaces.items()}
         self.layers: dict[str, CoreLinear] = {}
-        for index, (name, linear) in enumerate(targets.items()):
-            try:
-                ranks = mode_ranks((linear.out_features, linear.in_features), rank, proj_type)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
-            space = spaces.get(name)
-            if space is not None:
-                check_space(space, linear.weight.shape[SIDES.index(protect_side)], f"space of {name}")
-            layer = CoreLinear(linear, ranks, space, protect_side, orthogonal)
+        for index, (name, linear) in enumerate(plan.targets.items()):
+            ranks = mode_ranks(linear.weight.shape, plan.projection["rank"], plan.projection["proj_type"])
+            layer = CoreLinear(linear, ranks, self.spaces.get(name), plan.side, plan.way == "orthogonal")
             layer.core.register_hook(lambda grad, layer=layer, index=index: self._on_core_gradient(layer, index, grad))
             _replace(model, name, layer)
             self.layers[name] = layer
-        self.factors = {name: param for name, (param, _) in factor_spaces.items()}
-        self.factor_spaces = {name: S.detach().float() for name, (_, S) in factor_spaces.items() if S is not None}
-        for name in self.factor_spaces:
-            self.factors[name].register_hook(lambda grad, name=name: self._on_factor_gradient(name, grad))
+        for name in plan.factors.keys() & self.spaces.keys():
+            plan.factors[name].register_hook(lambda grad, name=name: self._on_factor_gradient(name, grad))
         self.step = 0  # optimizer steps taken
-        self.trained_weights: dict[str, Tensor] = {}  # see `finish`
-        self.optimizer_state: LocalState | ZeroState | None = None
-        # Of micro-batches: whether the current one ends a step (the last one did, between two steps), and whether that
+        self.trained_weights: dict[str, Tensor] = {}
+        # Whether the current micro-batch is the last of its step (between two steps the last one was), and whether that
         # step has yet to be taken.
         self._is_last, self._open = True, False
 
@@ -143,14 +92,12 @@ class CoreEngine:
 
     def create_optimizer(self, factors: Mapping[str, nn.Parameter], **adam: Any) -> torch.optim.AdamW:
         """The AdamW of the cores and of LoRA factors; `adam` is lr, betas, eps, weight_decay."""
-        cores = self.core_groups(self.lr, adam["weight_decay"])
-        return torch.optim.AdamW([{"params": list(factors.values())}, *cores], **adam)
+        return torch.optim.AdamW([{"params": list(factors.values())}, *self.core_groups(adam["weight_decay"])], **adam)
 
-    def core_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """The cores' group for `torch.optim.AdamW`; `lr` and `weight_decay` are those of the weights."""
-        cores = list(self._cores().values())
-        group = {"params": cores, "lr": lr * self.scale, "weight_decay": weight_decay / self.scale, CORE_GROUP: True}
-        return [group] if cores else []
+    def core_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """The cores' group for `torch.optim.AdamW`, if there are cores; `weight_decay` is that of the weights."""
+        lr, cores = self.plan.projection["lr"] * self.scale, list(self._cores().values())
+        return [{"params": cores, "lr": lr, "weight_decay": weight_decay / self.scale, CORE_GROUP: True}] if cores else []
 
     def begin_training(self, optimizer: Optimizer, deepspeed: Any = None) -> None:
         """Follow the optimizer that holds `core_groups`; once, before the first micro-batch.
@@ -160,16 +107,15 @@ class CoreEngine:
                 there a skipped step looks like one that was taken.
             deepspeed: what `deepspeed.initialize` returned, if DeepSpeed trains the model.
         """
-        if self.layers and not any(group.get(CORE_GROUP) for group in optimizer.param_groups):
-            raise InputError("optimizer: it has no group from core_groups, so the projected weights would not train")
         if deepspeed is not None:
             self.name = "trainable cores under DeepSpeed, AdamW"
         self.optimizer_state = optimizer_state_of(optimizer, deepspeed)
         optimizer.register_step_post_hook(self._on_step)
         for layer in self.layers.values():
             layer.space = None if layer.space is None else layer.space.to(layer.core.device)
-        for name, space in self.factor_spaces.items():
-            self.factor_spaces[name] = space.to(self.factors[name].device)
+        for name, factor in self.plan.factors.items():
+            if name in self.spaces:
+                self.spaces[name] = self.spaces[name].to(factor.device)
 
     def _cores(self) -> dict[str, nn.Parameter]:
         return {f"{name}.core": layer.core for name, layer in self.layers.items()}
@@ -177,9 +123,7 @@ class CoreEngine:
     # ---------------------------------------------------------------------------------- training
 
     def begin_micro_batch(self, is_last: bool = True) -> None:
-        """Call before each micro-batch's forward pass; `is_last` where the optimizer steps after it. Collective."""
-        if self.optimizer_state is None:
-            raise InputError("CoreEngine: begin_training(optimizer) comes before the first micro-batch")
+        """Call before each micro-batch's forward pass; `is_last` where the optimizer steps after it."""
         if self._is_last:
             self._settle()
             self._open = True
@@ -193,8 +137,7 @@ class CoreEngine:
     def finish(self, in_pieces: bool = False) -> None:
         """Fold the cores, and put plain linear layers into the model again unless stage 3 has its weights `in_pieces`.
 
-        Then `trained_weights` has each target's weight (out, in), float32 on the CPU, without the rounding of a 16-bit
-        weight in the model. Collective.
+        Then `trained_weights` has each target's weight without the rounding of a 16-bit weight in the model.
         """
         self._settle()
         for name, layer in self.layers.items():
@@ -206,7 +149,7 @@ class CoreEngine:
                 _replace(self.model, name, linear.train(layer.training))
 
     def _fold(self, layer: CoreLinear, keep_as: str | None = None) -> None:
-        """Fold the layer's core into its weight, and keep the result in `trained_weights` if that has a name."""
+        """Fold the layer's core into its weight; under `keep_as`, keep the result in `trained_weights`."""
         core = self.optimizer_state.read_master(layer.core)
         with self.optimizer_state.gathered([layer.weight]):
             weight = layer.fold(core)
@@ -236,14 +179,14 @@ class CoreEngine:
     # --------------------------------------------------------------------------------- gradients
 
     def _on_factor_gradient(self, name: str, grad: Tensor) -> Tensor:
-        return remove(grad, self.factor_spaces[name], self.side).to(grad.dtype)
+        return remove(grad, self.spaces[name], self.plan.side).to(grad.dtype)
 
     @torch.no_grad()
     def _on_core_gradient(self, layer: CoreLinear, index: int, grad: Tensor) -> Tensor:
         """The core's gradient, once every use of the layer in this backward pass has been summed."""
         if layer.gradient is None or not self._is_last:
             return grad
-        _refresh(layer, self.svd, seed=index + len(self.layers) * self.step)
+        _refresh(layer, self.plan.projection["svd"], seed=index + len(self.layers) * self.step)
         left, right, space = layer.factors(from_update=False, dtype=torch.float32)
         core_gradient = layer.gradient.projected(left, right)
         layer.gradient.clear()  # before backward reaches the next layer, so that one at a time is in memory
@@ -252,14 +195,15 @@ class CoreEngine:
     # ------------------------------------------------------------------------------- after the last step
 
     def first_moments(self) -> dict[str, tuple[Tensor, ...]]:
-        """Adam's first moments by name, as one float32 matrix or as two whose product it is; collective.
+        """Adam's first moments by name, float32, as one matrix or as two whose product it is.
 
         Of each target (out, in), projected back with the current bases and without `scale`, and of each factor.
         """
         self._settle()
-        moments = {name: (self.optimizer_state.read_moment(param, "exp_avg"),) for name, param in self.factors.items()}
+        read = self.optimizer_state.read_moment
+        moments = {name: (read(factor, "exp_avg"),) for name, factor in self.plan.factors.items()}
         for name, layer in self.layers.items():
-            moment, back = self.optimizer_state.read_moment(layer.core, "exp_avg"), layer.removed(from_update=True)
+            moment, back = read(layer.core, "exp_avg"), layer.removed(from_update=True)
             taken = layer.bases is not None
             moments[name] = back_factors(moment, *layer.bases, *back) if taken else (moment.new_zeros(layer.shape),)
         return moments
@@ -277,7 +221,7 @@ class CoreEngine:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a run needs to resume between two steps, as CPU tensors; the same for any number of ranks. Collective."""
+        """All that a run needs to resume between two steps, as CPU tensors; the same for any number of ranks."""
         self._settle()
         state = {"step": torch.tensor(self.step)} | read_parameters(self.optimizer_state, self._cores())
         for name, layer in self.layers.items():
@@ -291,17 +235,12 @@ class CoreEngine:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume where `state_dict` was taken; collective, after `begin_training`.
+        """Resume where `state_dict` was taken, after `begin_training`.
 
         Raises:
-            InputError: a tensor is missing or of another shape, or DeepSpeed has no moments to set yet (see
+            InputError: a core's tensor is missing or of another shape, or DeepSpeed has no moments to set yet (see
                 `optimizer_state.start_moments`).
         """
-        for name, layer in self.layers.items():
-            for key, shape in ((f"{name}.weight", layer.shape), (f"{name}.counts", (len(COUNTS),))):
-                if key not in state or tuple(state[key].shape) != shape:
-                    found = tuple(state[key].shape) if key in state else "nothing"
-                    raise InputError(f"{key}: found {found}; allowed is {shape}")
         self.step = int(state["step"])
         write_parameters(self.optimizer_state, self._cores(), state, self.step)
         for name, layer in self.layers.items():

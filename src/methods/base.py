@@ -220,7 +220,7 @@ class LoraMethod(Method):
     def __init__(self, options: LoraArguments):
         super().__init__(options)
         self.previous: Path | None = None
-        # Under DeepSpeed the model may be partitioned or in 16 bits: `end_task` reads what is saved.
+        # Under DeepSpeed; at stage 3, where the model is partitioned, `end_task` gathers what is saved.
         self.under_deepspeed = self.partitioned = False
         self.factors_to_save: dict[str, torch.Tensor] | None = None
         self.weights_to_save: dict[str, torch.Tensor] = {}
@@ -325,25 +325,31 @@ class LoraMethod(Method):
 
         At ZeRO-3 the model stays as DeepSpeed has it.
         """
-        if self.under_deepspeed:
+        if self.partitioned:
             self.factors_to_save = folded_factors(self.model, self._exact_values())
-        if not self.partitioned:
-            fold_loranew(self.model)
-        for name, layer in self.changed.items() if self.partitioned else ():
-            with self.optimizer_state.gathered([layer.weight]):
-                self.weights_to_save[name] = layer.weight.detach().to("cpu", copy=True)
+            for name, layer in self.changed.items():
+                with self.optimizer_state.gathered([layer.weight]):
+                    self.weights_to_save[name] = layer.weight.detach().to("cpu", copy=True)
+            return
+        if self.under_deepspeed:
+            exact = self._exact_values()
+            for name, factor in self.model.named_parameters():
+                if ".lora_" in name or ".loranew_" in name:
+                    factor.data = exact(factor)
+        fold_loranew(self.model)
 
     def _exact_values(self) -> Callable[[nn.Parameter], torch.Tensor]:
-        """What reads the complete float32 value of a factor: the optimizer's, or of a frozen one that of its file."""
+        """What returns a factor in float32 where DeepSpeed has it in 16 bits: the optimizer's value, or if it is frozen
+        that of the previous task's file."""
         stored = {} if self.previous is None else read_factors(self.previous)
         names = {parameter: name.replace(".default.", ".") for name, parameter in self.model.named_parameters()}
 
-        def read(factor: nn.Parameter) -> torch.Tensor:
+        def exact(factor: nn.Parameter) -> torch.Tensor:
             if factor.requires_grad:
                 return self.optimizer_state.read_master(factor)
-            return stored[names[factor]].to(factor.device, torch.float32)
+            return stored.get(names[factor], factor.detach()).to(factor.device, torch.float32)
 
-        return read
+        return exact
 
     def save(self, folder: Path) -> None:
         """Write the LoRA factors and every changed full-rank weight to `folder`."""
