@@ -50,9 +50,8 @@ class NonFiniteGuard:
 
     def note_micro_batch(self, step: int, loss: Tensor, examples: list[str]) -> None:
         """Note a micro-batch's loss and the names of its examples; `step` counts from 1."""
-        if self._left_out is not None:  # the first one after a step
-            self._micro_batches, self._gradients_bad, self._left_out = [], [], None
-        self._step = step
+        if step != self._step:
+            self._step, self._micro_batches, self._gradients_bad, self._left_out = step, [], [], None
         self._micro_batches.append((loss.detach(), examples))
 
     def note_gradient_norm(self, norm: Tensor | float) -> None:

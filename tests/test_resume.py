@@ -503,7 +503,7 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_moments_and_counts_as_t
 
 @pytest.mark.recipe
 def test_a_rank_whose_loss_is_nan_ends_the_run_under_zero(mini_benchmark, tmp_path):
-    """Its gradients enter nothing, on any rank, and at the third step in a row it says why it ends."""
+    """No rank's factors change in such a step, and at the third in a row it says why it ends."""
     stage_2 = ["--deepspeed", "configs/ds_configs/stage2.config"]
     words = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES, *stage_2)
     launched = ["deepspeed", "--num_accelerators", "2", "--master_port", "29573", "tests/poisoned_entry.py", *words]
@@ -511,7 +511,7 @@ def test_a_rank_whose_loss_is_nan_ends_the_run_under_zero(mini_benchmark, tmp_pa
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
     assert said.count("error: step 6: loss is nan, the last of 3 such steps in a row") == 1
-    assert "not finite after" not in said
+    assert "RuntimeError" not in said
     assert said.count("dbpedia, train example ") == 8
 
 
