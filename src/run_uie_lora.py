@@ -129,6 +129,7 @@ def run(
         score(trainer, examples["unseen"], output_dir, "unseen")
     if trainer.is_world_process_zero():
         complete(output_dir)
+    trainer.release()
 
 
 @contextlib.contextmanager

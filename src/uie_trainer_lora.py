@@ -130,6 +130,14 @@ class UIETrainer(Seq2SeqTrainer):
             self._penalties.clear()
         super().log(logs, start_time)
 
+    def release(self) -> None:
+        """Let go of the engine and the model, which DeepSpeed's hooks would keep alive through the next tasks."""
+        self.accelerator.free_memory()  # also destroys the engine
+        if self.is_deepspeed_enabled:
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+            FWD_MODULE_STACK.clear()  # stage 3 pushes the model and leaves it there
+
     # Evaluation
 
     def evaluation_loop(
