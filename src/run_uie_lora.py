@@ -105,7 +105,8 @@ def run(
 
     # ZeRO-3 must not shard the model while it is read, but when training begins, after the method is attached.
     unset_hf_deepspeed_config()
-    loaded = load_model(model_args, data_args)
+    narrow = training_args.bf16 and not method.float32_base  # what trains is float32 all the same
+    loaded = load_model(model_args, data_args, dtype=torch.bfloat16 if narrow else torch.float32)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:

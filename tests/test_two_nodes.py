@@ -1,12 +1,11 @@
 """Two machines, here two launchers that reach each other by loopback: one folder for both, or one each; a node killed."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from helpers import ENVIRONMENT, ROOT, T5, T5_MODULES, arguments, bash, free_port, predictions, put
@@ -34,18 +33,24 @@ def start(mini_benchmark, tmp_path):
                         "--master_port", port]
             started.append(subprocess.Popen(
                 [*torchrun, "src/run_order.py", str(tmp_path / "two_configs"), *words], cwd=ROOT, env=ENVIRONMENT,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True))  # fmt: skip
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))  # fmt: skip
         return started[-len(outputs) :]
 
     yield launch
     for node in started:
-        if node.poll() is None:
-            os.killpg(node.pid, signal.SIGKILL)
-        node.communicate()
+        kill(node)
+
+
+def kill(node: subprocess.Popen) -> None:
+    """End a launcher and its processes, which are in sessions of their own, as a machine without power does."""
+    if node.poll() is None:
+        for process in (psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)):
+            process.kill()
+    node.wait()
 
 
 def said(nodes: list[subprocess.Popen]) -> list[str]:
-    return [node.communicate(timeout=300)[0] for node in nodes]
+    return [node.communicate(timeout=120)[0] for node in nodes]
 
 
 def test_a_folder_of_its_own_is_rejected_and_the_node_named(start, tmp_path):
@@ -64,8 +69,8 @@ def test_a_node_is_killed_and_both_resume(start, tmp_path):
     deadline = time.monotonic() + 300
     while not (shared / "2-amazon" / "checkpoint-2" / "manifest.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(nodes[1].pid, signal.SIGKILL)
-    said(nodes)
+    kill(nodes[1])
+    nodes[0].communicate(timeout=120)
     assert nodes[0].returncode != 0 and not (shared / "2-amazon" / "completed.json").exists()
     again = start(shared, shared)
     text = said(again)

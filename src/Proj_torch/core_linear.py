@@ -45,7 +45,8 @@ class CoreLinear(nn.Linear):
         self.decay = 1.0  # d
         self.bases: Bases | None = None
         self.before: tuple[Bases | None, float] | None = None  # bases and share that a skipped refresh returns to
-        self.rounding: Tensor | None = None  # a 16-bit weight's rounding error, in the weight's dtype
+        # A 16-bit weight's rounding error, in the weight's dtype; None until a fold has one.
+        self.register_buffer("rounding", getattr(linear, "rounding", None), persistent=False)
         self.gradient: LayerGradient | None = None  # collects a refresh step's gradient
         self.share = 0.0  # of the last refresh's gradient, in its bases: ||L^T G R||^2 / ||G||^2
         self.steps = self.refreshes = 0  # taken in projected coordinates; of the bases

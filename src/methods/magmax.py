@@ -46,6 +46,7 @@ class MagmaxArguments(LoraArguments):
 
 class Magmax(Seqlora):
     Arguments = MagmaxArguments
+    float32_base = True
     zero_stage = None  # stage 2 should do, and has not been tried
 
     def prepare(self, model, previous: Path | None, **kind):
