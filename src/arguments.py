@@ -8,8 +8,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
@@ -123,6 +125,17 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         known = get_available_reporting_integrations()
         for name in self.report_to:
             check(name in known, "report_to", name, ", ".join(["none", *known]))
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        """The parent's device, for one GPU in this process: `DataParallel` over all would multiply a step's examples."""
+        device = super()._setup_devices
+        self._n_gpu = min(self._n_gpu, 1)
+        return device
+
+    def idle_gpus(self) -> int:
+        """How many GPUs a single process leaves unused."""
+        return max(0, torch.cuda.device_count() - 1) if self.world_size == 1 and not self.use_cpu else 0
 
     def check_deepspeed(self, path: str) -> None:
         """Reject a DeepSpeed file that does not fit these arguments, see `check_deepspeed_file`."""

@@ -30,6 +30,7 @@ from errors import InputError, RunStopped, is_disk_full
 from files import whole_file, whole_folder, write_json
 from methods import find_method
 from methods.base_options import MethodArguments
+from ranks import check_shared, of_first_rank
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
 from task_setup import build_trainer, example_options, load_examples, load_model
 from uie_dataset_lora import data_files
@@ -78,26 +79,34 @@ def run(
         RunStopped: losses or gradients are not finite.
     """
     set_up_logging(training_args)
+    if idle := training_args.idle_gpus():
+        logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
     check_data_arguments(data_args)
     method = find_method(method_args.method)(method_args)
     output_dir = Path(training_args.output_dir)
     files = data_files(data_args.task_config_dir, example_options(data_args, training_args))
-    run_record = make_record(files, model_args, data_args, method_args, training_args)
-    progress = find_progress(output_dir, run_record, start_over=training_args.overwrite_output_dir)
+
+    def compare() -> tuple[dict, Progress, Path | None]:
+        found = make_record(files, model_args, data_args, method_args, training_args)
+        progress = find_progress(output_dir, found, start_over=training_args.overwrite_output_dir)
+        return found, progress, find_adapter(output_dir)
+
+    run_record, progress, trained = of_first_rank(compare)
     if progress is Progress.COMPLETED:
         logger.info("%s: finished before with the same settings, data and code; nothing to do", output_dir)
         return
     if progress is Progress.TRAINED:
         logger.info("%s: trained before; only the evaluation runs", output_dir)
         training_args.do_train = data_args.zero_shot = False
-        model_args.model_name_or_path = str(find_adapter(output_dir))
+        model_args.model_name_or_path = str(trained)
     method.trains = training_args.do_train
     set_seed(training_args.seed)
     examples = load_examples(data_args, training_args, method)
 
     # ZeRO-3 must not shard the model while it is read, but when training begins, after the method is attached.
     unset_hf_deepspeed_config()
-    loaded = load_model(model_args, data_args)
+    narrow = training_args.bf16 and not method.float32_base  # what trains is float32 all the same
+    loaded = load_model(model_args, data_args, dtype=torch.bfloat16 if narrow else torch.float32)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:
@@ -129,6 +138,7 @@ def run(
         score(trainer, examples["unseen"], output_dir, "unseen")
     if trainer.is_world_process_zero():
         complete(output_dir)
+    trainer.release()
 
 
 @contextlib.contextmanager
@@ -136,17 +146,23 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
     """Lock the output folder, so that a process that outlived its script does not write beside a later one.
 
     Raises:
-        InputError: another run holds it.
+        InputError: another run holds it, or a machine does not see it.
     """
-    if training_args.process_index:
-        yield
-        return
     folder = Path(training_args.output_dir)
+    lock = FileLock(folder / ".lock", timeout=0)
+
+    def acquire() -> None:
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+
+    of_first_rank(acquire)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+        check_shared(folder)
+        yield
+    finally:
+        lock.release()
 
 
 def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
@@ -154,7 +170,7 @@ def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
     ("True": the last in the output folder)."""
     checkpoint = trainer.args.resume_from_checkpoint
     if checkpoint in ("True", "true") or (checkpoint is None and progress is Progress.BEGUN):
-        checkpoint = latest_complete(Path(trainer.args.output_dir))
+        checkpoint = of_first_rank(lambda: latest_complete(Path(trainer.args.output_dir)))
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     trainer.method.begin_task(trainer.model, trainer.shown_batches())

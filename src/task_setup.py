@@ -6,6 +6,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from datasets import Dataset, DatasetDict
 
 from arguments import DataArguments, ModelArguments, UIETrainingArguments
@@ -81,7 +82,8 @@ def _of_datasets(examples: Dataset, wanted: Callable[[str], bool]) -> Dataset:
     return examples.select([index for index, dataset in enumerate(examples["Dataset"]) if wanted(dataset)])
 
 
-def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True) -> LoadedModel:
+def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True,
+               dtype: torch.dtype = torch.float32) -> LoadedModel:
     """The model that the arguments name; without `weights` only its shapes, for checks."""
     return load_model_and_tokenizer(
         model_args.model_name_or_path,
@@ -94,6 +96,7 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights:
         resize_position_embeddings=model_args.resize_position_embeddings,
         max_source_length=data_args.max_source_length,
         weights=weights,
+        dtype=dtype,
     )
 
 

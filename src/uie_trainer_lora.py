@@ -137,6 +137,14 @@ class UIETrainer(Seq2SeqTrainer):
             self._penalties.clear()
         super().log(logs, start_time)
 
+    def release(self) -> None:
+        """Let go of the engine and the model, which DeepSpeed's hooks would keep alive through the next tasks."""
+        self.accelerator.free_memory()  # also destroys the engine
+        if self.is_deepspeed_enabled:
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+            FWD_MODULE_STACK.clear()  # stage 3 pushes the model and leaves it there
+
     # Evaluation
 
     def evaluation_loop(
@@ -165,9 +173,11 @@ class UIETrainer(Seq2SeqTrainer):
             show_progress=not args.disable_tqdm and self.is_world_process_zero(),
         )
         if metric_key_prefix == "eval" or self.args.predict_loss:
-            metrics["loss"] = prediction.loss()
+            with self.accelerator.autocast():  # the precision of training
+                metrics["loss"] = prediction.loss()
         if not self.args.prediction_loss_only:
-            tokens = prediction.answers()
+            with self.accelerator.autocast():
+                tokens = prediction.answers()
             texts = [text.strip() for text in self.processing_class.batch_decode(tokens, skip_special_tokens=True)]
             metrics |= evaluate_predictions(examples, texts, multilingual=self.multilingual)
             metrics["gen_len"] = (tokens != self.processing_class.pad_token_id).sum(1).float().mean().item()

@@ -187,6 +187,37 @@ def test_checkpoints_of_a_finished_task_go_if_asked_and_its_trainer_always(comma
     assert not list(tmp_path.glob("outputs/*/checkpoint-*"))
 
 
+ALIVE = """
+import gc, sys, torch, run_order, run_uie_lora
+run = run_uie_lora.main
+def run_and_count(command):
+    status = run(command)
+    gc.collect()
+    held = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    print("bytes alive:", sum({storage.data_ptr(): storage.nbytes() for storage in held}.values()))
+    return status
+run_uie_lora.main = run_and_count
+sys.exit(run_order.main())
+"""
+
+
+@pytest.mark.parametrize("stage", (3, *(pytest.param(n, marks=pytest.mark.recipe) for n in (None, 0, 1, 2))))
+def test_a_finished_task_leaves_no_tensor_in_memory(stage, mini_benchmark, tmp_path):
+    """One rank of DeepSpeed's launcher, without the launcher. A tiny T5 has 4 MB of weights."""
+    write_order(tmp_path / "three_configs", [*TASKS, ("TC", "agnews")])
+    words = chain_words(tmp_path / "three_configs", mini_benchmark, tmp_path / "outputs", "t5",
+                        "--max_steps", "1", "--max_predict_samples", "1", "--lamda_1", "0")  # fmt: skip
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port())}  # fmt: skip
+    if stage is not None:
+        words += ["--deepspeed", f"configs/ds_configs/stage{stage}.config"]
+    done = subprocess.run([sys.executable, "-c", ALIVE, *words], cwd=ROOT, capture_output=True, text=True,
+                          env=ENVIRONMENT | (rank if stage is not None else {}) | {"PYTHONPATH": str(ROOT / "src")})
+    assert done.returncode == 0, done.stdout + done.stderr
+    alive = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("bytes alive:")]
+    assert len(alive) == 3 and max(alive) < 1000, alive
+
+
 # --- before the first task ---
 
 

@@ -55,6 +55,7 @@ class Method:
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
+        float32_base: whether the base model is read in float32 under `--bf16` too, as its weights themselves change.
         trains: whether training follows; otherwise the folder to load is this task's own. Set before `prepare`.
     """
 
@@ -63,6 +64,7 @@ class Method:
     step_factor = 1
     shown_rows: int | None = 64
     averages_micro_batches = False
+    float32_base = False
     trains = True
     presets: Mapping[str, Mapping[str, object]] = {}
 
@@ -171,7 +173,7 @@ class Method:
 
     def changed_weights(self) -> dict[str, torch.Tensor]:
         """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
-        return {name: layer.weight for name, layer in self.changed.items()}
+        return {name: full_rank.exact(layer) for name, layer in self.changed.items()}
 
     # Saying what the run does
 
@@ -329,7 +331,7 @@ class LoraMethod(Method):
             self.factors_to_save = folded_factors(self.model, self._exact_values())
             for name, layer in self.changed.items():
                 with self.optimizer_state.gathered([layer.weight]):
-                    self.weights_to_save[name] = layer.weight.detach().to("cpu", copy=True)
+                    self.weights_to_save[name] = full_rank.exact(layer).detach().to("cpu", copy=True)
             return
         if self.under_deepspeed:
             exact = self._exact_values()
@@ -410,6 +412,7 @@ class FullRankMethod(Method):
     """The weights of the base model that `--optim_target_modules` names train themselves; there is no LoRA."""
 
     Arguments: type[TargetArguments] = TargetArguments
+    float32_base = True
     zero_stage = None  # the optimizer, or the hooks on gradients, need whole weights
 
     def prepare(

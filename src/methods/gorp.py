@@ -48,6 +48,9 @@ NOT_REPRODUCED = (
 @dataclass
 class GorpArguments(ChangePenaltyArguments, SpaceArguments, ProjectionArguments, LoraArguments):
     def check_with(self, training, zero_stage):
+        if self.galore_engine == "auto" and training.do_train and training.bf16 and zero_stage is None:
+            # 16-bit weights beside small cores; dense gradients need float32 weights.
+            self.galore_engine = "dense" if self.protect == "gp_second" else "cores"
         super().check_with(training, zero_stage)
         if self.protect == "gp_second" and (zero_stage is not None or self.galore_engine == "cores"):
             engine = "--galore_engine cores" if zero_stage is None else "DeepSpeed"
@@ -62,6 +65,7 @@ class Gorp(LoraMethod):
 
     def __init__(self, options):
         super().__init__(options)
+        self.float32_base = options.galore_engine == "dense"
         self.released = self.averages_micro_batches = options.preset == "released"
         self.protects = options.protect != "none"
         self.idle = {name for name in vars(options) if self.released and name in RELEASED}
