@@ -129,7 +129,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
     collator = build_collator(loaded, data_args, training_args)
     check_generation(loaded, data_args)
     for split, of_split in examples.items():
-        if split != "validation" and len(of_split):  # a method may train on no examples
+        if split != "validation" or training_args.do_eval:
             collator.check(of_split)
     return UIETrainer(
         model=model,

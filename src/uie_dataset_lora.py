@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,8 @@ def read_labels(path: str | os.PathLike) -> list[str]:
 
     Raises:
         InputError: unreadable, or not a non-empty array of distinct, non-blank strings; or two of them differ only in
-            case, spaces or punctuation, so that exact match would count a wrong answer as correct.
+            case, spaces or punctuation, so that exact match would count a wrong answer as correct, or in how Unicode
+            composes the same characters.
     """
     labels = read_json(path)
     if not isinstance(labels, list) or not labels:
@@ -229,11 +231,11 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     for index, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip() or label in labels[:index]:
             raise InputError(f"{path}, entry {index}: found {label!r}; allowed: distinct, non-blank strings")
-        twin = scored_as.setdefault(normalise(label), label)
+        twin = scored_as.setdefault(normalise(unicodedata.normalize("NFC", label)), label)
         if twin is not label:
             raise InputError(
-                f"{path}, entry {index}: found {label!r} beside {twin!r}; allowed: labels that differ in more than "
-                "case, spaces and punctuation, which the score ignores"
+                f"{path}, entry {index}: found {label!a} beside {twin!a}; allowed: labels that differ in more than "
+                "case, spaces and punctuation, which the score ignores, and Unicode's composition of characters"
             )
     return labels
 
