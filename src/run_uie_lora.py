@@ -78,6 +78,8 @@ def run(
         RunStopped: losses or gradients are not finite.
     """
     set_up_logging(training_args)
+    if ignored := training_args.ignored():
+        logger.info("ignored: %s", ", ".join(f"--{name}" for name in ignored))
     check_data_arguments(data_args)
     method = find_method(method_args.method)(method_args)
     output_dir = Path(training_args.output_dir)
@@ -104,6 +106,8 @@ def run(
         set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     trainer = build_trainer(model, method, loaded, examples, data_args, training_args)
     run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
+    if training_args.do_train and len(examples["train"]):
+        draw_first_batch(trainer)
     claim_output_dir(trainer, run_record, progress)  # after all checks: a rejected run must not delete results
 
     if "zero_shot" in examples:
@@ -129,6 +133,20 @@ def run(
         score(trainer, examples["unseen"], output_dir, "unseen")
     if trainer.is_world_process_zero():
         complete(output_dir)
+
+
+def draw_first_batch(trainer: UIETrainer) -> None:
+    """Draw and tokenise a first batch, so that what fails there does so before earlier results are removed.
+
+    Raises:
+        InputError: there is none.
+    """
+    with torch.random.fork_rng():
+        places = next(iter(trainer.get_train_dataloader().batch_sampler), None)
+    if places is None:
+        raise InputError(f"--dataloader_drop_last: found true, with which {len(trainer.train_dataset)} examples make "
+                         f"no batch of {trainer.args.train_batch_size}; false, or a smaller batch")
+    trainer.data_collator.lengths([trainer.train_dataset[place] for place in places])
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
         decoder_only=loaded.decoder_only,
         multilingual=data_args.multilingual,
         generation={
-            "max_new_tokens": training_args.generation_max_length or data_args.max_target_length,
+            "max_new_tokens": data_args.max_target_length,
             "num_beams": data_args.num_beams,
             "repetition_penalty": data_args.repetition_penalty,
             "do_sample": False,
