@@ -17,7 +17,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 from transformers import TrainerState, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -27,7 +27,7 @@ from checkpoints import latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line
 from errors import InputError, RunStopped, is_disk_full
-from files import whole_file, whole_folder, write_json
+from files import locked, whole_file, whole_folder, write_json
 from methods import find_method
 from methods.base_options import MethodArguments
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
@@ -161,7 +161,7 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
         return
     folder = Path(training_args.output_dir)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with locked(folder / ".lock", timeout=0):
             yield
     except Timeout:
         raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
