@@ -102,13 +102,14 @@ REJECTED = {
     "no run could resume from such checkpoints":
         "save_only_model save_on_each_node enable_jit_checkpoint restore_callback_states_from_checkpoint",
     "src/export.py writes a model to upload": "push_to_hub",
+    "a command line is logged; `hf auth login` or the variable HF_TOKEN keeps it secret": "hub_token",
     "--max_non_finite_steps watches losses and gradients": "debug",
 }
 # ... and those that decide nothing here, which the run reports; the last ones are for --report_to trackio.
 IGNORED = (
     "use_cache eval_accumulation_steps eval_do_concat_batches eval_use_gather_object include_for_metrics "
-    "batch_eval_metrics sortish_sampler length_column_name hub_token hub_private_repo hub_model_id hub_strategy "
-    "hub_always_push hub_revision"
+    "batch_eval_metrics sortish_sampler length_column_name hub_private_repo hub_model_id hub_strategy hub_always_push "
+    "hub_revision"
 ).split()
 TRACKIO = "project trackio_space_id trackio_bucket_id trackio_static_space_id".split()
 
@@ -176,7 +177,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         for reason, names in REJECTED.items():
             for name in names.split():
                 found = getattr(self, name)
-                check(found in (None, _default(name)), name, found, f"only the default is allowed: {reason}")
+                shown = "a secret" if name == "hub_token" else found
+                check(found in (None, _default(name)), name, shown, f"only the default is allowed: {reason}")
         check(self.train_sampling_strategy in ("random", "sequential"), "train_sampling_strategy",
               self.train_sampling_strategy, "random or sequential")
 

@@ -419,6 +419,7 @@ CASES: dict[str, list[Case]] = {
         Case("checkpoints without the optimizer", flags("--save_only_model", "True"),
              "--save_only_model: found True; only the default is allowed: no run could resume"),
         Case("an upload", flags("--push_to_hub", "True"), "only the default is allowed: src/export.py writes"),
+        Case("a secret", flags("--hub_token", "hf_abc"), "--hub_token: found a secret; only the default is allowed"),
         Case("another optimizer", flags("--optim", "sgd"),
              "--optim: found sgd; only the default is allowed: the method brings its own optimizer"),
         Case("beams by Hugging Face's flag", flags("--generation_num_beams", "4"),

@@ -388,6 +388,14 @@ def test_bad_input_is_said_once(checkout):
     assert "table of" not in done.stdout
 
 
+@pytest.mark.parametrize("flag", ["--hub_token hf_secret", "--hub_token=hf_secret", "--hub-token 'hf_secret'"])
+def test_a_secret_reaches_no_log(flag, checkout):
+    done = order_1(checkout, EXTRA=flag)
+    log = (checkout / "logs" / "order_1.log").read_text()
+    assert "hf_secret" not in log + done.stdout + done.stderr
+    assert "***" in log and "EXTRA override these" in done.stdout
+
+
 def test_fresh_is_passed_on_with_the_log_that_goes_too():
     assert flags(dry_run("scripts/order_1.sh", "--fresh")[0])["fresh"] == "logs/order_1.log"
     assert "fresh" not in flags(dry_run("scripts/order_1.sh")[0])
