@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENVIRONMENT, PREFIX, ROOT, arguments, free_port, predictions
+from helpers import ENVIRONMENT, PREFIX, ROOT, arguments, free_port, losses, predictions
 from safetensors.torch import load_file
 
 
@@ -61,23 +61,6 @@ def test_two_ranks_under_zero_train_what_one_process_trains(adapter_name, stage,
         assert (held > 0.99).sum() >= max(S.shape[1], spaces[1][name].shape[1]) - 1, name
 
 
-def test_two_ranks_train_another_method_too(mini_benchmark, tmp_path):
-    model, modules = PREFIX["t5_adapter"]
-    short = ["--method", "nlora", "--max_steps", "4", "--max_predict_samples", "4"]
-    sharded = ["--deepspeed", "configs/ds_configs/stage2.config", "--per_device_train_batch_size", "4"]
-    for dataset in ("dbpedia", "amazon"):
-        command = arguments(mini_benchmark, tmp_path / dataset, dataset, model, modules, *short, *sharded)
-        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
-        launched = [*launcher, "src/run_uie_lora.py", *command]
-        done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        model = tmp_path / dataset / "t5_adapter"
-    again = arguments(mini_benchmark, tmp_path / "again", "amazon", model, modules, *short)
-    again.remove("--do_train")
-    subprocess.run([sys.executable, "src/run_uie_lora.py", *again], cwd=ROOT, env=ENVIRONMENT, check=True)
-    assert predictions(tmp_path / "again") == predictions(tmp_path / "amazon")
-
-
 @pytest.mark.parametrize(("adapter_name", "stage"), [("t5_adapter", 2), ("llama_adapter", 3)])
 def test_a_sharded_run_goes_on_from_its_checkpoint(adapter_name, stage, mini_benchmark, tmp_path):
     """On as many ranks bit by bit, with a schedule; in one process, here T5's, with other last digits."""
@@ -123,8 +106,3 @@ def test_two_ranks_predict_what_one_predicts(adapter_name, how, mini_benchmark, 
     assert one["predict_samples"] == two["predict_samples"] == 23
     assert one["predict_gen_len"] == two["predict_gen_len"]
     assert two["predict_loss"] == pytest.approx(one["predict_loss"], rel=1e-4)
-
-
-def losses(folder: Path) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
