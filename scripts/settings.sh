@@ -22,7 +22,7 @@ common=(
     --do_train --do_predict --predict_with_generate
     --instruction_file configs/instruction_config.json --instruction_strategy single
     --add_task_name True --add_dataset_name True
-    --max_source_length 512 --max_target_length 50 --generation_max_length 50
+    --max_source_length 512 --max_target_length 50
     --num_train_epochs 1 --lr_scheduler_type constant --warmup_steps 0
     --galore_proj_type std  # the default of the released code, whose scripts pass none
     --logging_strategy steps --logging_steps 10 --eval_strategy no --save_strategy no

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 from transformers import TrainerState, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -27,7 +27,7 @@ from checkpoints import latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line
 from errors import InputError, RunStopped, is_disk_full
-from files import whole_file, whole_folder, write_json
+from files import locked, whole_file, whole_folder, write_json
 from methods import find_method
 from methods.base_options import MethodArguments
 from ranks import check_shared, of_first_rank
@@ -81,6 +81,8 @@ def run(
     set_up_logging(training_args)
     if idle := training_args.idle_gpus():
         logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
+    if ignored := training_args.ignored():
+        logger.info("ignored: %s", ", ".join(f"--{name}" for name in ignored))
     check_data_arguments(data_args)
     method = find_method(method_args.method)(method_args)
     output_dir = Path(training_args.output_dir)
@@ -113,6 +115,8 @@ def run(
         set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     trainer = build_trainer(model, method, loaded, examples, data_args, training_args)
     run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
+    if training_args.do_train and len(examples["train"]):
+        draw_first_batch(trainer)
     claim_output_dir(trainer, run_record, progress)  # after all checks: a rejected run must not delete results
 
     if "zero_shot" in examples:
@@ -141,6 +145,20 @@ def run(
     trainer.release()
 
 
+def draw_first_batch(trainer: UIETrainer) -> None:
+    """Draw and tokenise a first batch, so that what fails there does so before earlier results are removed.
+
+    Raises:
+        InputError: there is none.
+    """
+    with torch.random.fork_rng():
+        places = next(iter(trainer.get_train_dataloader().batch_sampler), None)
+    if places is None:
+        raise InputError(f"--dataloader_drop_last: found true, with which {len(trainer.train_dataset)} examples make "
+                         f"no batch of {trainer.args.train_batch_size}; false, or a smaller batch")
+    trainer.data_collator.lengths([trainer.train_dataset[place] for place in places])
+
+
 @contextlib.contextmanager
 def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
     """Lock the output folder, so that a process that outlived its script does not write beside a later one.
@@ -149,20 +167,17 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
         InputError: another run holds it, or a machine does not see it.
     """
     folder = Path(training_args.output_dir)
-    lock = FileLock(folder / ".lock", timeout=0)
+    with contextlib.ExitStack() as held:
 
-    def acquire() -> None:
-        try:
-            lock.acquire()
-        except Timeout:
-            raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+        def lock() -> None:
+            try:
+                held.enter_context(locked(folder / ".lock", timeout=0))
+            except Timeout:
+                raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
 
-    of_first_rank(acquire)
-    try:
+        of_first_rank(lock)
         check_shared(folder)
         yield
-    finally:
-        lock.release()
 
 
 def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:

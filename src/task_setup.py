@@ -132,7 +132,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
     collator = build_collator(loaded, data_args, training_args)
     check_generation(loaded, data_args)
     for split, of_split in examples.items():
-        if split != "validation" and len(of_split):  # a method may train on no examples
+        if split != "validation" or training_args.do_eval:
             collator.check(of_split)
     return UIETrainer(
         model=model,
@@ -146,7 +146,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
         decoder_only=loaded.decoder_only,
         multilingual=data_args.multilingual,
         generation={
-            "max_new_tokens": training_args.generation_max_length or data_args.max_target_length,
+            "max_new_tokens": data_args.max_target_length,
             "num_beams": data_args.num_beams,
             "repetition_penalty": data_args.repetition_penalty,
             "do_sample": False,

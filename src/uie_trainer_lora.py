@@ -178,7 +178,7 @@ class UIETrainer(Seq2SeqTrainer):
         if not self.args.prediction_loss_only:
             with self.accelerator.autocast():
                 tokens = prediction.answers()
-            texts = [text.strip() for text in self.processing_class.batch_decode(tokens, skip_special_tokens=True)]
+            texts = collator.decode(tokens)
             metrics |= evaluate_predictions(examples, texts, multilingual=self.multilingual)
             metrics["gen_len"] = (tokens != self.processing_class.pad_token_id).sum(1).float().mean().item()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})

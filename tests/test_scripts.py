@@ -83,7 +83,7 @@ EVERYWHERE = {
     "method": "gorp", "seed": "42", "data_dir": "CL_Benchmark", "do_train": "", "do_predict": "",
     "predict_with_generate": "", "instruction_file": "configs/instruction_config.json",
     "instruction_strategy": "single", "add_task_name": "True", "add_dataset_name": "True", "max_source_length": "512",
-    "max_target_length": "50", "generation_max_length": "50", "num_train_epochs": "1", "lr_scheduler_type": "constant",
+    "max_target_length": "50", "num_train_epochs": "1", "lr_scheduler_type": "constant",
     "warmup_steps": "0", "galore_proj_type": "std", "eval_strategy": "no", "save_strategy": "no",
     "logging_strategy": "steps", "logging_steps": "10",
 }
@@ -386,6 +386,14 @@ def test_bad_input_is_said_once(checkout):
     done = order_1(checkout, FAIL_AT="dbpedia", FAIL_WITH="2")
     assert (done.returncode, done.stderr) == (2, "error: --flag: bad\n")
     assert "table of" not in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--hub_token hf_secret", "--hub_token=hf_secret", "--hub-token 'hf_secret'"])
+def test_a_secret_reaches_no_log(flag, checkout):
+    done = order_1(checkout, EXTRA=flag)
+    log = (checkout / "logs" / "order_1.log").read_text()
+    assert "hf_secret" not in log + done.stdout + done.stderr
+    assert "***" in log and "EXTRA override these" in done.stdout
 
 
 def test_fresh_is_passed_on_with_the_log_that_goes_too():

@@ -67,8 +67,7 @@ class Prediction:
                 self.bounds[example["Dataset"]] = max(answer, self.bounds.get(example["Dataset"], 1))
         greedy = self.generation.get("num_beams", 1) == 1
         self.shares_beginnings = self.shares_beginnings and greedy
-        # At a bound beams are ranked, or the end is forced: another bound could change the answer.
-        self.bounded = self.bounded and greedy and self.model.generation_config.forced_eos_token_id is None
+        self.bounded = self.bounded and greedy  # at a bound beams are ranked: another bound could change the answer
 
     @torch.no_grad()
     def answers(self) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +29,9 @@ from model.llama import LlamaForCausalLM_with_lossmask
 
 ADAPTER_CONFIG = "adapter_config.json"
 FLAG = "--model_name_or_path"
+# In a generation config, but no settings of the base: the token ids are the tokenizer's, or those of training.
+NO_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_from_model_config",
+               "transformers_version")
 
 logger = logging.getLogger("gorp")
 
@@ -99,6 +103,8 @@ def load_model_and_tokenizer(
     place = {} if weights else {"device_map": "meta"}
     model = _load_weights(model_class, base_name, config=config, dtype=dtype, **place, **hub)
     _grow_positions(model, max_source_length, resize_position_embeddings)
+    _drop_generation_settings(model, base_name)
+    _drop_generation_settings(model, base_name)
     _set_special_tokens(model, tokenizer, decoder_only)
     _grow_embeddings(model, tokenizer)
     return LoadedModel(model, tokenizer, decoder_only, previous, base_name)
@@ -240,6 +246,20 @@ def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
 
 
 # Making model, tokenizer and settings agree
+
+
+def _drop_generation_settings(model: PreTrainedModel, base_name: str) -> None:
+    """Drop the base's own generation settings, which `generate` would mix into every answer, and log them.
+
+    An answer begins with the token that it begins with in training.
+    """
+    found = model.generation_config.to_diff_dict()
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None)
+    )
+    usual = GenerationConfig._get_default_generation_params() | {name: found.get(name) for name in NO_SETTINGS}
+    if dropped := [f"{name} {value}" for name, value in found.items() if value != usual.get(name, False)]:
+        logger.info("%s: its generation settings are ignored: %s", base_name, ", ".join(dropped))
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoder_only: bool) -> None:
