@@ -87,7 +87,7 @@ def predictions(folder: Path) -> list[dict]:
 # The scripts, in a checkout of their own whose entry is a stand-in
 
 VARIABLES = ("MODEL", "DATA_DIR", "METHOD", "NPROC", "DS_CONFIG", "SEED", "OUTPUT", "EXTRA", "SAVE_STEPS",
-             "DRY_RUN", "VIRTUAL_ENV")
+             "DRY_RUN", "GORP_ENV", "VIRTUAL_ENV")
 ENTRY = """
 import json, os, pathlib, sys
 order = pathlib.Path(sys.argv[1])
