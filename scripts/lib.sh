@@ -216,7 +216,7 @@ run_order() {  # FAMILY NAME
         "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
         trap - INT
         say "$name took $((SECONDS - started)) s; results in $order_dir, log in $log"
-        [ "$mode" != tiny ] || what_next
+        [[ $mode != tiny || -n ${OUTPUT:-} ]] || what_next
     fi
 }
 
@@ -260,7 +260,7 @@ what_next() {
     for other in gorp seqlora sgorp; do
         [ "$other" = "$method" ] || say "another method:  METHOD=$other $again"
     done
-    say "all of them compared:  ${PYTHON#"$PWD"/} src/report ${OUTPUT:-$outputs} --out report"
+    say "all of them compared:  ${PYTHON#"$PWD"/} src/report $outputs --out report"
 }
 
 # Create the data and model of small runs if they are missing.

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import Seq2SeqTrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from errors import InputError
 from files import check_writable, read_json
@@ -122,7 +123,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         super().__post_init__()
         known = get_available_reporting_integrations()
         for name in self.report_to:
-            check(name in known, "report_to", name, ", ".join(["none", *known]))
+            hint = f"; pip install {name} adds it" if name in INTEGRATION_TO_CALLBACK else ""
+            check(name in known, "report_to", name, ", ".join(["none", *known]) + " are installed here" + hint)
 
     def check_deepspeed(self, path: str) -> None:
         """Reject a DeepSpeed file that does not fit these arguments, see `check_deepspeed_file`."""

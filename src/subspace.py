@@ -8,12 +8,14 @@ moment (as in GPM), because the gradient's rows are combinations of inputs.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from errors import InputError
 from files import read_tensors, whole_file
@@ -123,7 +125,8 @@ class GradientSpace:
         Raises:
             InputError: a moment's shape does not fit its basis.
         """
-        for name, moment in moments.items():
+        hidden = os.environ.get("RANK", "0") != "0"
+        for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1, disable=hidden):
             if not moment.any() or not moment.isfinite().all():
                 log.warning("%s: the moment is zero or not finite; its gradient space does not change", name)
                 continue

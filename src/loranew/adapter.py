@@ -22,7 +22,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
-logger = logging.getLogger("gorp")
+detail = logging.getLogger("gorp.detail")
 
 
 def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
@@ -79,7 +79,7 @@ def fold_loranew(peft_model: PeftModel) -> None:
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
     if config.save_loranew:
-        logger.info("save_loranew is set: the new factors stay separate from the memory")
+        detail.info("save_loranew is set: the new factors stay separate from the memory")
         return
     for layer in loranew_layers(peft_model).values():
         layer.fold(name)
