@@ -16,6 +16,7 @@ import torch
 from transformers import SchedulerType, Seq2SeqTrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from errors import InputError, nearest
 from files import check_writable, read_json
@@ -162,7 +163,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         super().__post_init__()
         known = get_available_reporting_integrations()
         for name in self.report_to:
-            check(name in known, "report_to", name, ", ".join(["none", *known]))
+            hint = f"; pip install {name} adds it" if name in INTEGRATION_TO_CALLBACK else ""
+            check(name in known, "report_to", name, ", ".join(["none", *known]) + " are installed here" + hint)
         if not (self.do_train or self.do_eval or self.do_predict):
             raise InputError("--do_train, --do_eval, --do_predict: found none of them; one or more")
         check(not self.fp16 or self.device.type != "cpu", "fp16", "true", "false on a CPU, where --bf16 works")

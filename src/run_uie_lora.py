@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,12 +32,14 @@ from files import locked, whole_file, whole_folder, write_json
 from methods import find_method
 from methods.base_options import MethodArguments
 from ranks import check_shared, of_first_rank
+from report.matrix import accuracy_matrix, average_performance, backward_transfer
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
+from task_examples import place_in_order
 from task_setup import build_trainer, example_options, load_examples, load_model
 from uie_dataset_lora import data_files
 from uie_trainer_lora import UIETrainer
 
-logger = logging.getLogger("gorp")
+logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as in a shell
 
 
@@ -78,6 +81,7 @@ def run(
             changed.
         RunStopped: losses or gradients are not finite.
     """
+    started = time.monotonic()
     set_up_logging(training_args)
     if idle := training_args.idle_gpus():
         logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
@@ -123,8 +127,10 @@ def run(
         with torch.random.fork_rng():  # so that evaluation does not change training
             score(trainer, examples["zero_shot"], output_dir, "zero_shot")
     if training_args.do_train:
-        for line in method.summary():
-            logger.info(line)
+        first, *others = method.summary()
+        logger.info(first)
+        for line in others:  # the same for every task: on the terminal only once
+            (detail if place_in_order(data_args.task_config_dir)[0] else logger).info(line)
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
         if len(examples["train"]):
             record(output_dir, "train", train(trainer, len(examples["train"]), progress), trainer)
@@ -137,7 +143,7 @@ def run(
     if training_args.do_eval:
         record(output_dir, "eval", trainer.evaluate(), trainer)
     if training_args.do_predict:
-        predict(trainer, examples["test"], output_dir)
+        predict(trainer, examples["test"], output_dir, data_args, started)
     if "unseen" in examples:
         score(trainer, examples["unseen"], output_dir, "unseen")
     if trainer.is_world_process_zero():
@@ -197,7 +203,7 @@ def save_task(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
     trainer.method.revisit(trainer.model_wrapped, trainer.shown_batches())
     trainer.method.end_task()
     for line in trainer.method.closing_summary():
-        logger.info(line)
+        detail.info(line)
     if trainer.is_world_process_zero():
         with whole_folder(adapter) as partial:
             trainer.method.save(partial)
@@ -214,7 +220,8 @@ def copy_previous(trainer: UIETrainer, previous: Path, adapter: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def predict(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path) -> None:
+def predict(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path, data_args: DataArguments,
+            started: float) -> None:
     """Answer the test examples of every task so far; write predictions as JSON lines, and the scores."""
     output = trainer.predict(examples, metric_key_prefix="predict")
     if trainer.is_world_process_zero():
@@ -225,8 +232,33 @@ def predict(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path) -
                 kept = {key: example[key] for key in ("Task", "Dataset", "Instance")}
                 lines.write(json.dumps(kept | {"Prediction": prediction}, ensure_ascii=False) + "\n")
     metrics = output.metrics | {"predict_samples": len(examples), "predict_global_step": trainer.state.global_step}
+    index, order = place_in_order(data_args.task_config_dir)
+    tested = sorted(dict.fromkeys(examples["Dataset"]), key=[*order, *examples["Dataset"]].index)
     record(output_dir, "predict", metrics, trainer)
-    logger.info(accuracy_line(metrics, list(dict.fromkeys(examples["Dataset"])), output_dir.name, prefix="predict_"))
+    track(trainer, metrics, tested, index + 1)
+    took = f"{output_dir.name} ({time.monotonic() - started:.0f} s)"
+    logger.info(accuracy_line(metrics, tested, took, prefix="predict_"))
+
+
+def track(trainer: UIETrainer, metrics: dict, tested: list[str], task: int) -> None:
+    """Send the accuracies of all tasks so far, AP and BWT to the trackers of `--report_to`, and end their runs: each
+    task is a run of its own."""
+    args = trainer.args
+    if not trainer.is_world_process_zero():
+        return
+    scores = {f"test_accuracy_{dataset}": metrics[f"predict_exact_match_for_{dataset}"] for dataset in tested}
+    with contextlib.suppress(InputError):  # a folder of one's own, not an order's
+        _, matrix = accuracy_matrix(Path(args.output_dir).parents[1])
+        measures = {"AP": average_performance(matrix), "BWT": backward_transfer(matrix)}
+        scores |= {f"test_{name}": value for name, value in measures.items() if value is not None}
+    mlflow = sys.modules["mlflow"] if "mlflow" in args.report_to else None
+    if mlflow and mlflow.active_run() is None and mlflow.last_active_run():  # the callback ended it with training
+        mlflow.start_run(run_id=mlflow.last_active_run().info.run_id)
+    trainer.log(scores | {"test_task": task})
+    if mlflow:
+        mlflow.end_run()
+    if "wandb" in args.report_to:
+        sys.modules["wandb"].finish()
 
 
 def score(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path, part: str) -> None:

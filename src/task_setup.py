@@ -13,7 +13,7 @@ from arguments import DataArguments, ModelArguments, UIETrainingArguments
 from errors import InputError
 from methods import Method
 from model.loading import LoadedModel, load_model_and_tokenizer
-from task_examples import OrderExamples, first_examples, first_examples_of_each
+from task_examples import OrderExamples, first_examples, first_examples_of_each, place_in_order
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import ExampleOptions, load_uie_dataset
 from uie_trainer_lora import DenserEvaluation, UIETrainer
@@ -131,6 +131,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
     """The trainer of this task, with its collator, generation settings and callbacks."""
     collator = build_collator(loaded, data_args, training_args)
     check_generation(loaded, data_args)
+    index, order = place_in_order(data_args.task_config_dir)
     for split, of_split in examples.items():
         if split != "validation" or training_args.do_eval:
             collator.check(of_split)
@@ -145,6 +146,8 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
         method=method,
         decoder_only=loaded.decoder_only,
         multilingual=data_args.multilingual,
+        name=f"task {index + 1} of {len(order)}: {order[index]}",
+        tasks_left=len(order) - 1 - index,
         generation={
             "max_new_tokens": data_args.max_target_length,
             "num_beams": data_args.num_beams,

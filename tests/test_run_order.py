@@ -49,7 +49,7 @@ def one_process_a_task(launch: list[str], words: list[str]) -> None:
     options, flags = run_order.parse_order(words)
     start = options.model_name_or_path
     for number, step in enumerate(read_order(options.order), start=1):
-        task = run_order.task_flags(options, number, step, start)
+        task = run_order.task_flags(options, number, step, start, "chain")
         subprocess.run([*launch, "src/run_uie_lora.py", *task, *flags], cwd=ROOT, env=ENVIRONMENT, check=True)
         start = next((options.output_dir / run_order.task_folder(number, step)).glob("*_adapter"))
 
@@ -126,9 +126,9 @@ def test_each_task_starts_from_the_one_before():
     options, _ = run_order.parse_order(["configs/order4_configs", "--model_name_or_path", "m", "--output_dir", "out"])
     folders = [run_order.task_folder(number, step) for number, step in enumerate(steps, 1)]
     assert folders[:2] + folders[-1:] == ["1-MNLI", "2-CB", "15-yahoo"]
-    assert run_order.task_flags(options, 2, steps[1], "out/1-MNLI/t5_adapter") == [
+    assert run_order.task_flags(options, 2, steps[1], "out/1-MNLI/t5_adapter", "order4-gorp-seed42") == [
         "--model_name_or_path", "out/1-MNLI/t5_adapter", "--task_config_dir", str(steps[1].folder),
-        "--output_dir", "out/2-CB", "--run_name", "order4_round2"]
+        "--output_dir", "out/2-CB", "--run_name", "order4-gorp-seed42-2-CB"]
 
 
 # --- ends, and going on ---
@@ -164,7 +164,7 @@ def test_a_second_task_that_ends_leaves_the_first_whole_and_the_order_goes_on(
     capfd.readouterr()
     assert run_order.main(command()) == 0
     said = capfd.readouterr().out
-    assert f"[gorp] {first}: finished before" in said and "[gorp] after 2-amazon: " in said
+    assert f"[gorp] {first}: finished before" in said and "[gorp] after 2-amazon (" in said
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.name != ".lock"} == before
     assert (tmp_path / "outputs" / "2-amazon" / "completed.json").exists()
 

@@ -23,7 +23,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 FACTORS = ("lora_A", "lora_B", "loranew_A", "loranew_B")
 
-logger = logging.getLogger("gorp")
+detail = logging.getLogger("gorp.detail")
 
 
 def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
@@ -80,7 +80,7 @@ def fold_loranew(peft_model: PeftModel) -> None:
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
     if config.save_loranew:
-        logger.info("save_loranew is set: the new factors stay separate from the memory")
+        detail.info("save_loranew is set: the new factors stay separate from the memory")
         return
     for layer in loranew_layers(peft_model).values():
         layer.fold(name)

@@ -178,10 +178,10 @@ class Method:
     # Saying what the run does
 
     def summary(self) -> list[str]:
-        """Lines for the start of a run: how many values train, and where; what was asked for in vain."""
+        """Lines for the start of a run: first what trains, is projected and is protected, then what is ignored."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        lines = [f"method {self.full_name}: {trained:,} of {total:,} values train; {self.describe()}"]
+        lines = [f"{self.full_name} trains {trained:,} of {total:,} parameters: {self.describe()}"]
         if ignored := self.ignored():
             lines.append(f"ignored by method {self.full_name}: {', '.join(f'--{name}' for name in ignored)}")
         return lines
@@ -206,7 +206,7 @@ class Method:
                 if name not in {"method", "preset", "ignored"} | self.idle}
 
     def describe(self) -> str:
-        """Where the values that train are, for `summary`."""
+        """Where the trainable parameters are, for `summary`."""
         raise NotImplementedError
 
     def closing_summary(self) -> list[str]:
@@ -366,7 +366,7 @@ class LoraMethod(Method):
 
     def describe(self) -> str:
         new = sum(factor.numel() for factor in self._trained_factors().values())
-        return f"{new:,} in the new LoRA of {len(loranew_layers(self.model))} layers"
+        return f"{new:,} in a new LoRA of {len(loranew_layers(self.model))} layers"
 
     # Access for subclasses
 
@@ -443,4 +443,4 @@ class FullRankMethod(Method):
 
     def describe(self) -> str:
         weights = sum(layer.weight.numel() for layer in self.targets.values())
-        return f"{len(self.targets)} weights of the base with {weights:,} values"
+        return f"{len(self.targets)} weights of the base with {weights:,} parameters"

@@ -174,21 +174,19 @@ class Gorp(LoraMethod):
     # What the run reports
 
     def summary(self) -> list[str]:
-        options, weights = self.options, sum(layer.weight.numel() for layer in self.targets.values())
-        lines = [*super().summary(), *([NOT_REPRODUCED] if self.released else [])]
-        lines.append(
-            f"full-rank: {weights:,} parameters of {len(self.targets)} weights train, projected "
-            f"({options.galore_proj_type}) to rank {options.galore_rank} every {options.galore_update_proj_gap} steps, "
-            f"lr {options.galore_lr}; engine: {self.engine.name}"
-        )
-        space = "none, nothing is protected"
-        if self.protects:
-            space = (
-                f"{options.protect} on the {options.protect_side} side, from {options.space_from}, of "
-                f"{len(self.protected)} LoRA factors and {len(self.targets)} weights; {self.space.total()} directions "
-                "of earlier tasks"
-            )
-        return [*lines, f"shared space: {space}"]
+        options = self.options
+        detail.info(
+            "full-rank weights: projection %s, new bases every %d steps, learning rate %s, engine %s; shared space: %s on "
+            "the %s side, from %s", options.galore_proj_type, options.galore_update_proj_gap, options.galore_lr,
+            self.engine.name, options.protect, options.protect_side, options.space_from,
+        )  # fmt: skip
+        return [*super().summary(), *([NOT_REPRODUCED] if self.released else [])]
+
+    def describe(self) -> str:
+        weights = sum(layer.weight.numel() for layer in self.targets.values())
+        protected = f"{self.space.total()} directions of earlier tasks protected" if self.protects else "nothing protected"
+        return (f"{super().describe()}, {weights:,} in {len(self.targets)} full-rank weights (gradients projected to rank "
+                f"{self.options.galore_rank}); {protected}")
 
     def closing_summary(self) -> list[str]:
         return [self.projection.line(), *([self.space.line()] if self.protects else [])]
