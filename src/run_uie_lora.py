@@ -29,6 +29,7 @@ from compute_metrics import accuracy_line
 from errors import InputError, RunStopped, is_disk_full
 from files import whole_file, whole_folder, write_json
 from methods import find_method
+from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
 from task_setup import build_trainer, example_options, load_examples, load_model
@@ -98,6 +99,7 @@ def run(
     # ZeRO-3 must not shard the model while it is read, but when training begins, after the method is attached.
     unset_hf_deepspeed_config()
     loaded = load_model(model_args, data_args)
+    choose_modules(method_args, loaded.model)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:
