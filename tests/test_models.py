@@ -18,7 +18,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 from helpers import ENVIRONMENT, ROOT, arguments, edit, free_port, gpt2, llama, predictions, t5
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from answer import answers
 
 DOCS = ROOT / "docs" / "MODELS.md"
 WIDTH = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -221,3 +224,115 @@ def same_answers(folder: Path, benchmark: Path) -> bool:
         assert answer.tolist() == expected + [tokenizer.pad_token_id] * (most - len(expected))
     assert len({tuple(answer) for answer in found.tolist()}) > 2
     return any("past_key_values" in prompts for prompts in prefixes)
+
+
+AUTO = ["--lora_modules", "auto", "--optim_target_modules", "auto", "--proj_lora_modules", "auto"]
+SHORT = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", "--max_predict_samples", "3"]
+
+
+def command(benchmark: Path, output: Path, dataset: str, model: Path, *extra: str) -> list[str]:
+    return arguments(benchmark, output, dataset, model, AUTO, *SHORT, *extra)
+
+
+@pytest.fixture(scope="session")
+def trained(make, mini_benchmark, tmp_path_factory):
+    """A function that trains a model on two tasks, once; returns their output folders."""
+    import run_uie_lora
+
+    done = {}
+
+    def train(name: str) -> list[Path]:
+        if name not in done:
+            root, model = tmp_path_factory.mktemp("two"), make(name)
+            for dataset in ("dbpedia", "amazon"):
+                assert run_uie_lora.main(command(mini_benchmark, root / dataset, dataset, model)) == 0
+                model = adapter(root / dataset)
+            done[name] = [root / "dbpedia", root / "amazon"]
+        return done[name]
+
+    return train
+
+
+def adapter(folder: Path) -> Path:
+    return next(folder.glob("*_adapter"))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {f"{path.name} {name}": value for path in adapter(folder).glob("*.safetensors")
+            for name, value in load_file(path).items()}  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", some(MODELS))
+def test_two_tasks(name, trained):
+    """The second task starts from the first, with LoRA and full-rank weights where the type's table entry says."""
+    first, second = trained(name)
+    ranks = [json.loads((adapter(folder) / "adapter_config.json").read_text())["r_sum"] for folder in (first, second)]
+    assert ranks == [8, 16] and len(predictions(second)) == 6
+    one, two = tensors(first), tensors(second)
+    assert len([key for key in two if key.startswith("full_rank")]) >= 2
+    for key, value in two.items():
+        if ".lora_A." in key:
+            assert torch.equal(value[:8], one[key])
+        elif key.startswith("full_rank"):
+            assert not torch.equal(value, one[key])
+    assert all(loss > 0 for loss in losses(second))
+
+
+@pytest.mark.parametrize("name", some(MODELS))
+def test_resume(name, trained, make, mini_benchmark, tmp_path):
+    """From a checkpoint within the task to the same bits."""
+    import run_uie_lora
+
+    complete = trained(name)[0]
+    shutil.copytree(complete / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    resumed = command(mini_benchmark, tmp_path / "out", "dbpedia", make(name), "--resume_from_checkpoint", "True")
+    assert run_uie_lora.main(resumed) == 0
+    found, expected = tensors(tmp_path / "out"), tensors(complete)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert predictions(tmp_path / "out") == predictions(complete)
+
+
+@pytest.mark.parametrize("name", some(MODELS))
+def test_export(name, trained, tmp_path):
+    """Transformers alone answers from the exported folder, prompt included, as the run did; so does src/answer.py."""
+    import export
+
+    folder = trained(name)[1]
+    assert export.main([str(folder), "--to", str(tmp_path / "model")]) == 0
+    kind = AutoModelForSeq2SeqLM if adapter(folder).name == "t5_adapter" else AutoModelForCausalLM
+    model, tokenizer = kind.from_pretrained(tmp_path / "model").eval(), AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert type(model).__name__ == json.loads((tmp_path / "model" / "config.json").read_text())["architectures"][0]
+    prompts = json.loads((tmp_path / "model" / "prompts.json").read_text())
+    for line in predictions(folder):
+        head = prompts["heads"][f"{line['Task']}/{line['Dataset']}"]
+        inputs = tokenizer(head + line["Instance"]["sentence"] + prompts["tail"], return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        ids = model.generate(**inputs, max_new_tokens=50, do_sample=False)[0]
+        ids = ids[inputs["input_ids"].shape[1] if kind is AutoModelForCausalLM else 1 :]
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == line["Prediction"]
+    for asked in (folder, tmp_path / "model"):
+        lines = predictions(folder)[:3]
+        given = [answers(asked, f"{line['Task']}/{line['Dataset']}", [line["Instance"]["sentence"]])[0] for line in lines]
+        assert given == [line["Prediction"] for line in lines]
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_ranks(name, make, mini_benchmark, tmp_path):
+    """Two ranks under ZeRO-2 have the losses of one process, over the same examples a step."""
+    import run_uie_lora
+
+    exact = ["--lora_dropout", "0", "--learning_rate", "1e-4", "--galore_lr", "1e-4", "--max_grad_norm", "0",
+             "--lamda_1", "0", "--adam_epsilon", "1e-4", "--logging_steps", "1"]  # fmt: skip
+    assert run_uie_lora.main(command(mini_benchmark, tmp_path / "one", "dbpedia", make(name), *exact)) == 0
+    sharded = [*exact, "--deepspeed", "configs/ds_configs/stage2.config", "--per_device_train_batch_size", "4"]
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "src/run_uie_lora.py"]
+    words = command(mini_benchmark, tmp_path / "two", "dbpedia", make(name), *sharded)
+    done = subprocess.run([*launcher, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)

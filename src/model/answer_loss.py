@@ -90,10 +90,11 @@ def causal_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
         InputError: there is none, or its forward always computes the logits of every position.
     """
     found = f"{name}/config.json: found model_type {config.model_type!r}"
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+    kinds = MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder or type(config) not in kinds or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         raise InputError(f"{found}; allowed: decoder-only models (llama, qwen3, mistral, ...) and encoder-decoder "
                          "models (t5, mt5, bart, ...)")  # fmt: skip
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    stock = kinds[type(config)]
     if "logits_to_keep" not in inspect.signature(stock.forward).parameters:
         raise InputError(f"{found}, whose {stock.__name__} cannot compute the logits of some positions alone; "
                          "docs/MODELS.md lists models that can")  # fmt: skip

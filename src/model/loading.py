@@ -66,6 +66,7 @@ def load_model_and_tokenizer(
     use_fast_tokenizer: bool = True,
     resize_position_embeddings: bool | None = None,
     max_source_length: int = 512,
+    family: str | None = None,
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
 ) -> LoadedModel:
@@ -77,11 +78,12 @@ def load_model_and_tokenizer(
         use_fast_tokenizer: a published flag; false only logs that transformers 5 has one kind of tokenizer.
         resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
             warning. Only some models can (Pegasus can, BART and LLaMA cannot).
+        family: "encoder-decoder" or "decoder-only", if it must be one of them.
         weights: False leaves the model on the meta device: files and shapes are checked, no values are read.
 
     Raises:
-        InputError: the model is missing, a pickle, incomplete, of an unsupported kind, or too short for
-            `max_source_length`; the hub cannot be reached.
+        InputError: the model is missing, a pickle, incomplete, of an unsupported kind or another family, or too short
+            for `max_source_length`; the hub cannot be reached.
     """
     if not use_fast_tokenizer:
         logger.warning("--use_fast_tokenizer false is ignored: transformers 5 has one kind of tokenizer")
@@ -93,6 +95,10 @@ def load_model_and_tokenizer(
     with _loading("config", config_name or base_name):
         config = AutoConfig.from_pretrained(config_name or base_name, **hub)
     own_class, decoder_only = model_class(config, base_name), not config.is_encoder_decoder
+    kind, other = ("decoder-only", "scripts_llama/") if decoder_only else ("encoder-decoder", "scripts/")
+    if family not in (None, kind):
+        raise InputError(f"{FLAG}: {base_name} is {kind} ({config.model_type}), and this command is for {family} models; "
+                         f"use {other}")  # fmt: skip
     _reject_kernels(config, base_name)
     _reject_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
     _check_index(Path(base_name) / "model.safetensors.index.json")
