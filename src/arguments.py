@@ -36,6 +36,11 @@ class ModelArguments:
     use_fast_tokenizer: bool = HfArg(default=True, help="Use the fast tokenizer where there is one.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of a hub model.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub login of this machine.")
+    family: str | None = HfArg(
+        default=None,
+        help="What the model must be; the scripts say what they are for.",
+        metadata={"choices": ["encoder-decoder", "decoder-only"]},
+    )
     resize_position_embeddings: bool | None = HfArg(
         default=None, help="Grow learned positions to max_source_length, where the model can."
     )

@@ -15,6 +15,7 @@ runs the complete order; the first one checks, writes and prints, and decides fo
 import argparse
 import gc
 import math
+import os
 import shlex
 import shutil
 import sys

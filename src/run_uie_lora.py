@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -30,11 +31,14 @@ from compute_metrics import accuracy_line
 from errors import InputError, RunStopped, is_disk_full
 from files import locked, whole_file, whole_folder, write_json
 from methods import find_method
+from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
+from model.loading import LoadedModel
+from prompts import save_card, save_prompts
 from ranks import check_shared, of_first_rank
 from report.matrix import accuracy_matrix, average_performance, backward_transfer
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
-from task_examples import place_in_order
+from task_examples import first_examples_of_each, place_in_order
 from task_setup import build_trainer, example_options, load_examples, load_model
 from uie_dataset_lora import data_files
 from uie_trainer_lora import UIETrainer
@@ -113,6 +117,7 @@ def run(
     unset_hf_deepspeed_config()
     narrow = training_args.bf16 and not method.float32_base  # what trains is float32 all the same
     loaded = load_model(model_args, data_args, dtype=torch.bfloat16 if narrow else torch.float32)
+    choose_modules(method_args, loaded.model)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:
@@ -134,7 +139,7 @@ def run(
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
         if len(examples["train"]):
             record(output_dir, "train", train(trainer, len(examples["train"]), progress), trainer)
-            save_task(trainer, adapter, loaded.tokenizer)  # from here on the task counts as trained
+            save_task(trainer, adapter, loaded, examples)  # from here on the task counts as trained
         else:
             record(output_dir, "train", {"train_samples": 0, "train_runtime": 0.0}, trainer)
             copy_previous(trainer, loaded.previous, adapter)
@@ -198,7 +203,7 @@ def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
     return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics | {"train_samples": samples}
 
 
-def save_task(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
+def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples: datasets.DatasetDict) -> None:
     """Finish the task in the method and write the complete adapter folder."""
     trainer.method.revisit(trainer.model_wrapped, trainer.shown_batches())
     trainer.method.end_task()
@@ -207,7 +212,10 @@ def save_task(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
     if trainer.is_world_process_zero():
         with whole_folder(adapter) as partial:
             trainer.method.save(partial)
-            tokenizer.save_pretrained(partial)
+            loaded.tokenizer.save_pretrained(partial)
+            shown = [first_examples_of_each(examples[split], 1) for split in ("test", "train")]
+            save_prompts(partial, chain(*shown), trainer.data_collator)
+            save_card(partial, trainer.method.full_name, loaded.base_name)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -8,7 +8,6 @@ moment (as in GPM), because the gradient's rows are combinations of inputs.
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 

@@ -95,6 +95,7 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights:
         use_fast_tokenizer=model_args.use_fast_tokenizer,
         resize_position_embeddings=model_args.resize_position_embeddings,
         max_source_length=data_args.max_source_length,
+        family=model_args.family,
         weights=weights,
         dtype=dtype,
     )

@@ -14,6 +14,7 @@ from torch import nn
 
 from errors import InputError
 from files import check_values, read_json, read_tensors
+from full_rank import PEFT_TYPE
 from loranew.layer import LoraNewConfig, LoraNewLinear
 from module_matching import check_linear, check_rank
 from Proj_torch.proj_projector import check_space
@@ -170,7 +171,7 @@ def read_config(folder: Path) -> LoraNewConfig:
     """
     path = folder / CONFIG_FILE
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+    if not isinstance(content, dict) or content.get("peft_type") not in ("LORA", PEFT_TYPE):
         found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{path}: found peft_type {found}; only LORA is loaded")
     for key in ("r", "target_modules"):

@@ -167,9 +167,12 @@ class Method:
         """Turn what was trained into what is saved. Collective."""
 
     def save(self, folder: Path) -> None:
-        """Write what the next task needs to `folder`: here every changed full-rank weight."""
+        """Write what the next task needs to `folder`: here every changed full-rank weight, of which PEFT knows nothing."""
         if self.changed:
             full_rank.save_weights(self.changed_weights(), folder)
+            config = read_json(folder / CONFIG_FILE)
+            if config["peft_type"] == "LORA":
+                write_json(folder / CONFIG_FILE, config | {"peft_type": full_rank.PEFT_TYPE}, indent=2)
 
     def changed_weights(self) -> dict[str, torch.Tensor]:
         """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
