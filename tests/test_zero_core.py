@@ -309,6 +309,7 @@ SKETCHED = [Case(f"{stage}-sketch", stage, refresh="sketch", accumulation=2) for
 HALF = [
     *(Case(f"{stage}-bf16", stage, precision="bf16", weight_decay=0.1) for stage in (0, *ZERO)),
     *(Case(f"{stage}-fp16", stage, precision="fp16", weight_decay=0.1) for stage in ZERO),
+    *(Case(f"{stage}-bf16-penalty", stage, precision="bf16", penalty=0.01, accumulation=2) for stage in (0, 1, 2)),
     *(
         Case(f"2-{precision}-{side}", 2, precision=precision, side=side, way="orthogonal", factor=True,
              gap=20)  # one basis: in 16 bits the sign of a later one is a matter of chance, see docs/LOG.md

@@ -200,7 +200,6 @@ class Run:
         groups = [{"params": others, "lr": LR, "weight_decay": 0.0},
                   *self.cores.core_groups(case.weight_decay)]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, eps=case.eps)
-        self.starts = [layer.weight.detach().clone() for layer in self.cores.layers.values()]
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.model, self.engine = self.net, None
         if case.stage == "ddp":
@@ -208,6 +207,7 @@ class Run:
         elif case.stage is not None:
             self._deepspeed()
         self.cores.begin_training(self.optimizer, self.engine)
+        self.starts = [w.detach().clone() for _, w in self.cores.effective_weights()] if case.penalty else []
         self.guard = NonFiniteGuard(limit=99, watch_gradients=case.precision != "fp16")
         self.guard.watch(self.optimizer, (*others, *cores))
 
@@ -243,7 +243,8 @@ class Run:
                 self.cores.begin_micro_batch(is_last=number == len(pairs))
                 loss = loss_of(self.case, self.model, x, y)
                 if self.case.penalty:
-                    weights = [layer.effective_weight() for layer in self.cores.layers.values()]
+                    weights = [weight for _, weight in self.cores.effective_weights()]
+                    assert step > 0 or all(torch.equal(*pair) for pair in zip(weights, self.starts))  # no change yet
                     loss = loss + penalty(self.case, weights, self.starts)
                 total += loss.detach() / len(pairs)
                 if step in self.case.bad_steps and self.rank == self.world - 1:

@@ -186,7 +186,7 @@ class _EffectiveWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, core: Tensor, layer: CoreLinear) -> Tensor:
         ctx.layer, ctx.core_dtype = layer, core.dtype
-        return layer.trained_weight(core)
+        return layer.trained_weight(core.float())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
