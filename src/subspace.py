@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from errors import InputError
 from files import read_tensors, whole_file
@@ -129,7 +130,8 @@ class GradientSpace:
         Raises:
             InputError: a moment's shape does not fit its basis.
         """
-        for name, moment in moments.items() if not dist.is_initialized() or dist.get_rank() == 0 else ():
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1) if first else ():
             M = columns_of(moment, self.side)
             if not M.any() or not M.isfinite().all():
                 log.warning("%s: the moment is zero or not finite; its gradient space does not change", name)

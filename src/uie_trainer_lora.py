@@ -4,13 +4,15 @@ The method creates the optimizer and adds its penalty, every answer token of a g
 loss, predictions are scored per task and dataset, and checkpoints hold only what trains.
 """
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainer, TrainerCallback
+from tqdm import tqdm
+from transformers import ProgressCallback, Seq2SeqTrainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -33,15 +35,20 @@ class UIETrainer(Seq2SeqTrainer):
         decoder_only: whether the model continues its prompt (LLaMA) or answers from a decoder of its own (T5).
         multilingual: whether ROUGE counts GPT-2's pieces instead of English words.
         generation: arguments of `generate` for evaluation and prediction, `max_new_tokens` among them.
+        name: the task, as progress bars show it; tasks_left: number of tasks of the order that follow it.
     """
 
     # compute_loss divides by the tokens of the global batch, whatever the accumulation.
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, *args, method: Method, decoder_only: bool, generation: dict, multilingual: bool = False, **kwargs
-    ):
+        self, *args, method: Method, decoder_only: bool, generation: dict, multilingual: bool = False, name: str = "",
+        tasks_left: int = 0, **kwargs
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(OrderProgress(name, tasks_left))
+        self.name = name
         self.method = method
         self.multilingual = multilingual
         self.generation = generation
@@ -121,9 +128,13 @@ class UIETrainer(Seq2SeqTrainer):
         if self.model_wrapped is self.model:
             self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
         rows = first_examples(self.train_dataset, self.method.shown_rows)
-        for start in range(0, len(rows), self.args.per_device_train_batch_size):
+        starts = range(0, len(rows), self.args.per_device_train_batch_size)
+        for start in tqdm(starts, f"{self.name}, layer inputs", disable=not self._shows_progress() or not starts):
             stop = min(start + self.args.per_device_train_batch_size, len(rows))
             yield self._batch([rows[i] for i in range(start, stop)])
+
+    def _shows_progress(self) -> bool:
+        return not self.args.disable_tqdm and self.is_world_process_zero()
 
     def _batch(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self._prepare_inputs(self.data_collator(examples))
@@ -136,6 +147,14 @@ class UIETrainer(Seq2SeqTrainer):
             logs["penalty"] = torch.stack(self._penalties).mean().item()
             self._penalties.clear()
         super().log(logs, start_time)
+
+    def release(self) -> None:
+        """Let go of the engine and the model, which DeepSpeed's hooks would keep alive through the next tasks."""
+        self.accelerator.free_memory()  # also destroys the engine
+        if self.is_deepspeed_enabled:
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+            FWD_MODULE_STACK.clear()  # stage 3 pushes the model and leaves it there
 
     # Evaluation
 
@@ -162,13 +181,16 @@ class UIETrainer(Seq2SeqTrainer):
             most_rows=args.per_device_eval_batch_size,
             most_tokens=args.eval_batch_tokens or args.per_device_eval_batch_size * collator.max_source_length,
             shares_beginnings=collator.decoder_only and not is_deepspeed_zero3_enabled(),
-            show_progress=not args.disable_tqdm and self.is_world_process_zero(),
+            name=f"{self.name}, {'validate' if metric_key_prefix == 'eval' else 'test'}",
+            show_progress=self._shows_progress(),
         )
         if metric_key_prefix == "eval" or self.args.predict_loss:
-            metrics["loss"] = prediction.loss()
+            with self.accelerator.autocast():  # the precision of training
+                metrics["loss"] = prediction.loss()
         if not self.args.prediction_loss_only:
-            tokens = prediction.answers()
-            texts = [text.strip() for text in self.processing_class.batch_decode(tokens, skip_special_tokens=True)]
+            with self.accelerator.autocast():
+                tokens = prediction.answers()
+            texts = collator.decode(tokens)
             metrics |= evaluate_predictions(examples, texts, multilingual=self.multilingual)
             metrics["gen_len"] = (tokens != self.processing_class.pad_token_id).sum(1).float().mean().item()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
@@ -267,6 +289,33 @@ class UIETrainer(Seq2SeqTrainer):
         with torch.random.fork_rng():
             inputs = self._batch([self.train_dataset[0]])
             start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
+
+
+class OrderProgress(ProgressCallback):
+    """The bar of training, with the task's name, the last loss, and the order's remaining time of training as if every
+    task that is left took as long as this one."""
+
+    def __init__(self, name: str, tasks_left: int):
+        super().__init__()
+        self.name, self.tasks_left, self.loss = name, tasks_left, ""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.first, self.current_step = time.monotonic(), state.global_step, 0
+        if state.is_world_process_zero:
+            form = "{desc}: {percentage:3.0f}%|{bar:5}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+            self.training_bar = tqdm(total=state.max_steps, desc=f"{self.name}, train", bar_format=form)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            step = (time.monotonic() - self.began) / (state.global_step - self.first)
+            left = step * (state.max_steps * (1 + self.tasks_left) - state.global_step)
+            self.training_bar.set_postfix_str(f"{self.loss}order {tqdm.format_interval(left)} left", refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            self.loss = f"loss {logs['loss']:.3g}, "
+        super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 class DenserEvaluation(TrainerCallback):

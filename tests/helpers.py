@@ -92,7 +92,8 @@ def losses(folder: Path) -> list[float]:
 # The scripts, in a checkout of their own whose entry is a stand-in
 
 VARIABLES = ("MODEL", "DATA_DIR", "METHOD", "NPROC", "DS_CONFIG", "SEED", "OUTPUT", "EXTRA", "SAVE_STEPS",
-             "DRY_RUN", "VIRTUAL_ENV")
+             "DRY_RUN", "GORP_ENV", "VIRTUAL_ENV", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE",
+             "CUDA_VISIBLE_DEVICES")
 ENTRY = """
 import json, os, pathlib, sys
 order = pathlib.Path(sys.argv[1])

@@ -359,7 +359,7 @@ for module in list(sys.modules.values()):
     assert loaded and loaded <= run_record.code_digests(method).keys()
 
 
-def test_a_revision_is_that_of_the_projects_own_repository(source):
+def test_a_revision_is_that_of_the_projects_own_repository(source, tmp_path, monkeypatch):
     def git(*words: str) -> None:
         own = ["-c", "user.name=a", "-c", "user.email=a@b", *words]
         subprocess.run(["git", "-C", str(source.parent), *own], check=True, capture_output=True)
@@ -368,10 +368,20 @@ def test_a_revision_is_that_of_the_projects_own_repository(source):
     git("commit", "--allow-empty", "-m", "of another project, into which src/ was unpacked")
     assert run_record._git_revision() is None
     git("add", "src/run_record.py")
+    git("commit", "-m", "src/ as a part of another project")
+    assert run_record._git_revision() is None
+    shutil.copytree(ROOT / "scripts", source.parent / "scripts")
+    git("add", "scripts/lib.sh")
     git("commit", "-m", "ours")
-    assert len(run_record._git_revision()) == 40
+    own = run_record._git_revision()
+    assert len(own) == 40
+    subprocess.run(["git", "init", tmp_path / "other"], check=True, capture_output=True)
+    for variable, value in (("GIT_DIR", tmp_path / "other" / ".git"), ("GIT_WORK_TREE", tmp_path / "other")):
+        monkeypatch.setenv(variable, str(value))  # as in a hook of another repository
+        assert run_record._git_revision() == own
+        monkeypatch.delenv(variable)
     git("mv", "src", "vendor")
-    git("commit", "-m", "as a part of another project")
+    git("commit", "-m", "elsewhere in another project")
     run_record.SOURCE = source.with_name("vendor")  # the fixture puts it back
     assert run_record._git_revision() is None
 

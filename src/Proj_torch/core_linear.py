@@ -48,8 +48,9 @@ class CoreLinear(nn.Linear):
         self.refreshes = 0  # that found bases
         self.fell_back = False  # whether the last refresh found none, so that the next step refreshes again
         self.before: tuple | None = None  # bases, share and fell_back that a step left out returns to
+        # A 16-bit weight's rounding error, in the weight's dtype; None until a fold has one.
+        self.register_buffer("rounding", getattr(linear, "rounding", None), persistent=False)
         self.gradient: LayerGradient | None = None  # collects a refresh step's gradient
-        self.rounding: Tensor | None = None  # a 16-bit weight's rounding error, in the weight's dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out) for x (..., in)."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from errors import InputError
 from files import check_values, read_json, read_tensors
+from full_rank import PEFT_TYPE
 from loranew.layer import LoraNewConfig, LoraNewLinear
 from module_matching import check_linear, check_rank
 from Proj_torch.proj_projector import check_space
@@ -23,7 +24,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 FACTORS = ("lora_A", "lora_B", "loranew_A", "loranew_B")
 
-logger = logging.getLogger("gorp")
+detail = logging.getLogger("gorp.detail")
 
 
 def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
@@ -80,7 +81,7 @@ def fold_loranew(peft_model: PeftModel) -> None:
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
     if config.save_loranew:
-        logger.info("save_loranew is set: the new factors stay separate from the memory")
+        detail.info("save_loranew is set: the new factors stay separate from the memory")
         return
     for layer in loranew_layers(peft_model).values():
         layer.fold(name)
@@ -170,7 +171,7 @@ def read_config(folder: Path) -> LoraNewConfig:
     """
     path = folder / CONFIG_FILE
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+    if not isinstance(content, dict) or content.get("peft_type") not in ("LORA", PEFT_TYPE):
         found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{path}: found peft_type {found}; only LORA is loaded")
     for key in ("r", "target_modules"):

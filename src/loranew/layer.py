@@ -54,7 +54,7 @@ class LoraNewConfig(LoraConfig):
         plain, options = LoraConfig(), dataclasses.fields(LoraConfig)
         variants = [option.name for option in options if option.metadata.get("is_lora_variant")]
         for name in (*_FIXED_OPTIONS, *variants):
-            if getattr(self, name) not in (getattr(plain, name), None):
+            if getattr(self, name) not in (getattr(plain, name), None, []):  # PEFT empties one for experts
                 raise ValueError(f"{name}: found {getattr(self, name)!r}; only {getattr(plain, name)!r} is supported")
         # Other initialisations also change W, which is not part of an adapter.
         if not isinstance(self.init_lora_weights, bool):

@@ -55,6 +55,7 @@ class Method:
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
+        float32_base: whether the base model is read in float32 under `--bf16` too, as its weights themselves change.
         trains: whether training follows; otherwise the folder to load is this task's own. Set before `prepare`.
     """
 
@@ -63,6 +64,7 @@ class Method:
     step_factor = 1
     shown_rows: int | None = 64
     averages_micro_batches = False
+    float32_base = False
     trains = True
     presets: Mapping[str, Mapping[str, object]] = {}
 
@@ -165,21 +167,24 @@ class Method:
         """Turn what was trained into what is saved. Collective."""
 
     def save(self, folder: Path) -> None:
-        """Write what the next task needs to `folder`: here every changed full-rank weight."""
+        """Write what the next task needs to `folder`: here every changed full-rank weight, of which PEFT knows nothing."""
         if self.changed:
             full_rank.save_weights(self.changed_weights(), folder)
+            config = read_json(folder / CONFIG_FILE)
+            if config["peft_type"] == "LORA":
+                write_json(folder / CONFIG_FILE, config | {"peft_type": full_rank.PEFT_TYPE}, indent=2)
 
     def changed_weights(self) -> dict[str, torch.Tensor]:
         """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
-        return {name: layer.weight for name, layer in self.changed.items()}
+        return {name: full_rank.exact(layer) for name, layer in self.changed.items()}
 
     # Saying what the run does
 
     def summary(self) -> list[str]:
-        """Lines for the start of a run: how many values train, and where; what was asked for in vain."""
+        """Lines for the start of a run: first what trains, is projected and is protected, then what is ignored."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        lines = [f"method {self.full_name}: {trained:,} of {total:,} values train; {self.describe()}"]
+        lines = [f"{self.full_name} trains {trained:,} of {total:,} parameters: {self.describe()}"]
         if ignored := self.ignored():
             lines.append(f"ignored by method {self.full_name}: {', '.join(f'--{name}' for name in ignored)}")
         return lines
@@ -204,7 +209,7 @@ class Method:
                 if name not in {"method", "preset", "ignored"} | self.idle}
 
     def describe(self) -> str:
-        """Where the values that train are, for `summary`."""
+        """Where the trainable parameters are, for `summary`."""
         raise NotImplementedError
 
     def closing_summary(self) -> list[str]:
@@ -329,7 +334,7 @@ class LoraMethod(Method):
             self.factors_to_save = folded_factors(self.model, self._exact_values())
             for name, layer in self.changed.items():
                 with self.optimizer_state.gathered([layer.weight]):
-                    self.weights_to_save[name] = layer.weight.detach().to("cpu", copy=True)
+                    self.weights_to_save[name] = full_rank.exact(layer).detach().to("cpu", copy=True)
             return
         if self.under_deepspeed:
             exact = self._exact_values()
@@ -364,7 +369,7 @@ class LoraMethod(Method):
 
     def describe(self) -> str:
         new = sum(factor.numel() for factor in self._trained_factors().values())
-        return f"{new:,} in the new LoRA of {len(loranew_layers(self.model))} layers"
+        return f"{new:,} in a new LoRA of {len(loranew_layers(self.model))} layers"
 
     # Access for subclasses
 
@@ -410,6 +415,7 @@ class FullRankMethod(Method):
     """The weights of the base model that `--optim_target_modules` names train themselves; there is no LoRA."""
 
     Arguments: type[TargetArguments] = TargetArguments
+    float32_base = True
     zero_stage = None  # the optimizer, or the hooks on gradients, need whole weights
 
     def prepare(
@@ -440,4 +446,4 @@ class FullRankMethod(Method):
 
     def describe(self) -> str:
         weights = sum(layer.weight.numel() for layer in self.targets.values())
-        return f"{len(self.targets)} weights of the base with {weights:,} values"
+        return f"{len(self.targets)} weights of the base with {weights:,} parameters"
