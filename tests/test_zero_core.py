@@ -17,6 +17,7 @@ from zero_worker import LR, Case, Net, Run, batch, dense, run  # noqa: E402
 from zero_worker import TARGETS as TARGETS_OF  # noqa: E402
 
 from errors import InputError  # noqa: E402
+from helpers import HostReads  # noqa: E402
 from Proj_torch.core_linear import CoreLinear  # noqa: E402
 from Proj_torch.layer_gradient import LayerGradient, sketched_bases  # noqa: E402
 from Proj_torch.plan import Plan  # noqa: E402
@@ -100,6 +101,19 @@ def test_one_process_equals_proj_adamw(case):
     found, wanted = run(case), dense(case)
     assert wanted["losses"][-1] < wanted["losses"][0]
     assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("refresh", ["exact", "lowrank", "sketch"])
+def test_the_host_waits_for_one_value_a_weight_at_a_refresh_and_for_none_between(refresh):
+    one = Run(Case("waits", refresh=refresh))
+    waits = []
+    for step in range(2):
+        one.cores.begin_micro_batch()
+        with HostReads() as reads:
+            one.net(batch(step)[0]).sum().backward()
+        waits.append(reads.count)
+        one.optimizer.step()
+    assert waits == [len(TARGETS), 0]
 
 
 def test_every_step_and_refresh_is_counted():
