@@ -40,6 +40,14 @@ def edit(path: Path, change: Callable) -> None:
     put(path, change(json.loads(path.read_text(encoding="utf-8"))))
 
 
+def renew_loranew(model) -> None:
+    """Give every LoRA layer a fresh pair after folding, as the next task gets one from its folder."""
+    from loranew import loranew_layers
+
+    for layer in loranew_layers(model).values():
+        layer.renew(model.active_adapter)
+
+
 class HostReads(TorchDispatchMode):
     """Counts the values that the host reads from tensors, for each of which it would wait for a GPU."""
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from errors import InputError
+from helpers import renew_loranew
 from loranew import (
     LoraNewConfig,
     LoraNewLinear,
@@ -23,7 +24,6 @@ from loranew import (
     load_loranew,
     loranew_layers,
     merge_old,
-    renew_loranew,
     save_folded,
     set_input_space,
 )

@@ -134,29 +134,24 @@ class ProjAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            weights = [Weight(group, index, p, self.state[p]) for index, p in enumerate(group["params"])
-                       if p.grad is not None]  # fmt: skip
-            plain = [weight for weight in weights if weight.is_plain]
-            self._adam(group, [weight.p for weight in plain], [weight.p.grad for weight in plain],
-                       [weight.state for weight in plain], group["weight_decay"])  # fmt: skip
-            self._step_in_projection(group, [weight for weight in weights if not weight.is_plain])
+            self._step([Weight(group, index, p, self.state[p]) for index, p in enumerate(group["params"])
+                        if p.grad is not None], group)  # fmt: skip
         return loss
 
-    def _step_in_projection(self, group: dict[str, Any], weights: list["Weight"]) -> None:
-        """The step described at the head of this file."""
+    def _step(self, weights: list["Weight"], group: dict[str, Any]) -> None:
+        """The step described at the head of this file; where nothing is projected or protected, the core is W itself."""
         projected = [weight.projected_gradient() for weight in weights]
-        cores = [torch.zeros_like(R) for R in projected]
-        self._adam(group, cores, projected, [weight.state for weight in weights], weight_decay=0.0)
+        if group["weight_decay"] and weights:
+            torch._foreach_mul_([weight.p for weight in weights], 1 - group["lr"] * group["weight_decay"])
+        cores = [weight.p if weight.is_plain else torch.zeros_like(R) for weight, R in zip(weights, projected)]
+        self._adam(group, cores, projected, [weight.state for weight in weights])
         for weight, core in zip(weights, cores, strict=True):
             if weight.clears_moment:
-                core = weight.direction_of_cleared_moment(group["betas"], _eps(group, weight.state))
-                core.mul_(-group["lr"])
-            if group["weight_decay"]:
-                weight.p.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_back_(core)
+                core = weight.direction_of_cleared_moment(group["betas"], _eps(group, weight.state)).mul_(-group["lr"])
+            if not weight.is_plain:
+                weight.add_back_(core)
 
-    def _adam(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict],
-              weight_decay: float) -> None:  # fmt: skip
+    def _adam(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         """One step of PyTorch's own AdamW, on all parameters of a group at once."""
         for state, gradient in zip(states, grads, strict=True):
             if "exp_avg" not in state:
@@ -178,7 +173,7 @@ class ProjAdamW(Optimizer):
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 lr=group["lr"],
-                weight_decay=weight_decay,
+                weight_decay=0.0,
                 eps=eps,
                 maximize=False,
             )

@@ -75,7 +75,7 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
 def fold_loranew(peft_model: PeftModel) -> None:
     """Fold the new factors into the memory: r_sum grows by r, and the model computes the same function.
 
-    The model then has no new factors until `renew_loranew`, and `save_pretrained` writes the memory alone (`lora_A`,
+    The model then has no new factors until each layer's `renew`, and `save_pretrained` writes the memory alone (`lora_A`,
     `lora_B`), as in published adapters. With `save_loranew` in the config the two pairs stay separate.
     """
     name = peft_model.active_adapter
@@ -125,12 +125,6 @@ def save_folded(peft_model: PeftModel, factors: dict[str, torch.Tensor], folder:
     config.inference_mode = True
     config.save_pretrained(folder)
     save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
-
-def renew_loranew(peft_model: PeftModel) -> None:
-    """Give every layer fresh trainable factors (B = 0), for the next task in the same process."""
-    for layer in loranew_layers(peft_model).values():
-        layer.renew(peft_model.active_adapter)
 
 
 def set_shared_dropout(peft_model: PeftModel, shared: bool) -> None:
