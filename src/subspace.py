@@ -245,7 +245,7 @@ def see_inputs(
         see: gets the layer's name, the example's number over all batches, and the vectors (positions, in).
     """
     two_stacks = getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False)
-    positions: dict[torch.Size, list[Tensor]] = {}  # of the current batch: its shape -> of each example, those that count
+    positions: dict[torch.Size, list[Tensor]] = {}  # by the current batch's shape, each example's without padding
     examples_before = 0
 
     def take(name: str, X: Tensor) -> None:

@@ -139,7 +139,7 @@ class ProjAdamW(Optimizer):
         return loss
 
     def _step(self, weights: list["Weight"], group: dict[str, Any]) -> None:
-        """The step described at the head of this file; where nothing is projected or protected, the core is W itself."""
+        """The step described at the head of this file; of a plain weight, the core is W itself."""
         projected = [weight.projected_gradient() for weight in weights]
         if group["weight_decay"] and weights:
             torch._foreach_mul_([weight.p for weight in weights], 1 - group["lr"] * group["weight_decay"])
@@ -147,7 +147,7 @@ class ProjAdamW(Optimizer):
         self._adam(group, cores, projected, [weight.state for weight in weights])
         for weight, core in zip(weights, cores, strict=True):
             if weight.clears_moment:
-                core = weight.direction_of_cleared_moment(group["betas"], _eps(group, weight.state)).mul_(-group["lr"])
+                core = weight.direction_of_cleared_moment(_eps(group, weight.state)).mul_(-group["lr"])
             if not weight.is_plain:
                 weight.add_back_(core)
 
@@ -295,8 +295,9 @@ class Weight:
         if found:
             self.state["energy"] = energy_share(self.projector.project(G), G)
 
-    def direction_of_cleared_moment(self, betas: tuple[float, float], eps: float) -> Tensor:
+    def direction_of_cleared_moment(self, eps: float) -> Tensor:
         """m_hat / (sqrt(v_hat) + eps) of the step just taken, of the first moment without its component in S."""
+        betas = self.group["betas"]
         bases = (None, None) if self.projector is None else self.projector.bases
         moment = remove_projected(self.state["exp_avg"], *bases, *self.protection)
         step = int(self.state["step"])
