@@ -134,7 +134,7 @@ run_order() {  # FAMILY NAME
     check_settings
     read_values
     local data=${DATA_DIR:-CL_Benchmark}
-    [[ $mode != tiny || -n ${DATA_DIR:-} ]] || data=data/mini_benchmark
+    [[ -n ${DATA_DIR:-} ]] || has_examples || data=data/mini_benchmark
     local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log accumulation options command
 
     if [ -n "${DRY_RUN:-}" ]; then
@@ -153,6 +153,11 @@ run_order() {  # FAMILY NAME
         trap - INT
         say "$name took $((SECONDS - started)) s; results in $order_dir, log in $log"
     fi
+}
+
+# Whether the mode finds examples in CL_Benchmark; a small model does without them.
+has_examples() {
+    [[ $mode == full ]] || { [[ $mode == small ]] && compgen -G 'CL_Benchmark/*/*/train.json' >/dev/null; }
 }
 
 # The value of a flag in EXTRA; the last one counts.
@@ -182,7 +187,7 @@ read_values() {
 # Create the data and model of small runs if they are missing.
 make_small_parts() {
     if [[ $data == data/mini_benchmark && ! -d $data ]]; then "$PYTHON" data/mini_benchmark.py; fi
-    if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_smollm2.py; fi
+    if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_small.py smollm2; fi
 }
 
 # Set `command`, which runs the order. A later flag overrides an earlier one: those for a small model follow the
@@ -235,6 +240,8 @@ describe() {
     step="$size examples a step = $batch x $(counted "$accumulation" micro-batch es) on $(counted "$ranks" process es)"
     [ $size -eq "$rows" ] || step+=" ($rows would need a number of processes that divides it)"
     say "$name: $what, with $from$penalties_of; $step"
+    [[ $mode/$data != small/data/mini_benchmark ]] ||
+        say "$name: CL_Benchmark has no train.json, so the made-up texts of data/mini_benchmark are used"
     if [ -n "$released_precision" ]; then
         [[ " ${options[*]} " != *' --bf16 True '* ]] || precision=bf16
         if [ "$preset" = released ]; then
