@@ -25,6 +25,12 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
         save_file(tensors, partial, metadata={"format": "pt"})
 
 
+def exact(layer: nn.Linear) -> torch.Tensor:
+    """The weight (out, in), with what 16-bit rounding left out when it was loaded."""
+    rounding = getattr(layer, "rounding", None)
+    return layer.weight if rounding is None else layer.weight.float() + rounding
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
     """Load the saved weights, if any, into the base model; returns their layers, by name.
@@ -46,5 +52,7 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
             raise InputError(f"{path}: {key} is {tuple(saved.shape)}; the base model's is {tuple(layer.weight.shape)}")
         check_values(key, saved, path)
         layer.weight.copy_(saved)
+        if layer.weight.dtype != torch.float32:
+            layer.register_buffer("rounding", (saved - layer.weight.float()).to(layer.weight.dtype), persistent=False)
         layers[name] = layer
     return layers

@@ -13,6 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from compute_metrics import exact_match
 from errors import InputError
 from token_ids import KeptIds, shared_ids
 from uie_dataset_lora import ANSWER_CUE, prompt_parts
@@ -50,7 +51,7 @@ class DataCollatorForUIE:
 
     Raises:
         InputError: a tokenizer without EOS; an example (named) whose prompt without its sentence, or whose answer, is
-            too long, or whose answer spells a special token; a record file that cannot be written.
+            too long, or whose answer spells a special token or cannot be written; an unwritable record file.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -80,7 +81,10 @@ class DataCollatorForUIE:
         self._record([], [])
 
     def check(self, examples: Iterable[dict]) -> None:
-        """Raise what batches of these examples would raise, from one example of each prompt head and answer."""
+        """Raise what batches of these examples would raise, from one example of each prompt head and answer.
+
+        Also rejects an answer that the tokenizer does not write back, so that no prediction could equal it.
+        """
         distinct = {}
         for example in examples:
             instance = example["Instance"]
@@ -89,7 +93,19 @@ class DataCollatorForUIE:
         for example in distinct.values():
             head, _, tail = self._parts(example)
             self._check_room(head + tail, example)
-        self._answers(list(distinct.values()))
+        tokens = self._answers(list(distinct.values()))
+        for example, written in zip(distinct.values(), self.decode(tokens)):
+            label = example["Instance"]["label"]
+            if not exact_match(written, label):
+                raise InputError(
+                    f"{_name(example)}: the answer {label!r} becomes {written!r} in the tokenizer "
+                    f"{self.tokenizer.name_or_path}; allowed: answers that it writes back, but for case, spaces and "
+                    "punctuation, which the score ignores"
+                )
+
+    def decode(self, tokens) -> list[str]:
+        """The texts that answers' ids stand for, without special tokens: what evaluation scores."""
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         prompts, inputs = self._prompts(examples)

@@ -84,10 +84,16 @@ def predictions(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
 # The scripts, in a checkout of their own whose entry is a stand-in
 
 VARIABLES = ("MODEL", "DATA_DIR", "METHOD", "NPROC", "DS_CONFIG", "SEED", "OUTPUT", "EXTRA", "SAVE_STEPS",
-             "DRY_RUN", "VIRTUAL_ENV")
+             "DRY_RUN", "GORP_ENV", "VIRTUAL_ENV", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE",
+             "CUDA_VISIBLE_DEVICES")
 ENTRY = """
 import json, os, pathlib, sys
 order = pathlib.Path(sys.argv[1])

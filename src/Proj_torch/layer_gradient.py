@@ -1,8 +1,8 @@
 """The gradient of a linear layer's weight without its matrix: factors that add up, and bases from a random sketch.
 
-Backward through y = W x hands a layer its input X (tokens, in) and the gradient of its output GY (tokens, out); the
-gradient of W is G = GY^T X. Products of G with thin matrices need no G: G M = GY^T (X M). A sketch is a few such
-products, and ranks add up sketches instead of gradients: (out + in) (k + p) numbers a pass instead of out * in.
+The backward pass of y = W x has the input X (tokens, in) and the gradient of the output GY (tokens, out); the gradient
+of W is G = GY^T X. Products of G with thin matrices need no G: G M = GY^T (X M). A sketch is a few such products, and
+ranks sum sketches instead of gradients: (out + in) (k + p) numbers a pass instead of out * in.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class LayerGradient:
         self._factors, self._matrix = [], None
 
     def matrix(self) -> Tensor:
-        """G (out, in), the array itself where the sum is already kept in that form."""
+        """G (out, in), the tensor itself where the sum already has that form."""
         G = self._matrix
         for GY, X in self._factors:
             G = GY.float().mT @ X.float() if G is None else G.addmm_(GY.float().mT, X.float())
@@ -81,7 +81,7 @@ def sketched_bases(
     previous: Bases | None,
     seed: int,
     device: torch.device,
-) -> tuple[Bases, float]:
+) -> tuple[Bases, Tensor]:
     """Bases of G (out, in) for `mode_ranks`' ranks, from products with G alone, and the energy share they hold.
 
     By `randomised_svd`, whose starting block holds the previous basis beside `OVERSAMPLING` Gaussian columns. The share
@@ -114,4 +114,6 @@ def sketched_bases(
     left = None if ranks[0] is None else U[:, : ranks[0]]
     squares = s.double().square()
     share = squares[:rank].sum() / (squares.sum() + outside.double().square().sum() / PROBES)
-    return (left, V[:, :rank].contiguous()), float(share)
+    if not share.isfinite():  # 0 / 0 where G is zero; the one value that the host waits for
+        raise torch.linalg.LinAlgError(f"a {tuple(shape)} gradient is zero or not finite")
+    return (left, V[:, :rank].contiguous()), share

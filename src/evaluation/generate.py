@@ -41,7 +41,7 @@ class Prediction:
         bounded: whether to try the longest reference answer as a first bound.
         shares_beginnings: whether to compute the common prefix of a batch once; for decoder-only models, and not under
             ZeRO-3, as one rank's batch may have a prefix and another's not.
-        show_progress: whether to show a progress bar.
+        name, show_progress: what a progress bar is called, and whether there is one.
     """
 
     model: nn.Module
@@ -53,6 +53,7 @@ class Prediction:
     most_tokens: int
     bounded: bool = True
     shares_beginnings: bool = False
+    name: str = "predict"
     show_progress: bool = False
 
     def __post_init__(self) -> None:
@@ -69,15 +70,14 @@ class Prediction:
                 self.bounds[example["Dataset"]] = max(answer, self.bounds.get(example["Dataset"], 1))
         greedy = self.generation.get("num_beams", 1) == 1
         self.shares_beginnings = self.shares_beginnings and greedy
-        # At a bound beams are ranked, or the end is forced: another bound could change the answer.
-        self.bounded = self.bounded and greedy and self.model.generation_config.forced_eos_token_id is None
+        self.bounded = self.bounded and greedy  # at a bound beams are ranked: another bound could change the answer
 
     @torch.no_grad()
     def answers(self) -> torch.Tensor:
         """Generated ids (len(rows), max_new_tokens) in the order of `rows`, padded after each answer's end."""
         share = ceil(len(self.rows) / self.ranks)
         answers = torch.full((share, self.longest_answer), self.collator.tokenizer.pad_token_id)
-        with tqdm(total=len(self.prompt_lengths), desc="predict", disable=not self.show_progress) as bar:
+        with tqdm(total=len(self.prompt_lengths), desc=self.name, disable=not self.show_progress) as bar:
             cut = self._answer(list(self.prompt_lengths), answers, bar, bounded=self.bounded)
             self._answer(cut, answers, bar, bounded=False)
         # (rank, its examples) -> (its examples, rank): example r went to rank r % ranks.

@@ -1,6 +1,5 @@
-"""LoRA with memory on a model: attach it, fold what a task has learned, load what earlier tasks saved."""
+"""LoRA with memory on a model: add it, fold what a task has learned into it, load what earlier tasks saved."""
 
-import contextlib
 import copy
 import logging
 import re
@@ -18,12 +17,14 @@ from files import check_values, read_json, read_tensors
 from full_rank import PEFT_TYPE
 from loranew.layer import LoraNewConfig, LoraNewLinear
 from module_matching import check_linear, check_rank
+from Proj_torch.proj_projector import check_space
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+FACTORS = ("lora_A", "lora_B", "loranew_A", "loranew_B")
 
-logger = logging.getLogger("gorp")
+detail = logging.getLogger("gorp.detail")
 
 
 def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
@@ -80,7 +81,7 @@ def fold_loranew(peft_model: PeftModel) -> None:
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
     if config.save_loranew:
-        logger.info("save_loranew is set: the new factors stay separate from the memory")
+        detail.info("save_loranew is set: the new factors stay separate from the memory")
         return
     for layer in loranew_layers(peft_model).values():
         layer.fold(name)
@@ -98,25 +99,29 @@ def merge_old(peft_model: PeftModel) -> None:
 
 
 @torch.no_grad()
-def folded_factors(peft_model: PeftModel, gathered: Callable = contextlib.nullcontext) -> dict[str, torch.Tensor]:
+def folded_factors(
+    peft_model: PeftModel, read: Callable[[nn.Parameter], torch.Tensor] = lambda factor: factor
+) -> dict[str, torch.Tensor]:
     """The factors that would be saved after `fold_loranew`, on the CPU; the model does not change.
 
     Args:
-        gathered: context manager that gathers a list of sharded parameters (ZeRO-3).
+        read: the complete value of a factor, for models that do not have it (ZeRO) or only in 16 bits.
     """
-    name, tensors = peft_model.active_adapter, {}
-    for layer_name, layer in loranew_layers(peft_model).items():
-        with gathered(list(layer.parameters())):
-            A, B = layer.folded(name)
-            tensors[f"base_model.model.{layer_name}.lora_A.weight"] = A.to("cpu", copy=True)
-            tensors[f"base_model.model.{layer_name}.lora_B.weight"] = B.to("cpu", copy=True)
+    adapter, tensors = peft_model.active_adapter, {}
+    for name, layer in loranew_layers(peft_model).items():
+        if peft_model.peft_config[adapter].save_loranew:
+            kinds = {key: getattr(layer, key) for key in FACTORS}
+            factors = {key: read(kind[adapter].weight) for key, kind in kinds.items() if adapter in kind}
+        else:
+            factors = dict(zip(FACTORS, layer.folded(adapter, read)))
+        tensors |= {f"base_model.model.{name}.{key}.weight": factor.to("cpu", copy=True) for key, factor in factors.items()}
     return tensors
 
 
 def save_folded(peft_model: PeftModel, factors: dict[str, torch.Tensor], folder: Path) -> None:
     """Write `folded_factors` as `save_pretrained` would write them after folding."""
     config = copy.copy(peft_model.peft_config[peft_model.active_adapter])
-    config.r_sum += config.r
+    config.r_sum += 0 if config.save_loranew else config.r
     config.inference_mode = True
     config.save_pretrained(folder)
     save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -135,16 +140,21 @@ def set_shared_dropout(peft_model: PeftModel, shared: bool) -> None:
 
 
 def set_input_space(peft_model: PeftModel, spaces: Mapping[str, torch.Tensor | None]) -> None:
-    """Set the input space S (in, c) of each named layer (names as in `loranew_layers`), see LoraNewLinear.
+    """Keep the new pair's change of W orthogonal to S (in, c), for layers named as in `loranew_layers`.
+
+    S is not saved with the adapter; None, or an S without columns, removes it.
 
     Raises:
-        ValueError: the model has no LoRA layer of that name, or S does not fit it.
+        InputError: the model has no LoRA layer of that name, or S is no orthonormal basis for its input.
     """
     layers = loranew_layers(peft_model)
-    for name, space in spaces.items():
+    for name, S in spaces.items():
         if name not in layers:
-            raise ValueError(f"{name}: no LoRA layer of that name")
-        layers[name].set_input_space(space)
+            raise InputError(f"{name}: no LoRA layer of that name")
+        if S is not None:
+            check_space(S, layers[name].in_features, f"input space of {name}")
+        projected = layers[name].loranew_A[peft_model.active_adapter]
+        projected.space = S.detach().float().clone() if S is not None and S.shape[1] else None
 
 
 def loranew_layers(peft_model: PeftModel) -> dict[str, LoraNewLinear]:

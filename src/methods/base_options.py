@@ -126,7 +126,7 @@ class ProjectionArguments(TargetArguments):
         default="auto",
         metadata={
             "help": "What trains full-rank weights: dense gradients and ProjAdamW, or small cores beside frozen "
-            "weights, the same mathematics with less memory. auto: cores under DeepSpeed, else dense.",
+            "weights, the same mathematics with less memory. auto: cores under DeepSpeed and --bf16, else dense.",
             "choices": ["auto", "dense", "cores"],
         },
     )

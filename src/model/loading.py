@@ -18,6 +18,7 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +32,9 @@ from model.llama import LlamaForCausalLM_with_lossmask
 
 ADAPTER_CONFIG = "adapter_config.json"
 FLAG = "--model_name_or_path"
+# In a generation config, but no settings of the base: the token ids are the tokenizer's, or those of training.
+NO_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_from_model_config",
+               "transformers_version")
 SAME_LOSS = set("llama qwen2 qwen3 mistral gemma gemma2 gemma3_text olmo2 smollm3 granite phi3 mixtral qwen3_moe".split())
 """Decoder-only types for which tests/test_models.py compares the loss; others are compared when they are loaded."""
 
@@ -108,6 +112,7 @@ def load_model_and_tokenizer(
     place = {} if weights else {"device_map": "meta"}
     model = _load_weights(own_class, base_name, config=config, dtype=dtype, **place, **hub)
     _grow_positions(model, max_source_length, resize_position_embeddings)
+    _drop_generation_settings(model, base_name)
     _set_special_tokens(model, tokenizer)
     _grow_embeddings(model, tokenizer)
     if decoder_only and weights and config.model_type not in SAME_LOSS:
@@ -278,6 +283,21 @@ def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
 # Making model, tokenizer and settings agree
 
 
+def _drop_generation_settings(model: PreTrainedModel, base_name: str) -> None:
+    """Drop the base's own generation settings, which `generate` would mix into every answer, and log them.
+
+    An answer begins with the token that it begins with in training, and each of the base's end tokens ends it.
+    """
+    found = model.generation_config.to_diff_dict()
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        eos_token_id=model.generation_config.eos_token_id,
+    )
+    usual = GenerationConfig._get_default_generation_params() | {name: found.get(name) for name in NO_SETTINGS}
+    if dropped := [f"{name} {value}" for name, value in found.items() if value != usual.get(name, False)]:
+        logger.info("%s: its generation settings are ignored: %s", base_name, ", ".join(dropped))
+
+
 def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
     """Give the tokenizer every special token that training needs, and the language of the answers.
 
@@ -327,9 +347,6 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         holder.pad_token_id = tokenizer.pad_token_id
         if not model.config.is_encoder_decoder:
             holder.bos_token_id = tokenizer.bos_token_id
-    if settings.do_sample is not True:  # sampling alone reads these, and a config with them cannot be saved
-        for name in ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-            setattr(settings, name, None)
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:
