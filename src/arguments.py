@@ -110,7 +110,7 @@ REJECTED = {
         "save_only_model save_on_each_node enable_jit_checkpoint restore_callback_states_from_checkpoint",
     "src/export.py writes a model to upload": "push_to_hub",
     "a command line is logged; `hf auth login` or the variable HF_TOKEN keeps it secret": "hub_token",
-    "--max_non_finite_steps watches losses and gradients": "debug",
+    "--max_non_finite_steps watches losses and gradients": "debug logging_nan_inf_filter",
 }
 # ... and those that decide nothing here, which the run reports; the last ones are for --report_to trackio.
 IGNORED = (
