@@ -4,7 +4,7 @@ The method creates the optimizer and adds its penalty, every answer token of a g
 loss, predictions are scored per task and dataset, and checkpoints hold only what trains.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -33,6 +33,9 @@ class UIETrainer(Seq2SeqTrainer):
         decoder_only: whether the model continues its prompt (LLaMA) or answers from a decoder of its own (T5).
         multilingual: whether ROUGE counts GPT-2's pieces instead of English words.
         generation: arguments of `generate` for evaluation and prediction, `max_new_tokens` among them.
+
+    Attributes:
+        when_prepared: called before the first step, when optimizer and schedule exist and a checkpoint is loaded.
     """
 
     # compute_loss divides by the tokens of the global batch, whatever the accumulation.
@@ -47,6 +50,7 @@ class UIETrainer(Seq2SeqTrainer):
         self.generation = generation
         # Makes the Trainer count the answer tokens of a global batch, for compute_loss.
         self.model_accepts_loss_kwargs = True
+        self.when_prepared: Callable[[], None] = lambda: None
         self._penalties: list[torch.Tensor] = []
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.non_finite = NonFiniteGuard(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
@@ -179,6 +183,7 @@ class UIETrainer(Seq2SeqTrainer):
             if self.is_deepspeed_enabled:
                 self._start_moments()
             self._load_state(Path(resume_from_checkpoint))
+        self.when_prepared()
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
