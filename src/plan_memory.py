@@ -217,7 +217,9 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
         "activations": sum(storage.nbytes() for storage in kept.values()) + max(layers),
         "16-bit copies of weights": 0 if not options.bf16 or options.number == 2
         else copies // config.num_hidden_layers if options.activation_checkpointing else copies,
-        "logits or a layer's backward pass": max(logits, rows * length * options.number * (3 * f + 2 * config.hidden_size)),
+        "logits or a layer's backward pass": max(
+            logits, rows * length * options.number * (3 * f + 2 * config.hidden_size)
+        ),
     }, tokens
 
 

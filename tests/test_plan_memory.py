@@ -241,11 +241,12 @@ def test_counts_and_optimizer_state_are_those_of_the_real_run(name):
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_activations_are_those_that_autograd_keeps_or_a_little_more(name):
+def test_activations_are_those_that_autograd_keeps(name):
+    """Fewer in these small models, as the CPU's fused attention keeps copies that the meta device does not."""
     plan, _ = tiny(name, "--stage", "0")
     method = prepared(name)
     kept = step(method) - 4 * ROWS * ANSWER * method.model.config.vocab_size  # log-softmax
-    assert kept <= plan.moments[STEP]["activations"] <= 1.25 * kept
+    assert 0.85 * kept <= plan.moments[STEP]["activations"] <= 1.05 * kept
 
 
 def test_frozen_lora_is_that_of_folded_tasks():
