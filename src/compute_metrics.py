@@ -80,7 +80,7 @@ def evaluate_predictions(
 
 
 def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: str = "", *, prefix: str = "") -> str:
-    """One line for the terminal: "after 2-amazon: dbpedia 97.50  amazon 54.00  (mean 75.75)".
+    """One line for the terminal: "after 2-amazon (41 s): dbpedia 97.5, amazon 54 (mean 75.75)".
 
     Args:
         metrics: what `evaluate_predictions` returns, with `prefix` before each name.
@@ -88,8 +88,8 @@ def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: s
         step: what the values were measured after; without it the line begins with the first dataset.
     """
     values = {dataset: metrics[f"{prefix}exact_match_for_{dataset}"] for dataset in datasets}
-    each = "  ".join(f"{dataset} {value:.2f}" for dataset, value in values.items())
-    return f"{f'after {step}: ' if step else ''}{each}  (mean {sum(values.values()) / len(values):.2f})"
+    each = ", ".join(f"{dataset} {round(value, 2):g}" for dataset, value in values.items())
+    return f"{f'after {step}: ' if step else ''}{each} (mean {round(sum(values.values()) / len(values), 2):g})"
 
 
 def read_predictions(path: str | os.PathLike) -> list[dict]:

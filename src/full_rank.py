@@ -14,6 +14,8 @@ from errors import InputError
 from files import check_values, read_tensors, whole_file
 
 FILE_NAME = "full_rank_weights.safetensors"
+PEFT_TYPE = "LORA with full-rank weights, which README.md explains"
+"""Of a LoRA that belongs to these weights: PEFT, which would load it without them, stops with this as the reason."""
 
 
 def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:

@@ -23,15 +23,16 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
+from transformers import AutoConfig, LlamaConfig, T5Config
 from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from arguments import check, check_number
 from command_line import Parser
 from errors import InputError, entry_point
+from methods.base_modules import choose_modules
 from methods.gorp import Gorp, GorpArguments
-from model.llama import LlamaForCausalLM_with_lossmask
+from model.loading import model_class
 from Proj_torch.proj_projector import mode_ranks
 from Proj_torch.svd import OVERSAMPLING
 
@@ -119,6 +120,7 @@ def make_plan(options: PlanArguments) -> Plan:
     number, trained, stage, cores = options.number, options.trained, options.stage, options.cores
     model = build_on_meta(options.model_name_or_path).to(torch.bfloat16 if number == 2 else torch.float32)
     base = sum(parameter.numel() for parameter in model.parameters())
+    choose_modules(options, model)
     method = Gorp(options)
     method.prepare(model, None, decoder_only=not model.config.is_encoder_decoder, sharded=stage is not None)
     lora = sum(factor.numel() for _, factor in method.factors())
@@ -243,20 +245,18 @@ def build_on_meta(name: str) -> nn.Module:
     """The model of a preset, a folder or a hub id, without values.
 
     Raises:
-        InputError: there is none, it is neither LLaMA nor an encoder-decoder, or its sizes contradict each other.
+        InputError: there is none, it does not map text to text, or its sizes contradict each other.
     """
     try:
         config = PRESETS[name] if name in PRESETS else AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
-            if config.model_type == "llama":
-                return LlamaForCausalLM_with_lossmask(config)
-            if config.is_encoder_decoder:
-                return AutoModelForSeq2SeqLM.from_config(config)
+            return model_class(config, name)(config)
+    except InputError:
+        raise
     except Exception as error:  # whatever the hub's client, a config's own checks or a model's layers raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--model_name_or_path: no model can be built for {name} ({reason}); a folder with "
                          f"config.json, a hub id such as google-t5/t5-large, or one of {', '.join(PRESETS)}") from None
-    raise InputError(f"--model_name_or_path: found model_type {config.model_type!r}; llama and encoder-decoders")
 
 
 def describe(plan: Plan, options: PlanArguments) -> list[str]:

@@ -15,6 +15,7 @@ runs the complete order; the first one checks, writes and prints, and decides fo
 import argparse
 import gc
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -44,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     gc.freeze()  # keeps collections from scanning what imports have made
-    start = options.model_name_or_path
+    start, group = options.model_name_or_path, run_group(options, flags)
+    for name in ("WANDB_RUN_GROUP", "MLFLOW_EXPERIMENT_NAME"):
+        os.environ.setdefault(name, group)
     for number, step in enumerate(steps, start=1):
-        command = [*task_flags(options, number, step, start), *flags]
+        command = [*task_flags(options, number, step, start, group), *flags]
         if step.dataset in options.task_epochs:
             command += ["--num_train_epochs", options.task_epochs[step.dataset]]  # the later flag wins
         if is_first():
@@ -156,13 +159,24 @@ def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:
             raise InputError(f"{outputs / folder}: not a task of {name} as it is now; --fresh starts over")
 
 
-def task_flags(options: argparse.Namespace, number: int, step: OrderStep, start: Path | str) -> list[str]:
+def run_group(options: argparse.Namespace, flags: list[str]) -> str:
+    """What trackers call the runs of an order together: `order1-gorp-seed42`."""
+    parser = Parser(add_help=False)
+    for name, default in (("method", "gorp"), ("seed", "42"), ("preset", "")):
+        parser.add_argument(f"--{name}", default=default)
+    found = parser.parse_known_args(flags)[0]
+    return "-".join(filter(None, [order_name(options.order), found.method, found.preset, f"seed{found.seed}"]))
+
+
+def task_flags(
+    options: argparse.Namespace, number: int, step: OrderStep, start: Path | str, group: str
+) -> list[str]:
     """The flags in which the tasks of an order differ."""
     return [
         "--model_name_or_path", str(start),
         "--task_config_dir", str(step.folder),
         "--output_dir", str(options.output_dir / task_folder(number, step)),
-        "--run_name", f"{order_name(options.order)}_round{number}",
+        "--run_name", f"{group}-{task_folder(number, step)}",
     ]  # fmt: skip
 
 

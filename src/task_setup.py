@@ -13,7 +13,7 @@ from arguments import DataArguments, ModelArguments, UIETrainingArguments
 from errors import InputError
 from methods import Method
 from model.loading import LoadedModel, load_model_and_tokenizer
-from task_examples import OrderExamples, first_examples, first_examples_of_each
+from task_examples import OrderExamples, first_examples, first_examples_of_each, place_in_order
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import ExampleOptions, load_uie_dataset
 from uie_trainer_lora import DenserEvaluation, UIETrainer
@@ -95,6 +95,7 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights:
         use_fast_tokenizer=model_args.use_fast_tokenizer,
         resize_position_embeddings=model_args.resize_position_embeddings,
         max_source_length=data_args.max_source_length,
+        family=model_args.family,
         weights=weights,
         dtype=dtype,
     )
@@ -131,8 +132,9 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
     """The trainer of this task, with its collator, generation settings and callbacks."""
     collator = build_collator(loaded, data_args, training_args)
     check_generation(loaded, data_args)
+    index, order = place_in_order(data_args.task_config_dir)
     for split, of_split in examples.items():
-        if split != "validation" and len(of_split):  # a method may train on no examples
+        if split != "validation" or training_args.do_eval:
             collator.check(of_split)
     return UIETrainer(
         model=model,
@@ -145,8 +147,10 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
         method=method,
         decoder_only=loaded.decoder_only,
         multilingual=data_args.multilingual,
+        name=f"task {index + 1} of {len(order)}: {order[index]}",
+        tasks_left=len(order) - 1 - index,
         generation={
-            "max_new_tokens": training_args.generation_max_length or data_args.max_target_length,
+            "max_new_tokens": data_args.max_target_length,
             "num_beams": data_args.num_beams,
             "repetition_penalty": data_args.repetition_penalty,
             "do_sample": False,

@@ -223,7 +223,8 @@ PAPER = f"{EXACT} --protect gp_first --protect_side output --space_from moments 
      "olora --lamda_1 0.05", "nlora", "osf", "replay", "inclora", "seqlora", "galore", "multitask",
      "multitask --learning_rate 1e-3"],
     ["smollm2-135m", "--orders", "A", "B", "--methods", "sgorp", "replay", "galore", "olora"],
-    ["small-t5-b", "--seeds", "1", "2", "3", "--methods", "sgorp", "gorp", "gorp --preset released"],
+    ["small-t5-b", "--seeds", "1", "2", "3", "--methods", "sgorp", "sgorp --galore_svd exact", "gorp",
+     "gorp --preset released"],
     ["smollm2-135m", "--orders", "A", "--seeds", "1", "2", "--methods", "sgorp", "gorp", "gorp --preset released"],
 ])  # fmt: skip
 def test_the_tables_of_reproduce_are_what_its_commands_print(words, tmp_path, monkeypatch, capsys):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import plan_memory
-from helpers import ROOT
-from loranew import fold_loranew, renew_loranew
+from helpers import ROOT, renew_loranew
+from loranew import fold_loranew
 from methods.gorp import Gorp
 from model.loading import load_model_and_tokenizer
 from plan_memory import CONTEXT, GIB, STATE, STEP, collected, make_plan, parse_arguments, verdict

@@ -1,4 +1,4 @@
-"""A frozen linear layer with a small trainable core, which ZeRO may cut up; `zero_core` says why, and drives it."""
+"""A frozen linear layer with a small trainable core, which ZeRO can shard; `zero_core` explains and drives it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class CoreLinear(nn.Linear):
         ranks: of the left and the right basis, None where that side is not projected.
         space: S, orthonormal columns, or None.
         side: "output" for S (out, c), "input" for S (in, c).
-        orthogonal: how S acts, as ProjAdamW's `orthogonal`, otherwise as its `gp_first`.
+        orthogonal: S acts as ProjAdamW's `orthogonal`, otherwise as its `gp_first`.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class CoreLinear(nn.Linear):
         self.side, self.orthogonal = side, orthogonal
         self.decay = 1.0  # d
         self.bases: Bases | None = None
-        self.before: tuple[Bases | None, float] | None = None  # bases and share that a skipped refresh returns to
+        self.share: Tensor | float = 0.0  # of the last refresh's gradient, in its bases: ||L^T G R||^2 / ||G||^2
+        self.refreshes = 0  # that found bases
+        self.fell_back = False  # whether the last refresh found none, so that the next step refreshes again
+        self.before: tuple | None = None  # bases, share and fell_back that a step left out returns to
         # A 16-bit weight's rounding error, in the weight's dtype; None until a fold has one.
         self.register_buffer("rounding", getattr(linear, "rounding", None), persistent=False)
         self.gradient: LayerGradient | None = None  # collects a refresh step's gradient
-        self.share = 0.0  # of the last refresh's gradient, in its bases: ||L^T G R||^2 / ||G||^2
-        self.steps = self.refreshes = 0  # taken in projected coordinates; of the bases
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out) for x (..., in)."""
@@ -92,35 +93,33 @@ class CoreLinear(nn.Linear):
         left, right, space = remove_from_bases(*self.bases, S, side)
         return *(None if X is None else X.to(dtype) for X in (left, right)), space
 
-    def report(self) -> dict[str, Any]:
-        """The layer's entry in a `ProjectionReport`."""
-        return {"shape": self.shape, "ranks": self.ranks, "steps": self.steps, "refreshes": self.refreshes,
-                "energy": self.share}  # fmt: skip
-
     def prepare_refresh(self) -> None:
         """Collect the next step's gradient; the core must be zero."""
-        self.gradient, self.before = LayerGradient(self.shape), (self.bases, self.share)
+        self.gradient, self.before = LayerGradient(self.shape), (self.bases, self.share, self.fell_back)
 
     def close_refresh(self, taken: bool) -> None:
-        """End a step that refreshed: count it, or return to the bases before it if the optimizer left it out."""
+        """End a step that refreshed: count it, or undo it if the optimizer left the step out."""
         if self.gradient is not None:
-            self.refreshes += taken
-            self.bases, self.share = (self.bases, self.share) if taken else self.before
+            if taken:
+                self.refreshes += not self.fell_back
+            else:
+                self.bases, self.share, self.fell_back = self.before
             self.gradient = self.before = None
 
     @torch.no_grad()
-    def fold(self, core: Tensor) -> None:
-        """W <- d W + L C R^T in float32, d <- 1. The weight must be whole (see `gathered`)."""
+    def fold(self, core: Tensor) -> Tensor:
+        """W <- d W + L C R^T (out, in), d <- 1; returns W in float32. The weight must be complete (see `gathered`)."""
         if self.weight.dtype == torch.float32:
-            self._add_update(self.weight.detach(), core)  # in place: nothing of W's size beside it
+            W = self._add_update(self.weight.detach(), core)  # in place: nothing of W's size beside it
         else:
             W = self.trained_weight(core)
             self.weight.copy_(W)
             self.rounding = (W - self.weight.float()).to(self.weight.dtype)
         self.decay = 1.0
+        return W
 
     def trained_weight(self, core: Tensor) -> Tensor:
-        """d W + L C R^T (out, in) in float32, with what 16-bit rounding left out of W."""
+        """d W + L C R^T (out, in) in float32, with the rounding error of a 16-bit W."""
         W = self.weight.detach().to(torch.float32, copy=True)
         if self.rounding is not None:
             W += self.rounding
@@ -187,7 +186,7 @@ class _EffectiveWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, core: Tensor, layer: CoreLinear) -> Tensor:
         ctx.layer, ctx.core_dtype = layer, core.dtype
-        return layer.trained_weight(core)
+        return layer.trained_weight(core.float())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from Proj_torch.svd import at_least_float32, largest, truncated_svd, warn_once
+from Proj_torch.svd import at_least_float32, truncated_svd, warn_once
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 SIDES = ("output", "input")
@@ -70,7 +70,7 @@ def mode_ranks(shape: Sequence[int], rank: int, proj_type: str) -> tuple[int | N
 
 def matrix_bases(G: Tensor, ranks: Sequence[int | None], svd: str = "exact") -> Bases:
     """The left and right basis of G for `mode_ranks`' ranks, from one SVD. Raises as `truncated_svd` does."""
-    if ranks[0] is None and ranks[1] is None:
+    if not any(ranks):
         return None, None
     left, _, right = truncated_svd(G, ranks[0] or ranks[1], svd)
     return (left if ranks[0] else None), (right if ranks[1] else None)
@@ -82,33 +82,32 @@ def next_bases(
     svd: str = "exact",
     previous: Bases | None = None,
     compute: Callable[[Tensor, Sequence[int | None], str], Bases] = matrix_bases,
-) -> Bases:
-    """Bases for the next steps, from this step's gradient; never fails, so that no gradient can end a run.
+) -> tuple[Bases, bool]:
+    """Bases for the next steps, and whether they are G's own; never fails, so that no gradient can end a run.
 
-    A gradient that is zero or not finite, or whose singular vectors no method finds, keeps the previous bases; at
-    the first refresh, where there are none, the first unit vectors stand in until the next refresh.
+    They are `kept_bases` where G is zero or not finite, or no SVD converged.
 
     Args:
-        G: gradient.
-        ranks: one for each mode of G, from `mode_ranks` or `tucker_ranks`.
-        svd: "exact" or "lowrank".
+        G: this step's gradient, (out, in) or of more dimensions.
+        ranks: one for each dimension of G, from `mode_ranks` or `tucker_ranks`.
         previous: what this function last returned for the weight.
-        compute: `matrix_bases`, or `tucker_bases` for tensors of more than two dimensions.
+        compute: `matrix_bases`, or `tucker_bases` for more than two dimensions.
     """
-    peak = largest(G)
-    if peak.isfinite() and peak > 0:
-        try:
-            return compute(G, ranks, svd)
-        except torch.linalg.LinAlgError as error:
-            warn_once(f"{error}; the previous basis stays")
-    return previous if previous is not None else _unit_bases(G, ranks)
+    try:
+        return compute(G, ranks, svd), True
+    except torch.linalg.LinAlgError as error:
+        warn_once(f"{error}; the previous basis stays")
+        return kept_bases(G, ranks, previous), False
 
 
-def _unit_bases(G: Tensor, ranks: Sequence[int | None]) -> Bases:
-    dtype = torch.promote_types(G.dtype, torch.float32)
+def kept_bases(like: Tensor, ranks: Sequence[int | None], previous: Bases | None) -> Bases:
+    """The previous bases; before the first refresh the first unit vectors, with the shape and device of `like`."""
+    if previous is not None:
+        return previous
+    dtype = torch.promote_types(like.dtype, torch.float32)
     return tuple(
-        None if rank is None else torch.eye(size, rank, dtype=dtype, device=G.device)
-        for size, rank in zip(G.shape, ranks, strict=True)
+        None if rank is None else torch.eye(size, rank, dtype=dtype, device=like.device)
+        for size, rank in zip(like.shape, ranks, strict=True)
     )
 
 
@@ -139,11 +138,7 @@ def _less(X: Tensor, T: Tensor, side: str) -> Tensor:
 
 
 def check_space(S: Tensor, size: int, where: str) -> None:
-    """Reject what is not a basis (size, c) with orthonormal columns; `where` begins the message.
-
-    Raises:
-        InputError: naming the shape, or how far the columns are from orthonormal.
-    """
+    """Reject with InputError what is not (size, c) with orthonormal columns; `where` begins the message."""
     if S.ndim != 2 or S.shape[0] != size:
         raise InputError(f"{where}: shape {tuple(S.shape)}; allowed is ({size}, c)")
     gram = at_least_float32(S.detach()).T @ at_least_float32(S.detach())
@@ -170,11 +165,7 @@ def times_thin(X: Tensor, thin: Tensor) -> Tensor:
 
 
 def project(
-    G: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    S: Tensor | None = None,
-    side: str = "output",
+    G: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
 ) -> Tensor:
     """R = left^T G right, of shape (out or k, in or l); with S, the same of `remove(G, S, side)`."""
     left, right, S = remove_from_bases(left, right, S, side)
@@ -187,23 +178,19 @@ def project(
 
 
 def project_back(
-    R: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    S: Tensor | None = None,
-    side: str = "output",
+    R: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
 ) -> Tensor:
     """left R right^T, of shape (out, in); with S, `remove` of that."""
-    factors = back_factors(R, left, right, S, side)
+    return product(back_factors(R, left, right, S, side))
+
+
+def product(factors: Sequence[Tensor]) -> Tensor:
+    """The matrix that one or two factors stand for."""
     return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
 
 def back_factors(
-    R: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    S: Tensor | None = None,
-    side: str = "output",
+    R: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
 ) -> tuple[Tensor, ...]:
     """One or two matrices whose product is `project_back` of the same arguments, for adding it in place."""
     left, right, S = remove_from_bases(left, right, S, side)
@@ -242,8 +229,10 @@ class ProjProjector:
         scale: factor on the update that `add_back_` adds to the weight (GaLore's alpha).
         proj_type: "std", "reverse_std", "left", "right" or "full".
         svd: "exact" or "lowrank".
-        bases: (left, right) to go on from; None before the first refresh.
+        bases: (left, right) to start from; None before the first refresh.
     """
+
+    compute = staticmethod(matrix_bases)
 
     def __init__(
         self,
@@ -254,37 +243,34 @@ class ProjProjector:
         svd: str = "exact",
         bases: Bases | None = None,
     ):
-        self.rank = rank
-        self.update_proj_gap = update_proj_gap
-        self.scale = scale
-        self.proj_type = proj_type
-        self.svd = svd
-        self.bases = bases
+        self.rank, self.update_proj_gap, self.scale = rank, update_proj_gap, scale
+        self.proj_type, self.svd, self.bases = proj_type, svd, bases
 
     def ranks(self, shape: Sequence[int]) -> tuple[int | None, ...]:
         """Rank of each mode's basis, None where it is not projected. Raises InputError as `mode_ranks` does."""
         return mode_ranks(shape, self.rank, self.proj_type)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the bases are taken anew from the gradient of this step (counted from 0)."""
-        return step % self.update_proj_gap == 0
-
-    def refresh(self, G: Tensor) -> None:
-        """Take the bases from G (out, in); see `next_bases`."""
-        self.bases = next_bases(G, self.ranks(G.shape), self.svd, self.bases)
+    def refresh(self, G: Tensor) -> bool:
+        """Take the bases from G (out, in); False where G has none and `kept_bases` stand in."""
+        self.bases, own = next_bases(G, self.ranks(G.shape), self.svd, self.bases, self.compute)
+        return own
 
     def project(self, G: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
-        """G (out, in) in projected coordinates, less its component in S (see `project`)."""
+        """See the function `project`."""
         return project(G, *self.bases, S, side)
 
     def project_back(self, R: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
-        """R in the weight's coordinates (out, in), less its component in S (see `project_back`)."""
-        return project_back(R, *self.bases, S, side)
+        """See the function `project_back`."""
+        return product(self.back_factors(R, S, side))
+
+    def back_factors(self, R: Tensor, S: Tensor | None = None, side: str = "output") -> tuple[Tensor, ...]:
+        """See the function `back_factors`."""
+        return back_factors(R, *self.bases, S, side)
 
     def add_back_(self, W: Tensor, R: Tensor, S: Tensor | None = None, side: str = "output") -> None:
         """W += scale * project_back(R, S, side), forming no matrix of W's size where the dtypes allow it."""
-        factors = back_factors(R, *self.bases, S, side)
+        factors = self.back_factors(R, S, side)
         if len(factors) == 2 and W.dtype == factors[0].dtype:
             W.addmm_(*factors, alpha=self.scale)
         else:
-            W.add_(factors[0] if len(factors) == 1 else factors[0] @ factors[1], alpha=self.scale)
+            W.add_(product(factors), alpha=self.scale)

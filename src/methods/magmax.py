@@ -47,7 +47,6 @@ class MagmaxArguments(LoraArguments):
 class Magmax(Seqlora):
     Arguments = MagmaxArguments
     float32_base = True
-    zero_stage = None  # stage 2 should do, and has not been tried
 
     def prepare(self, model, previous: Path | None, **kind):
         self.tasks: dict[str, Tensor] = {}  # of each factor, all tasks' (t, rows, columns)

@@ -17,6 +17,7 @@ BWT below zero is forgetting. The measures of an unfinished order are those of i
 None if a value that it needs is missing.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,8 @@ def unseen_accuracy(folder: str | os.PathLike) -> dict[str, float | None]:
     """Exact match after a step on each dataset that its order never trains; empty if it was not measured."""
     path = Path(folder) / "unseen_results.json"
     tasks = _results(path).get("unseen_datasets", [])
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise InputError(f"{path}: unseen_datasets is {tasks!r}; allowed: an array of names")
     return dict(zip(tasks, _row(path, tasks, "unseen")))
 
 
@@ -102,13 +105,13 @@ def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) 
     """Every measure of `MEASURES` after the latest finished task."""
     last = last_finished(matrix)
     folder = Path(order_dir) / "outputs" / step_name(last + 1, tasks[last])
-    results = _results(folder / "predict_results.json")
+    path = folder / "predict_results.json"
     unseen = unseen_accuracy(folder).values()
     average = average_performance(matrix)
     return {
         "average_performance": average,
         # `--predict_tasks ends` may have tested the latest task alone, and then there is no AP either.
-        "average_over_rows": None if average is None else results.get("predict_exact_match"),
+        "average_over_rows": None if average is None else number(_results(path), "predict_exact_match", path, 100),
         "backward_transfer": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
         "forward_transfer": forward_transfer(zero_shot_matrix(order_dir, tasks), last + 1),
@@ -172,11 +175,20 @@ def _step_folders(outputs: Path) -> list[Path]:
 def _row(path: Path, tasks: Sequence[str], part: str = "predict") -> list[float | None]:
     """Exact match on every task in a step's results file; None where the file, or its value, is missing."""
     results = _results(path)
-    keys = [f"{part}_exact_match_for_{task}" for task in tasks]
-    for key in keys:
-        if not isinstance(results.get(key), int | float | None):
-            raise InputError(f"{path}: {key} is {results[key]!r}; allowed: a number")
-    return [results.get(key) for key in keys]
+    return [number(results, f"{part}_exact_match_for_{task}", path, most=100) for task in tasks]
+
+
+def number(content: Mapping, key: str, path: Path, most: float = math.inf) -> float | None:
+    """The number under a key of a file's object, from 0 to `most`; None if it is missing.
+
+    Raises:
+        InputError: something else is there, such as the NaN of a failed run.
+    """
+    value = content.get(key)
+    if value is None or (type(value) in (int, float) and math.isfinite(value) and 0 <= value <= most):
+        return value
+    allowed = "0 or more" if most == math.inf else f"from 0 to {most}"
+    raise InputError(f"{path}: {key} is {value!r}; allowed: a number {allowed}")
 
 
 def _results(path: Path) -> dict:

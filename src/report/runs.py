@@ -14,7 +14,7 @@ from compute_metrics import exact_match, read_predictions
 from errors import InputError
 from files import json_kind, read_object
 from report.bootstrap import Interval, paired_interval
-from report.matrix import Matrix, accuracy_matrix, last_finished, measure, step_name, unfinished_steps
+from report.matrix import Matrix, accuracy_matrix, last_finished, measure, number, step_name, unfinished_steps
 
 CEILING = "multitask"
 """The method that sees all tasks at once: a ceiling, which does not learn in sequence."""
@@ -33,6 +33,7 @@ class Run:
         seconds: training time of all tasks together.
         trained_values: most parameters that any task trained; values: all parameters of the model.
         stored_bytes: size of what the last task saved for a next one.
+        made_with: git revision, versions and machine, for the page's foot.
         unfinished: steps without results; the measures are then those of the last finished step.
     """
 
@@ -52,6 +53,7 @@ class Run:
     unfinished: list[str]
     options: dict = field(default_factory=dict)
     varying: dict = field(default_factory=dict)
+    made_with: dict = field(default_factory=dict)
 
     def final(self, name: str) -> float | None:
         """A measure after the order's last task; None if the order is unfinished, and so cannot be compared."""
@@ -89,12 +91,14 @@ def read_run(order_dir: Path) -> Run:
     """The run in an order's output folder; without `run_record.json` its folders name method and order."""
     tasks, matrix = accuracy_matrix(order_dir)
     steps = [order_dir / "outputs" / step_name(i, task) for i, task in enumerate(tasks, 1)]
-    records = [_object(step / "run_record.json", "report") for step in steps]
+    paths = [step / "run_record.json" for step in steps]
+    records = [_object(path, "report") for path in paths]
     last = last_finished(matrix)
     unfinished = unfinished_steps(tasks, matrix)
-    seconds = [_number(step / "train_results.json", "train_runtime") for step in steps[: last + 1]]
+    trained = [step / "train_results.json" for step in steps[: last + 1]]
+    seconds = [number(_object(path), "train_runtime", path) for path in trained]
     stored = [path.stat().st_size for path in steps[last].glob("*_adapter/*.safetensors")]
-    first = records[0]
+    first, sizes = records[0], [number(one, "trained_values", path) for one, path in zip(records, paths)]
     return Run(
         folder=order_dir,
         model=Path(str(first.get("base_model", "unknown model"))).name,
@@ -106,11 +110,12 @@ def read_run(order_dir: Path) -> Run:
         measures=measure(order_dir, tasks, matrix),
         right={} if unfinished else _right_answers(steps[last] / "predict_eval_predictions.jsonl", tasks),
         seconds=None if None in seconds else sum(seconds),
-        trained_values=max((one["trained_values"] for one in records if "trained_values" in one), default=None),
-        values=first.get("values"),
+        trained_values=max(filter(None, sizes), default=None),
+        values=number(first, "values", paths[0]),
         stored_bytes=sum(stored) or None,
         unfinished=unfinished,
-        options=_options(steps[0] / "run_record.json"),
+        options=_options(paths[0]),
+        made_with=_made_with(_object(paths[0])),
     )
 
 
@@ -122,6 +127,11 @@ def _options(record: Path) -> dict:
     if files:
         made_of["input_files"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8]
     return _object(record, "report", "options") | made_of
+
+
+def _made_with(record: dict) -> dict:
+    found = {"git revision": record.get("git_revision"), **(record.get("versions") or {})}
+    return {name: value for name, value in (found | (record.get("machine") or {})).items() if value is not None}
 
 
 def _right_answers(predictions: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
@@ -184,6 +194,13 @@ def paired_difference(ours: Iterable[Run], theirs: Iterable[Run]) -> Interval | 
     return paired_interval(mine, others) if mine.keys() & others.keys() else None
 
 
+def interval(runs: Iterable[Run]) -> Interval | None:
+    """The average performance of finished runs with predictions and its 95 % interval; None if there are none."""
+    mine = {(run.order, run.seed): run.right for run in runs if run.right}
+    nothing = {key: {task: np.zeros_like(hits) for task, hits in right.items()} for key, right in mine.items()}
+    return paired_interval(mine, nothing) if mine else None
+
+
 def base_method(method: str) -> str:
     """A method's name without its options."""
     return method.split(" ")[0]
@@ -202,11 +219,9 @@ def ranked_methods(runs: Sequence[Run]) -> list[str]:
     return sorted(distinct(runs, "method"), key=key)
 
 
-def mean_matrix(runs: Sequence[Run]) -> Matrix:
-    """The mean accuracy matrix over runs of one order; None where a run lacks the value."""
-    size = len(runs[0].tasks)
-    cells = [[[run.matrix[i][j] for run in runs] for j in range(size)] for i in range(size)]
-    return [[None if None in values else statistics.mean(values) for values in row] for row in cells]
+def mean_matrix(runs: Sequence[Run]) -> np.ndarray:
+    """The mean accuracy matrix over runs of one order, NaN where a run lacks the value."""
+    return np.array([run.matrix for run in runs], float).mean(axis=0)
 
 
 def _complete_tasks(runs: list[Run]) -> None:
@@ -269,13 +284,6 @@ def _object(path: Path, *keys: str) -> dict:
         if not isinstance(content, dict):
             raise InputError(f"{path}, {key}: found {json_kind(content)}; allowed: an object")
     return content
-
-
-def _number(path: Path, key: str) -> float | None:
-    value = _object(path).get(key)
-    if not isinstance(value, int | float | None):
-        raise InputError(f"{path}: {key} is {value!r}; allowed: a number")
-    return value
 
 
 def natural(text: str) -> list:
