@@ -237,7 +237,7 @@ def _eps(group: dict[str, Any], state: dict[str, Any], ahead: int = 0) -> float:
 
 
 class Weight:
-    """A parameter of a group with its state: what the head of this file does to it before and after Adam.
+    """A parameter of a group with its state, and what the head of this file does to it before and after Adam.
 
     Args:
         group: the optimizer's group; index: of the parameter in it.
@@ -253,7 +253,7 @@ class Weight:
 
     @property
     def is_plain(self) -> bool:
-        """Whether PyTorch's own AdamW on p does what is to be done."""
+        """Whether PyTorch's own AdamW on p does all that is asked."""
         return self.projector is None and not self.protection and self.p.dtype in (torch.float32, torch.float64)
 
     @property
@@ -267,7 +267,7 @@ class Weight:
 
     @property
     def removed_from_update(self) -> tuple:
-        """(S, side), or empty: with `gp_first`, S leaves a projected side's basis, and so the way back too."""
+        """(S, side), or empty: `gp_first` removes S from the basis of a projected side, and so from the update too."""
         if not self.protection or self.group["orthogonal"]:
             return self.protection
         side = SIDES.index(self.group["protect_side"])
@@ -395,7 +395,7 @@ def _space(group: dict[str, Any], index: int) -> Tensor | None:
 
 
 def _place_spaces(group: dict[str, Any]) -> None:
-    """Put each protected space beside its parameter, in the dtype the mathematics is done in."""
+    """Move each protected space to its parameter's device, in the dtype of the computations."""
     if "scale_mats" in group:
         group["scale_mats"] = [
             None if S is None else at_least_float32(S.detach()).to(p.device)
