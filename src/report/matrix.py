@@ -1,7 +1,7 @@
 """The accuracy of every task after every task, and the measures of continual learning taken from it.
 
-Row i, column j of the matrix is a[i][j], the exact match in per cent on task j after training on task i, None where
-it was not measured; b[i][j], j >= i, is the same before training on task i (`--zero_shot`). With T tasks, T also
+Row i, column j of the matrix is a[i][j], the exact match (ROUGE-L where answers are free text) in per cent on task j
+after training on task i, None where it was not measured; b[i][j], j >= i, is the same before training on task i (`--zero_shot`). With T tasks, T also
 being the last row, and n[j] test examples of task j:
 
     average performance        AP  = 1/T sum_j a[T][j]                       (Lopez-Paz & Ranzato, 2017, there ACC;
@@ -22,6 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from compute_metrics import score_of
 from errors import InputError
 from files import read_object
 
@@ -108,7 +109,7 @@ def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) 
     return {
         "average_performance": average,
         # `--predict_tasks ends` may have tested the latest task alone, and then there is no AP either.
-        "average_over_rows": None if average is None else results.get("predict_exact_match"),
+        "average_over_rows": None if average is None else results.get("predict_score", results.get("predict_exact_match")),
         "backward_transfer": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
         "forward_transfer": forward_transfer(zero_shot_matrix(order_dir, tasks), last + 1),
@@ -170,13 +171,13 @@ def _step_folders(outputs: Path) -> list[Path]:
 
 
 def _row(path: Path, tasks: Sequence[str], part: str = "predict") -> list[float | None]:
-    """Exact match on every task in a step's results file; None where the file, or its value, is missing."""
+    """The score on every task in a step's results file; None where the file, or its value, is missing."""
     results = _results(path)
-    keys = [f"{part}_exact_match_for_{task}" for task in tasks]
-    for key in keys:
-        if not isinstance(results.get(key), int | float | None):
-            raise InputError(f"{path}: {key} is {results[key]!r}; allowed: a number")
-    return [results.get(key) for key in keys]
+    row = [score_of(results, task, f"{part}_") for task in tasks]
+    for task, value in zip(tasks, row):
+        if value is not None and not (type(value) in (int, float) and 0 <= value <= 100):
+            raise InputError(f"{path}: {part}_exact_match_for_{task} is {value!r}; allowed: a number from 0 to 100")
+    return row
 
 
 def _results(path: Path) -> dict:
