@@ -7,6 +7,8 @@
 # everything (see terminal.py).
 
 set -euo pipefail
+script=$0   # with its folder, as this changes the current one
+[[ $script == /* ]] || script=$PWD/$script
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/settings.sh
 
@@ -15,12 +17,23 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 # --- set-up ---
 
-# Set PYTHON to an interpreter whose environment has exactly the packages of the requirements files, and put its folder
-# first on PATH. If neither the active environment nor .venv has them, .venv is created or updated.
+# Set PYTHON to an interpreter with the packages of the requirements files, and put its folder first on PATH: the active
+# environment or .venv with the exact versions of requirements.lock, else a .venv that is made or updated. With
+# GORP_ENV=active it is the active environment, as long as it has the lower bounds of the requirements files.
 set_up() {  # REQUIREMENTS_FILE ...
-    find_environment "$@" && return
+    local differences
+    if [ -n "${GORP_ENV:-}" ]; then
+        compare "$(command -v python || echo python3)" "$@" || [ $? -eq 3 ] || fail "GORP_ENV=active: $PYTHON has $differences"
+        use "$PYTHON"
+        [ -z "$differences" ] || say "GORP_ENV=active: $PYTHON is used as it is, with $differences"
+        return
+    fi
+    ! find_environment "$@" || return 0
+    if [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+        compare python "$@" || say "the active environment has $differences; GORP_ENV=active uses it nevertheless"
+    fi
     say "setting up .venv from $* (once; some minutes)"
-    { is_new_enough .venv/bin/python && .venv/bin/python -c 'import pip' 2>/dev/null; } || make_venv
+    .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && is_ours || make_venv
     install "$@"
     find_environment "$@" && return
     make_venv   # pip considers a package installed even if its installation was interrupted near its end
@@ -28,37 +41,49 @@ set_up() {  # REQUIREMENTS_FILE ...
     find_environment "$@" || fail ".venv: does not have the packages of $*"
 }
 
+# Compare an interpreter with the requirements files; set PYTHON to its path and `differences` to what it lacks.
+compare() {  # INTERPRETER REQUIREMENTS_FILE ...
+    local status=0 said
+    said=$("$1" scripts/satisfied.py "${@:2}" 2>/dev/null) || status=$?
+    PYTHON=${said%%$'\n'*} differences=${said#*$'\n'}
+    [ -n "$said" ] || PYTHON=$1 differences='no usable Python'
+    return $status
+}
+
+use() { PYTHON=$1 PATH="${1%/*}:$PATH"; export PATH; }  # INTERPRETER
+
 find_environment() {  # REQUIREMENTS_FILE ...
-    local candidate
+    local candidate differences
     for candidate in "${VIRTUAL_ENV:-.venv}/bin/python" .venv/bin/python python python3; do
-        if PYTHON=$("$candidate" scripts/satisfied.py "$@" 2>/dev/null); then
-            export PATH="${PYTHON%/*}:$PATH"
-            return 0
-        fi
+        ! compare "$candidate" "$@" || { use "$PYTHON"; return 0; }
     done
     return 1
 }
 
+# Whether these scripts made .venv, and so may change it: they use --clear, which Python writes down.
+is_ours() { [ ! -L .venv ] && grep -qs '^command = .* -m venv --clear ' .venv/pyvenv.cfg; }
+
 make_venv() {
+    [[ ! -e .venv && ! -L .venv ]] || is_ours || fail ".venv: lacks packages of the requirements files and was not made" \
+        "by these scripts, which leave it alone; move it away, or activate it and set GORP_ENV=active"
     find_python
     "$PYTHON" -m venv --clear .venv || fail ".venv: $PYTHON could not create it; the reason is above"
 }
 
 install() {  # REQUIREMENTS_FILE ...
-    local file files=()
+    local file files=() output
     for file; do files+=(-r "$file"); done
-    .venv/bin/python -m pip install "${files[@]}" || fail ".venv: pip could not install $*; the reason is above"
+    output=$(.venv/bin/python -m pip install "${files[@]}" -c requirements.lock 2>&1) ||
+        { echo "$output" >&2; fail ".venv: pip could not install $*; the reason is above"; }
 }
 
 # Set PYTHON to any Python that is new enough.
 find_python() {
-    for PYTHON in python3.11 python3.12 python3 python; do
-        ! is_new_enough "$PYTHON" || return 0
+    for PYTHON in python3.11 python3.12 python3.13 python3 python; do
+        ! "$PYTHON" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || return 0
     done
     fail "Python: found no version 3.11 or newer on PATH; install one, with its venv and pip modules"
 }
-
-is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 # Whether PyTorch finds a GPU. It is asked, which takes seconds, only where the system has a device for one.
 has_gpu() {
@@ -77,7 +102,7 @@ parse_arguments() {  # USAGE ARGUMENT ...
     shift
     for argument; do
         case "$argument" in
-            -h | --help) echo "$usage"; exit 0 ;;
+            -h | --help) echo "$usage"; print_head; exit 0 ;;
             --tiny) mode=tiny ;;
             --fresh) fresh=yes ;;
             --small) [[ $usage == *--small* ]] || fail "--small: not available here; $usage"; mode=small ;;
@@ -87,12 +112,51 @@ parse_arguments() {  # USAGE ARGUMENT ...
     done
 }
 
+# Print the comment at the head of the running script, which is its help.
+print_head() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"; }
+
+variables=(MODEL DATA_DIR METHOD NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE DS_CONFIG SEED SAVE_STEPS
+           OUTPUT EXTRA DRY_RUN GORP_ENV)
+
+# Reject a variable that is one letter, or its case, away from one of ours: METOD=olora would run gorp.
+check_variables() {
+    local found known i
+    for found in $(compgen -e); do
+        [[ " ${variables[*]} " != *" $found "* ]] || continue
+        for known in "${variables[@]}"; do
+            [[ ${found^^} != "$known" ]] || fail "$found: unknown variable; did you mean $known? Otherwise unset $found"
+            for ((i = 1; i <= ${#known}; i++)); do
+                if [[ $found == "${known:0:i+1}"?"${known:i+1}" || $found == "${known:0:i}${known:i+1}" ||
+                      $found == "${known:0:i}"?"${known:i+1}" ||
+                      $found == "${known:0:i}${known:i+1:1}${known:i:1}${known:i+2}" ]]; then
+                    fail "$found: unknown variable; did you mean $known? Otherwise unset $found"
+                fi
+            done
+        done
+    done
+}
+
+# Set `extra` to the words of EXTRA, quoted as in a shell; nothing in it is expanded or run.
+read_extra() {
+    local words
+    words=$(printf '%s .' "${EXTRA:-}" | xargs printf '%s\n' 2>/dev/null) ||
+        fail "EXTRA=${EXTRA:-}: a quotation is not closed"
+    mapfile -t extra <<< "$words"
+    unset 'extra[-1]'   # the dot, without which xargs would print a word where there is none
+}
+
+uses_deepspeed() { [[ $ranks -gt 1 || -n ${DS_CONFIG:-} ]]; }
+
 # What needs no Python is checked before anything is installed.
 check_settings() {
+    [[ ${GORP_ENV:-active} == active ]] || fail "GORP_ENV=$GORP_ENV: active, or unset"
     [[ $name =~ ^[A-Za-z0-9_.-]+$ && $name != ds && -d configs/${name}_configs ]] ||
         fail "order '$name': no folder configs/${name}_configs; data/make_order.py makes one"
-    [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$ranks: a number of processes, 1 or more"
-    [[ ${SAVE_STEPS:-1} =~ ^[1-9][0-9]*$ ]] || fail "SAVE_STEPS=$SAVE_STEPS: a number of optimizer steps, 1 or more"
+    local variable
+    for variable in NPROC NNODES MASTER_PORT SAVE_STEPS; do
+        [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] || fail "$variable=${!variable}: a whole number, 1 or more"
+    done
+    count_ranks
     [[ -z ${DS_CONFIG:-} || -f $DS_CONFIG ]] || fail "DS_CONFIG=$DS_CONFIG: no such file"
     [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] || fail "DATA_DIR=$DATA_DIR: no such folder"
     [[ $preset != released || ($ranks -eq 1 && -z ${DS_CONFIG:-}) ]] ||
@@ -100,11 +164,34 @@ check_settings() {
              "DeepSpeed is allowed"
 }
 
+# Set `nodes`, the machines, and `ranks`, the processes on all of them: NPROC on each, or as HOSTFILE says. On one of
+# several machines, `node` is its number.
+count_ranks() {
+    nodes=${NNODES:-1} node=0 ranks=$((${NNODES:-1} * ${NPROC:-1}))
+    if [ -n "${HOSTFILE:-}" ]; then
+        local line='^[^ #]+ +slots=[1-9][0-9]*[[:space:]]*$' none='^[[:space:]]*(#.*)?$'
+        [[ -z ${NPROC:-}${NNODES:-} ]] || fail "HOSTFILE=$HOSTFILE: found with NPROC or NNODES, which the file decides"
+        [ -f "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE: no such file"
+        ! grep -vqE "$line|$none" "$HOSTFILE" && grep -qE "$line" "$HOSTFILE" ||
+            fail "HOSTFILE=$HOSTFILE: found '$(grep -vE "$line|$none" "$HOSTFILE" | head -n 1)'; lines 'host slots=GPUS'"
+        nodes=$(grep -cE "$line" "$HOSTFILE")
+        ranks=$(grep -E "$line" "$HOSTFILE" | awk -F= '{ n += $2 } END { print n }')
+    elif [ "$nodes" -gt 1 ]; then
+        node=${NODE_RANK:-}
+        [[ $node =~ ^[0-9]+$ && $node -lt $nodes ]] || fail "NODE_RANK=$node: 0 to $((nodes - 1)) with NNODES=$nodes"
+        [ -n "${MASTER_ADDR:-}" ] || fail "MASTER_ADDR: missing with NNODES=$nodes; the address of node 0"
+    fi
+}
+
 check_model() {
-    [[ $mode != full || -n ${MODEL:-} || -f $model/config.json ]] || fail "$model: contains no model. Two options:
-  the published one:  pip install huggingface_hub && hf download $source --local-dir $model
-                      (any other: MODEL=FOLDER_OR_HUB_ID in front of the same command)
-  a small one, on a CPU:  the same command with $small_flags"
+    [[ $mode != full || -n ${MODEL:-} || -f $model/config.json ]] || fail "$model: contains no model; get the" \
+        "published one (pip install huggingface_hub && hf download $source --local-dir $model), set" \
+        "MODEL=FOLDER_OR_HUB_ID, or use a small model on a CPU: the same command with $small_flags"
+}
+
+# Run a command while no other node or job with this folder runs one.
+one_at_a_time() {  # COMMAND ...
+    if [ -w requirements.txt ] && command -v flock >/dev/null; then { flock 9; "$@"; } 9>>requirements.txt; else "$@"; fi
 }
 
 # --- running orders ---
@@ -125,34 +212,46 @@ run_published() {  # FAMILY LAST_ORDER
 # Check configs/NAME_configs, then train its tasks one after the other by src/run_order.py, in one process (or one for
 # each rank). DRY_RUN=1 only prints the command.
 run_order() {  # FAMILY NAME
-    local name=$2 label=$2 ranks=${NPROC:-1} started=$SECONDS extra method preset
+    local name=$2 label=$2 nodes node ranks started extra method preset seed requirements=(requirements.txt)
     local scripts model source small_flags outputs logs deepspeed_config batch rows released_precision=''
-    local shared changed=() changed_penalties=() memory_options=() gpu_options=() values penalties values_from
-    read -ra extra -d '' <<< "${EXTRA:-}" || true   # words only: nothing in EXTRA is expanded or run
+    local shared changed=() changed_penalties=() memory_options=() gpu_options=() values penalties values_from own_values=''
+    check_variables
+    read_extra
     method=$(in_extra --method "${METHOD:-gorp}") preset=$(in_extra --preset default)
+    seed=$(in_extra --seed "${SEED:-42}")
     "settings_$1" "$name" "$mode"
     check_settings
+    ! uses_deepspeed || requirements+=(requirements-deepspeed.txt)
     read_values
+    [ -n "${OUTPUT:-}" ] || distinguish
     local data=${DATA_DIR:-CL_Benchmark}
-    [[ $mode != tiny || -n ${DATA_DIR:-} ]] || data=data/mini_benchmark
-    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log accumulation options command
+    [[ -n ${DATA_DIR:-} ]] || has_examples || data=data/mini_benchmark
+    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log accumulation launch options command
+    [ "$node" -eq 0 ] || log=${log%.log}.node$node.log
 
     if [ -n "${DRY_RUN:-}" ]; then
-        find_environment requirements.txt || find_python
+        find_environment "${requirements[@]}" || find_python
         set_command
         describe >&2
         printf '%q ' "${command[@]}" && echo
     else
         check_model
-        set_up requirements.txt
-        make_small_parts
+        one_at_a_time set_up "${requirements[@]}"
+        started=$SECONDS
+        one_at_a_time make_small_parts
         set_command
         trap 'say "$name: interrupted; the same command resumes" >&2; exit 130' INT
         run_tasks
-        "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
+        [ "$node" -gt 0 ] || "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
         trap - INT
         say "$name took $((SECONDS - started)) s; results in $order_dir, log in $log"
+        [[ $mode != tiny || -n ${OUTPUT:-} ]] || what_next
     fi
+}
+
+# Whether the mode finds examples in CL_Benchmark; a small model does without them.
+has_examples() {
+    [[ $mode == full ]] || { [[ $mode == small ]] && compgen -G 'CL_Benchmark/*/*/train.json' >/dev/null; }
 }
 
 # The value of a flag in EXTRA; the last one counts.
@@ -172,23 +271,42 @@ read_values() {
     local script=$scripts/order_1.sh
     if [[ $name =~ ^order([0-9]+)$ ]]; then
         label=order_${BASH_REMATCH[1]}
-        [ ! -f "$scripts/$label.sh" ] || script=$scripts/$label.sh
+        [ ! -f "$scripts/$label.sh" ] || script=$scripts/$label.sh own_values=yes
     fi
     # shellcheck source=scripts/order_1.sh
     source "$script"
     values_from=$script
 }
 
+# Append to `label`, which names the default folder, what distinguishes the run from the plain published one.
+distinguish() {
+    [ "$mode" = full ] || label+=-$mode
+    [ "$method" = gorp ] || label+=-$method
+    [ "$preset" = default ] || label+=-$preset
+    [ "$seed" = 42 ] || label+=-seed$seed
+    label=${label//[^A-Za-z0-9_.-]/_}   # a bad value is part of a path until the entry rejects it
+}
+
+# After a run of a tiny model: what it is good for, and what to try next.
+what_next() {
+    local other again="bash $scripts/order.sh --tiny $name"
+    say "a model of a million weights tests the code, not the method; its scores say little about larger models"
+    for other in gorp seqlora sgorp; do
+        [ "$other" = "$method" ] || say "another method:  METHOD=$other $again"
+    done
+    say "all of them compared:  ${PYTHON#"$PWD"/} src/report $outputs --out report"
+}
+
 # Create the data and model of small runs if they are missing.
 make_small_parts() {
     if [[ $data == data/mini_benchmark && ! -d $data ]]; then "$PYTHON" data/mini_benchmark.py; fi
-    if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_smollm2.py; fi
+    if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_small.py smollm2; fi
 }
 
 # Set `command`, which runs the order. A later flag overrides an earlier one: those for a small model follow the
 # published ones, and EXTRA follows all.
 set_command() {
-    local launch=("$PYTHON")
+    local index
     options=("${shared[@]}" "${values[@]}")
     # Other methods have their own defaults for penalties, and the released code computes none.
     [[ $method != gorp || $preset == released ]] || options+=("${penalties[@]}" "${changed_penalties[@]}")
@@ -202,11 +320,7 @@ set_command() {
     accumulation=$((rows / (batch * ranks)))
     [ "$accumulation" -ge 1 ] || accumulation=1
     options+=(--per_device_train_batch_size "$batch" --gradient_accumulation_steps "$accumulation")
-    if [[ $ranks -gt 1 || -n ${DS_CONFIG:-} ]]; then
-        launch=(deepspeed --num_accelerators "$ranks" --master_port "$(free_port)")
-        options+=(--deepspeed "${DS_CONFIG:-$deepspeed_config}")
-        has_gpu || options+=(--use_cpu True)   # needed by ranks on a CPU to connect
-    fi
+    set_launch
     [ -z "${SAVE_STEPS:-}" ] ||
         options+=(--save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 2 --drop_checkpoints)
     [ -z "$fresh" ] || options+=(--fresh "$log")
@@ -215,6 +329,41 @@ set_command() {
         --data_dir "$data" --output_dir "$order_dir/outputs" --method "${METHOD:-gorp}" --seed "${SEED:-42}"
         "${options[@]}" "${extra[@]}"
     )
+    [[ -n ${HOSTFILE:-} && $nodes -gt 1 ]] || return 0
+    for ((index = ${#launch[@]} + 1; index < ${#command[@]}; index++)); do
+        printf -v "command[index]" '%q' "${command[index]}"   # a shell on each machine reads them once more
+    done
+}
+
+# Set `launch`, what starts the processes: Python for one, DeepSpeed's launcher on one machine or those of HOSTFILE, and
+# torchrun on each of NNODES, or where CUDA_VISIBLE_DEVICES has no numbers, which DeepSpeed's launcher needs.
+set_launch() {
+    local devices=() processes=$((ranks / nodes)) port=${MASTER_PORT:-29500}
+    launch=("$PYTHON")
+    uses_deepspeed || return 0
+    [[ -n ${MASTER_PORT:-} || $nodes -gt 1 ]] || port=$(free_port)
+    options+=(--deepspeed "${DS_CONFIG:-$deepspeed_config}")
+    if has_gpu; then
+        IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES:-}"
+    else
+        options+=(--use_cpu True)   # needed by ranks on a CPU to connect
+    fi
+    if [ -n "${HOSTFILE:-}" ]; then
+        launch=(deepspeed --hostfile "$HOSTFILE" --master_port "$port")
+        [ -z "${MASTER_ADDR:-}" ] || launch+=(--master_addr "$MASTER_ADDR")
+        return
+    fi
+    [[ ${#devices[@]} -eq 0 || ${#devices[@]} -ge $processes ]] ||
+        fail "NPROC=$processes: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names fewer devices"
+    if [[ $nodes -gt 1 || ${devices[*]} == *[^0-9\ ]* ]]; then
+        launch=(torchrun --nnodes "$nodes" --node_rank "$node" --nproc_per_node "$processes"
+                --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$port")
+    elif [ ${#devices[@]} -gt 0 ]; then
+        devices=("${devices[@]:0:processes}")
+        launch=(deepspeed --include "localhost:$(IFS=,; echo "${devices[*]}")" --master_port "$port")
+    else
+        launch=(deepspeed --num_accelerators "$processes" --master_port "$port")
+    fi
 }
 
 # Describe the command: the method, the source of its values, the examples per step, the precision.
@@ -227,14 +376,17 @@ describe() {
         *) what=$(printf '%q, not the published method' "$method") ;;
     esac
     [ "$method" = gorp ] || penalties_of=', but its own defaults for penalties'
-    case $mode/$values_from in
-        full/*/"$label.sh") from='the published values' ;;
-        full/*) from="the published values of $values_from" ;;
+    case $mode$own_values in
+        fullyes) from='the published values' ;;
+        full) from="the published values of $values_from" ;;
         *) from='values for a small model (settings.sh)' ;;
     esac
     step="$size examples a step = $batch x $(counted "$accumulation" micro-batch es) on $(counted "$ranks" process es)"
+    [ "$nodes" -eq 1 ] || step+=" of $nodes machines"
     [ $size -eq "$rows" ] || step+=" ($rows would need a number of processes that divides it)"
     say "$name: $what, with $from$penalties_of; $step"
+    [[ $mode/$data != small/data/mini_benchmark ]] ||
+        say "$name: CL_Benchmark has no train.json, so the made-up texts of data/mini_benchmark are used"
     if [ -n "$released_precision" ]; then
         [[ " ${options[*]} " != *' --bf16 True '* ]] || precision=bf16
         if [ "$preset" = released ]; then
@@ -265,8 +417,10 @@ run_tasks() {
     shopt -s nullglob
     tasks=("configs/${name}_configs"/*/) finished=("$order_dir"/outputs/*/completed.json)
     shopt -u nullglob
-    # The deepspeed launcher returns 0 when a signal ended it.
-    [[ $status -ne 0 || ${#finished[@]} -ge ${#tasks[@]} ]] || status=1
+    # torchrun returns 1, whatever the exit code of the process that it reports.
+    [[ $status -ne 1 || ${launch[0]} != torchrun ]] || ! tail -n 50 "$log" | grep -q 'exitcode *: 2 ' || status=2
+    # The deepspeed launcher returns 0 when a signal ended it. The first node's files may not be visible yet on others.
+    [[ $status -ne 0 || $node -gt 0 || ${#finished[@]} -ge ${#tasks[@]} ]] || status=1
     case $status in
         0) ;;
         2) exit 2 ;;   # bad input, which one line has explained

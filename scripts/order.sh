@@ -12,11 +12,16 @@
 #     DS_CONFIG=FILE   DeepSpeed config                    (one of stage 2 where NPROC is above 1, else none)
 #     SEED=N           random seed                         (42)
 #     SAVE_STEPS=N     a checkpoint every N steps, to resume within a task   (none: an unfinished task starts over)
-#     OUTPUT=FOLDER    results in FOLDER/NAME/, log in FOLDER/NAME.log   (logs_and_outputs/NAME/, logs/NAME.log)
-#     EXTRA="..."      more flags of src/run_uie_lora.py or src/run_order.py; they override the script's:
+#     OUTPUT=FOLDER    results in FOLDER/NAME/, log in FOLDER/NAME.log
+#                      (logs_and_outputs/NAME/, logs/NAME.log, where NAME has what distinguishes the run from the plain
+#                      published one: order_1-tiny, order_1-olora, order_1-tiny-sgorp-seed1)
+#     GORP_ENV=active  run in the active environment if its packages are new enough   (.venv, with exact versions)
+#     EXTRA="..."      more flags of src/run_uie_lora.py or src/run_order.py, quoted as in a shell; they override the
+#                      script's:
 #                      "--preset released" computes what the authors' released code computes (METHOD=gorp, NPROC=1),
 #                      "--task_epochs DATASET=N ..." trains these tasks N times
 #     DRY_RUN=1        only print the command
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 source "$(dirname "$0")/lib.sh"
 parse_arguments "bash scripts/order.sh [--tiny] [--fresh] NAME" "$@"
 [ ${#names[@]} -eq 1 ] || fail "${#names[@]} orders found; one is allowed: $usage"

@@ -7,6 +7,7 @@
 #   Override  SEED=1 EXTRA="--galore_rank 16 --lamda_2 0.1" bash scripts/order_6.sh
 #             EXTRA="--preset released" computes what the authors' released code computes
 #             MODEL DATA_DIR METHOD NPROC DS_CONFIG SEED SAVE_STEPS OUTPUT EXTRA DRY_RUN: see order.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 
 # This order's values, as published. What all orders share is in settings_t5 of settings.sh.
 # shellcheck disable=SC2034  # order.sh and run.sh read them

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The tests, after setting up what they need; arguments go to pytest: bash scripts/test.sh -m "not recipe" tests/test_x.py
 # Two files are tested at a time, each with one thread; WORKERS=0 runs them one after the other in one process.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 source "$(dirname "$0")/lib.sh"
-set_up requirements.txt requirements-test.txt
+case ${1:-} in -h | --help) echo "usage: bash scripts/test.sh [pytest's arguments]"; print_head; exit 0 ;; esac
+set_up requirements.txt requirements-deepspeed.txt requirements-test.txt
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -6,6 +6,7 @@
 #   Values    order1 to order3: those in order_1.sh to order_3.sh; any other order: those in order_1.sh
 #   Override  by variables in front of the command, as scripts/order.sh says; here the defaults are
 #             MODEL=initial_model/llama, results in logs_and_outputs_llama/NAME/, log in logs_llama/NAME.log
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 source "$(dirname "$0")/../scripts/lib.sh"
 parse_arguments "bash scripts_llama/order.sh [--tiny|--small] [--fresh] NAME" "$@"
 [ ${#names[@]} -eq 1 ] || fail "${#names[@]} orders found; one is allowed: $usage"

@@ -8,6 +8,7 @@
 #   Override  EXTRA="--max_source_length 384" bash scripts_llama/order_3.sh     (less memory)
 #             EXTRA="--preset released" computes what the authors' released code computes, in float32 on one GPU
 #             MODEL DATA_DIR METHOD NPROC DS_CONFIG SEED SAVE_STEPS OUTPUT EXTRA DRY_RUN: see ../scripts/order.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 
 # This order's values, as published. What all orders share is in settings_llama of ../scripts/settings.sh.
 # shellcheck disable=SC2034  # order.sh and run_llama.sh read them

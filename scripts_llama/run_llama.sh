@@ -7,6 +7,7 @@
 #             bash scripts_llama/run_llama.sh --tiny 1    (a tiny LLaMA and made-up data, minutes on a CPU)
 #   Override  SEED=1 bash scripts_llama/run_llama.sh      (all variables: scripts/order.sh)
 #   Values    each order's own in order_1.sh to order_3.sh, what they share in scripts/settings.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 source "$(dirname "$0")/../scripts/lib.sh"
 parse_arguments "bash scripts_llama/run_llama.sh [--tiny|--small] [--fresh] [ORDER ...], ORDER 1 to 3" "$@"
 run_published llama 3

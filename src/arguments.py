@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import SchedulerType, Seq2SeqTrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from errors import InputError, nearest
 from files import check_writable, read_json
@@ -37,6 +39,11 @@ class ModelArguments:
     use_fast_tokenizer: bool = HfArg(default=True, help="Use the fast tokenizer where there is one.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of a hub model.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub login of this machine.")
+    family: str | None = HfArg(
+        default=None,
+        help="What the model must be; the scripts say what they are for.",
+        metadata={"choices": ["encoder-decoder", "decoder-only"]},
+    )
     resize_position_embeddings: bool | None = HfArg(
         default=None, help="Grow learned positions to max_source_length, where the model can."
     )
@@ -106,7 +113,7 @@ REJECTED = {
         "save_only_model save_on_each_node enable_jit_checkpoint restore_callback_states_from_checkpoint",
     "src/export.py writes a model to upload": "push_to_hub",
     "a command line is logged; `hf auth login` or the variable HF_TOKEN keeps it secret": "hub_token",
-    "--max_non_finite_steps watches losses and gradients": "debug",
+    "--max_non_finite_steps watches losses and gradients": "debug logging_nan_inf_filter",
 }
 # ... and those that decide nothing here, which the run reports; the last ones are for --report_to trackio.
 IGNORED = (
@@ -164,7 +171,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         super().__post_init__()
         known = get_available_reporting_integrations()
         for name in self.report_to:
-            check(name in known, "report_to", name, ", ".join(["none", *known]))
+            hint = f"; pip install {name} adds it" if name in INTEGRATION_TO_CALLBACK else ""
+            check(name in known, "report_to", name, ", ".join(["none", *known]) + " are installed here" + hint)
         if not (self.do_train or self.do_eval or self.do_predict):
             raise InputError("--do_train, --do_eval, --do_predict: found none of them; one or more")
         check(not self.fp16 or self.device.type != "cpu", "fp16", "true", "false on a CPU, where --bf16 works")
@@ -208,6 +216,17 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             DataLoader([0], **{name: getattr(self, f"dataloader_{name}") for name in loading})
         with _tried("--activation_checkpointing_kwargs"):
             checkpoint(torch.clone, weight, **{"use_reentrant": True} | (self.activation_checkpointing_kwargs or {}))
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        """The parent's device, for one GPU in this process: `DataParallel` over all would multiply a step's examples."""
+        device = super()._setup_devices
+        self._n_gpu = min(self._n_gpu, 1)
+        return device
+
+    def idle_gpus(self) -> int:
+        """How many GPUs a single process leaves unused."""
+        return max(0, torch.cuda.device_count() - 1) if self.world_size == 1 and not self.use_cpu else 0
 
     def check_deepspeed(self, path: str) -> None:
         """Reject a DeepSpeed file that does not fit these arguments, see `check_deepspeed_file`."""

@@ -68,10 +68,12 @@ def evaluate_predictions(
     """All metrics of one evaluation: over all examples, then `_for_<task>`, then `_for_<dataset>`.
 
     The overall values are means over examples, not over datasets. Where a task and a dataset share a name, as with
-    QQP, the value is the dataset's.
+    QQP, the value is the dataset's. If a task has free-text answers, `score` is ROUGE-L for such tasks and exact match
+    for the others.
 
     Args:
-        examples: with `Task`, `Dataset` and `Instance` (with `label`), in the order of `predictions`.
+        examples: with `Task`, `Dataset` and `Instance` (with `label`), and `Metric` "rougeL" where answers are free
+            text, in the order of `predictions`.
     """
     examples = list(examples)
     references = [example["Instance"]["label"] for example in examples]
@@ -79,6 +81,9 @@ def evaluate_predictions(
         log.info("%d of %d answers have no Latin letter or digit, so that their ROUGE is 0; --multilingual counts them",
                  lost, len(references))
     scores = _scores(predictions, references, multilingual)
+    metrics = [example.get("Metric", "exact_match") for example in examples]
+    if "rougeL" in metrics:
+        scores = [score | {"score": score[metric]} for score, metric in zip(scores, metrics)]
     return {
         **_mean(scores),
         **_mean_by_group(scores, [example["Task"] for example in examples]),
@@ -86,17 +91,22 @@ def evaluate_predictions(
     }
 
 
+def score_of(metrics: Mapping[str, float], dataset: str, prefix: str = "") -> float | None:
+    """A dataset's score in the results of `evaluate_predictions`: exact match, or ROUGE-L of free-text answers."""
+    return metrics.get(f"{prefix}score_for_{dataset}", metrics.get(f"{prefix}exact_match_for_{dataset}"))
+
+
 def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: str = "", *, prefix: str = "") -> str:
-    """One line for the terminal: "after 2-amazon: dbpedia 97.50  amazon 54.00  (mean 75.75)".
+    """One line for the terminal: "after 2-amazon (41 s): dbpedia 97.5, amazon 54 (mean 75.75)".
 
     Args:
         metrics: what `evaluate_predictions` returns, with `prefix` before each name.
         datasets: the evaluated datasets, in the order to show them; the mean is over datasets.
         step: what the values were measured after; without it the line begins with the first dataset.
     """
-    values = {dataset: metrics[f"{prefix}exact_match_for_{dataset}"] for dataset in datasets}
-    each = "  ".join(f"{dataset} {value:.2f}" for dataset, value in values.items())
-    return f"{f'after {step}: ' if step else ''}{each}  (mean {sum(values.values()) / len(values):.2f})"
+    values = {dataset: score_of(metrics, dataset, prefix) for dataset in datasets}
+    each = ", ".join(f"{dataset} {round(value, 2):g}" for dataset, value in values.items())
+    return f"{f'after {step}: ' if step else ''}{each} (mean {round(sum(values.values()) / len(values), 2):g})"
 
 
 def read_predictions(path: str | os.PathLike) -> list[dict]:

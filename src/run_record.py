@@ -38,8 +38,7 @@ ADAPTERS = ("t5_adapter", "llama_adapter")
 PARTS = ("zero_shot", "train", "eval", "predict", "unseen")  # of a task, each with a results file
 RESULT_FILES = (*(f"{part}_results.json" for part in PARTS), "all_results.json", "predict_eval_predictions.jsonl",
                 "trainer_state.json")
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "numpy",
-            "deepspeed")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
 SOURCE = Path(__file__).resolve().parent
 
 # Options that change no result: paths (whose files' contents are compared), logging, saving.
@@ -84,7 +83,7 @@ def make_record(data: Mapping[str, Path], model_args, data_args, method_args, tr
         "data": {name: digest(path) for name, path in data.items()},
         "model": {name: digest(path) for name, path in model.items()},
         "code": code_digests(method_args.method),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **_versions(bool(training_args.deepspeed))},
     }
     device = torch.cuda.get_device_name() if training_args.device.type == "cuda" else platform.machine()
     shown = {"git_revision": _git_revision(), "machine": {"device": device, "threads": torch.get_num_threads()}}
@@ -188,9 +187,10 @@ class _WithoutDocstrings(ast.NodeTransformer):
         return None if isinstance(node.value, ast.Constant) else node
 
 
-def _versions() -> dict[str, str]:
+def _versions(with_deepspeed: bool) -> dict[str, str]:
+    """The versions of the installed packages; DeepSpeed counts only for a run that uses it."""
     found = {}
-    for package in PACKAGES:
+    for package in PACKAGES + ("deepspeed",) * with_deepspeed:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

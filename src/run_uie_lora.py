@@ -13,7 +13,9 @@ import json
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -26,17 +28,23 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check_data_arguments
 from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
-from compute_metrics import accuracy_line
+from compute_metrics import accuracy_line, score_of
 from errors import InputError, RunStopped, is_disk_full
 from files import locked, whole_file, whole_folder, write_json
 from methods import find_method
+from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
+from model.loading import LoadedModel
+from prompts import save_card, save_prompts
+from ranks import check_shared, of_first_rank
+from report.matrix import accuracy_matrix, average_performance, backward_transfer
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
+from task_examples import first_examples_of_each, place_in_order
 from task_setup import build_trainer, example_options, load_examples, load_model
 from uie_dataset_lora import data_files
 from uie_trainer_lora import UIETrainer
 
-logger = logging.getLogger("gorp")
+logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as in a shell
 
 
@@ -78,29 +86,39 @@ def run(
             changed.
         RunStopped: losses or gradients are not finite.
     """
+    started = time.monotonic()
     set_up_logging(training_args)
+    if idle := training_args.idle_gpus():
+        logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
     if ignored := training_args.ignored():
         logger.info("ignored: %s", ", ".join(f"--{name}" for name in ignored))
     check_data_arguments(data_args)
     method = find_method(method_args.method)(method_args)
     output_dir = Path(training_args.output_dir)
     files = data_files(data_args.task_config_dir, example_options(data_args, training_args))
-    run_record = make_record(files, model_args, data_args, method_args, training_args)
-    progress = find_progress(output_dir, run_record, start_over=training_args.overwrite_output_dir)
+
+    def compare() -> tuple[dict, Progress, Path | None]:
+        found = make_record(files, model_args, data_args, method_args, training_args)
+        progress = find_progress(output_dir, found, start_over=training_args.overwrite_output_dir)
+        return found, progress, find_adapter(output_dir)
+
+    run_record, progress, trained = of_first_rank(compare)
     if progress is Progress.COMPLETED:
         logger.info("%s: finished before with the same settings, data and code; nothing to do", output_dir)
         return
     if progress is Progress.TRAINED:
         logger.info("%s: trained before; only the evaluation runs", output_dir)
         training_args.do_train = data_args.zero_shot = False
-        model_args.model_name_or_path = str(find_adapter(output_dir))
+        model_args.model_name_or_path = str(trained)
     method.trains = training_args.do_train
     set_seed(training_args.seed)
     examples = load_examples(data_args, training_args, method)
 
     # ZeRO-3 must not shard the model while it is read, but when training begins, after the method is attached.
     unset_hf_deepspeed_config()
-    loaded = load_model(model_args, data_args)
+    narrow = training_args.bf16 and not method.float32_base  # what trains is float32 all the same
+    loaded = load_model(model_args, data_args, dtype=torch.bfloat16 if narrow else torch.float32)
+    choose_modules(method_args, loaded.model)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:
@@ -108,7 +126,7 @@ def run(
     trainer = build_trainer(model, method, loaded, examples, data_args, training_args)
     run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
     trains = training_args.do_train and len(examples["train"]) > 0
-    checkpoint = find_checkpoint(trainer, progress) if trains else None
+    checkpoint = of_first_rank(lambda: find_checkpoint(trainer, progress)) if trains else None
     if trains:
         draw_first_batch(trainer)
     claim = functools.partial(claim_output_dir, trainer, run_record, progress)
@@ -121,12 +139,14 @@ def run(
         with torch.random.fork_rng():  # so that evaluation does not change training
             score(trainer, examples["zero_shot"], output_dir, "zero_shot")
     if training_args.do_train:
-        for line in method.summary():
-            logger.info(line)
+        first, *others = method.summary()
+        logger.info(first)
+        for line in others:  # the same for every task: on the terminal only once
+            (detail if place_in_order(data_args.task_config_dir)[0] else logger).info(line)
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
         if len(examples["train"]):
             record(output_dir, "train", train(trainer, len(examples["train"]), checkpoint), trainer)
-            save_task(trainer, adapter, loaded.tokenizer)  # from here on the task counts as trained
+            save_task(trainer, adapter, loaded, examples)  # from here on the task counts as trained
         else:
             record(output_dir, "train", {"train_samples": 0, "train_runtime": 0.0}, trainer)
             copy_previous(trainer, loaded.previous, adapter)
@@ -135,11 +155,12 @@ def run(
     if training_args.do_eval:
         record(output_dir, "eval", trainer.evaluate(), trainer)
     if training_args.do_predict:
-        predict(trainer, examples["test"], output_dir)
+        predict(trainer, examples["test"], output_dir, data_args, started)
     if "unseen" in examples:
         score(trainer, examples["unseen"], output_dir, "unseen")
     if trainer.is_world_process_zero():
         complete(output_dir)
+    trainer.release()
 
 
 def draw_first_batch(trainer: UIETrainer) -> None:
@@ -161,17 +182,20 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
     """Lock the output folder, so that a process that outlived its script does not write beside a later one.
 
     Raises:
-        InputError: another run holds it.
+        InputError: another run holds it, or a machine does not see it.
     """
-    if training_args.process_index:
-        yield
-        return
     folder = Path(training_args.output_dir)
-    try:
-        with locked(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+    with contextlib.ExitStack() as held:
+
+        def lock() -> None:
+            try:
+                held.enter_context(locked(folder / ".lock", timeout=0))
+            except Timeout:
+                raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+
+        of_first_rank(lock)
+        check_shared(folder)
+        yield
 
 
 def find_checkpoint(trainer: UIETrainer, progress: Progress) -> Path | None:
@@ -202,16 +226,19 @@ def train(trainer: UIETrainer, samples: int, checkpoint: Path | None) -> dict:
     return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics | {"train_samples": samples}
 
 
-def save_task(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
+def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples: datasets.DatasetDict) -> None:
     """Finish the task in the method and write the complete adapter folder."""
     trainer.method.revisit(trainer.model_wrapped, trainer.shown_batches())
     trainer.method.end_task()
     for line in trainer.method.closing_summary():
-        logger.info(line)
+        detail.info(line)
     if trainer.is_world_process_zero():
         with whole_folder(adapter) as partial:
             trainer.method.save(partial)
-            tokenizer.save_pretrained(partial)
+            loaded.tokenizer.save_pretrained(partial)
+            shown = [first_examples_of_each(examples[split], 1) for split in ("test", "train")]
+            save_prompts(partial, chain(*shown), trainer.data_collator)
+            save_card(partial, trainer.method.full_name, loaded.base_name)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -224,7 +251,8 @@ def copy_previous(trainer: UIETrainer, previous: Path, adapter: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def predict(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path) -> None:
+def predict(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path, data_args: DataArguments,
+            started: float) -> None:
     """Answer the test examples of every task so far; write predictions as JSON lines, and the scores."""
     output = trainer.predict(examples, metric_key_prefix="predict")
     if trainer.is_world_process_zero():
@@ -232,11 +260,36 @@ def predict(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path) -
             partial, "w", encoding="utf-8"
         ) as lines:
             for example, prediction in zip(examples, output.predictions):
-                kept = {key: example[key] for key in ("Task", "Dataset", "Instance")}
+                kept = {key: example[key] for key in ("Task", "Dataset", "Metric", "Instance")}
                 lines.write(json.dumps(kept | {"Prediction": prediction}, ensure_ascii=False) + "\n")
     metrics = output.metrics | {"predict_samples": len(examples), "predict_global_step": trainer.state.global_step}
+    index, order = place_in_order(data_args.task_config_dir)
+    tested = sorted(dict.fromkeys(examples["Dataset"]), key=[*order, *examples["Dataset"]].index)
     record(output_dir, "predict", metrics, trainer)
-    logger.info(accuracy_line(metrics, list(dict.fromkeys(examples["Dataset"])), output_dir.name, prefix="predict_"))
+    track(trainer, metrics, tested, index + 1)
+    took = f"{output_dir.name} ({time.monotonic() - started:.0f} s)"
+    logger.info(accuracy_line(metrics, tested, took, prefix="predict_"))
+
+
+def track(trainer: UIETrainer, metrics: dict, tested: list[str], task: int) -> None:
+    """Send the accuracies of all tasks so far, AP and BWT to the trackers of `--report_to`, and end their runs: each
+    task is a run of its own."""
+    args = trainer.args
+    if not trainer.is_world_process_zero():
+        return
+    scores = {f"test_accuracy_{dataset}": score_of(metrics, dataset, "predict_") for dataset in tested}
+    with contextlib.suppress(InputError):  # a folder of one's own, not an order's
+        _, matrix = accuracy_matrix(Path(args.output_dir).parents[1])
+        measures = {"AP": average_performance(matrix), "BWT": backward_transfer(matrix)}
+        scores |= {f"test_{name}": value for name, value in measures.items() if value is not None}
+    mlflow = sys.modules["mlflow"] if "mlflow" in args.report_to else None
+    if mlflow and mlflow.active_run() is None and mlflow.last_active_run():  # the callback ended it with training
+        mlflow.start_run(run_id=mlflow.last_active_run().info.run_id)
+    trainer.log(scores | {"test_task": task})
+    if mlflow:
+        mlflow.end_run()
+    if "wandb" in args.report_to:
+        sys.modules["wandb"].finish()
 
 
 def score(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path, part: str) -> None:

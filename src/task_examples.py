@@ -45,6 +45,17 @@ class OrderExamples:
         return [self._read(step.folder) for step in self.steps()]
 
 
+def place_in_order(config_dir: str | Path) -> tuple[int, list[str]]:
+    """The index of a task in its order, from 0, and the order's datasets; a folder outside an order is one of its own.
+    """
+    config_dir = Path(config_dir)
+    try:
+        names = [step.dataset for step in read_order(config_dir.parent)]
+        return names.index(config_dir.name), names
+    except (InputError, ValueError):
+        return 0, [config_dir.name]
+
+
 def first_examples(examples: Dataset, limit: int | None) -> Dataset:
     """The first `limit` examples."""
     return examples if limit is None else examples.select(range(min(limit, len(examples))))

@@ -6,6 +6,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from datasets import Dataset, DatasetDict
 
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
@@ -13,7 +14,7 @@ from compute_metrics import METRICS
 from errors import InputError
 from methods import Method
 from model.loading import LoadedModel, load_model_and_tokenizer
-from task_examples import OrderExamples, first_examples, first_examples_of_each
+from task_examples import OrderExamples, first_examples, first_examples_of_each, place_in_order
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import ExampleOptions, load_uie_dataset
 from uie_trainer_lora import DenserEvaluation, UIETrainer
@@ -92,7 +93,8 @@ def _of_datasets(examples: Dataset, wanted: Callable[[str], bool]) -> Dataset:
     return examples.select([index for index, dataset in enumerate(examples["Dataset"]) if wanted(dataset)])
 
 
-def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True) -> LoadedModel:
+def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True,
+               dtype: torch.dtype = torch.float32) -> LoadedModel:
     """The model that the arguments name; without `weights` only its shapes, for checks."""
     return load_model_and_tokenizer(
         model_args.model_name_or_path,
@@ -104,7 +106,9 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights:
         use_fast_tokenizer=model_args.use_fast_tokenizer,
         resize_position_embeddings=model_args.resize_position_embeddings,
         max_source_length=data_args.max_source_length,
+        family=model_args.family,
         weights=weights,
+        dtype=dtype,
     )
 
 
@@ -139,6 +143,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
     """The trainer of this task, with its collator, generation settings and callbacks."""
     collator = build_collator(loaded, data_args, training_args)
     check_generation(loaded, data_args)
+    index, order = place_in_order(data_args.task_config_dir)
     for split, of_split in examples.items():
         if split != "validation" or training_args.do_eval:
             collator.check(of_split)
@@ -153,6 +158,8 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
         method=method,
         decoder_only=loaded.decoder_only,
         multilingual=data_args.multilingual,
+        name=f"task {index + 1} of {len(order)}: {order[index]}",
+        tasks_left=len(order) - 1 - index,
         generation={
             "max_new_tokens": data_args.max_target_length,
             "num_beams": data_args.num_beams,

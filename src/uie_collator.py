@@ -70,6 +70,10 @@ class DataCollatorForUIE:
         if self.tokenizer.eos_token_id is None:
             raise InputError("--model_name_or_path: found a tokenizer without an EOS token; allowed: one with it")
         self._eos = [self.tokenizer.eos_token_id]
+        # What the tokenizer of an encoder-decoder puts around an answer: BART's <s> and </s>, or a language and </s>.
+        around = [] if self.decoder_only else self._encode(text_target=[""])[0]
+        end = around.index(self._eos[0]) if self._eos[0] in around else len(around)
+        self._before, self._after, self._added = end, max(1, len(around) - end), self._eos[len(around) - end :]
         self._special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         bos = self.tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and self.tokenizer(ANSWER_CUE).input_ids[0] == bos else []
@@ -181,11 +185,11 @@ class DataCollatorForUIE:
         def encode(indices: list[int]) -> list[list[int]]:
             fresh = [labels[index] for index in indices]
             answers = self._continuations(fresh) if self.decoder_only else self._encode(text_target=fresh)
-            return [ids if ids[-1:] == self._eos else ids + self._eos for ids in answers]
+            return [ids + self._added for ids in answers]
 
         answers = self.kept.look_up([f"answer {label}" for label in labels], encode)
         for ids, label, example in zip(answers, labels, examples):
-            if spelled := self._special.intersection(ids[:-1]):  # generation would stop inside such an answer
+            if spelled := self._special.intersection(ids[self._before : -self._after]):  # generation would stop inside such an answer
                 token = self.tokenizer.convert_ids_to_tokens(min(spelled))
                 raise InputError(
                     f"{_name(example)}: the answer {label!r} spells {token}; allowed: labels without special tokens"

@@ -4,13 +4,15 @@ The method creates the optimizer and adds its penalty, every answer token of a g
 loss, predictions are scored per task and dataset, and checkpoints hold only what trains.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainer, TrainerCallback
+from tqdm import tqdm
+from transformers import ProgressCallback, Seq2SeqTrainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -33,6 +35,7 @@ class UIETrainer(Seq2SeqTrainer):
         decoder_only: whether the model continues its prompt (LLaMA) or answers from a decoder of its own (T5).
         multilingual: whether ROUGE counts GPT-2's pieces instead of English words.
         generation: arguments of `generate` for evaluation and prediction, `max_new_tokens` among them.
+        name: the task, as progress bars show it; tasks_left: number of tasks of the order that follow it.
 
     Attributes:
         when_prepared: called before the first step, when optimizer and schedule exist and a checkpoint is loaded.
@@ -42,9 +45,13 @@ class UIETrainer(Seq2SeqTrainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, *args, method: Method, decoder_only: bool, generation: dict, multilingual: bool = False, **kwargs
-    ):
+        self, *args, method: Method, decoder_only: bool, generation: dict, multilingual: bool = False, name: str = "",
+        tasks_left: int = 0, **kwargs
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(OrderProgress(name, tasks_left))
+        self.name = name
         self.method = method
         self.multilingual = multilingual
         self.generation = generation
@@ -52,8 +59,10 @@ class UIETrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         self.when_prepared: Callable[[], None] = lambda: None
         self._penalties: list[torch.Tensor] = []
+        self._examples: list[str] = []  # names of the current micro-batch's examples
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.non_finite = NonFiniteGuard(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
+        self.args.logging_nan_inf_filter = False  # a value from the device in every micro-batch; the guard has its own
         if self.is_deepspeed_enabled and not self.args.do_train and not self.args.hf_deepspeed_config.is_zero3():
             self.is_deepspeed_enabled = False  # evaluation alone needs no engine, and Hugging Face would reject it
             if self.args.bf16 or self.args.fp16:  # the precision in which the engine would hold the model
@@ -80,11 +89,10 @@ class UIETrainer(Seq2SeqTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The parent's step; the method is notified first, as a sharded projection acts within forward and backward."""
-        rows = inputs.pop("rows", [])
+        self._examples = inputs.pop("rows", [])
         self.method.begin_micro_batch(self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.non_finite.note_micro_batch(loss, rows)
-        return loss
+        return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # for the log; a step left out counts nothing
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy per answer token, plus the method's penalty once an optimizer step.
@@ -93,6 +101,17 @@ class UIETrainer(Seq2SeqTrainer):
         global batch (all micro-batches, all ranks), so that neither accumulation nor the number of ranks changes the
         gradient. Hugging Face leaves this to the model, and T5's forward does not do it.
         """
+        loss, outputs = self.answer_loss(model, inputs, num_items_in_batch)
+        if model.training:
+            penalty = self.method.penalty()
+            if penalty is not None:
+                self._penalties.append(penalty.detach())
+                loss = loss + penalty / self.current_gradient_accumulation_steps
+            self.non_finite.note_micro_batch(self.state.global_step + 1, loss, self._examples)
+        return (loss, outputs) if return_outputs else loss
+
+    def answer_loss(self, model, inputs, num_items_in_batch):
+        """This batch's share of the loss over the answers of the global batch, and the model's outputs."""
         outputs = model(**inputs, use_cache=False)  # no generation follows that would read the cache
         loss = outputs.loss
         if self.label_smoother is not None:
@@ -102,12 +121,7 @@ class UIETrainer(Seq2SeqTrainer):
         elif num_items_in_batch is not None:
             share = (inputs["labels"] != -100).sum() / num_items_in_batch
             loss = loss * share * self.accelerator.num_processes  # gradients are averaged over ranks afterwards
-        if model.training:
-            penalty = self.method.penalty()
-            if penalty is not None:
-                self._penalties.append(penalty.detach())
-                loss = loss + penalty / self.current_gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def floating_point_ops(self, inputs):
         """The parent's count, with the parameters counted once and not in every step."""
@@ -118,9 +132,13 @@ class UIETrainer(Seq2SeqTrainer):
         if self.model_wrapped is self.model:
             self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
         rows = first_examples(self.train_dataset, self.method.shown_rows)
-        for start in range(0, len(rows), self.args.per_device_train_batch_size):
+        starts = range(0, len(rows), self.args.per_device_train_batch_size)
+        for start in tqdm(starts, f"{self.name}, layer inputs", disable=not self._shows_progress() or not starts):
             stop = min(start + self.args.per_device_train_batch_size, len(rows))
             yield self._batch([rows[i] for i in range(start, stop)])
+
+    def _shows_progress(self) -> bool:
+        return not self.args.disable_tqdm and self.is_world_process_zero()
 
     def _batch(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self._prepare_inputs(self.data_collator(examples))
@@ -133,6 +151,14 @@ class UIETrainer(Seq2SeqTrainer):
             logs["penalty"] = torch.stack(self._penalties).mean().item()
             self._penalties.clear()
         super().log(logs, start_time)
+
+    def release(self) -> None:
+        """Let go of the engine and the model, which DeepSpeed's hooks would keep alive through the next tasks."""
+        self.accelerator.free_memory()  # also destroys the engine
+        if self.is_deepspeed_enabled:
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+            FWD_MODULE_STACK.clear()  # stage 3 pushes the model and leaves it there
 
     # Evaluation
 
@@ -159,12 +185,15 @@ class UIETrainer(Seq2SeqTrainer):
             most_rows=args.per_device_eval_batch_size,
             most_tokens=args.eval_batch_tokens or args.per_device_eval_batch_size * collator.max_source_length,
             shares_beginnings=collator.decoder_only and not is_deepspeed_zero3_enabled(),
-            show_progress=not args.disable_tqdm and self.is_world_process_zero(),
+            name=f"{self.name}, {'validate' if metric_key_prefix == 'eval' else 'test'}",
+            show_progress=self._shows_progress(),
         )
         if metric_key_prefix == "eval" or self.args.predict_loss:
-            metrics["loss"] = prediction.loss()
+            with self.accelerator.autocast():  # the precision of training
+                metrics["loss"] = prediction.loss()
         if not self.args.prediction_loss_only:
-            tokens = prediction.answers()
+            with self.accelerator.autocast():
+                tokens = prediction.answers()
             texts = collator.decode(tokens)
             metrics |= evaluate_predictions(examples, texts, multilingual=self.multilingual)
             metrics["gen_len"] = (tokens != self.processing_class.pad_token_id).sum(1).float().mean().item()
@@ -177,8 +206,8 @@ class UIETrainer(Seq2SeqTrainer):
         """The parent's preparation without a checkpoint; then the method gets the engine, and ours is read."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.method.begin_training(self.model_wrapped if self.is_deepspeed_enabled else None)
-        if self.method.own_state:
-            self.non_finite.clean_gradients(self.model)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.non_finite.watch(self.method.optimizer, trained if self.is_deepspeed_enabled else ())
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
                 self._start_moments()
@@ -223,10 +252,11 @@ class UIETrainer(Seq2SeqTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The gradient's norm, computed right before the optimizer's step; a step that is not finite is skipped."""
+        """The gradient's norm, which is computed right before the optimizer's step; under DeepSpeed after it."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if not self.non_finite.end_of_step(self.state.global_step + 1, norm):
-            model.zero_grad()
+        if not self.is_deepspeed_enabled:
+            self.non_finite.note_gradient_norm(norm)
+        self.non_finite.leaves_out_step()  # here too, for fp16's loss scaler may skip the optimizer's step
         return norm
 
     def _load_state(self, folder: Path) -> None:
@@ -264,6 +294,33 @@ class UIETrainer(Seq2SeqTrainer):
         with torch.random.fork_rng():
             inputs = self._batch([self.train_dataset[0]])
             start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
+
+
+class OrderProgress(ProgressCallback):
+    """The bar of training, with the task's name, the last loss, and the order's remaining time of training as if every
+    task that is left took as long as this one."""
+
+    def __init__(self, name: str, tasks_left: int):
+        super().__init__()
+        self.name, self.tasks_left, self.loss = name, tasks_left, ""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.first, self.current_step = time.monotonic(), state.global_step, 0
+        if state.is_world_process_zero:
+            form = "{desc}: {percentage:3.0f}%|{bar:5}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+            self.training_bar = tqdm(total=state.max_steps, desc=f"{self.name}, train", bar_format=form)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            step = (time.monotonic() - self.began) / (state.global_step - self.first)
+            left = step * (state.max_steps * (1 + self.tasks_left) - state.global_step)
+            self.training_bar.set_postfix_str(f"{self.loss}order {tqdm.format_interval(left)} left", refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            self.loss = f"loss {logs['loss']:.3g}, "
+        super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 class DenserEvaluation(TrainerCallback):

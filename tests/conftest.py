@@ -38,6 +38,7 @@ def checkout(tmp_path):
     (root / "src" / "report").mkdir(parents=True)
     (root / "src" / "run_order.py").write_text(ENTRY)
     (root / "src" / "report" / "__main__.py").write_text("import sys; print('table of', sys.argv[1])")
-    (root / "requirements.txt").write_text("")
+    for name in ("requirements.txt", "requirements-deepspeed.txt", "requirements.lock"):
+        (root / name).write_text("")
     (root / "data" / "mini_benchmark").mkdir(parents=True)
     return root

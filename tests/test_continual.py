@@ -296,7 +296,7 @@ def test_a_copy_exercise_shows_its_answer(exercises):
 
 
 def test_meanings_refuse_a_folder_without_a_model(tmp_path):
-    with pytest.raises(InputError, match="--words_from.*unpack_smollm2"):
+    with pytest.raises(InputError, match="--words_from.*unpack_small"):
         pretrain_small_t5.Meanings(tmp_path)
 
 

@@ -127,8 +127,8 @@ def test_a_dataset_wins_over_a_task_of_the_same_name():
 def test_accuracy_line():
     metrics = {"predict_exact_match_for_dbpedia": 97.5, "predict_exact_match_for_amazon": 54.0}
     line = accuracy_line(metrics, ["dbpedia", "amazon"], "2-amazon", prefix="predict_")
-    assert line == "after 2-amazon: dbpedia 97.50  amazon 54.00  (mean 75.75)"
-    assert accuracy_line({"exact_match_for_RTE": 50.0}, ["RTE"]) == "RTE 50.00  (mean 50.00)"
+    assert line == "after 2-amazon: dbpedia 97.5, amazon 54 (mean 75.75)"
+    assert accuracy_line({"exact_match_for_RTE": 50.0}, ["RTE"]) == "RTE 50 (mean 50)"
 
 
 def write_rows(path, rows):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from errors import InputError
+from report import figures as draw
 from report import page
 from report.__main__ import main
 from report.runs import find_runs, paired_difference, ranked_methods, select, summarise
@@ -96,7 +97,7 @@ def test_runs_that_are_not_finished_leave_the_others_pictures_and_costs_alone(tm
     page.write_report(runs, tmp_path / "report")
     said = (tmp_path / "report" / "report.md").read_text()
     assert "60 s of training per order" in said and "gorp, A, seed 1" in said
-    assert "70.0" in (tmp_path / "report" / "figures" / "tiny-t5-A-gorp-matrix.svg").read_text()
+    assert ">70</text>" in (tmp_path / "report" / "figures" / "tiny-t5-A-gorp-matrix.svg").read_text()
 
 
 def test_the_best_on_average_may_be_behind_where_both_were_run(tmp_path):
@@ -190,11 +191,14 @@ def test_command_writes_pages_pictures_and_tables(runs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "tiny-t5: Best: gorp" in done.stdout  # inclora is ahead after two tasks, but not finished
     html, text = (out / "report.html").read_text(), (out / "report.md").read_text()
-    for name in (*LAST_ROW, "dbpedia", "T5-large", "secondary summaries", "Unfinished"):
+    assert "secondary summaries" not in html  # published results stand beside models of their size alone
+    for name in (*LAST_ROW, "dbpedia", "Made with", "Unfinished"):
         assert name in html and name in text
-    assert "src=" not in html and "href=" not in html and "<script" not in html  # one file, offline
+    assert "src=" not in html and "<script" not in html  # one file, offline
+    assert not re.search('href="(?!#)', html)
+    assert 'name="viewport"' in html and "color-scheme: light dark" in html and "@media print" in html
     figures = list((out / "figures").glob("*.svg"))
-    assert len(figures) == 1 + 2 + 2 * 3  # methods; curves of two orders; a matrix for each finished method and order
+    assert len(figures) == 2 + 2 + 2 * 3  # methods; costs; curves of two orders; a matrix for each finished method, order
     for figure in figures:
         ElementTree.parse(figure)
         assert f"figures/{figure.name}" in text
@@ -206,6 +210,57 @@ def test_command_writes_pages_pictures_and_tables(runs, tmp_path):
     assert len(cells) == 12 * 6 + 3
     again = subprocess.run([sys.executable, str(REPORT), str(runs), "--out", str(out)], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr  # a report replaces a report
+
+
+def colours_of(path: Path) -> set[str]:
+    return {color for color in draw.COLOURS if color in path.read_text()}
+
+
+def test_a_method_has_one_colour_in_every_figure_and_figures_come_as_pdf_too(runs, tmp_path):
+    page.write_report(find_runs([runs]), tmp_path / "all", tmp_path / "pdf")
+    figures = tmp_path / "all" / "figures"
+    three = colours_of(figures / "tiny-t5-methods.svg")
+    assert len(three) == 3
+    assert three == colours_of(figures / "tiny-t5-costs.svg") == colours_of(figures / "tiny-t5-A-curves.svg")
+    look = draw.styles([f"method {number}" for number in range(12)])
+    assert len({(one["color"], one["linestyle"]) for one in look.values()}) == 12
+    pdfs = {path.stem: path.read_bytes()[:4] for path in (tmp_path / "pdf").iterdir()}
+    assert pdfs == {path.stem: b"%PDF" for path in figures.iterdir()}
+
+
+def test_text_and_axes_take_the_pages_colour_and_ids_are_no_ones_else(runs, tmp_path):
+    page.write_report(find_runs([runs]), tmp_path / "report")
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "currentColor" in html and draw.INK not in html
+    assert "#000000" not in html and " id=\"axes_1\"" not in html
+
+
+def test_published_results_stand_beside_models_of_their_size(runs, tmp_path):
+    found = find_runs([runs])
+    for run in found:
+        run.values = 737_668_096
+    page.write_report(found, tmp_path / "report")
+    said = (tmp_path / "report" / "report.md").read_text()
+    assert "secondary summaries" in said and "| 1-3 | GORP | 79.8 | - |" in said and "78.6" not in said
+
+
+def test_a_single_method_is_not_called_best(tmp_path):
+    write_run(tmp_path / "runs", "gorp", "A", 1, 70.0)
+    found = find_runs([tmp_path / "runs"])
+    assert page.answer(found).startswith("gorp: average performance 70.0 over 1 run, backward transfer -20.0.")
+    page.write_report(found, tmp_path / "report")
+    assert "against the best" not in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_the_foot_has_revision_versions_and_settings(tmp_path):
+    folder = write_run(tmp_path / "runs", "gorp", "A", 1, 70.0, {"max_steps": 150, "learning_rate": 0.003})
+    path = folder / "outputs" / "1-dbpedia" / "run_record.json"
+    made = {"git_revision": "0123abc", "versions": {"torch": "2.13.0"}, "machine": {"device": "x86_64"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | made))
+    page.write_report(find_runs([tmp_path / "runs"]), tmp_path / "report")
+    said = (tmp_path / "report" / "report.html").read_text()
+    for text in ("git revision 0123abc", "torch 2.13.0", "x86_64", "max_steps=150", "learning_rate=0.003"):
+        assert text in said
 
 
 def test_names_from_outside_are_text(tmp_path):

@@ -49,7 +49,7 @@ def one_process_a_task(launch: list[str], words: list[str]) -> None:
     options, flags = run_order.parse_order(words)
     start = options.model_name_or_path
     for number, step in enumerate(read_order(options.order), start=1):
-        task = run_order.task_flags(options, number, step, start)
+        task = run_order.task_flags(options, number, step, start, "chain")
         subprocess.run([*launch, "src/run_uie_lora.py", *task, *flags], cwd=ROOT, env=ENVIRONMENT, check=True)
         start = next((options.output_dir / run_order.task_folder(number, step)).glob("*_adapter"))
 
@@ -126,9 +126,9 @@ def test_each_task_starts_from_the_one_before():
     options, _ = run_order.parse_order(["configs/order4_configs", "--model_name_or_path", "m", "--output_dir", "out"])
     folders = [run_order.task_folder(number, step) for number, step in enumerate(steps, 1)]
     assert folders[:2] + folders[-1:] == ["1-MNLI", "2-CB", "15-yahoo"]
-    assert run_order.task_flags(options, 2, steps[1], "out/1-MNLI/t5_adapter") == [
+    assert run_order.task_flags(options, 2, steps[1], "out/1-MNLI/t5_adapter", "order4-gorp-seed42") == [
         "--model_name_or_path", "out/1-MNLI/t5_adapter", "--task_config_dir", str(steps[1].folder),
-        "--output_dir", "out/2-CB", "--run_name", "order4_round2"]
+        "--output_dir", "out/2-CB", "--run_name", "order4-gorp-seed42-2-CB"]
 
 
 # --- ends, and going on ---
@@ -164,7 +164,7 @@ def test_a_second_task_that_ends_leaves_the_first_whole_and_the_order_goes_on(
     capfd.readouterr()
     assert run_order.main(command()) == 0
     said = capfd.readouterr().out
-    assert f"[gorp] {first}: finished before" in said and "[gorp] after 2-amazon: " in said
+    assert f"[gorp] {first}: finished before" in said and "[gorp] after 2-amazon (" in said
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.name != ".lock"} == before
     assert (tmp_path / "outputs" / "2-amazon" / "completed.json").exists()
 
@@ -185,6 +185,37 @@ def test_checkpoints_of_a_finished_task_go_if_asked_and_its_trainer_always(comma
     assert len(list(tmp_path.glob("outputs/*/checkpoint-*"))) == 4
     assert run_order.main(command(*saving, "--drop_checkpoints")) == 0
     assert not list(tmp_path.glob("outputs/*/checkpoint-*"))
+
+
+ALIVE = """
+import gc, sys, torch, run_order, run_uie_lora
+run = run_uie_lora.main
+def run_and_count(command):
+    status = run(command)
+    gc.collect()
+    held = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    print("bytes alive:", sum({storage.data_ptr(): storage.nbytes() for storage in held}.values()))
+    return status
+run_uie_lora.main = run_and_count
+sys.exit(run_order.main())
+"""
+
+
+@pytest.mark.parametrize("stage", (3, *(pytest.param(n, marks=pytest.mark.recipe) for n in (None, 0, 1, 2))))
+def test_a_finished_task_leaves_no_tensor_in_memory(stage, mini_benchmark, tmp_path):
+    """One rank of DeepSpeed's launcher, without the launcher. A tiny T5 has 4 MB of weights."""
+    write_order(tmp_path / "three_configs", [*TASKS, ("TC", "agnews")])
+    words = chain_words(tmp_path / "three_configs", mini_benchmark, tmp_path / "outputs", "t5",
+                        "--max_steps", "1", "--max_predict_samples", "1", "--lamda_1", "0")  # fmt: skip
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port())}  # fmt: skip
+    if stage is not None:
+        words += ["--deepspeed", f"configs/ds_configs/stage{stage}.config"]
+    done = subprocess.run([sys.executable, "-c", ALIVE, *words], cwd=ROOT, capture_output=True, text=True,
+                          env=ENVIRONMENT | (rank if stage is not None else {}) | {"PYTHONPATH": str(ROOT / "src")})
+    assert done.returncode == 0, done.stdout + done.stderr
+    alive = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("bytes alive:")]
+    assert len(alive) == 3 and max(alive) < 1000, alive
 
 
 # --- before the first task ---

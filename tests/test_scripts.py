@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import ROOT, VARIABLES, bash, order_1
+from helpers import ROOT, VARIABLES, bash, order_1, put
 from scripts.terminal import Terminal
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("scripts*/*.sh"))
@@ -128,7 +128,8 @@ def test_the_published_method_with_the_released_values(script):
 @pytest.mark.parametrize("script", RELEASED)
 def test_what_the_released_code_computes_has_neither_penalties_nor_what_saves_memory(script):
     [command] = dry_run(script, EXTRA="--preset released")
-    assert flags(command) == EVERYWHERE | places(script) | RELEASED[script][0] | {"preset": "released"}
+    where = {"output_dir": places(script)["output_dir"].replace("/outputs", "-released/outputs")}
+    assert flags(command) == EVERYWHERE | where | RELEASED[script][0] | {"preset": "released"}
 
 
 def with_a_gpu(**variables: str) -> dict[str, str]:
@@ -241,10 +242,18 @@ def test_checkpoints_are_off_unless_asked_for():
     assert not {"save_steps", "drop_checkpoints"} & flags(dry_run("scripts/order_1.sh")[0]).keys()
 
 
-def test_extra_is_only_words(tmp_path):
-    command = dry_run("scripts/order_1.sh", EXTRA=f"--lora_modules *\n $(touch {tmp_path}/made)")[0]
-    assert command[-4:] == ["--lora_modules", "*", "$(touch", f"{tmp_path}/made)"]
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("extra, words", [
+    ("--lora_modules *\n $(touch {mark})", ["--lora_modules", "*", "$(touch", "{mark})"]),
+    ("--run_name 'my run' --logging_dir \"a b\"  --a \\$HOME `id`",
+     ["--run_name", "my run", "--logging_dir", "a b", "--a", "$HOME", "`id`"]),
+    ("--a '' --b ''", ["--a", "", "--b", ""]),
+])
+def test_extra_is_words_quoted_as_in_a_shell_and_nothing_is_run(extra, words, tmp_path):
+    mark = tmp_path / "made"
+    command = dry_run("scripts/order_1.sh", EXTRA=extra.format(mark=mark))[0]
+    assert command[-len(words):] == [word.format(mark=mark) for word in words]
+    assert not mark.exists()
+    assert dry_run("scripts/order_1.sh", EXTRA=" \n ") == dry_run("scripts/order_1.sh")
 
 
 def test_several_ranks_use_the_launcher():
@@ -262,11 +271,11 @@ def test_several_ranks_use_the_launcher():
     ("scripts/order_4.sh", {1: (4, 16), 2: (4, 8), 8: (4, 2)}),
     ("scripts_llama/order_1.sh", {1: (1, 64), 2: (1, 32), 8: (1, 8)}),
     ("scripts_llama/order_1.sh --small", {1: (4, 1), 2: (2, 1)}),
-    ("scripts/order_1.sh --tiny", {1: (4, 1), 2: (2, 1), 8: (1, 1)}),
+    ("scripts/order_1.sh --tiny", {1: (16, 1), 2: (8, 1), 8: (2, 1)}),
     ("scripts_llama/order_1.sh --tiny", {1: (4, 1)}),
 ])
 def test_examples_of_a_step_stay_the_same_on_any_number_of_processes(script, batches):
-    wanted = 64 if script.endswith(".sh") else 4
+    wanted = 64 if script.endswith(".sh") else 16 if script == "scripts/order_1.sh --tiny" else 4
     for ranks, (batch, accumulation) in batches.items():
         done = bash(*script.split(), DRY_RUN="1", NPROC=str(ranks))
         command = flags(shlex.split(done.stdout))
@@ -294,8 +303,8 @@ def test_the_first_lines_say_what_is_run():
     assert said("scripts/order_1.sh", METHOD="sgorp")[0].startswith(
         "[gorp] order1: sgorp, this project's variant of gorp, with the published values, but its own defaults")
     assert said("scripts/order_1.sh", "--tiny", NPROC="2") == [
-        "[gorp] order1: gorp, the published method, with values for a small model (settings.sh); 4 examples a step = "
-        "2 x 1 micro-batch on 2 processes"]
+        "[gorp] order1: gorp, the published method, with values for a small model (settings.sh); 16 examples a step = "
+        "8 x 1 micro-batch on 2 processes"]
     assert said("-c", "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order llama order1")[1:] == [
         "[gorp] order1: bf16 with recomputation of activations, to save memory; the released runs were float32 without "
         "recomputation (27 GB of weights)"]
@@ -316,7 +325,24 @@ def test_one_rank_uses_the_launcher_where_a_deepspeed_config_is_given():
 def test_small_models(script, model):
     command = flags(dry_run(*script.split())[0])
     assert command["model_name_or_path"] == f"initial_model/{model}"
-    assert command["data_dir"] == ("data/mini_benchmark" if "--tiny" in script else "CL_Benchmark")
+    assert command["data_dir"] == "data/mini_benchmark"
+
+
+def test_a_small_model_reads_the_benchmark_where_it_is_there(checkout):
+    made_up = bash("scripts_llama/order_1.sh", "--small", cwd=checkout, DRY_RUN="1")
+    assert flags(shlex.split(made_up.stdout))["data_dir"] == "data/mini_benchmark"
+    assert "CL_Benchmark has no train.json" in made_up.stderr
+    put(checkout / "CL_Benchmark" / "TC" / "dbpedia" / "train.json", [])
+    found = bash("scripts_llama/order_1.sh", "--small", cwd=checkout, DRY_RUN="1")
+    assert flags(shlex.split(found.stdout))["data_dir"] == "CL_Benchmark" and "train.json" not in found.stderr
+
+
+@pytest.mark.parametrize("script, family", [("scripts/order_1.sh", "encoder-decoder"),
+                                            ("scripts_llama/order_1.sh", "decoder-only")])
+def test_another_model_gets_what_suits_its_type(script, family):
+    command = flags(dry_run(script, MODEL="some/model", EXTRA="--lora_modules .*mine")[0])
+    assert command["family"] == family and command["lora_modules"] == ".*mine"
+    assert command["optim_target_modules"] == command["proj_lora_modules"] == "auto"
 
 
 # --- refusals ---
@@ -340,6 +366,12 @@ def test_small_models(script, model):
     ("scripts/order_1.sh", {"EXTRA": "--preset released", "NPROC": "2"}, "--preset released: found with NPROC=2"),
     ("scripts/order_1.sh", {"EXTRA": "--preset=released", "DS_CONFIG": "configs/ds_configs/stage2.config"},
      "--preset released: found with NPROC=1 and DS_CONFIG=configs/ds_configs/stage2.config"),
+    ("scripts/order_1.sh --tiny", {"EXTRA": "--run_name 'mine"}, "EXTRA=--run_name 'mine: a quotation is not closed"),
+    ("scripts/order_1.sh --tiny", {"GORP_ENV": "mine"}, "GORP_ENV=mine: active"),
+    *(("scripts/order_1.sh --tiny", {wrong: "x"}, f"{wrong}: unknown variable; did you mean {meant}?")
+      for wrong, meant in (("METOD", "METHOD"), ("METHODS", "METHOD"), ("MEHTOD", "METHOD"), ("METHID", "METHOD"),
+                           ("SEEDS", "SEED"), ("seed", "SEED"), ("Output", "OUTPUT"), ("DATADIR", "DATA_DIR"),
+                           ("GORPENV", "GORP_ENV"), ("EXTR", "EXTRA"))),
 ])
 def test_bad_arguments_are_one_line(command, variables, said):
     done = bash(*command.split(), **variables)
@@ -348,9 +380,43 @@ def test_bad_arguments_are_one_line(command, variables, said):
     assert said in done.stderr
 
 
-def test_help():
-    done = bash("scripts/run.sh", "--help")
-    assert done.returncode == 0 and done.stdout.startswith("usage: bash scripts/run.sh [--tiny]")
+def test_variables_of_other_programs_are_left_alone():
+    assert bash("scripts/order_1.sh", DRY_RUN="1", SPEED="1", MODEL_NAME="x", MY_METHOD="y").returncode == 0
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name not in ("lib.sh", "settings.sh")],
+                         ids=str)
+def test_help_says_what_a_script_is_with_an_example_under_sh_too(script, tmp_path):
+    done = subprocess.run(["sh", ROOT / script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    usage, purpose, *rest = done.stdout.splitlines()
+    assert usage.startswith("usage: bash scripts") and purpose[0] != "#"
+    assert f"bash {script.parent}/" in "\n".join([purpose, *rest])
+
+
+@pytest.mark.parametrize("words", [("--tiny", "1"), ("1", "--tiny")])
+def test_sh_starts_bash_and_flags_may_stand_anywhere(words):
+    done = subprocess.run(["sh", "scripts/run.sh", *words], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"DRY_RUN": "1"})
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout) == dry_run("scripts/order_1.sh", "--tiny")[0]
+
+
+# --- default folders ---
+
+@pytest.mark.parametrize("command, variables, folder", [
+    ("scripts/order_1.sh", {}, "logs_and_outputs/order_1"),
+    ("scripts/order_1.sh", {"METHOD": "gorp", "SEED": "42"}, "logs_and_outputs/order_1"),
+    ("scripts/order_1.sh --tiny", {}, "logs_and_outputs/order_1-tiny"),
+    ("scripts/order_1.sh --tiny", {"METHOD": "olora", "SEED": "1"}, "logs_and_outputs/order_1-tiny-olora-seed1"),
+    ("scripts/order_1.sh", {"EXTRA": "--seed 7 --method sgorp"}, "logs_and_outputs/order_1-sgorp-seed7"),
+    ("scripts/order_1.sh", {"EXTRA": "--preset released"}, "logs_and_outputs/order_1-released"),
+    ("scripts/order_1.sh", {"METHOD": "../x"}, "logs_and_outputs/order_1-.._x"),
+    ("scripts_llama/order_1.sh --small", {}, "logs_and_outputs_llama/order_1-small"),
+    ("scripts/order_1.sh --tiny", {"METHOD": "olora", "OUTPUT": "mine"}, "mine/order_1"),
+])
+def test_the_default_folder_says_what_distinguishes_a_run(command, variables, folder):
+    assert flags(dry_run(*command.split(), **variables)[0])["output_dir"] == f"{folder}/outputs"
 
 
 # --- orders ---
@@ -363,11 +429,11 @@ def test_an_order_from_anywhere(checkout, tmp_path):
     assert terminal[0].startswith("[gorp] order1: gorp, the published method, with values for a small model")
     assert terminal[1] == "[gorp] checking order1: data, flags and model"
     assert terminal[2].startswith("[gorp] began src/run_order.py configs/order1_configs --model_name_or_path initial_m")
-    assert terminal[-2] == "table of logs_and_outputs/order_1"
-    log = (checkout / "logs" / "order_1.log").read_text()
+    assert "table of logs_and_outputs/order_1-tiny" in terminal
+    log = (checkout / "logs" / "order_1-tiny.log").read_text()
     assert log.count("a library's line") == 1 and "a library's line" not in done.stdout
     assert " src/run_order.py configs/order1_configs" in log.splitlines()[0] and "table of" in log
-    assert (checkout / "logs_and_outputs" / "order_1" / "outputs" / "4-agnews" / "completed.json").exists()
+    assert (checkout / "logs_and_outputs" / "order_1-tiny" / "outputs" / "4-agnews" / "completed.json").exists()
     assert not (checkout / ".venv").exists()
 
 
@@ -376,10 +442,10 @@ def test_a_task_that_fails_ends_the_order(checkout, code):
     done = order_1(checkout, FAIL_AT="amazon", FAIL_WITH=str(code))
     assert done.returncode == 1  # 0 without results is a failure too
     assert done.stderr.splitlines() == [
-        "error: --flag: bad", "error: order1 stopped with exit code 1 in task 2 of 4; its log: logs/order_1.log"]
+        "error: --flag: bad", "error: order1 stopped with exit code 1 in task 2 of 4; its log: logs/order_1-tiny.log"]
     assert "table of" not in done.stdout
     again = order_1(checkout)
-    assert again.returncode == 0 and (checkout / "logs" / "order_1.log").read_text().count("began") == 2
+    assert again.returncode == 0 and (checkout / "logs" / "order_1-tiny.log").read_text().count("began") == 2
 
 
 def test_bad_input_is_said_once(checkout):
@@ -424,9 +490,9 @@ def test_output_that_cannot_be_written(tmp_path, mini_benchmark):
 
 
 def test_without_a_model_both_ways_on_are_said(checkout):
-    (checkout / "requirements.txt").write_text("no-such-package==1.0\n")
+    (checkout / "requirements.txt").write_text("no-such-package>=1.0\n")
     done = bash("scripts/run.sh", cwd=checkout)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: initial_model/t5-large: contains no model")
     assert "hf download google-t5/t5-large --local-dir initial_model/t5-large" in done.stderr
     assert "--tiny" in done.stderr
@@ -477,7 +543,7 @@ def test_max_steps_leaves_epochs_without_effect_and_says_so_once(monkeypatch, tm
     [command] = dry_run("scripts/order_5.sh", "--tiny", OUTPUT=str(tmp_path))
     said = epochs_of(command[2:], monkeypatch)
     assert all(epochs == ["1"] for epochs in said.values())
-    assert capfd.readouterr().out.count("[gorp] --task_epochs is ignored: each task trains for --max_steps 200\n") == 1
+    assert capfd.readouterr().out.count("[gorp] --task_epochs is ignored: each task trains for --max_steps 100\n") == 1
     [command] = dry_run("scripts/order_4.sh", "--tiny", OUTPUT=str(tmp_path))
     epochs_of(command[2:], monkeypatch)
     assert "--task_epochs" not in capfd.readouterr().out
@@ -500,6 +566,18 @@ def test_bad_epochs_are_one_line_before_anything_is_checked(words, said, tmp_pat
     assert not out.exists()
 
 
+def test_the_last_lines_of_a_tiny_run_are_commands_that_work_next(checkout):
+    said = order_1(checkout).stdout.splitlines()
+    assert "tests the code, not the method" in said[-4]
+    commands = [line.split(":  ")[1] for line in said[-3:]]
+    assert commands[:2] == [f"METHOD={method} bash scripts/order.sh --tiny order1" for method in ("seqlora", "sgorp")]
+    for command in commands:
+        done = bash("-c", command, cwd=checkout)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == "table of logs_and_outputs\n"
+    assert "tests the code" not in bash("scripts/order_1.sh", cwd=checkout, MODEL="x").stdout
+
+
 # --- set-up ---
 
 SET_UP = "source scripts/lib.sh; set_up requirements.txt; echo $PYTHON"
@@ -508,7 +586,7 @@ SET_UP = "source scripts/lib.sh; set_up requirements.txt; echo $PYTHON"
 @pytest.fixture
 def needs_a_package(checkout):
     """The checkout, requiring a package that no environment holds, and pip options that find it in a local folder."""
-    (checkout / "requirements.txt").write_text("# a comment\ngorp-test-package==1.0  # and one here\n")
+    require(checkout, "1.0  # and a comment here")
     wheels = checkout.parent / "wheels"
     wheels.mkdir()
     info = "gorp_test_package-1.0.dist-info"
@@ -520,32 +598,93 @@ def needs_a_package(checkout):
     return checkout, {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
 
 
+def require(checkout: Path, locked: str, least: str = "1.0") -> None:
+    (checkout / "requirements.txt").write_text(f"# a comment\ngorp-test-package>={least}\n")
+    (checkout / "requirements.lock").write_text(f"gorp-test-package=={locked}\n")
+
+
 def test_set_up_installs_once_mends_what_was_interrupted_and_says_what_failed(needs_a_package):
     checkout, pip = needs_a_package
     first = bash("-c", SET_UP, cwd=checkout, **pip)
     assert first.returncode == 0, first.stderr
-    assert "[gorp] setting up .venv" in first.stdout
     python = str(checkout / ".venv" / "bin" / "python")
+    assert first.stdout.splitlines() == [  # pip is quiet
+        "[gorp] setting up .venv from requirements.txt (once; some minutes)", python]
     nothing_to_install = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
     assert bash("-c", SET_UP, cwd=checkout, **nothing_to_install).stdout == f"{python}\n"
-    active = bash("-c", SET_UP, cwd=checkout, VIRTUAL_ENV=str(checkout / ".venv"), **nothing_to_install)
-    assert active.stdout == f"{python}\n"
+    active = {"VIRTUAL_ENV": str(checkout / ".venv"), **nothing_to_install}
+    assert bash("-c", SET_UP, cwd=checkout, **active).stdout == f"{python}\n"
 
     next((checkout / ".venv").rglob("gorp_test_package-1.0.dist-info/INSTALLER")).unlink()
     again = bash("-c", SET_UP, cwd=checkout, **pip)
     assert again.returncode == 0, again.stderr
     assert "[gorp] setting up .venv" in again.stdout and again.stdout.endswith(f"{python}\n")
 
-    (checkout / "requirements.txt").write_text("gorp-test-package==2.0\n")
+    require(checkout, "2.0")
+    path = f"{checkout}/.venv/bin{os.pathsep}{os.environ['PATH']}"
+    inside = bash("-c", f"PATH={shlex.quote(path)}; {SET_UP}", cwd=checkout, GORP_ENV="active", **active)
+    assert inside.returncode == 0, inside.stderr
+    assert inside.stdout.splitlines() == [
+        f"[gorp] GORP_ENV=active: {python} is used as it is, with gorp-test-package 1.0 (requirements.lock: 2.0)",
+        python]
+    require(checkout, "2.0", least="1.1")
+    inside = bash("-c", f"PATH={shlex.quote(path)}; {SET_UP}", cwd=checkout, GORP_ENV="active", **active)
+    assert (inside.returncode, inside.stderr) == (
+        2, f"error: GORP_ENV=active: {python} has gorp-test-package 1.0 (at least 1.1)\n")
+
     done = bash("-c", SET_UP, cwd=checkout, **pip)
-    assert done.returncode == 2
+    assert done.returncode == 2 and "\nERROR: " in done.stderr
     assert done.stderr.endswith("error: .venv: pip could not install requirements.txt; the reason is above\n")
+
+
+@pytest.mark.parametrize("made", ["venv", "venv without pip", "link", "file", "link to nothing"])
+def test_an_environment_that_others_made_is_left_alone(made, needs_a_package):
+    checkout, pip = needs_a_package
+    place = checkout.parent / "elsewhere" if made == "link" else checkout / ".venv"
+    if made.startswith("venv") or made == "link":
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", *["--clear"] * (made == "link"), place], check=True)
+        (place / "mine").touch()
+    if made == "venv":
+        (place / "bin" / "pip").touch()
+    if made == "file":
+        place.touch()
+    if made.startswith("link"):
+        (checkout / ".venv").symlink_to(place if made == "link" else "nowhere")
+    done = bash("-c", SET_UP, cwd=checkout, **pip)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: .venv: lacks packages of the requirements files and was not made by these")
+    assert not (made == "link" or made.startswith("venv")) or (place / "mine").exists()
+
+
+@pytest.mark.parametrize("version", ["python3.12", "python3.13"])
+def test_a_newer_python_is_found(version, needs_a_package, tmp_path):
+    checkout, pip = needs_a_package
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "grep", "sed", "xargs"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    (tools / version).symlink_to(sys.executable)
+    done = bash("-c", f"PATH={tools}; source scripts/lib.sh; find_python; echo $PYTHON", cwd=checkout, **pip)
+    assert (done.returncode, done.stdout) == (0, f"{version}\n"), done.stderr
+
+
+def test_deepspeed_is_asked_for_only_where_it_runs(checkout):
+    (checkout / "requirements-deepspeed.txt").write_text("no-such-package>=1.0\n")
+    (checkout / "requirements.lock").write_text("no-such-package==1.0\n")
+    no_index = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    assert order_1(checkout, **no_index).returncode == 0
+    (checkout / "stage.config").write_text("{}")
+    for variables in ({"NPROC": "2"}, {"DS_CONFIG": "stage.config"}):
+        done = order_1(checkout, **variables, **no_index)
+        assert done.returncode == 2
+        assert "pip could not install requirements.txt requirements-deepspeed.txt" in done.stderr
+        shutil.rmtree(checkout / ".venv")
 
 
 def test_without_a_python_that_is_new_enough(checkout, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
-    for tool in ("bash", "dirname"):
+    for tool in ("bash", "dirname", "printf", "xargs"):
         (tools / tool).symlink_to(shutil.which(tool))
     for name in ("python", "python3"):
         (tools / name).write_text("#!/bin/bash\nexit 1\n")

@@ -7,6 +7,7 @@ each attack carries a payload that leaves a mark, and the mark must not appear.
 import ast
 import json
 import pickle
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -319,7 +320,8 @@ def test_a_variable_that_is_passed_on_is_no_command(checkout, mark):  # noqa: F8
     command = json.loads(results.read_text())
     for flag in ("--model_name_or_path", "--method", "--seed"):
         assert command[command.index(flag) + 1] == attack
-    assert command[-len(attack.split()) :] == attack.split()  # the words of EXTRA, nothing expanded
+    words = shlex.split(attack)
+    assert command[-len(words) :] == words  # of EXTRA, nothing expanded
     assert not mark.exists() and not list(checkout.rglob("mark"))
 
 
@@ -327,7 +329,8 @@ def test_a_config_is_no_command(tmp_path, mark):
     root = tmp_path / "checkout"
     for folder in ("scripts", "configs/order1_configs"):
         shutil.copytree(ROOT / folder, root / folder)
-    (root / "requirements.txt").write_text("")
+    for name in ("requirements.txt", "requirements.lock"):
+        (root / name).write_text("")
     path = root / "configs" / "order1_configs" / "dbpedia" / "train_tasks.json"
     for text in SHELL:
         path.write_text(json.dumps({"TC": [{"dataset name": text.format(mark=mark)}]}))

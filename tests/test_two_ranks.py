@@ -61,6 +61,24 @@ def test_two_ranks_under_zero_train_what_one_process_trains(adapter_name, stage,
         assert (held > 0.99).sum() >= max(S.shape[1], spaces[1][name].shape[1]) - 1, name
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_in_16_bits_factors_are_saved_from_their_float32_values(stage, mini_benchmark, tmp_path):
+    """The second task's, so clear of S as in float32, and the first's, which are frozen, bit for bit."""
+    first, second = tmp_path / "first" / "llama_adapter", tmp_path / "second" / "llama_adapter"
+    sgorp = ["--method", "sgorp", "--bf16", "--lamda_1", "0.01", "--max_predict_samples", "4"]
+    train(first.parent, "llama_adapter", mini_benchmark, *sgorp, stage=2)
+    sgorp += ["--model_name_or_path", str(first), "--task_config_dir", str(ROOT / "configs/order1_configs/amazon")]
+    train(second.parent, "llama_adapter", mini_benchmark, *sgorp, stage=stage)
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    spaces = load_file(first / "gradient_space.safetensors")
+    for name, factor in old.items():
+        kept, added = (new[name][:8], new[name][8:]) if ".lora_A." in name else (new[name][:, :8], new[name][:, 8:])
+        assert torch.equal(kept, factor) and not torch.equal(factor, factor.bfloat16().float())
+        if ".lora_A." in name:
+            S = spaces[name.removeprefix("base_model.model.").replace(".lora_A.weight", ".loranew_A")]
+            assert added.abs().max() > 0.01 and (added @ S).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(("adapter_name", "stage"), [("t5_adapter", 2), ("llama_adapter", 3)])
 def test_a_sharded_run_goes_on_from_its_checkpoint(adapter_name, stage, mini_benchmark, tmp_path):
     """On as many ranks bit by bit, with a schedule; in one process, here T5's, with other last digits."""

@@ -4,7 +4,8 @@ Three things make the loop faster than one in file order. Examples of similar le
 padding. A batch first generates as many tokens as the longest reference answer of its datasets has, since one long
 answer would keep the complete batch going; unfinished answers are collected and generated again, up to the full limit.
 The prompts of a dataset begin alike (task, instruction, options), so for a decoder-only model the examples of a batch
-are of one dataset, and the keys and values of their common prefix are computed once (a prefix cache). With greedy
+are of one dataset, and the keys and values of their common prefix are computed once (a prefix cache), unless a sliding
+window is too short for it or the model is recurrent. With greedy
 search an example's answer does not depend on what shares its batch, but for near ties in 16 bits.
 
 Each of W ranks takes every W-th example. ZeRO-3 gathers weights in each forward pass, so all ranks must call the model
@@ -20,6 +21,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from uie_collator import DataCollatorForUIE
 
@@ -39,7 +41,7 @@ class Prediction:
         bounded: whether to try the longest reference answer as a first bound.
         shares_beginnings: whether to compute the common prefix of a batch once; for decoder-only models, and not under
             ZeRO-3, as one rank's batch may have a prefix and another's not.
-        show_progress: whether to show a progress bar.
+        name, show_progress: what a progress bar is called, and whether there is one.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Prediction:
     most_tokens: int
     bounded: bool = True
     shares_beginnings: bool = False
+    name: str = "predict"
     show_progress: bool = False
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Prediction:
         """Generated ids (len(rows), max_new_tokens) in the order of `rows`, padded after each answer's end."""
         share = ceil(len(self.rows) / self.ranks)
         answers = torch.full((share, self.longest_answer), self.collator.tokenizer.pad_token_id)
-        with tqdm(total=len(self.prompt_lengths), desc="predict", disable=not self.show_progress) as bar:
+        with tqdm(total=len(self.prompt_lengths), desc=self.name, disable=not self.show_progress) as bar:
             cut = self._answer(list(self.prompt_lengths), answers, bar, bounded=self.bounded)
             self._answer(cut, answers, bar, bounded=False)
         # (rank, its examples) -> (its examples, rank): example r went to rank r % ranks.
@@ -92,7 +95,7 @@ class Prediction:
             tokens = self._generate(examples, bound).cpu()
             if not counts:
                 continue
-            ends = tokens == self.collator.tokenizer.eos_token_id
+            ends = torch.isin(tokens, torch.tensor(self.model.generation_config.eos_token_id))
             tokens[ends.cumsum(1) > ends] = self.collator.tokenizer.pad_token_id  # beam search pads otherwise
             ended = ends.any(1) | (bound == self.longest_answer)
             cut += [place for place, has_ended in zip(batch, ended.tolist()) if not has_ended]
@@ -105,10 +108,17 @@ class Prediction:
         """Ids (n, at most `bound`) after the prompt, or after the decoder's start token."""
         batch = self._on_device(self.collator(examples))
         prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if self.shares_beginnings:
+        if self.shares_beginnings and self._sees_all(prompts["input_ids"].shape[1] + bound):
             prompts = self._after_common_prefix(**prompts)
         generated = self.model.generate(**prompts, **self.generation | {"max_new_tokens": bound})
         return generated[:, prompts["input_ids"].shape[1] if self.collator.decoder_only else 1 :]
+
+    def _sees_all(self, length: int) -> bool:
+        """Whether padding may follow a cached prefix: a sliding window counts it, and a recurrent state takes it in."""
+        return all(
+            type(layer) is DynamicLayer or type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window
+            for layer in DynamicCache(config=self.model.config).layers
+        )
 
     def _after_common_prefix(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
         """Replace the common prefix of left-padded prompts (n, length) by a cache of its keys and values.

@@ -46,6 +46,7 @@ class MagmaxArguments(LoraArguments):
 
 class Magmax(Seqlora):
     Arguments = MagmaxArguments
+    float32_base = True
 
     def prepare(self, model, previous: Path | None, **kind):
         self.tasks: dict[str, Tensor] = {}  # of each factor, all tasks' (t, rows, columns)

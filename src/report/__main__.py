@@ -4,7 +4,7 @@
     python src/report logs_and_outputs more_runs --out report  every order below: writes a report into that folder
 
 An order's folder holds `outputs/<i>-<dataset>/`. The report is `report.html` (one file, opens offline), `report.md`,
-`figures/*.svg`, `measures.csv` and `accuracy.csv`.
+`figures/*.svg`, `measures.csv` and `accuracy.csv`. `--figures FOLDER` also writes the figures as PDF, for papers.
 """
 
 import argparse
@@ -17,22 +17,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program
 from errors import InputError, entry_point
 from files import write_json
 from report.matrix import accuracy_matrix, format_table, measure, order_results
-from report.page import answer, write_report
 from report.runs import distinct, find_runs, is_order, select
 
 
 @entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", type=Path, nargs="+", help="an order's output folder, or folders with orders below")
     parser.add_argument("--out", type=Path, help="folder of the report; default: report/ in the first folder")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also write the figures as PDF into this folder")
     options = parser.parse_args(arguments)
     first = options.folders[0]
     try:
-        if len(options.folders) == 1 and options.out is None and is_order(first):
+        if len(options.folders) == 1 and options.out is options.figures is None and is_order(first):
             report_order(first)
         else:
-            report_runs(options.folders, options.out or first / "report")
+            report_runs(options.folders, options.out or first / "report", options.figures)
     except OSError as error:
         raise InputError(f"{error.filename or options.out or first}: cannot be written ({error.strerror})") from None
 
@@ -45,7 +47,7 @@ def report_order(order_dir: Path) -> None:
     write_json(order_dir / "order_results.json", order_results(tasks, matrix, measures))
 
 
-def report_runs(folders: Sequence[Path], out: Path) -> None:
+def report_runs(folders: Sequence[Path], out: Path, pdf_folder: Path | None) -> None:
     """Write the report over every order below the folders, and print its summaries.
 
     Raises:
@@ -53,8 +55,10 @@ def report_runs(folders: Sequence[Path], out: Path) -> None:
     """
     if out.exists() and not (out.is_dir() and ((out / "report.html").exists() or not any(out.iterdir()))):
         raise InputError(f"--out: {out} holds something other than a report; allowed: a new folder, or a report's")
+    from report.page import answer, write_report  # imports matplotlib, which one order's table does without
+
     runs = find_runs(folders)
-    write_report(runs, out)
+    write_report(runs, out, pdf_folder)
     for model in distinct(runs, "model"):
         print(f"{model}: {answer(select(runs, model=model))}")
     print(f"report: {out / 'report.html'}")

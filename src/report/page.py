@@ -1,26 +1,29 @@
-"""The report on many runs: a page in Markdown and in HTML (one file, no network), SVG figures and CSV tables.
+"""The report on many runs: a page in Markdown and in HTML (one file, no network), figures and CSV tables.
 
-Both pages are made from one list of blocks: ("heading", text), ("text", text), ("table", rows), ("figure", name).
+The page is written as Markdown, from which the HTML is made.
 """
 
 import csv
-import io
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+import markdown
+from matplotlib.figure import Figure
+
 from files import whole_folder
-from report import svg
+from report import figures as draw
 from report.bootstrap import Interval
 from report.matrix import MEASURES
-from report.published import RESULTS
+from report.published import RESULTS, SIZES
 from report.runs import (
     Run,
     base_method,
     distinct,
     finished,
+    interval,
     is_ceiling,
     mean_matrix,
     natural,
@@ -30,35 +33,65 @@ from report.runs import (
     summarise,
 )
 
-Block = tuple[str, object]
-
+TITLE = "Continual learning: methods side by side"
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; margin: 2rem auto; max-width: 70rem;
-       padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; text-align: right;
-        border-bottom: 1px solid #ddd; white-space: nowrap } td:first-child, th:first-child { text-align: left;
-        white-space: normal; min-width: 9rem }
-p.answer { font-size: 1.15rem } figure { display: inline-block; vertical-align: top; margin: .5rem 1.5rem .5rem 0;
-         max-width: 100%; overflow-x: auto } div.wide { overflow-x: auto }
+:root { color-scheme: light dark }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
+div { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 }
+td, th { padding: .25rem .7rem; border-bottom: 1px solid #8886; white-space: nowrap }
+td:first-child, th:first-child { white-space: normal; min-width: 8rem; text-align: left }
+figure { display: inline-block; vertical-align: top; margin: .5rem 1.5rem .5rem 0; max-width: 100%; overflow-x: auto }
+@media print {
+  @page { size: A4 landscape; margin: 12mm } body { font-size: 10px; margin: 0; max-width: none }
+  div { overflow: visible } td, th { padding: .15rem .3rem; white-space: normal } td:first-child { min-width: 0 }
+  figure, tr { break-inside: avoid } svg { max-width: 100%; height: auto } h2, h3 { break-after: avoid }
+}
 """
+NOTE = (
+    "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
+    "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
+    "same order and seed with those of the best method, the ceiling aside; in brackets the 95 % interval, resampled "
+    "over test examples and seeds (over examples alone with one seed). A difference whose interval contains 0 is not "
+    "significant. Trained: most trainable parameters of a task; stored: what the last task saves. Definitions: "
+    "docs/METRICS.md."
+)
+OPTIONAL = {"average_over_rows": "over examples", "forward_transfer": "FWT", "unseen_accuracy": "unseen"}
 
 
-def write_report(runs: Sequence[Run], folder: Path) -> None:
-    """Write `report.html`, `report.md`, `figures/*.svg`, `measures.csv` and `accuracy.csv`, all or none of them."""
-    figures = {}
-    blocks = [block for model in distinct(runs, "model") for block in _model_blocks(select(runs, model=model), figures)]
-    blocks += _published_blocks()
+def write_report(runs: Sequence[Run], folder: Path, pdf_folder: Path | None = None) -> None:
+    """Write `report.html`, `report.md`, `figures/*.svg`, `measures.csv` and `accuracy.csv`, all or none of them, and
+    each figure as PDF into `pdf_folder`."""
+    figures: dict[str, Figure] = {}
+    look = draw.styles(distinct(runs, "method"))
+    lines = [f"# {TITLE}"]
+    for model in distinct(runs, "model"):
+        lines += _model_lines(select(runs, model=model), figures, look)
+    text = "\n\n".join([*lines, *_foot(runs)]) + "\n"
+    pictures = {name: draw.svg(figure) for name, figure in figures.items()}
     with whole_folder(folder) as partial:
         (partial / "figures").mkdir()
-        for name, picture in figures.items():
+        for name, picture in pictures.items():
             (partial / "figures" / f"{name}.svg").write_text(picture, encoding="utf-8")
-        (partial / "report.md").write_text(markdown(blocks), encoding="utf-8")
-        (partial / "report.html").write_text(html(blocks, figures), encoding="utf-8")
-        (partial / "measures.csv").write_text(measures_csv(runs), encoding="utf-8")
-        (partial / "accuracy.csv").write_text(accuracy_csv(runs), encoding="utf-8")
+        (partial / "report.md").write_text(text, encoding="utf-8")
+        (partial / "report.html").write_text(html(text, pictures), encoding="utf-8")
+        write_csv(partial / "measures.csv", [_measures(run) for run in runs])
+        write_csv(partial / "accuracy.csv", [cell for run in runs for cell in _cells(run)])
+    if pdf_folder is not None:
+        pdf_folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(pdf_folder / f"{name}.pdf")
 
 
-# Content
+def html(text: str, pictures: Mapping[str, str]) -> str:
+    """The Markdown page as one HTML file with its pictures."""
+    body = markdown.markdown(text, extensions=["tables"])
+    body = body.replace("<table>", "<div><table>").replace("</table>", "</table></div>")
+    body = re.sub(r'<p><img alt="" src="figures/(.+?)\.svg" /></p>', lambda m: f"<figure>{pictures[m[1]]}</figure>", body)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{TITLE}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    )
 
 
 def answer(runs: Sequence[Run]) -> str:
@@ -70,10 +103,10 @@ def answer(runs: Sequence[Run]) -> str:
     sequential = [method for method in methods if not is_ceiling(method)] or methods
     best = sequential[0]
     own = select(runs, method=best)
-    result = summarise(own, "average_performance")
-    transfer = summarise(own, "backward_transfer")
-    said = [f"Best: {best}, average performance {result} over {_counted(result.count, 'run')}"
-            + (f", backward transfer {transfer.mean:+.1f}." if transfer else ".")]
+    result, transfer = (summarise(own, name) for name in ("average_performance", "backward_transfer"))
+    said = [f"Best: {best}, average" if len(methods) > 1 else f"{best}: average"]
+    said[0] += f" performance {result} over {_counted(result.count, 'run')}"
+    said[0] += f", backward transfer {transfer.mean:+.1f}." if transfer else "."
     others = [method for method in sequential if base_method(method) != base_method(best)]
     rivals = dict.fromkeys([*sequential[1:2], *others[:1]])  # the next may be a variant of the best
     said += [_lead(own, select(runs, method=rival), rival) for rival in rivals]
@@ -102,16 +135,14 @@ def _caution(gap: Interval) -> str:
     return "" if gap.is_significant else ", over test examples alone: another seed may differ"
 
 
-def _cost(runs: Sequence[Run]) -> str:
-    seconds, trained, stored = _costs(runs)
-    share = f" ({100 * runs[0].trained_values / runs[0].values:.2g} % of the model)" if runs[0].values else ""
-    return f"{seconds} of training per order, {trained} trainable parameters{share}, {stored} saved between tasks"
+def _mean_cost(runs: Sequence[Run], name: str) -> float | None:
+    values = [getattr(run, name) for run in finished(runs)]
+    return None if None in values else statistics.mean(values)
 
 
 def _costs(runs: Sequence[Run]) -> tuple[str, str, str]:
     """Mean training time, trainable parameters and stored bytes, as text."""
-    columns = [[getattr(run, name) for run in finished(runs)] for name in ("seconds", "trained_values", "stored_bytes")]
-    seconds, trained, stored = (None if None in column else statistics.mean(column) for column in columns)
+    seconds, trained, stored = (_mean_cost(runs, name) for name in ("seconds", "trained_values", "stored_bytes"))
     return (
         "-" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min",
         "-" if trained is None else f"{trained:,.0f}",
@@ -119,171 +150,134 @@ def _costs(runs: Sequence[Run]) -> tuple[str, str, str]:
     )
 
 
-def _model_blocks(runs: Sequence[Run], figures: dict[str, str]) -> list[Block]:
-    """The blocks of one model; their pictures are added to `figures`."""
+def _cost(runs: Sequence[Run]) -> str:
+    seconds, trained, stored = _costs(runs)
+    share = f" ({100 * runs[0].trained_values / runs[0].values:.2g} % of the model)" if runs[0].values else ""
+    return f"{seconds} of training per order, {trained} trainable parameters{share}, {stored} saved between tasks"
+
+
+def _model_lines(runs: Sequence[Run], figures: dict[str, Figure], look: draw.Styles) -> list[str]:
+    """The page's paragraphs on one model, whose figures are added to `figures`."""
     model, methods = runs[0].model, ranked_methods(runs)
-    blocks: list[Block] = [("heading", model), ("answer", answer(runs)), ("table", _method_table(runs, methods))]
-    blocks.append(("text", NOTE))
+    lines = [f"## {_plain(model)}", f"**{_plain(answer(runs))}**", _method_table(runs, methods), _plain(NOTE)]
     if variants := {run.method: run.varying for run in runs if run.varying}:
-        blocks.append(("text", "Options in which runs of one method differ. " + "; ".join(
+        lines.append(_plain("Options in which runs of one method differ. " + "; ".join(
             f"{name}: {', '.join(f'{key}={value}' for key, value in varying.items())}"
             for name, varying in variants.items()) + "."))
-    scored = [(method, summarise(select(runs, method=method), "average_performance")) for method in methods]
-    if rows := [(method, result.mean, result.spread) for method, result in scored if result]:
-        blocks.append(_figure(figures, f"{model}-methods", svg.bars(rows, f"{model}: average performance, per cent")))
-    blocks += [("heading", f"{model}: method by order"), ("table", _order_table(runs, methods))]
-    for order in sorted(distinct(runs, "order"), key=natural):
-        blocks += _order_blocks(select(runs, order=order), [m for m in methods if select(runs, order=order, method=m)],
-                                figures)
-    unfinished = [run for run in runs if run.unfinished]
-    if unfinished:
-        blocks.append(("text", "Unfinished, and so not compared: " + "; ".join(
-            f"{run.method}, {run.order}, seed {run.seed} (without {', '.join(run.unfinished)})" for run in unfinished)))
-    return blocks
+    own = {method: select(runs, method=method) for method in methods}
+    scores = {method: (result.mean, interval(mine)) for method, mine in own.items()
+              if (result := summarise(mine, "average_performance"))}
+    if scores:
+        lines.append(_figure(figures, f"{model}-methods", draw.bars(scores, look, model)))
+    points = {method: (mean, _mean_cost(own[method], "seconds"), (_mean_cost(own[method], "stored_bytes") or 0) / 1e6)
+              for method, (mean, _) in scores.items()}
+    points = {method: values for method, values in points.items() if all(values[1:])}
+    if len(points) > 1:
+        lines.append(_figure(figures, f"{model}-costs", draw.costs(points, look, f"{model}: what accuracy costs")))
+    orders = sorted(distinct(runs, "order"), key=natural)
+    by_order = [[summarise(select(mine, order=order), "average_performance") for order in orders] for mine in own.values()]
+    lines += [f"### {_plain(model)}: AP of each order", _table(["method", *orders], [
+        [method, *(str(result or "-") for result in results)] for method, results in zip(methods, by_order)])]
+    for order in orders:
+        lines += _order_lines(select(runs, order=order), methods, figures, look)
+    unfinished = [f"{run.method}, {run.order}, seed {run.seed} (without {', '.join(run.unfinished)})"
+                  for run in runs if run.unfinished]
+    lines += [_plain(f"Unfinished, and so not compared: {'; '.join(unfinished)}")] * bool(unfinished)
+    if published := [row[1:] for row in RESULTS if runs[0].values and abs(runs[0].values / SIZES[row[0]] - 1) < 0.05]:
+        lines += ["### Published results of this size", "Not measured here, and read in secondary summaries, not in the "
+                  "papers' own tables.", _table(["orders", "method", "AP", "BWT"], [
+                      [orders, method, f"{performance:.1f}", "-" if transfer is None else f"{transfer:+.1f}"]
+                      for orders, method, performance, transfer in published])]
+    return lines
 
 
-NOTE = (
-    "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
-    "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
-    "same order and seed with those of the best method, the ceiling aside; in brackets the 95 % interval, resampled "
-    "over test examples and seeds (over examples alone with one seed). A difference whose interval contains 0 is not "
-    "significant. Trained: most trainable parameters of a task; stored: what the last task saves. Definitions: "
-    "docs/METRICS.md."
-)
-
-
-def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]]:
+def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> str:
     best = next((method for method in methods if not is_ceiling(method)), methods[0])
-    optional = [name for name in ("average_over_rows", "forward_transfer", "unseen_accuracy")
-                if any(run.measures.get(name) is not None for run in runs)]
-    names = {"average_over_rows": "over examples", "forward_transfer": "FWT", "unseen_accuracy": "unseen"}
-    rows = [["method", "AP", "against the best", "BWT", "F", *(names[name] for name in optional), "training", "trained",
-             "stored", "runs"]]
+    optional = [name for name in OPTIONAL if any(run.measures.get(name) is not None for run in runs)]
+    against = ["against the best"] * (len(methods) > 1)
+    rows = []
     for method in methods:
         own = select(runs, method=method)
         gap = None if method == best else paired_difference(own, select(runs, method=best))
         average, *shown = [str(summarise(own, name) or "-") for name in (
             "average_performance", "backward_transfer", "forgetting", *optional)]
-        name = f"{method} (ceiling)" if is_ceiling(method) else method
-        rows.append([name, average, str(gap or "-"), *shown, *_costs(own), str(sum(not run.unfinished for run in own))])
-    return rows
+        rows.append([f"{method} (ceiling)" if is_ceiling(method) else method, average, *[str(gap or "-")] * len(against),
+                     *shown, *_costs(own), str(sum(not run.unfinished for run in own))])
+    names = [OPTIONAL[name] for name in optional]
+    return _table(["method", "AP", *against, "BWT", "F", *names, "training", "trained", "stored", "runs"], rows)
 
 
-def _order_table(runs: Sequence[Run], methods: Sequence[str]) -> list[list[str]]:
-    orders = sorted(distinct(runs, "order"), key=natural)
-    rows = [["AP", *orders]]
-    for method in methods:
-        results = [summarise(select(runs, method=method, order=order), "average_performance") for order in orders]
-        rows.append([method, *(str(result or "-") for result in results)])
-    return rows
-
-
-def _order_blocks(runs: Sequence[Run], methods: Sequence[str], figures: dict[str, str]) -> list[Block]:
+def _order_lines(runs: Sequence[Run], methods: Sequence[str], figures: dict[str, Figure], look: draw.Styles) -> list[str]:
     """Curves and heat maps of one order's finished runs; runs over fewer or other tasks are left out."""
     runs = finished(runs)
     model, order, tasks = runs[0].model, runs[0].order, max((run.tasks for run in runs), key=len)
     alike = [run for run in runs if run.tasks == tasks]
-    matrices = {method: mean_matrix(select(alike, method=method)) for method in methods if select(alike, method=method)}
-    title = f"{model}, {order}: accuracy of each task over time"
-    blocks: list[Block] = [("heading", f"{model}: {order}"), ("text", " > ".join(tasks))]
-    blocks.append(_figure(figures, f"{model}-{order}-curves", svg.curves(tasks, matrices, title)))
-    for method, matrix in matrices.items():
-        seeds = len(select(alike, method=method))
-        picture = svg.heat_map(tasks, matrix, f"{method}, {order}" + (f", mean of {seeds} seeds" if seeds > 1 else ""))
-        blocks.append(_figure(figures, f"{model}-{order}-{method}-matrix", picture))
-    return blocks
+    own = {method: mine for method in methods if (mine := select(alike, method=method))}
+    lines = [f"### {_plain(model)}: {_plain(order)}", _plain(" > ".join(tasks))]
+    curves = draw.curves(own, look, f"{model}, {order}: accuracy of each task over time")
+    lines.append(_figure(figures, f"{model}-{order}-curves", curves))
+    for method, mine in own.items():
+        title = f"{method}, {order}" + (f", mean of {len(mine)} seeds" if len(mine) > 1 else "")
+        picture = draw.heat_map(tasks, mean_matrix(mine), title)
+        lines.append(_figure(figures, f"{model}-{order}-{method}-matrix", picture))
+    return lines
 
 
-def _published_blocks() -> list[Block]:
-    rows = [["published: model", "orders", "method", "AP", "BWT"]]
-    rows += [[*where, f"{performance:.1f}", "-" if transfer is None else f"{transfer:+.1f}"]
-             for *where, performance, transfer in RESULTS]
-    note = ("Published numbers, not measured here: full-size models and data. They were read in secondary summaries, "
-            "not in the papers' own tables.")
-    return [("heading", "Published results"), ("text", note), ("table", rows)]
+def _foot(runs: Sequence[Run]) -> list[str]:
+    """What the runs were made with: code, versions, machine, and the settings that all of a model's runs share."""
+    made = dict.fromkeys(_plain("; ".join(f"{key} {value}" for key, value in run.made_with.items())) for run in runs)
+    lines = ["## Made with", *filter(None, made)]
+    for model in distinct(runs, "model"):
+        own = select(runs, model=model)
+        shared = {key: value for key, value in own[0].options.items()
+                  if all(run.options.get(key) == value for run in own) and value not in (None, [])}
+        lines.append(_plain(f"{model}, settings of all runs: {', '.join(f'{k}={v}' for k, v in shared.items()) or '-'}."))
+    return lines
 
 
-def _figure(figures: dict[str, str], name: str, picture: str) -> Block:
-    """Add a picture under a unique file name."""
+def _figure(figures: dict[str, Figure], name: str, figure: Figure) -> str:
+    """Add a figure under a unique file name, and return the line that shows it."""
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:100]
     while slug in figures:
         slug += "-"
-    figures[slug] = picture
-    return ("figure", slug)
+    figures[slug] = figure
+    return f"![](figures/{slug}.svg)"
 
 
-# Form
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [[_plain(value) for value in row] for row in (head, *rows)]
+    cells.insert(1, ["---", *["---:"] * (len(head) - 1)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def markdown(blocks: Sequence[Block]) -> str:
-    """The page as Markdown; pictures are files in `figures/`."""
-    lines = ["# Continual learning: methods side by side", ""]
-    for kind, content in blocks:
-        if kind == "heading":
-            lines += [f"## {_plain(content)}", ""]
-        elif kind == "table":
-            head, *rows = [[_plain(value) for value in row] for row in content]
-            lines += [f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)] + [""]
-        elif kind == "figure":
-            lines += [f"![{content}](figures/{content}.svg)", ""]
-        else:
-            lines += [_plain(content), ""]
-    return "\n".join(lines)
+def _measures(run: Run) -> dict:
+    """A run's measures and costs in full precision, None where there is none."""
+    costs = {name: getattr(run, name) for name in ("seconds", "trained_values", "values", "stored_bytes")}
+    measures = {name: run.measures.get(name) for name in MEASURES}
+    return _about(run) | measures | costs | {"unfinished": " ".join(run.unfinished)}
 
 
-def html(blocks: Sequence[Block], figures: Mapping[str, str]) -> str:
-    """The page as one HTML file with its pictures; all text is escaped."""
-    parts = []
-    for kind, content in blocks:
-        if kind == "heading":
-            parts.append(f"<h2>{escape(content)}</h2>")
-        elif kind == "table":
-            head, *rows = content
-            cells = "".join(f"<th>{escape(value)}</th>" for value in head)
-            body = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in row)}</tr>" for row in rows)
-            parts.append(f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>')
-        elif kind == "figure":
-            parts.append(f"<figure>{figures[content]}</figure>")
-        else:
-            parts.append(f'<p class="{kind}">{escape(content)}</p>')
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Continual learning: methods side by side'
-        f"</title><style>{STYLE}</style></head>\n<body><h1>Continual learning: methods side by side</h1>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+def _cells(run: Run) -> list[dict]:
+    """The measured cells of a run's accuracy matrix."""
+    return [_about(run) | {"step": i + 1, "after": run.tasks[i], "task": task, "accuracy": value}
+            for i, row in enumerate(run.matrix) for task, value in zip(run.tasks, row) if value is not None]
 
 
-def measures_csv(runs: Sequence[Run]) -> str:
-    """A row for each run: its measures and costs in full precision, empty where there is none."""
-    costs = ("seconds", "trained_values", "values", "stored_bytes")
-    rows = [["model", "method", "order", "seed", *MEASURES, *costs, "unfinished"]]
-    for run in runs:
-        numbers = [*(run.measures.get(name) for name in MEASURES), *(getattr(run, name) for name in costs)]
-        rows.append([run.model, run.method, run.order, run.seed, *numbers, " ".join(run.unfinished)])
-    return _csv(rows)
+def _about(run: Run) -> dict:
+    return {name: getattr(run, name) for name in ("model", "method", "order", "seed")}
 
 
-def accuracy_csv(runs: Sequence[Run]) -> str:
-    """A row for each measured cell of each run's accuracy matrix."""
-    rows = [["model", "method", "order", "seed", "step", "after", "task", "accuracy"]]
-    for run in runs:
-        about = [run.model, run.method, run.order, run.seed]
-        for i, row in enumerate(run.matrix):
-            cells = zip(run.tasks, row)
-            rows += [[*about, i + 1, run.tasks[i], task, value] for task, value in cells if value is not None]
-    return _csv(rows)
-
-
-def _csv(rows: Sequence[Sequence]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
+    """Write rows, all with the first one's keys, as a table with a head."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _plain(text: str) -> str:
-    """Escape Markdown's marks, also within a table's cell."""
-    return re.sub(r"([\\|<>*_`\[\]])", r"\\\1", " ".join(text.split()))
+    """Escape what HTML and Markdown would read as marks, also within a table's cell."""
+    return re.sub(r"([\\|*_`\[\]])", r"\\\1", escape(" ".join(text.split()), quote=False))
 
 
 def _counted(count: int, noun: str) -> str:

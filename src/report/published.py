@@ -15,3 +15,6 @@ RESULTS = (
     ("LLaMA-2-7B", "1-3", "GORP", 78.6, -0.8),
 )
 """Model, orders, method, average performance and, where given, backward transfer: means over the orders."""
+
+SIZES = {"T5-large": 737.7e6, "LLaMA-2-7B": 6738.4e6}
+"""Their parameters."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compute_metrics import exact_match, read_predictions
+from compute_metrics import compute_metrics, exact_match, read_predictions
 from errors import InputError
 from files import json_kind, read_object
 from report.bootstrap import Interval, paired_interval
@@ -33,6 +33,7 @@ class Run:
         seconds: training time of all tasks together.
         trained_values: most parameters that any task trained; values: all parameters of the model.
         stored_bytes: size of what the last task saved for a next one.
+        made_with: git revision, versions and machine, for the page's foot.
         unfinished: steps without results; the measures are then those of the last finished step.
     """
 
@@ -52,6 +53,7 @@ class Run:
     unfinished: list[str]
     options: dict = field(default_factory=dict)
     varying: dict = field(default_factory=dict)
+    made_with: dict = field(default_factory=dict)
 
     def final(self, name: str) -> float | None:
         """A measure after the order's last task; None if the order is unfinished, and so cannot be compared."""
@@ -113,6 +115,7 @@ def read_run(order_dir: Path) -> Run:
         stored_bytes=sum(stored) or None,
         unfinished=unfinished,
         options=_options(paths[0]),
+        made_with=_made_with(_object(paths[0])),
     )
 
 
@@ -126,13 +129,26 @@ def _options(record: Path) -> dict:
     return _object(record, "report", "options") | made_of
 
 
+def _made_with(record: dict) -> dict:
+    found = {"git revision": record.get("git_revision"), **(record.get("versions") or {})}
+    return {name: value for name, value in (found | (record.get("machine") or {})).items() if value is not None}
+
+
 def _right_answers(predictions: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
-    """By task, whether each of its examples was answered correctly; empty without the file."""
-    hits: dict[str, list[bool]] = {task: [] for task in tasks}
+    """By task, the score of each of its examples, 0 to 1; empty without the file."""
+    hits: dict[str, list[float]] = {task: [] for task in tasks}
     for example in read_predictions(predictions) if predictions.exists() else []:
         if example["Dataset"] in hits:
-            hits[example["Dataset"]].append(exact_match(example["Prediction"], example["Instance"]["label"]))
-    return {task: np.array(own, dtype=int) for task, own in hits.items()} if all(hits.values()) else {}
+            hits[example["Dataset"]].append(_score(example))
+    return {task: np.array(own, dtype=float) for task, own in hits.items()} if all(hits.values()) else {}
+
+
+def _score(example: dict) -> float:
+    """Whether an answer is correct, or its ROUGE-L where answers are free text."""
+    prediction, label = example["Prediction"], example["Instance"]["label"]
+    if example.get("Metric") == "rougeL":
+        return compute_metrics([prediction], [label])["rougeL"] / 100
+    return float(exact_match(prediction, label))
 
 
 def finished(runs: Sequence[Run]) -> list[Run]:
@@ -186,6 +202,13 @@ def paired_difference(ours: Iterable[Run], theirs: Iterable[Run]) -> Interval | 
     return paired_interval(mine, others) if mine.keys() & others.keys() else None
 
 
+def interval(runs: Iterable[Run]) -> Interval | None:
+    """The average performance of finished runs with predictions and its 95 % interval; None if there are none."""
+    mine = {(run.order, run.seed): run.right for run in runs if run.right}
+    nothing = {key: {task: np.zeros_like(hits) for task, hits in right.items()} for key, right in mine.items()}
+    return paired_interval(mine, nothing) if mine else None
+
+
 def base_method(method: str) -> str:
     """A method's name without its options."""
     return method.split(" ")[0]
@@ -204,11 +227,9 @@ def ranked_methods(runs: Sequence[Run]) -> list[str]:
     return sorted(distinct(runs, "method"), key=key)
 
 
-def mean_matrix(runs: Sequence[Run]) -> Matrix:
-    """The mean accuracy matrix over runs of one order; None where a run lacks the value."""
-    size = len(runs[0].tasks)
-    cells = [[[run.matrix[i][j] for run in runs] for j in range(size)] for i in range(size)]
-    return [[None if None in values else statistics.mean(values) for values in row] for row in cells]
+def mean_matrix(runs: Sequence[Run]) -> np.ndarray:
+    """The mean accuracy matrix over runs of one order, NaN where a run lacks the value."""
+    return np.array([run.matrix for run in runs], float).mean(axis=0)
 
 
 def _complete_tasks(runs: list[Run]) -> None:
