@@ -219,7 +219,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
 
     @cached_property
     def _setup_devices(self) -> torch.device:
-        """The parent's device, for one GPU in this process: `DataParallel` over all would multiply a step's examples."""
+        """The parent's device, one GPU for this process: `DataParallel` over all would multiply a step's examples."""
         device = super()._setup_devices
         self._n_gpu = min(self._n_gpu, 1)
         return device
