@@ -33,10 +33,10 @@ class ModelArguments:
     """Which model is trained."""
 
     model_name_or_path: str = HfArg(help="Base model (folder or hub id), or the adapter folder of the previous task.")
-    config_name: str | None = HfArg(default=None, help="Another config (seq2seq base models only).")
-    tokenizer_name: str | None = HfArg(default=None, help="Another tokenizer (seq2seq base models only).")
+    config_name: str | None = HfArg(default=None, help="Another config: folder or hub id.")
+    tokenizer_name: str | None = HfArg(default=None, help="Another tokenizer: folder or hub id.")
     cache_dir: str | None = HfArg(default=None, help="Where models from the hub are kept.")
-    use_fast_tokenizer: bool = HfArg(default=True, help="Use the fast tokenizer where there is one.")
+    use_fast_tokenizer: bool = HfArg(default=True, help="Published; false is ignored: Transformers 5 has one kind.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of a hub model.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub login of this machine.")
     family: str | None = HfArg(
