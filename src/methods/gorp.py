@@ -172,8 +172,8 @@ class Gorp(LoraMethod):
     def summary(self) -> list[str]:
         options = self.options
         detail.info(
-            "full-rank weights: projection %s, new bases every %d steps, learning rate %s, engine %s; shared space: %s on "
-            "the %s side, from %s", options.galore_proj_type, options.galore_update_proj_gap, options.galore_lr,
+            "full-rank weights: projection %s, new bases every %d steps, learning rate %s, engine %s; shared space: %s "
+            "on the %s side, from %s", options.galore_proj_type, options.galore_update_proj_gap, options.galore_lr,
             self.engine.name, options.protect, options.protect_side, options.space_from,
         )  # fmt: skip
         return [*super().summary(), *([NOT_REPRODUCED] if self.released else [])]
@@ -181,8 +181,8 @@ class Gorp(LoraMethod):
     def describe(self) -> str:
         weights = sum(layer.weight.numel() for layer in self.targets.values())
         protected = f"{self.space.total()} directions of earlier tasks protected" if self.protects else "nothing protected"
-        return (f"{super().describe()}, {weights:,} in {len(self.targets)} full-rank weights (gradients projected to rank "
-                f"{self.options.galore_rank}); {protected}")
+        return (f"{super().describe()}, {weights:,} in {len(self.targets)} full-rank weights (gradients projected to "
+                f"rank {self.options.galore_rank}); {protected}")
 
     def closing_summary(self) -> list[str]:
         return [self.projection.line(), *([self.space.line()] if self.protects else [])]

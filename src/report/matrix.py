@@ -1,8 +1,8 @@
 """The accuracy of every task after every task, and the measures of continual learning taken from it.
 
 Row i, column j of the matrix is a[i][j], the exact match (ROUGE-L where answers are free text) in per cent on task j
-after training on task i, None where it was not measured; b[i][j], j >= i, is the same before training on task i (`--zero_shot`). With T tasks, T also
-being the last row, and n[j] test examples of task j:
+after training on task i, None where it was not measured; b[i][j], j >= i, is the same before training on task i
+(`--zero_shot`). With T tasks, T also being the last row, and n[j] test examples of task j:
 
     average performance        AP  = 1/T sum_j a[T][j]                       (Lopez-Paz & Ranzato, 2017, there ACC;
                                                                               Chaudhry et al., 2018, there A_T)
@@ -105,11 +105,11 @@ def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) 
     folder = Path(order_dir) / "outputs" / step_name(last + 1, tasks[last])
     results = _results(folder / "predict_results.json")
     unseen = unseen_accuracy(folder).values()
-    average = average_performance(matrix)
+    average, over_examples = average_performance(matrix), results.get("predict_exact_match")
     return {
         "average_performance": average,
         # `--predict_tasks ends` may have tested the latest task alone, and then there is no AP either.
-        "average_over_rows": None if average is None else results.get("predict_score", results.get("predict_exact_match")),
+        "average_over_rows": None if average is None else results.get("predict_score", over_examples),
         "backward_transfer": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
         "forward_transfer": forward_transfer(zero_shot_matrix(order_dir, tasks), last + 1),
