@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from Proj_torch.plan import Plan  # noqa: E402
 from Proj_torch.zero_core import CoreEngine  # noqa: E402
 from training_step import AT_LEAST, AT_MOST, GAP, Row, peak_bytes, reset_peak, resident_bytes, row  # noqa: E402
 
@@ -74,9 +75,10 @@ def published(linear: nn.Linear) -> Step:
 
 def ours(linear: nn.Linear, refresh: str) -> Step:
     model = nn.Sequential(linear)
-    cores = CoreEngine(model, {"0": linear}, rank=RANK, update_proj_gap=GAP, refresh=refresh)
-    optimizer = torch.optim.AdamW(cores.core_groups(1e-5))
-    cores.attach(optimizer)
+    projection = {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0, "proj_type": "std", "svd": refresh, "lr": 1e-5}
+    cores = CoreEngine(model, Plan({"0": linear}, projection))
+    optimizer = torch.optim.AdamW(cores.core_groups())
+    cores.begin_training(optimizer)
     return plain_step(model, optimizer, cores.begin_micro_batch)
 
 

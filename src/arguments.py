@@ -4,18 +4,24 @@ The fourth group is the method's own (`methods/base_options.py`); `command_line.
 the published ones.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from transformers import Seq2SeqTrainingArguments
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import SchedulerType, Seq2SeqTrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from errors import InputError
+from errors import InputError, nearest
 from files import check_writable, read_json
 
 NOTHING = "none"
@@ -33,6 +39,11 @@ class ModelArguments:
     use_fast_tokenizer: bool = HfArg(default=True, help="Use the fast tokenizer where there is one.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of a hub model.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub login of this machine.")
+    family: str | None = HfArg(
+        default=None,
+        help="What the model must be; the scripts say what they are for.",
+        metadata={"choices": ["encoder-decoder", "decoder-only"]},
+    )
     resize_position_embeddings: bool | None = HfArg(
         default=None, help="Grow learned positions to max_source_length, where the model can."
     )
@@ -85,6 +96,43 @@ class DataArguments:
     )
 
 
+# Of Hugging Face's training arguments, by the reason: those of which only the default is allowed ...
+REJECTED = {
+    "the method brings its own optimizer": "optim optim_args",
+    "the engines' hooks do not run in compiled or replaced modules":
+        "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config",
+    "its hook misses the embeddings of encoder and decoder": "neftune_noise_alpha",
+    "another batch size would be another experiment": "auto_find_batch_size accelerator_config",
+    "several processes run under DeepSpeed or DistributedDataParallel": "parallelism_config fsdp fsdp_config",
+    "each answer token of an optimizer step has the same weight": "average_tokens_across_devices",
+    "the collator decides what a batch holds": "label_names remove_unused_columns",
+    "evaluation generates; see --num_beams, --repetition_penalty and --max_target_length":
+        "predict_with_generate generation_num_beams generation_config",
+    "predictions are always scored; --predict_loss adds their loss": "prediction_loss_only",
+    "no run could resume from such checkpoints":
+        "save_only_model save_on_each_node enable_jit_checkpoint restore_callback_states_from_checkpoint",
+    "src/export.py writes a model to upload": "push_to_hub",
+    "a command line is logged; `hf auth login` or the variable HF_TOKEN keeps it secret": "hub_token",
+    "--max_non_finite_steps watches losses and gradients": "debug logging_nan_inf_filter",
+}
+# ... and those that decide nothing here, which the run reports; the last ones are for --report_to trackio.
+IGNORED = (
+    "use_cache eval_accumulation_steps eval_do_concat_batches eval_use_gather_object include_for_metrics "
+    "batch_eval_metrics sortish_sampler length_column_name hub_private_repo hub_model_id hub_strategy hub_always_push "
+    "hub_revision"
+).split()
+TRACKIO = "project trackio_space_id trackio_bucket_id trackio_static_space_id".split()
+
+ABOVE_0 = (
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_non_finite_steps "
+    "generation_max_length eval_batch_tokens eval_steps logging_steps save_steps ddp_timeout"
+).split()
+AT_LEAST_0 = (
+    "learning_rate weight_decay max_grad_norm adam_epsilon warmup_steps eval_delay seed data_seed "
+    "dataloader_num_workers"
+).split()
+
+
 @dataclass
 class UIETrainingArguments(Seq2SeqTrainingArguments):
     """Hugging Face's arguments, this project's additions, and earlier checks of contradictions."""
@@ -104,19 +152,19 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
     predict_loss: bool = HfArg(
         default=False, help="Also compute the loss of the test examples' answers: one more forward pass."
     )
+    remove_unused_columns: bool = HfArg(default=False, help="Always false.")
+    predict_with_generate: bool = HfArg(default=True, help="Always true.")
     # The flag is an option of the methods that read it (`methods/base_options.py`), not of Hugging Face's optimizers.
     optim_target_modules: list[str] | None = field(init=False, default=None)
 
     def __post_init__(self):
         if self.bf16 and self.fp16:
             raise InputError("--bf16 --fp16: both found; at most one of them")
+        check(self.ddp_backend is None or "RANK" in os.environ, "ddp_backend", self.ddp_backend, "none in one process")
+        self._check_library_options()
         self._check_numbers()
         if self.deepspeed is not None:
             self.check_deepspeed(self.deepspeed)
-        self.remove_unused_columns = False  # the collator reads all columns
-        check(self.max_non_finite_steps > 0, "max_non_finite_steps", self.max_non_finite_steps, "a number above 0")
-        check(not self.save_only_model, "save_only_model", "true", "false; no run could resume from such a checkpoint")
-        check(not self.push_to_hub, "push_to_hub", "true", "false; src/export.py writes a model to upload")
         if self.output_dir is None:
             raise InputError("--output_dir: missing; a folder for the results")
         check_writable(self.output_dir)
@@ -125,6 +173,60 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         for name in self.report_to:
             hint = f"; pip install {name} adds it" if name in INTEGRATION_TO_CALLBACK else ""
             check(name in known, "report_to", name, ", ".join(["none", *known]) + " are installed here" + hint)
+        if not (self.do_train or self.do_eval or self.do_predict):
+            raise InputError("--do_train, --do_eval, --do_predict: found none of them; one or more")
+        check(not self.fp16 or self.device.type != "cpu", "fp16", "true", "false on a CPU, where --bf16 works")
+        self._check_schedule()
+        self._try_settings()
+
+    def ignored(self) -> list[str]:
+        """The flags of `IGNORED` that are not at their defaults."""
+        names = IGNORED + TRACKIO * ("trackio" not in self.report_to)
+        return [name for name in names if getattr(self, name) != _default(name)]
+
+    def _check_library_options(self) -> None:
+        """Reject what `REJECTED` lists, samplers that need tokenised examples, and settings that are not objects."""
+        for reason, names in REJECTED.items():
+            for name in names.split():
+                found = getattr(self, name)
+                shown = "a secret" if name == "hub_token" else found
+                check(found in (None, _default(name)), name, shown, f"only the default is allowed: {reason}")
+        check(self.train_sampling_strategy in ("random", "sequential"), "train_sampling_strategy",
+              self.train_sampling_strategy, "random or sequential")
+        for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            given = getattr(self, name)
+            check(given is None or isinstance(given, dict) or _is_object(given), name, given, "a JSON object")
+
+    def _check_schedule(self) -> None:
+        """Reject settings that the learning-rate schedule would not read."""
+        constant = self.lr_scheduler_type == SchedulerType.CONSTANT
+        check(not (constant and self.warmup_steps), "warmup_steps", self.warmup_steps,
+              "0 with --lr_scheduler_type constant; constant_with_warmup has them")
+        check(not (self.lr_scheduler_type.startswith("constant") and self.lr_scheduler_kwargs), "lr_scheduler_kwargs",
+              self.lr_scheduler_kwargs, f"none with --lr_scheduler_type {self.lr_scheduler_type.value}")
+
+    def _try_settings(self) -> None:
+        """Build on stand-ins what training will need: the schedule, the loader, the recomputation of activations."""
+        steps, weight = max(self.max_steps, 1), torch.zeros(1, requires_grad=True)
+        loading = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context", "in_order")
+        with _tried(f"--lr_scheduler_type {self.lr_scheduler_type.value}, --lr_scheduler_kwargs"):
+            get_scheduler(self.lr_scheduler_type, torch.optim.SGD([weight]), self.get_warmup_steps(steps), steps,
+                          self.lr_scheduler_kwargs)
+        with _tried(f"--dataloader_num_workers {self.dataloader_num_workers}"):
+            DataLoader([0], **{name: getattr(self, f"dataloader_{name}") for name in loading})
+        with _tried("--activation_checkpointing_kwargs"):
+            checkpoint(torch.clone, weight, **{"use_reentrant": True} | (self.activation_checkpointing_kwargs or {}))
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        """The parent's device, for one GPU in this process: `DataParallel` over all would multiply a step's examples."""
+        device = super()._setup_devices
+        self._n_gpu = min(self._n_gpu, 1)
+        return device
+
+    def idle_gpus(self) -> int:
+        """How many GPUs a single process leaves unused."""
+        return max(0, torch.cuda.device_count() - 1) if self.world_size == 1 and not self.use_cpu else 0
 
     def check_deepspeed(self, path: str) -> None:
         """Reject a DeepSpeed file that does not fit these arguments, see `check_deepspeed_file`."""
@@ -136,17 +238,43 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         check_deepspeed_file(path, bf16=bool(self.bf16), fp16=bool(self.fp16), numbers=numbers)
 
     def _check_numbers(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_number(self, name, above=0)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "seed"):
-            check_number(self, name, least=0)
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ABOVE_0:
+            if getattr(self, name) is not None:
+                check_number(self, name, above=0)
+        for name in AT_LEAST_0:
+            if getattr(self, name) is not None:
+                check_number(self, name, least=0)
+        for name in ("seed", "data_seed"):
+            check((getattr(self, name) or 0) < 2**32, name, getattr(self, name), "less than 2^32")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 up to, not including, 1")
         if self.max_steps <= 0:
             check_number(self, "num_train_epochs", above=0)
-        for name in ("generation_max_length", "eval_batch_tokens"):
-            if getattr(self, name) is not None:
-                check_number(self, name, above=0)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def _tried(flags: str) -> Iterator[None]:
+    """Report what a library raises as the fault of these flags."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{flags}: {error}") from None
+
+
+def _default(name: str):
+    option = UIETrainingArguments.__dataclass_fields__[name]
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+DEEPSPEED_KEYS = {"bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size",
+                  "train_micro_batch_size_per_gpu", "zero_optimization"}
 
 
 def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool, numbers: Mapping[str, float] = {}) -> None:
@@ -175,6 +303,9 @@ def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool, numbers: Mapping[
         flag = f"--{name}" if wanted else f"no --{name}"
         raise InputError(f"{path}, key {name}.enabled: found {json.dumps(enabled)} against {flag} on the command line; "
                          "both the same, or \"auto\" in the file")
+    for key in config.keys() - DEEPSPEED_KEYS:
+        if hint := nearest(key, DEEPSPEED_KEYS, cutoff=0.8):  # DeepSpeed ignores an unknown key
+            raise InputError(f"{path}: unknown key {key!r}{hint}")
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if type(stage) is not int or not 0 <= stage <= 3:

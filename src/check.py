@@ -22,6 +22,7 @@ from arguments import check_data_arguments
 from command_line import Parser, parse_arguments
 from errors import InputError
 from methods import find_method
+from methods.base_modules import choose_modules
 from order_config import read_order
 from task_setup import build_collator, check_generation, example_options, load_model
 from uie_collator import DataCollatorForUIE
@@ -78,6 +79,7 @@ def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | 
     collator = None
     if with_model:
         loaded = load_model(model_args, data_args, weights=False)
+        choose_modules(method_args, loaded.model)
         find_method(method_args.method)(method_args).prepare(
             loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=launch.deepspeed is not None
         )

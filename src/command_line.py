@@ -11,7 +11,7 @@ import sys
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
-from errors import InputError
+from errors import InputError, nearest
 from files import read_json
 from methods import Method, find_method, method_names
 from methods.base_options import MethodArguments
@@ -71,9 +71,15 @@ def parse_arguments(
     )
     parser.set_defaults(**fixed)
     try:
-        groups = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+        *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True,
+                                                              look_for_args_file=False)
     except (ValueError, TypeError, OSError, ImportError) as error:  # Hugging Face's own checks of its arguments
         raise InputError(f"command line: {error}") from None
+    for word in unknown:
+        flag = word.partition("=")[0]
+        known = [f"--{option.name}" for group in parser.dataclass_types for option in dataclasses.fields(group)]
+        what = "no such flag" if flag.startswith("-") else "found where a flag belongs"
+        raise InputError(f"{flag}: {what}{nearest(flag, known)}")
     model, data, method, training, others = groups
     method.ignored = [name for name, value in vars(others).items() if value is not None]
     for name, value in fixed.items():
@@ -107,6 +113,10 @@ def _check_together(
     Raises:
         InputError: naming the flags.
     """
+    check(training.generation_max_length in (None, data.max_target_length), "generation_max_length",
+          training.generation_max_length, f"{data.max_target_length}, as --max_target_length, or the flag left out")
+    check(not (data.zero_shot and training.do_train and (training.bf16_full_eval or training.fp16_full_eval)),
+          "zero_shot", "true with 16-bit evaluation", "either, as the model would then also train in 16 bits")
     stage = None
     if training.do_train and deepspeed_file is not None:
         name, most = method.method, method_class.zero_stage

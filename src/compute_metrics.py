@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import re
 import string
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from tokenizers import ByteLevelBPETokenizer
 from errors import InputError, entry_point
 from files import json_kind
 
+log = logging.getLogger("gorp")
+METRICS = ("exact_match", "rouge1", "rougeL")
 GPT2_FOLDER = Path(__file__).resolve().parents[1] / "data" / "gpt2tokenizer"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -73,7 +76,11 @@ def evaluate_predictions(
             text, in the order of `predictions`.
     """
     examples = list(examples)
-    scores = _scores(predictions, [example["Instance"]["label"] for example in examples], multilingual)
+    references = [example["Instance"]["label"] for example in examples]
+    if not multilingual and (lost := sum(not re.search("[a-zA-Z0-9]", reference) for reference in references)):
+        log.info("%d of %d answers have no Latin letter or digit, so that their ROUGE is 0; --multilingual counts them",
+                 lost, len(references))
+    scores = _scores(predictions, references, multilingual)
     metrics = [example.get("Metric", "exact_match") for example in examples]
     if "rougeL" in metrics:
         scores = [score | {"score": score[metric]} for score, metric in zip(scores, metrics)]
@@ -195,7 +202,7 @@ def _gpt2_folder() -> Path:
     """The folder of GPT-2's vocabulary, which the script in it fetches on first use."""
     if not all((GPT2_FOLDER / name).is_file() for name in ("vocab.json", "merges.txt")):
         script = GPT2_FOLDER / "fetch_gpt2_tokenizer.py"
-        logging.getLogger("gorp").info("fetching GPT-2's vocabulary into %s, for ROUGE in any language", GPT2_FOLDER)
+        log.info("fetching GPT-2's vocabulary into %s, for ROUGE in any language", GPT2_FOLDER)
         fetched = subprocess.run([sys.executable, str(script)], check=False, stderr=subprocess.PIPE, text=True)
         if fetched.returncode:
             raise InputError(fetched.stderr.splitlines()[-1].removeprefix("error: "))

@@ -1,9 +1,10 @@
 """The exceptions that end a run with one line: bad input, and failures during the run."""
 
+import difflib
 import errno
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded")
@@ -22,6 +23,12 @@ class InputError(Exception):
         line = " ".join(str(message).split())
         line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
         super().__init__(line if len(line) <= MOST else f"{line[: MOST // 2]} ... {line[-MOST // 2 :]}")
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """What a message about an unknown word ends with: the known one that is most like it, if there is one."""
+    found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:

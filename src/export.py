@@ -8,6 +8,8 @@ to the base model it was trained on; it exists only where no full-rank weight ha
 """
 
 import argparse
+import dataclasses
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +23,8 @@ from errors import InputError, entry_point
 from files import check_writable, read_json, whole_folder, write_json
 from loranew import load_loranew
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_factors
-from model.loading import load_model_and_tokenizer
+from model.loading import LoadedModel, load_model_and_tokenizer
+from prompts import PROMPTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,24 +62,41 @@ def adapter_folder(run: Path) -> Path:
     return found[0]
 
 
-def export_model(adapter: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write base, LoRA and full-rank changes, merged in float32, as one model with its tokenizer.
+def load_finished(run: Path) -> tuple[Path, LoadedModel]:
+    """Load what a task left or `export.py` wrote: its folder, and base, LoRA and full-rank changes merged in float32.
 
     Raises:
         InputError: the base model is missing, or a file is damaged or does not fit it.
     """
-    loaded = load_model_and_tokenizer(str(adapter), max_source_length=1)  # keeps the number of positions
-    model = loaded.model
-    full_rank.load_weights(model, adapter)
-    if (adapter / WEIGHTS_FILE).exists():
-        model = load_loranew(model, adapter, trainable=False).merge_and_unload()
-    model = model.to(dtype)
+    folder = run if (run / "config.json").is_file() else adapter_folder(run)
+    loaded = load_model_and_tokenizer(str(folder), max_source_length=1)  # keeps the number of positions
+    full_rank.load_weights(loaded.model, folder)
+    if (folder / WEIGHTS_FILE).exists():
+        merged = load_loranew(loaded.model, folder, trainable=False).merge_and_unload()
+        loaded = dataclasses.replace(loaded, model=merged)
+    loaded.model.eval()
+    return folder, loaded
+
+
+def export_model(adapter: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write base, LoRA and full-rank changes as one model with its tokenizer and its prompts.
+
+    Raises:
+        InputError: as `load_finished`.
+    """
+    _, loaded = load_finished(adapter)
     with whole_folder(folder) as partial:
-        model.save_pretrained(partial)
+        loaded.model.to(dtype).save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
-        if loaded.decoder_only:  # this project's class only saves memory in training
-            config = read_json(partial / "config.json")
-            write_json(partial / "config.json", config | {"architectures": ["LlamaForCausalLM"]}, indent=2)
+        _copy_prompts(adapter, partial)
+        config = read_json(partial / "config.json")  # this project's classes only save memory in training
+        stock = [name.removesuffix("_with_lossmask") for name in config["architectures"]]
+        write_json(partial / "config.json", config | {"architectures": stock}, indent=2)
+
+
+def _copy_prompts(adapter: Path, folder: Path) -> None:
+    if (adapter / PROMPTS).exists():  # earlier versions saved none
+        shutil.copy(adapter / PROMPTS, folder)
 
 
 def export_adapter(adapter: Path, folder: Path) -> None:
@@ -103,6 +123,7 @@ def export_adapter(adapter: Path, folder: Path) -> None:
     with whole_folder(folder) as partial:
         plain.save_pretrained(partial)
         save_file(factors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        _copy_prompts(adapter, partial)
 
 
 def plain_factors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

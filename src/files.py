@@ -185,6 +185,29 @@ def digest(path: str | os.PathLike) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+@contextlib.contextmanager
+def locked(path: str | os.PathLike, timeout: float = -1) -> Iterator[None]:
+    """Hold a file as a lock between processes; wait for it `timeout` seconds, by default for ever.
+
+    Raises:
+        filelock.Timeout: another process holds it.
+        InputError: the file cannot be written, perhaps because it is another user's.
+    """
+    from filelock import FileLock, Timeout  # which the scripts in data/ do without
+
+    lock = FileLock(path, timeout=timeout)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be locked ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def check_writable(folder: str | os.PathLike) -> None:
     """Create `folder`, and raise InputError if no file can be written there."""
     try:

@@ -14,6 +14,8 @@ from errors import InputError
 from files import check_values, read_tensors, whole_file
 
 FILE_NAME = "full_rank_weights.safetensors"
+PEFT_TYPE = "LORA with full-rank weights, which README.md explains"
+"""Of a LoRA that belongs to these weights: PEFT, which would load it without them, stops with this as the reason."""
 
 
 def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -21,6 +23,12 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
     tensors = {f"{name}.weight": weight.detach().cpu().contiguous() for name, weight in weights.items()}
     with whole_file(folder / FILE_NAME) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
+
+
+def exact(layer: nn.Linear) -> torch.Tensor:
+    """The weight (out, in), with what 16-bit rounding left out when it was loaded."""
+    rounding = getattr(layer, "rounding", None)
+    return layer.weight if rounding is None else layer.weight.float() + rounding
 
 
 @torch.no_grad()
@@ -44,5 +52,7 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
             raise InputError(f"{path}: {key} is {tuple(saved.shape)}; the base model's is {tuple(layer.weight.shape)}")
         check_values(key, saved, path)
         layer.weight.copy_(saved)
+        if layer.weight.dtype != torch.float32:
+            layer.register_buffer("rounding", (saved - layer.weight.float()).to(layer.weight.dtype), persistent=False)
         layers[name] = layer
     return layers

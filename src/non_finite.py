@@ -1,9 +1,12 @@
-"""Steps with a loss or gradient that is not finite are skipped and logged; several in a row end the run."""
+"""Steps with a loss or gradient that is not finite change nothing and are logged; several in a row end the run."""
 
 import logging
+from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from errors import RunStopped
 
@@ -15,9 +18,10 @@ EXAMPLES_NAMED = 16
 class NonFiniteGuard:
     """Keeps NaN and infinity out of the weights during one task.
 
-    In one process the complete step is skipped. Under DeepSpeed, where backward and step are one call, and with cores,
-    whose backward pass computes bases, the rank's own gradients of that micro-batch are set to zero before they are
-    reduced. With fp16 an infinite gradient is the loss scaler's normal signal, so only the loss is watched.
+    Right before the optimizer steps, all ranks agree whether one of them has seen a loss or gradient that is not
+    finite. If so, every gradient becomes None, so that the optimizer leaves parameters, moments and counts as they
+    are. That takes one value of a step from the device, and works for each slice that a ZeRO optimizer steps. With
+    fp16 an infinite gradient is the loss scaler's normal signal, so only the loss is watched.
 
     Args:
         limit: number of non-finite steps in a row that ends the run.
@@ -28,46 +32,74 @@ class NonFiniteGuard:
         self.limit = limit
         self.watch_gradients = watch_gradients
         self.in_a_row = 0
+        self._step = 0
         self._micro_batches: list[tuple[Tensor, list[str]]] = []
-        self._gradients_bad: Tensor | None = None
+        self._gradients_bad: list[Tensor] = []
+        self._left_out: bool | None = None  # None until decided
 
-    def clean_gradients(self, model: nn.Module) -> None:
-        """Set each gradient that is not finite to zero before it is reduced."""
-        if self.watch_gradients:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.register_hook(self._cleaned)
+    def watch(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter] = ()) -> None:
+        """Guard the steps of `optimizer`.
 
-    def _cleaned(self, gradient: Tensor) -> Tensor:
-        finite = gradient.isfinite().all()  # stays on the device: no synchronisation
-        bad = ~finite
-        self._gradients_bad = bad if self._gradients_bad is None else self._gradients_bad | bad
-        return torch.where(finite, gradient, torch.zeros_like(gradient))
+        Args:
+            parameters: those whose gradients are checked in the backward pass (and set to zero if they are not finite),
+                because their norm is known only after the step, as under DeepSpeed.
+        """
+        optimizer.register_step_pre_hook(self._before_step)
+        for parameter in parameters if self.watch_gradients else ():
+            parameter.register_hook(self._checked)
 
-    def note_micro_batch(self, loss: Tensor, examples: list[str]) -> None:
-        """Note a micro-batch's loss and the names of its examples."""
+    def note_micro_batch(self, step: int, loss: Tensor, examples: list[str]) -> None:
+        """Note a micro-batch's loss and the names of its examples; `step` counts from 1."""
+        if step != self._step:
+            self._step, self._micro_batches, self._gradients_bad, self._left_out = step, [], [], None
         self._micro_batches.append((loss.detach(), examples))
 
-    def end_of_step(self, step: int, gradient_norm: Tensor | float | None) -> bool:
-        """Whether this step (counted from 1) may change the weights.
+    def note_gradient_norm(self, norm: Tensor | float) -> None:
+        """Note the norm of the step's gradients."""
+        if self.watch_gradients:
+            self._gradients_bad.append(~torch.as_tensor(norm).isfinite())
+
+    def leaves_out_step(self) -> bool:
+        """Whether the step of the noted micro-batches changes nothing; collective.
 
         Raises:
-            RunStopped: it is the `limit`-th step in a row that may not.
+            RunStopped: it is the `limit`-th such step in a row.
         """
-        micro_batches, self._micro_batches = self._micro_batches, []
-        cleaned, self._gradients_bad = self._gradients_bad, None
-        usable = not self.watch_gradients or gradient_norm is None or bool(torch.as_tensor(gradient_norm).isfinite())
-        lost = [(loss, examples) for loss, examples in micro_batches if not loss.isfinite()]
-        if usable and not lost and not (cleaned is not None and cleaned):
-            self.in_a_row = 0
-            return True
-        self.in_a_row += 1
+        if self._left_out is None and self._micro_batches:
+            self._left_out = self._is_bad()
+            self.in_a_row = self.in_a_row + 1 if self._left_out else 0
+            if self._left_out:
+                self._report()
+        return bool(self._left_out)
+
+    def _checked(self, gradient: Tensor) -> Tensor:
+        finite = gradient.isfinite().all()  # stays on the device
+        self._gradients_bad.append(~finite)
+        return torch.where(finite, gradient, torch.zeros_like(gradient))
+
+    def _before_step(self, optimizer: Optimizer, *_) -> None:
+        if self.leaves_out_step():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _is_bad(self) -> bool:
+        losses = torch.stack([loss.float() for loss, _ in self._micro_batches])
+        bad = torch.stack([~losses.isfinite().all(), *(flag.to(losses.device) for flag in self._gradients_bad)]).any()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            bad = bad.float()
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        return bool(bad)
+
+    def _report(self) -> None:
+        lost = [(loss, examples) for loss, examples in self._micro_batches if not loss.isfinite()]
+        here = lost or any(self._gradients_bad)
         what = f"loss is {lost[0][0].item()}" if lost else "gradient is not finite"
-        examples = ", ".join([example for _, names in lost or micro_batches for example in names][:EXAMPLES_NAMED])
+        named = [example for _, names in lost or self._micro_batches for example in names][:EXAMPLES_NAMED]
+        examples = f"; examples: {', '.join(named)}" if here else " on another rank"
         if self.in_a_row >= self.limit:
             raise RunStopped(
-                f"step {step}: {what}, the last of {self.in_a_row} such steps in a row (--max_non_finite_steps); "
-                f"examples: {examples}; none of them changed the weights, and the last checkpoint is kept"
+                f"step {self._step}: {what}, the last of {self.in_a_row} such steps in a row (--max_non_finite_steps)"
+                f"{examples}; none of them changed the weights, and the last checkpoint is kept"
             )
-        log.warning("step %d: %s, the update is skipped; examples: %s", step, what, examples)
-        return usable
+        log.warning("step %d: %s, the update is skipped%s", self._step, what, examples)

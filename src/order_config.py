@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from errors import InputError
+from errors import InputError, nearest
 from files import check_writable, json_kind, read_object, whole_folder, write_json
 
 TASKS = ("SC", "TC", "NLI", "QQP", "WiC", "MultiRC", "COPA", "BoolQA")
@@ -18,6 +18,7 @@ SUBSETS = ("train", "dev", "test")
 TASK_FILES = tuple(f"{subset}_tasks.json" for subset in SUBSETS)
 BENCHMARK_FILES = (*(f"{subset}.json" for subset in SUBSETS), "labels.json")
 SAMPLING = ("random", "full")
+ENTRY_KEYS = ("sampling strategy", "dataset name")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder's name, safe on every system and in every shell
 _NAME_RULE = "letters, digits, '_', '-' and '.', starting with a letter or digit, at most 100"
@@ -137,6 +138,9 @@ def check_name(name: str, where: str) -> None:
 
 def _entry(entry: object, where: str) -> dict[str, str]:
     """Check an entry of a task file and fill in its default; `where` names it in messages."""
+    for key in entry if isinstance(entry, dict) else ():
+        if key not in ENTRY_KEYS:
+            raise InputError(f"{where}: unknown key {key!r}; allowed: {_listed(ENTRY_KEYS)}{nearest(key, ENTRY_KEYS)}")
     if not isinstance(entry, dict) or not isinstance(entry.get("dataset name"), str):
         raise InputError(f"{where}: found {entry!r}; allowed: an object with a string under 'dataset name'")
     check_name(entry["dataset name"], f"{where}, 'dataset name'")

@@ -8,8 +8,8 @@ from `--model_name_or_path`, `--output_dir` gets a folder `<number>-<dataset>` f
 trains that dataset for two epochs whatever `--num_train_epochs` says. Everything that `check.py` checks is checked
 before the first task. The same command resumes an unfinished order.
 
-One process saves imports and reading unchanged files for each task. Under DeepSpeed's launcher each rank runs the
-complete order; the first one checks, writes and prints.
+One process saves imports and reading unchanged files for each task. Under DeepSpeed's launcher or torchrun each rank
+runs the complete order; the first one checks, writes and prints, and decides for all where a task starts (`ranks.py`).
 """
 
 import argparse
@@ -24,8 +24,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
-
 import run_uie_lora
 from check import check_flags, check_order
 from checkpoints import checkpoint_folders
@@ -33,6 +31,7 @@ from command_line import Parser
 from errors import InputError
 from files import check_writable
 from order_config import OrderStep, read_order
+from ranks import is_first, of_first_rank
 from run_record import find_adapter
 
 
@@ -44,8 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         if is_first():
             print(f"error: {error}", file=sys.stderr)
-        return 2
-    if steps is None:  # the first rank prints why
         return 2
     gc.freeze()  # keeps collections from scanning what imports have made
     start, group = options.model_name_or_path, run_group(options, flags)
@@ -65,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.drop_checkpoints and is_first():
             for checkpoint in checkpoint_folders(folder):
                 shutil.rmtree(checkpoint)
-        start = find_adapter(folder)
+        start = of_first_rank(lambda: find_adapter(folder))
     return 0
 
 
@@ -99,29 +96,23 @@ def parse_order(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, flags
 
 
-def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep] | None:
-    """Check the order and claim its folder on the first rank; the others wait for its result.
-
-    Returns:
-        The order's steps; None on the other ranks if the check fails.
+def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
+    """The order's steps, once the first rank has checked them and claimed the folder; collective.
 
     Raises:
         InputError: what `check.py` rejects; epochs of a dataset that is not in the order; results of another order in
             the folder, or a folder that is not writable.
     """
-    steps, fault = read_order(options.order), None
+    steps = read_order(options.order)
     options.task_epochs = own_epochs(options, steps, flags)
     checked = check_flags(["--model_name_or_path", options.model_name_or_path, *flags])  # on every rank: connects them
-    if is_first():
-        try:
-            print(f"[gorp] {options.order}: valid, {check_order(options.order, *checked)}", flush=True)
-            claim(options, steps)
-        except InputError as error:
-            fault = error
-    [rejected] = broadcast_object_list([fault is not None])
-    if fault is not None:
-        raise fault
-    return None if rejected else steps
+
+    def check_and_claim() -> None:
+        print(f"[gorp] {options.order}: valid, {check_order(options.order, *checked)}", flush=True)
+        claim(options, steps)
+
+    of_first_rank(check_and_claim)
+    return steps
 
 
 def own_epochs(options: argparse.Namespace, steps: list[OrderStep], flags: list[str]) -> dict[str, str]:
@@ -196,11 +187,6 @@ def task_folder(number: int, step: OrderStep) -> str:
 
 def order_name(order: Path) -> str:
     return order.resolve().name.removesuffix("_configs")
-
-
-def is_first() -> bool:
-    """Whether this is the first rank, or the only process."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

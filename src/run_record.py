@@ -199,15 +199,17 @@ def _versions(with_deepspeed: bool) -> dict[str, str]:
 
 
 def _git_revision() -> str | None:
-    """The commit of the code, with `-dirty` if files differ from it; None outside its own repository."""
-    if _git("ls-files", "--full-name", "run_record.py") != "src/run_record.py":
+    """The commit of the code, with `-dirty` if files differ from it; None outside its own repository, of which a copy
+    of src/ in another one has no scripts."""
+    if _git("ls-files", "--full-name", "run_record.py", "../scripts/lib.sh") != "scripts/lib.sh\nsrc/run_record.py":
         return None
     return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def _git(*command: str) -> str | None:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # no other repository
     try:
-        done = subprocess.run(["git", "-C", str(SOURCE), *command], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", "-C", str(SOURCE), *command], capture_output=True, text=True, timeout=20, env=own)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -8,32 +8,38 @@ protects, and its scores.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import shutil
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import datasets
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 from transformers import TrainerState, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check_data_arguments
-from checkpoints import latest_complete
+from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line, score_of
 from errors import InputError, RunStopped, is_disk_full
-from files import whole_file, whole_folder, write_json
+from files import locked, whole_file, whole_folder, write_json
 from methods import find_method
+from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
+from model.loading import LoadedModel
+from prompts import save_card, save_prompts
+from ranks import check_shared, of_first_rank
 from report.matrix import accuracy_matrix, average_performance, backward_transfer
 from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
-from task_examples import place_in_order
+from task_examples import first_examples_of_each, place_in_order
 from task_setup import build_trainer, example_options, load_examples, load_model
 from uie_dataset_lora import data_files
 from uie_trainer_lora import UIETrainer
@@ -82,33 +88,52 @@ def run(
     """
     started = time.monotonic()
     set_up_logging(training_args)
+    if idle := training_args.idle_gpus():
+        logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
+    if ignored := training_args.ignored():
+        logger.info("ignored: %s", ", ".join(f"--{name}" for name in ignored))
     check_data_arguments(data_args)
     method = find_method(method_args.method)(method_args)
     output_dir = Path(training_args.output_dir)
     files = data_files(data_args.task_config_dir, example_options(data_args, training_args))
-    run_record = make_record(files, model_args, data_args, method_args, training_args)
-    progress = find_progress(output_dir, run_record, start_over=training_args.overwrite_output_dir)
+
+    def compare() -> tuple[dict, Progress, Path | None]:
+        found = make_record(files, model_args, data_args, method_args, training_args)
+        progress = find_progress(output_dir, found, start_over=training_args.overwrite_output_dir)
+        return found, progress, find_adapter(output_dir)
+
+    run_record, progress, trained = of_first_rank(compare)
     if progress is Progress.COMPLETED:
         logger.info("%s: finished before with the same settings, data and code; nothing to do", output_dir)
         return
     if progress is Progress.TRAINED:
         logger.info("%s: trained before; only the evaluation runs", output_dir)
         training_args.do_train = data_args.zero_shot = False
-        model_args.model_name_or_path = str(find_adapter(output_dir))
+        model_args.model_name_or_path = str(trained)
     method.trains = training_args.do_train
     set_seed(training_args.seed)
     examples = load_examples(data_args, training_args, method)
 
     # ZeRO-3 must not shard the model while it is read, but when training begins, after the method is attached.
     unset_hf_deepspeed_config()
-    loaded = load_model(model_args, data_args)
+    narrow = training_args.bf16 and not method.float32_base  # what trains is float32 all the same
+    loaded = load_model(model_args, data_args, dtype=torch.bfloat16 if narrow else torch.float32)
+    choose_modules(method_args, loaded.model)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:
         set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     trainer = build_trainer(model, method, loaded, examples, data_args, training_args)
     run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
-    claim_output_dir(trainer, run_record, progress)  # after all checks: a rejected run must not delete results
+    trains = training_args.do_train and len(examples["train"]) > 0
+    checkpoint = of_first_rank(lambda: find_checkpoint(trainer, progress)) if trains else None
+    if trains:
+        draw_first_batch(trainer)
+    claim = functools.partial(claim_output_dir, trainer, run_record, progress)
+    if trains and "zero_shot" not in examples:
+        trainer.when_prepared = claim  # no earlier: a run that cannot begin must not delete results
+    else:
+        claim()
 
     if "zero_shot" in examples:
         with torch.random.fork_rng():  # so that evaluation does not change training
@@ -120,8 +145,8 @@ def run(
             (detail if place_in_order(data_args.task_config_dir)[0] else logger).info(line)
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
         if len(examples["train"]):
-            record(output_dir, "train", train(trainer, len(examples["train"]), progress), trainer)
-            save_task(trainer, adapter, loaded.tokenizer)  # from here on the task counts as trained
+            record(output_dir, "train", train(trainer, len(examples["train"]), checkpoint), trainer)
+            save_task(trainer, adapter, loaded, examples)  # from here on the task counts as trained
         else:
             record(output_dir, "train", {"train_samples": 0, "train_runtime": 0.0}, trainer)
             copy_previous(trainer, loaded.previous, adapter)
@@ -135,6 +160,21 @@ def run(
         score(trainer, examples["unseen"], output_dir, "unseen")
     if trainer.is_world_process_zero():
         complete(output_dir)
+    trainer.release()
+
+
+def draw_first_batch(trainer: UIETrainer) -> None:
+    """Draw and tokenise a first batch, so that what fails there does so before earlier results are removed.
+
+    Raises:
+        InputError: there is none.
+    """
+    with torch.random.fork_rng():
+        places = next(iter(trainer.get_train_dataloader().batch_sampler), None)
+    if places is None:
+        raise InputError(f"--dataloader_drop_last: found true, with which {len(trainer.train_dataset)} examples make "
+                         f"no batch of {trainer.args.train_batch_size}; false, or a smaller batch")
+    trainer.data_collator.lengths([trainer.train_dataset[place] for place in places])
 
 
 @contextlib.contextmanager
@@ -142,32 +182,51 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
     """Lock the output folder, so that a process that outlived its script does not write beside a later one.
 
     Raises:
-        InputError: another run holds it.
+        InputError: another run holds it, or a machine does not see it.
     """
-    if training_args.process_index:
-        yield
-        return
     folder = Path(training_args.output_dir)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+    with contextlib.ExitStack() as held:
+
+        def lock() -> None:
+            try:
+                held.enter_context(locked(folder / ".lock", timeout=0))
+            except Timeout:
+                raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+
+        of_first_rank(lock)
+        check_shared(folder)
+        yield
 
 
-def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
-    """Train the task, from the last complete checkpoint of the same run or from that of `--resume_from_checkpoint`
-    ("True": the last in the output folder)."""
-    checkpoint = trainer.args.resume_from_checkpoint
-    if checkpoint in ("True", "true") or (checkpoint is None and progress is Progress.BEGUN):
-        checkpoint = latest_complete(Path(trainer.args.output_dir))
+def find_checkpoint(trainer: UIETrainer, progress: Progress) -> Path | None:
+    """The checkpoint to resume from: the last complete one of the same run, or that of `--resume_from_checkpoint`
+    ("True": the last in the output folder); None without one.
+
+    Raises:
+        InputError: `--resume_from_checkpoint` names no complete checkpoint, or one of more steps than this run has.
+    """
+    named, most = trainer.args.resume_from_checkpoint, trainer.args.max_steps
+    if named in ("True", "true") or (named is None and progress is Progress.BEGUN):
+        return latest_complete(Path(trainer.args.output_dir))
+    if named is None:
+        return None
+    if not is_complete(Path(named)):
+        raise InputError(f"--resume_from_checkpoint: {named} is no complete checkpoint; a folder checkpoint-<step>")
+    step = TrainerState.load_from_json(str(Path(named) / "trainer_state.json")).global_step
+    if 0 < most < step:
+        raise InputError(f"--resume_from_checkpoint: {named} is of step {step}; at most {most}, --max_steps")
+    return Path(named)
+
+
+def train(trainer: UIETrainer, samples: int, checkpoint: Path | None) -> dict:
+    """Train the task, from a checkpoint if there is one."""
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     trainer.method.begin_task(trainer.model, trainer.shown_batches())
     return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics | {"train_samples": samples}
 
 
-def save_task(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
+def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples: datasets.DatasetDict) -> None:
     """Finish the task in the method and write the complete adapter folder."""
     trainer.method.revisit(trainer.model_wrapped, trainer.shown_batches())
     trainer.method.end_task()
@@ -176,7 +235,10 @@ def save_task(trainer: UIETrainer, adapter: Path, tokenizer) -> None:
     if trainer.is_world_process_zero():
         with whole_folder(adapter) as partial:
             trainer.method.save(partial)
-            tokenizer.save_pretrained(partial)
+            loaded.tokenizer.save_pretrained(partial)
+            shown = [first_examples_of_each(examples[split], 1) for split in ("test", "train")]
+            save_prompts(partial, chain(*shown), trainer.data_collator)
+            save_card(partial, trainer.method.full_name, loaded.base_name)
     trainer.accelerator.wait_for_everyone()
 
 

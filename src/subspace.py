@@ -8,18 +8,18 @@ moment (as in GPM), because the gradient's rows are combinations of inputs.
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from errors import InputError
 from files import read_tensors, whole_file
-from Proj_torch.proj_projector import SIDES
+from Proj_torch.proj_projector import SIDES, check_space
 from Proj_torch.svd import at_least_float32, truncated_svd
 
 log = logging.getLogger("gorp")
@@ -29,25 +29,19 @@ VERSION = "1"
 ROUNDING = 1e-6  # share of the energy that is within float32's rounding error
 SAMPLE = 16  # input vectors of an example in a layer's sample
 
+Moment = Tensor | tuple[Tensor, ...]  # a matrix, or two thin ones whose product it is
+
 
 def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9) -> Tensor:
-    """Extend S by the fewest orthonormal columns that make it hold a share `energy` of M.
+    """Extend S (d, c) by the fewest orthonormal columns that make it hold a share `energy` of M (d, n).
 
-    The share is ||S'^T M||_F^2 / ||M||_F^2. Columns already in S do not change.
-
-    Args:
-        S: (d, c) with orthonormal columns, or None for an empty space.
-        M: (d, n).
-        energy: in (0, 1].
-
-    Returns:
-        S' (d, c'), c <= c' <= d, in float32 at least.
+    The share is ||S'^T M||_F^2 / ||M||_F^2 of the result S' (d, c'), in float32 at least, whose first c columns are S.
+    None is an empty space.
 
     Raises:
-        InputError: M is not a matrix or not finite, its rows are not S's, or `energy` is not in (0, 1].
+        InputError: M is not a matrix or not finite, or its rows are not S's.
         torch.linalg.LinAlgError: no method finds the singular vectors of M'.
     """
-    _check_energy(energy)
     if M.ndim != 2 or not M.isfinite().all():
         raise InputError(f"moment of shape {tuple(M.shape)}: not a matrix of finite numbers")
     M = at_least_float32(M)
@@ -82,16 +76,19 @@ def orthonormal_against(S: Tensor, U: Tensor) -> Tensor:
     return Q.to(S.dtype)
 
 
-def _check_energy(energy: float) -> None:
-    if not 0 < energy <= 1:
-        raise InputError(f"energy {energy}: allowed: above 0, at most 1")
+def columns_of(moment: Moment, side: str) -> Tensor:
+    """A matrix whose column space and energies are those of M (out, in), or of M^T for side "input".
 
-
-def _is_orthonormal(S: Tensor) -> bool:
-    if S.ndim != 2 or not S.is_floating_point():
-        return False
-    S = at_least_float32(S)
-    return torch.allclose(S.T @ S, torch.eye(S.shape[1], dtype=S.dtype), rtol=0, atol=1e-3)
+    Of a product M = A B with A (out, k) and B (k, in) it has k columns: with the QR decomposition B^T = Q R, M is
+    (A R^T) Q^T, and Q does not change what lies in the column space.
+    """
+    factors = moment if isinstance(moment, tuple) else (moment,)
+    if side == "input":
+        factors = tuple(factor.mT for factor in factors[::-1])
+    if len(factors) == 1:
+        return factors[0]
+    A, B = factors
+    return A @ torch.linalg.qr(B.mT).R.mT
 
 
 class GradientSpace:
@@ -102,35 +99,36 @@ class GradientSpace:
         energy: the share of a moment that its basis must hold.
         bases: name -> S (d, c), to start from.
 
-    Names of parameters lose their `.weight`, so that a layer's name stands for its weight.
+    The name of a weight is its layer's: parameters lose their `.weight`.
     """
 
     def __init__(self, side: str = "output", energy: float = 0.9, bases: Mapping[str, Tensor] | None = None):
         if side not in SIDES:
             raise InputError(f"side {side!r} of a gradient space: allowed are {', '.join(SIDES)}")
-        _check_energy(energy)
-        self.side = side
-        self.energy = energy
+        if not 0 < energy <= 1:
+            raise InputError(f"energy {energy}: allowed: above 0, at most 1")
+        self.side, self.energy = side, energy
         self.bases = dict(bases or {})
 
     def get(self, name: str) -> Tensor | None:
-        """S of a weight, None if nothing is protected yet: an entry of ProjAdamW's `scale_mats`."""
+        """S of a weight; None if nothing is protected yet."""
         return self.bases.get(_key(name))
 
-    def extend(self, moments: Mapping[str, Tensor]) -> None:
+    def extend(self, moments: Mapping[str, Moment]) -> None:
         """Extend the basis of every weight by its moment (out, in), or by a sample of its inputs (n, in).
 
-        A moment that is zero or not finite, or whose singular vectors no method finds, is skipped with a warning.
+        The SVDs run where the moments are, and on the first of several ranks only, as that one saves the space. A
+        moment that is zero or not finite, or whose singular vectors no method finds, is skipped with a warning.
 
         Raises:
             InputError: a moment's shape does not fit its basis.
         """
-        hidden = os.environ.get("RANK", "0") != "0"
-        for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1, disable=hidden):
-            if not moment.any() or not moment.isfinite().all():
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1) if first else ():
+            M = columns_of(moment, self.side)
+            if not M.any() or not M.isfinite().all():
                 log.warning("%s: the moment is zero or not finite; its gradient space does not change", name)
                 continue
-            M = moment if self.side == "output" else moment.mT
             try:
                 self.bases[_key(name)] = extend_basis(self.get(name), M, self.energy)
             except InputError as error:
@@ -139,7 +137,7 @@ class GradientSpace:
                 log.warning("%s: %s; its gradient space does not change", name, error)
 
     def describe(self) -> list[str]:
-        """How full each basis is, as lines like "encoder.q: 5 of 8 directions"."""
+        """How full each basis is, in lines such as "encoder.q: 5 of 8 directions"."""
         return [
             f"{name}: {S.shape[1]} of {S.shape[0]} directions" + (", full" if S.shape[1] == S.shape[0] else "")
             for name, S in self.bases.items()
@@ -194,8 +192,7 @@ class GradientSpace:
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
             raise InputError(f"{path}: not a gradient space of version {VERSION}, its metadata is {metadata}")
         for name, S in bases.items():
-            if not _is_orthonormal(S):
-                raise InputError(f"{path}: {name} is not a matrix of orthonormal columns")
+            check_space(S, len(S) if S.ndim else 0, f"{path}: {name}")
         try:
             return cls(metadata["side"], float(metadata["energy"]), bases)
         except (KeyError, ValueError, InputError) as error:
@@ -209,7 +206,7 @@ def _key(name: str) -> str:
 def layer_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """A sample of each layer's input vectors (n, in), float32 on the CPU: `SAMPLE` of each example, without padding.
+    """A sample of each layer's input vectors (n, in), where the layer is: `SAMPLE` of each example, without padding.
 
     The positions depend only on the example's number, so the sample does not depend on the batch size. The arguments
     are those of `see_inputs`.
@@ -218,7 +215,7 @@ def layer_inputs(
 
     def take(name: str, number: int, vectors: Tensor) -> None:
         chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(number))[:SAMPLE]
-        seen[name].append(vectors[chosen.to(vectors.device)].float().cpu())
+        seen[name].append(vectors[chosen.to(vectors.device)])
 
     see_inputs(model, layers, batches, take)
     return {name: torch.cat(vectors) for name, vectors in seen.items()}
@@ -237,18 +234,17 @@ def see_inputs(
         model: the model that takes the batches, under DeepSpeed the engine.
         layers: name -> module of the model; a module may have several names.
         batches: with `attention_mask` for the encoder's positions, and `labels`, -100 for padding, for the decoder's. A
-            layer's positions are recognised by their number; of one that fits neither, all positions count.
+            layer's positions are recognised by their number; where it fits neither, all positions count.
         see: gets the layer's name, the example's number over all batches, and the vectors (positions, in).
     """
     two_stacks = getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False)
-    masks: list[Tensor] = []  # of the current batch
-    rows_before = 0
+    positions: dict[torch.Size, list[Tensor]] = {}  # by the current batch's shape, each example's without padding
+    examples_before = 0
 
     def take(name: str, X: Tensor) -> None:
-        fitting = (mask for mask in masks if mask.shape == X.shape[:-1])
-        mask = next(fitting, torch.ones(X.shape[:-1], dtype=torch.bool))
-        for number, (row, places) in enumerate(zip(X, mask), rows_before):
-            see(name, number, row[places])
+        counted = positions.get(X.shape[:-1], [slice(None)] * len(X))
+        for number, (vectors, which) in enumerate(zip(X, counted), examples_before):
+            see(name, number, vectors[which])
 
     hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: take(name, args[0]))
              for name, layer in layers.items()]  # fmt: skip
@@ -260,9 +256,11 @@ def see_inputs(
             if two_stacks and labels.shape == batch["attention_mask"].shape:
                 # One more position of padding distinguishes them.
                 labels = nn.functional.pad(labels, (0, 1), value=-100)
-            masks[:] = [batch["attention_mask"].bool(), labels != -100]
+            positions.clear()
+            for mask in (labels != -100, batch["attention_mask"].bool()):
+                positions[mask.shape] = [row.nonzero().squeeze(1).to(mask.device) for row in mask.cpu()]
             model(**{**batch, "labels": labels})
-            rows_before += len(batch["labels"])
+            examples_before += len(labels)
     finally:
         model.train(training)
         for hook in hooks:

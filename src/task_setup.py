@@ -6,9 +6,11 @@
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from datasets import Dataset, DatasetDict
 
-from arguments import DataArguments, ModelArguments, UIETrainingArguments
+from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
+from compute_metrics import METRICS
 from errors import InputError
 from methods import Method
 from model.loading import LoadedModel, load_model_and_tokenizer
@@ -55,11 +57,21 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
         )
         if len(examples["unseen"]) == 0:
             raise InputError(f"--unseen_config_dir: {data_args.unseen_config_dir} tests only what this order trains")
+    check_best_metric(examples["validation"], training_args)
     if training_args.do_train:
         examples["train"] = method.training_rows(examples["train"], order)
         if training_args.max_steps > 0:
             training_args.max_steps *= method.step_factor
     return examples
+
+
+def check_best_metric(validation: Dataset, training_args: UIETrainingArguments) -> None:
+    """Reject a `--metric_for_best_model` that an evaluation of these examples does not have."""
+    groups = dict.fromkeys([*validation["Dataset"], *validation["Task"]])
+    known = ["loss", "gen_len", *METRICS, *(f"{metric}_for_{group}" for metric in METRICS for group in groups)]
+    name = (training_args.metric_for_best_model or "loss").removeprefix("eval_")
+    check(name in known, "metric_for_best_model", name,
+          f"{', '.join(known[:5])}, the last three also as METRIC_for_DATASET and METRIC_for_TASK")
 
 
 def read_task(config_dir, data_args: DataArguments, training_args: UIETrainingArguments) -> DatasetDict:
@@ -81,7 +93,8 @@ def _of_datasets(examples: Dataset, wanted: Callable[[str], bool]) -> Dataset:
     return examples.select([index for index, dataset in enumerate(examples["Dataset"]) if wanted(dataset)])
 
 
-def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True) -> LoadedModel:
+def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True,
+               dtype: torch.dtype = torch.float32) -> LoadedModel:
     """The model that the arguments name; without `weights` only its shapes, for checks."""
     return load_model_and_tokenizer(
         model_args.model_name_or_path,
@@ -93,7 +106,9 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights:
         use_fast_tokenizer=model_args.use_fast_tokenizer,
         resize_position_embeddings=model_args.resize_position_embeddings,
         max_source_length=data_args.max_source_length,
+        family=model_args.family,
         weights=weights,
+        dtype=dtype,
     )
 
 
@@ -130,7 +145,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
     check_generation(loaded, data_args)
     index, order = place_in_order(data_args.task_config_dir)
     for split, of_split in examples.items():
-        if split != "validation" and len(of_split):  # a method may train on no examples
+        if split != "validation" or training_args.do_eval:
             collator.check(of_split)
     return UIETrainer(
         model=model,
@@ -146,7 +161,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
         name=f"task {index + 1} of {len(order)}: {order[index]}",
         tasks_left=len(order) - 1 - index,
         generation={
-            "max_new_tokens": training_args.generation_max_length or data_args.max_target_length,
+            "max_new_tokens": data_args.max_target_length,
             "num_beams": data_args.num_beams,
             "repetition_penalty": data_args.repetition_penalty,
             "do_sample": False,

@@ -13,6 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from compute_metrics import exact_match
 from errors import InputError
 from token_ids import KeptIds, shared_ids
 from uie_dataset_lora import ANSWER_CUE, prompt_parts
@@ -50,7 +51,7 @@ class DataCollatorForUIE:
 
     Raises:
         InputError: a tokenizer without EOS; an example (named) whose prompt without its sentence, or whose answer, is
-            too long, or whose answer spells a special token; a record file that cannot be written.
+            too long, or whose answer spells a special token or cannot be written; an unwritable record file.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -69,6 +70,10 @@ class DataCollatorForUIE:
         if self.tokenizer.eos_token_id is None:
             raise InputError("--model_name_or_path: found a tokenizer without an EOS token; allowed: one with it")
         self._eos = [self.tokenizer.eos_token_id]
+        # What the tokenizer of an encoder-decoder puts around an answer: BART's <s> and </s>, or a language and </s>.
+        around = [] if self.decoder_only else self._encode(text_target=[""])[0]
+        end = around.index(self._eos[0]) if self._eos[0] in around else len(around)
+        self._before, self._after, self._added = end, max(1, len(around) - end), self._eos[len(around) - end :]
         self._special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         bos = self.tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and self.tokenizer(ANSWER_CUE).input_ids[0] == bos else []
@@ -76,7 +81,10 @@ class DataCollatorForUIE:
         self._record([], [])
 
     def check(self, examples: Iterable[dict]) -> None:
-        """Raise what batches of these examples would raise, from one example of each prompt head and answer."""
+        """Raise what batches of these examples would raise, from one example of each prompt head and answer.
+
+        Also rejects an answer that the tokenizer does not write back, so that no prediction could equal it.
+        """
         distinct = {}
         for example in examples:
             instance = example["Instance"]
@@ -85,7 +93,19 @@ class DataCollatorForUIE:
         for example in distinct.values():
             head, _, tail = self._parts(example)
             self._check_room(head + tail, example)
-        self._answers(list(distinct.values()))
+        tokens = self._answers(list(distinct.values()))
+        for example, written in zip(distinct.values(), self.decode(tokens)):
+            label = example["Instance"]["label"]
+            if not exact_match(written, label):
+                raise InputError(
+                    f"{_name(example)}: the answer {label!r} becomes {written!r} in the tokenizer "
+                    f"{self.tokenizer.name_or_path}; allowed: answers that it writes back, but for case, spaces and "
+                    "punctuation, which the score ignores"
+                )
+
+    def decode(self, tokens) -> list[str]:
+        """The texts that answers' ids stand for, without special tokens: what evaluation scores."""
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         prompts, inputs = self._prompts(examples)
@@ -165,11 +185,11 @@ class DataCollatorForUIE:
         def encode(indices: list[int]) -> list[list[int]]:
             fresh = [labels[index] for index in indices]
             answers = self._continuations(fresh) if self.decoder_only else self._encode(text_target=fresh)
-            return [ids if ids[-1:] == self._eos else ids + self._eos for ids in answers]
+            return [ids + self._added for ids in answers]
 
         answers = self.kept.look_up([f"answer {label}" for label in labels], encode)
         for ids, label, example in zip(answers, labels, examples):
-            if spelled := self._special.intersection(ids[:-1]):  # generation would stop inside such an answer
+            if spelled := self._special.intersection(ids[self._before : -self._after]):  # generation would stop inside such an answer
                 token = self.tokenizer.convert_ids_to_tokens(min(spelled))
                 raise InputError(
                     f"{_name(example)}: the answer {label!r} spells {token}; allowed: labels without special tokens"

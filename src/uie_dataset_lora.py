@@ -11,16 +11,16 @@ import json
 import logging
 import os
 import random
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-from filelock import FileLock
 
 from compute_metrics import normalise
 from errors import InputError
-from files import check_writable, digest, json_kind, read_json, read_object, whole_folder
+from files import check_writable, digest, json_kind, locked, read_json, read_object, whole_folder, write_json
 from order_config import SUBSETS, benchmark_datasets, read_task_config
 
 logger = logging.getLogger("gorp")
@@ -31,6 +31,7 @@ INSTRUCTION_TYPES = ("zero-shot", "few-shot")
 METRICS = ("exact_match", "rougeL")
 """How a task is scored: by exact match with one of its labels, or, where answers are free text, by ROUGE-L."""
 ANSWER_CUE = "\nAnswer:"
+DIGESTS = "digests.json"
 UNLABELLED = "-"
 """GLUE's mark for a dev or test example without a gold label."""
 
@@ -150,12 +151,29 @@ def load_uie_dataset(
     check_writable(cache)
     folder = cache / _cache_key(sources, options)
     rebuild = overwrite_cache and os.environ.get("LOCAL_RANK", "0") == "0"
-    with FileLock(f"{folder}.lock"):  # one rank builds while the others wait, and none opens a folder being replaced
+    with locked(f"{folder}.lock"):  # one rank builds while the others wait, and none opens a folder being replaced
+        if folder.is_dir() and not _is_intact(folder):
+            logger.warning("%s: the cached examples are damaged, and are built again", folder)
+            rebuild = True
         if rebuild or not folder.is_dir():
             built = _build(sources, instructions, options)
             with whole_folder(folder) as partial:
                 built.save_to_disk(partial, num_shards=dict.fromkeys(built, 1))  # an empty split gets none by itself
+                write_json(partial / DIGESTS, _digests(partial))
         return datasets.load_from_disk(folder)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+    return {str(path.relative_to(folder)): digest(path) for path in files}
+
+
+def _is_intact(folder: Path) -> bool:
+    """Return whether a folder of the cache holds what was written there."""
+    try:
+        return read_json(folder / DIGESTS) == _digests(folder)
+    except InputError:
+        return False
 
 
 def read_examples(task_config_dirs: Iterable[str | os.PathLike], options: ExampleOptions) -> Iterator[dict]:
@@ -241,7 +259,8 @@ def read_labels(path: str | os.PathLike) -> list[str]:
 
     Raises:
         InputError: unreadable, or not a non-empty array of distinct, non-blank strings; or two of them differ only in
-            case, spaces or punctuation, so that exact match would count a wrong answer as correct.
+            case, spaces or punctuation, so that exact match would count a wrong answer as correct, or in how Unicode
+            composes the same characters.
     """
     labels = read_json(path)
     if not isinstance(labels, list) or not labels:
@@ -250,11 +269,11 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     for index, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip() or label in labels[:index]:
             raise InputError(f"{path}, entry {index}: found {label!r}; allowed: distinct, non-blank strings")
-        twin = scored_as.setdefault(normalise(label), label)
+        twin = scored_as.setdefault(normalise(unicodedata.normalize("NFC", label)), label)
         if twin is not label:
             raise InputError(
-                f"{path}, entry {index}: found {label!r} beside {twin!r}; allowed: labels that differ in more than "
-                "case, spaces and punctuation, which the score ignores"
+                f"{path}, entry {index}: found {label!a} beside {twin!a}; allowed: labels that differ in more than "
+                "case, spaces and punctuation, which the score ignores, and Unicode's composition of characters"
             )
     return labels
 

@@ -5,7 +5,7 @@ loss, predictions are scored per task and dataset, and checkpoints hold only wha
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -36,6 +36,9 @@ class UIETrainer(Seq2SeqTrainer):
         multilingual: whether ROUGE counts GPT-2's pieces instead of English words.
         generation: arguments of `generate` for evaluation and prediction, `max_new_tokens` among them.
         name: the task, as progress bars show it; tasks_left: number of tasks of the order that follow it.
+
+    Attributes:
+        when_prepared: called before the first step, when optimizer and schedule exist and a checkpoint is loaded.
     """
 
     # compute_loss divides by the tokens of the global batch, whatever the accumulation.
@@ -54,9 +57,12 @@ class UIETrainer(Seq2SeqTrainer):
         self.generation = generation
         # Makes the Trainer count the answer tokens of a global batch, for compute_loss.
         self.model_accepts_loss_kwargs = True
+        self.when_prepared: Callable[[], None] = lambda: None
         self._penalties: list[torch.Tensor] = []
+        self._examples: list[str] = []  # names of the current micro-batch's examples
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.non_finite = NonFiniteGuard(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
+        self.args.logging_nan_inf_filter = False  # a value from the device in every micro-batch; the guard has its own
         if self.is_deepspeed_enabled and not self.args.do_train and not self.args.hf_deepspeed_config.is_zero3():
             self.is_deepspeed_enabled = False  # evaluation alone needs no engine, and Hugging Face would reject it
             if self.args.bf16 or self.args.fp16:  # the precision in which the engine would hold the model
@@ -83,11 +89,10 @@ class UIETrainer(Seq2SeqTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The parent's step; the method is notified first, as a sharded projection acts within forward and backward."""
-        rows = inputs.pop("rows", [])
+        self._examples = inputs.pop("rows", [])
         self.method.begin_micro_batch(self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.non_finite.note_micro_batch(loss, rows)
-        return loss
+        return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # for the log; a step left out counts nothing
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy per answer token, plus the method's penalty once an optimizer step.
@@ -96,6 +101,17 @@ class UIETrainer(Seq2SeqTrainer):
         global batch (all micro-batches, all ranks), so that neither accumulation nor the number of ranks changes the
         gradient. Hugging Face leaves this to the model, and T5's forward does not do it.
         """
+        loss, outputs = self.answer_loss(model, inputs, num_items_in_batch)
+        if model.training:
+            penalty = self.method.penalty()
+            if penalty is not None:
+                self._penalties.append(penalty.detach())
+                loss = loss + penalty / self.current_gradient_accumulation_steps
+            self.non_finite.note_micro_batch(self.state.global_step + 1, loss, self._examples)
+        return (loss, outputs) if return_outputs else loss
+
+    def answer_loss(self, model, inputs, num_items_in_batch):
+        """This batch's share of the loss over the answers of the global batch, and the model's outputs."""
         outputs = model(**inputs, use_cache=False)  # no generation follows that would read the cache
         loss = outputs.loss
         if self.label_smoother is not None:
@@ -105,12 +121,7 @@ class UIETrainer(Seq2SeqTrainer):
         elif num_items_in_batch is not None:
             share = (inputs["labels"] != -100).sum() / num_items_in_batch
             loss = loss * share * self.accelerator.num_processes  # gradients are averaged over ranks afterwards
-        if model.training:
-            penalty = self.method.penalty()
-            if penalty is not None:
-                self._penalties.append(penalty.detach())
-                loss = loss + penalty / self.current_gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def floating_point_ops(self, inputs):
         """The parent's count, with the parameters counted once and not in every step."""
@@ -141,6 +152,14 @@ class UIETrainer(Seq2SeqTrainer):
             self._penalties.clear()
         super().log(logs, start_time)
 
+    def release(self) -> None:
+        """Let go of the engine and the model, which DeepSpeed's hooks would keep alive through the next tasks."""
+        self.accelerator.free_memory()  # also destroys the engine
+        if self.is_deepspeed_enabled:
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+            FWD_MODULE_STACK.clear()  # stage 3 pushes the model and leaves it there
+
     # Evaluation
 
     def evaluation_loop(
@@ -170,10 +189,12 @@ class UIETrainer(Seq2SeqTrainer):
             show_progress=self._shows_progress(),
         )
         if metric_key_prefix == "eval" or self.args.predict_loss:
-            metrics["loss"] = prediction.loss()
+            with self.accelerator.autocast():  # the precision of training
+                metrics["loss"] = prediction.loss()
         if not self.args.prediction_loss_only:
-            tokens = prediction.answers()
-            texts = [text.strip() for text in self.processing_class.batch_decode(tokens, skip_special_tokens=True)]
+            with self.accelerator.autocast():
+                tokens = prediction.answers()
+            texts = collator.decode(tokens)
             metrics |= evaluate_predictions(examples, texts, multilingual=self.multilingual)
             metrics["gen_len"] = (tokens != self.processing_class.pad_token_id).sum(1).float().mean().item()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
@@ -185,12 +206,13 @@ class UIETrainer(Seq2SeqTrainer):
         """The parent's preparation without a checkpoint; then the method gets the engine, and ours is read."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.method.begin_training(self.model_wrapped if self.is_deepspeed_enabled else None)
-        if self.method.own_state:
-            self.non_finite.clean_gradients(self.model)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.non_finite.watch(self.method.optimizer, trained if self.is_deepspeed_enabled else ())
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
                 self._start_moments()
             self._load_state(Path(resume_from_checkpoint))
+        self.when_prepared()
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
@@ -230,10 +252,11 @@ class UIETrainer(Seq2SeqTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The gradient's norm, computed right before the optimizer's step; a step that is not finite is skipped."""
+        """The gradient's norm, which is computed right before the optimizer's step; under DeepSpeed after it."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if not self.non_finite.end_of_step(self.state.global_step + 1, norm):
-            model.zero_grad()
+        if not self.is_deepspeed_enabled:
+            self.non_finite.note_gradient_norm(norm)
+        self.non_finite.leaves_out_step()  # here too, for fp16's loss scaler may skip the optimizer's step
         return norm
 
     def _load_state(self, folder: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from helpers import ROOT, edit, put
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, Gemma3Config, T5Config, T5ForConditionalGeneration
 
 DOCS = ROOT / "docs" / "BAD_INPUT.md"
 T5 = ROOT / "initial_model" / "tiny-t5"
@@ -95,7 +95,7 @@ class Case:
     Attributes:
         what: the fault, in words. says: a part of the line that names it.
         damage: does it to a `Place`.
-        by: "check" where one step alone cannot see it, "run" where the check has no such flag, else "both".
+        by: "check" where one step alone cannot see it, "run" where the check does not come so far, else "both".
         needs_model: whether the run can see it only once the model is there.
     """
 
@@ -155,6 +155,13 @@ def instruction(**entry: str):
 
 def flags(*words: str):
     return lambda place: place.flags.extend(words)
+
+
+def resumed(*words: str):
+    """From a checkpoint of the run that made the adapter."""
+    return lambda place: place.flags.extend(
+        ["--resume_from_checkpoint", str(place.adapter_made.parent / "checkpoint-2"), *words]
+    )
 
 
 def deepspeed(content: object, *words: str):
@@ -288,6 +295,8 @@ CASES: dict[str, list[Case]] = {
         Case("labels that differ only in case", labels(*LETTERS, "beta"), "entry 3: found 'beta' beside 'Beta'"),
         Case("labels that differ only in spaces", labels(*LETTERS, " Beta "), "entry 3: found ' Beta ' beside 'Beta'"),
         Case("labels that differ only in punctuation", labels(*LETTERS, "Beta!"), "found 'Beta!' beside 'Beta'"),
+        Case("labels that differ only in how Unicode composes a character", labels("Caf\u00e9", "Cafe\u0301"),
+             "found 'Cafe\\u0301' beside 'Caf\\xe9'; allowed: labels that differ in more than"),
         Case("no test example has a label", lambda place: put(place.folder / "benchmark/TC/dbpedia/test.json", [
             {"sentence": "x", "label": "-"}]), "1 examples, all labelled '-'; at least one needs a label"),
         Case("half a character in a label", train('[{"sentence": "x", "label": "Al\\ud800"}]'),
@@ -296,6 +305,10 @@ CASES: dict[str, list[Case]] = {
              needs_model=True),
         Case("a label that spells a special token", long_label("a</s>b"), "the answer 'a</s>b' spells </s>; allowed",
              needs_model=True),
+        Case("a label in a script that the tokenizer lacks", long_label("\u8d1f\u9762"),
+             "the answer '\u8d1f\u9762' becomes '' in the tokenizer", needs_model=True),
+        Case("a label with a character that the tokenizer lacks", long_label("naïve"),
+             "the answer 'naïve' becomes 'nave' in the tokenizer", needs_model=True),
         Case("a label of a megabyte", long_label("x" * 1_000_000), "allowed: --max_source_length 128",
              needs_model=True),
     ],
@@ -325,6 +338,12 @@ CASES: dict[str, list[Case]] = {
         Case("a dataset name of 5,000 letters", named("x" * 5000), "starting with a letter or digit, at most 100"),
         Case("an unknown sampling strategy", tasks("test", lambda content: content["TC"][0].update(
             {"sampling strategy": "half"})), "'sampling strategy' is 'half'; allowed: random, full"),
+        Case("a misspelt key", tasks("test", lambda content: content["TC"][0].update({"sampling_strategy": "full"})),
+             "test_tasks.json, TC[0]: unknown key 'sampling_strategy'; allowed: sampling strategy, dataset name; did"),
+        Case("a key too many", tasks("test", lambda content: content["TC"][0].update({"limit": 3})),
+             "test_tasks.json, TC[0]: unknown key 'limit'; allowed: sampling strategy, dataset name"),
+        Case("a misspelt task", tasks("train", lambda content: content.update(Multirc=[])),
+             "unknown task 'Multirc'; allowed: SC, TC, NLI, QQP, WiC, MultiRC, COPA, BoolQA; did you mean 'MultiRC'?"),
         Case("a dataset twice", tasks("test", lambda content: content["TC"].append(content["TC"][0])),
              "dataset 'dbpedia' is listed 2 times; allowed: once"),
         Case("a step that trains two datasets", tasks("train", lambda content: content["SC"].append(
@@ -352,11 +371,14 @@ CASES: dict[str, list[Case]] = {
         Case("a blank text", instruction(instruction_type="zero-shot", instruction=" "), "instruction is blank"),
     ],
     "Flags": [
-        Case("an unknown flag", flags("--lamda_4", "1"), "not used by the HfArgumentParser: ['--lamda_4', '1']"),
+        Case("an unknown flag", flags("--lamda_4", "1"), "--lamda_4: no such flag; did you mean '--lamda_"),
+        Case("a misspelt flag with its value", flags("--galore_rnk=4"),
+             "--galore_rnk: no such flag; did you mean '--galore_rank'?"),
+        Case("a word too many", flags("--galore_rank", "4", "5"), "5: found where a flag belongs"),
         Case("a repetition penalty where a LLaMA's padding is its end token", padding_ends,
              "--repetition_penalty: found 1.3; allowed: 1.0 for this model, whose padding is its end token",
              needs_model=True),
-        Case("the beginning of a flag", flags("--galore_r", "4"), "['--galore_r', '4']"),
+        Case("the beginning of a flag", flags("--galore_r", "4"), "--galore_r: no such flag; did you mean"),
         Case("a flag without its value", flags("--galore_rank"), "--galore-rank: expected one argument"),
         Case("a word where a number belongs", flags("--galore_rank", "four"), "--galore-rank: invalid int value: 'fo"),
         Case("a JSON file of flags that is not an object", lambda place: put(place.folder / "flags.json", []),
@@ -368,6 +390,7 @@ CASES: dict[str, list[Case]] = {
         Case("`--learning_rate` below 0", flags("--learning_rate", "-1"), "--learning_rate: found -1.0; 0 or more"),
         Case("an empty batch", flags("--per_device_train_batch_size", "0"), "batch_size: found 0; a number above"),
         Case("zero epochs", flags("--num_train_epochs", "0", "--max_steps", "-1"), "--num_train_epochs: found 0.0"),
+        Case("a seed of 33 bits", flags("--seed", "4294967296"), "--seed: found 4294967296; less than 2^32"),
         Case("a seed below 0", flags("--seed", "-1"), "--seed: found -1; 0 or more"),
         Case("dropout of everything", flags("--lora_dropout", "1"), "--lora_dropout: found 1.0; 0 up to, not incl"),
         Case("an energy above 1", flags("--space_energy", "1.1"), "--space_energy: found 1.1; above 0, at most 1"),
@@ -401,8 +424,53 @@ CASES: dict[str, list[Case]] = {
         Case("the benchmark does not exist", flags("--data_dir", "nowhere"), "--data_dir: nowhere is not a folder"),
         Case("a results folder that cannot be written", unwritable, "out: cannot be written (Not a directory)"),
         Case("checkpoints without the optimizer", flags("--save_only_model", "True"),
-             "--save_only_model: found true; false; no run could resume"),
-        Case("an upload", flags("--push_to_hub", "True"), "--push_to_hub: found true; false; src/export.py writes"),
+             "--save_only_model: found True; only the default is allowed: no run could resume"),
+        Case("an upload", flags("--push_to_hub", "True"), "only the default is allowed: src/export.py writes"),
+        Case("a secret", flags("--hub_token", "hf_abc"), "--hub_token: found a secret; only the default is allowed"),
+        Case("another optimizer", flags("--optim", "sgd"),
+             "--optim: found sgd; only the default is allowed: the method brings its own optimizer"),
+        Case("beams by Hugging Face's flag", flags("--generation_num_beams", "4"),
+             "--generation_num_beams: found 4; only the default is allowed: evaluation generates; see --num_beams"),
+        Case("no predictions", flags("--prediction_loss_only", "True"),
+             "--prediction_loss_only: found True; only the default is allowed: predictions are always scored"),
+        Case("a package that is not installed", flags("--use_liger_kernel", "True"),
+             "--use_liger_kernel: found True; only the default is allowed"),
+        Case("batches by length", flags("--train_sampling_strategy", "group_by_length"),
+             "--train_sampling_strategy: found group_by_length; random or sequential"),
+        Case("a schedule that lacks a setting", flags("--lr_scheduler_type", "warmup_stable_decay"),
+             "warmup_stable_decay, --lr_scheduler_kwargs: get_wsd_schedule() missing 1 required"),
+        Case("a setting that the schedule does not have", flags("--lr_scheduler_kwargs", '{"cycles": 2}'),
+             "linear, --lr_scheduler_kwargs: get_linear_schedule_with_warmup() got an unexpected"),
+        Case("a setting for a constant schedule", flags("--lr_scheduler_type", "constant", "--lr_scheduler_kwargs",
+                                                        '{"a": 2}'), "none with --lr_scheduler_type constant"),
+        Case("warm-up of a constant schedule", flags("--lr_scheduler_type", "constant", "--warmup_steps", "9"),
+             "--warmup_steps: found 9.0; 0 with --lr_scheduler_type constant; constant_with_warmup has them"),
+        Case("answers cut short", flags("--generation_max_length", "2"),
+             "--generation_max_length: found 2; 50, as --max_target_length, or the flag left out"),
+        Case("nothing asked for", flags("--do_train", "False", "--do_predict", "False"),
+             "--do_train, --do_eval, --do_predict: found none of them; one or more"),
+        Case("no complete batch", flags("--dataloader_drop_last", "--per_device_train_batch_size", "64"),
+             "--dataloader_drop_last: found true, with which 6 examples make no batch of 64", by="run",
+             needs_model=True),
+        Case("a backend in one process", flags("--ddp_backend", "gloo"), "--ddp_backend: found gloo; none in one proc"),
+        Case("16-bit evaluation before training", flags("--zero_shot", "--bf16_full_eval"),
+             "--zero_shot: found true with 16-bit evaluation; either"),
+        Case("workers that stay, without workers", flags("--dataloader_persistent_workers"),
+             "--dataloader_num_workers 0: persistent_workers option needs num_workers > 0"),
+        Case("a setting that recomputation does not have", flags("--activation_checkpointing_kwargs", '{"a": 1}'),
+             "--activation_checkpointing_kwargs: Unexpected keyword arguments: a"),
+        Case("settings that are not JSON", flags("--lr_scheduler_kwargs", "{a"),
+             "--lr_scheduler_kwargs: found {a; a JSON object"),
+        Case("a metric that no evaluation has", flags("--metric_for_best_model", "f1"),
+             "--metric_for_best_model: found f1; loss, gen_len, exact_match, rouge1, rougeL, the last", by="run"),
+        Case("a checkpoint that does not exist", flags("--resume_from_checkpoint", "checkpoint-9"),
+             "--resume_from_checkpoint: checkpoint-9 is no complete checkpoint", by="run", needs_model=True),
+        Case("a checkpoint of more steps", resumed("--max_steps", "1"), "is of step 2; at most 1, --max_steps", by="run",
+             needs_model=True),
+        Case("a checkpoint of a different run", resumed("--lora_dim", "4"), "a checkpoint of a different run (base_mod",
+             by="run", needs_model=True),
+        Case("checkpoints that validation cannot choose from", flags("--load_best_model_at_end"),
+             "command line: --load_best_model_at_end requires"),
         Case("an invalid expression", flags("--lora_modules", "("), "--lora_modules: '(' is not a regular expres",
              needs_model=True),
         Case("an expression that matches nothing", flags("--lora_modules", ".*nothing"), "matches no module; linear",
@@ -427,6 +495,8 @@ CASES: dict[str, list[Case]] = {
         Case("another precision than the command line", deepspeed({"fp16": {"enabled": True}}, "--bf16"),
              "ds.json, key bf16.enabled: found false against --bf16 on the command line"),
         Case("a precision that is not an object", deepspeed({"bf16": True}), "ds.json, key bf16.enabled: found null"),
+        Case("a misspelt section", deepspeed({"zero_optimisation": {"stage": 2}}),
+             "ds.json: unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
         Case("stage 4", deepspeed({"zero_optimization": {"stage": 4}}), "stage: found 4; 0, 1, 2 or 3"),
         Case("a stage that is a string", deepspeed({"zero_optimization": {"stage": "2"}}), 'stage: found "2"; 0, 1'),
         Case("another accumulation than the command line", deepspeed({"gradient_accumulation_steps": 7}),
@@ -457,10 +527,21 @@ CASES: dict[str, list[Case]] = {
              "config cannot be loaded",
              needs_model=True),
         Case("an architecture that is not supported", lambda place: put(
-            place.model / "config.json", GPT2Config().to_json_string()), "found model_type 'gpt2'; allowed: llama and",
+            place.model / "config.json", BertConfig().to_json_string()), "found model_type 'bert'; allowed: decoder-only",
             needs_model=True),
+        Case("a vision-language model", lambda place: put(
+            place.model / "config.json", Gemma3Config().to_json_string()), "'gemma3', a vision-language model; allowed",
+            needs_model=True),
+        Case("a decoder-only model where a script is for encoder-decoders, or the reverse",
+             flags("--family", "decoder-only"), "and this command is for decoder-only models; use scripts/",
+             needs_model=True),
+        Case("weights in 4 or 8 bits", config(quantization_config={"quant_method": "bitsandbytes"}),
+             "found weights quantised by bitsandbytes; allowed: weights in 16 or 32 bits", needs_model=True),
+        Case("a smaller vocabulary than the tokenizer's", config(vocab_size=100),
+             "config.json says vocab_size 100, so they belong to different models", needs_model=True),
         Case("a model that comes with its own code", config(model_type="own", auto_map={"AutoConfig": "code.Config"}),
-             "the config cannot be loaded", needs_model=True),
+             "found model_type 'own'; allowed: the types of this Transformers version (the code that comes with the model "
+             "is not run)", needs_model=True),
         Case("attention kernels from the hub", config(_attn_implementation="someone/kernel"),
              "config.json: found attention code from 'someone/kernel'", needs_model=True),
         Case("no weights", lambda place: (place.model / "model.safetensors").unlink(), "holds no weights",
@@ -528,7 +609,7 @@ CASES: dict[str, list[Case]] = {
         Case("a truncated space", cut("adapter", "gradient_space.safetensors"), "not a readable safetensors file",
              needs_model=True),
         Case("a space that is not a basis", tensors("adapter", "gradient_space", lambda content: content[
-            first(content)].mul_(2)), "is not a matrix of orthonormal columns", needs_model=True),
+            first(content)].mul_(2)), "from orthonormal; allowed is 1e-3", needs_model=True),
         Case("a space of another weight", tensors("adapter", "gradient_space", lambda content: content.update(
             {FULL: torch.eye(7, 2)})), f"{FULL} has a basis of 7 rows; 128 are needed", needs_model=True),
         Case("a space of the other side",
@@ -546,7 +627,7 @@ def made(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("made")
     place = Place(folder, folder)
-    place.flags = ["--save_strategy", "no"]
+    place.flags = ["--save_steps", "1"]
     assert run_uie_lora.main(place.run()) == 0
     return place.results / "t5_adapter"
 
@@ -578,14 +659,15 @@ def test_bad_input_is_one_line_and_costs_nothing(case, place, capfd, monkeypatch
     import run_uie_lora
 
     load_model, loads = run_uie_lora.load_model, []
-    monkeypatch.setattr(run_uie_lora, "load_model", lambda *args: loads.append(1) or load_model(*args))
+    monkeypatch.setattr(run_uie_lora, "load_model", lambda *args, **how: loads.append(1) or load_model(*args, **how))
     case.damage(place)
     before = contents(place.folder)
     said = []
     if case.by != "run":
         said.append(errors_of(check.main, [str(place.order), *place.command()], capfd))
     if case.by != "check":
-        command = [str(place.folder / "flags.json")] if case.by == "run" else place.run()
+        file = place.folder / "flags.json"
+        command = [str(file)] if file.exists() else place.run()
         said.append(errors_of(run_uie_lora.main, command, capfd))
         assert case.needs_model or not loads
     assert contents(place.folder) == before

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from compute_metrics import exact_match
 from errors import InputError
 from helpers import (
     DECODERS,
@@ -390,3 +391,26 @@ def test_what_is_kept_is_bounded(tokenizers):
     assert asked == [[0, 1, 2], [2]]
     kept_ids.look_up(texts, encode)[0].append(9)
     assert kept_ids.look_up(["a"], encode) == [[0] * 4]  # a caller's list is its own
+
+
+# Answers that the tokenizer cannot write
+
+WRITABLE = ["very negative", "Science & Mathematics", "A. first", "a-b", "a , b", "do n't", "C++", "<b>", "{x}", "a  b"]
+UNWRITABLE = ["½", "①", "ﬁne", "naïve", "x²", "Ａ", "中", "é", "e\u0301", "10 €", "~", "^", "Σ", "+", "ß", "İ"]
+"""With a vocabulary of English pieces and without bytes for the rest."""
+
+
+@pytest.mark.parametrize("build", [t5, *DECODERS], ids=lambda build: build.__name__)
+def test_an_answer_is_accepted_only_if_it_can_be_scored_correct(build, tokenizers):
+    collate, accepted = collator(tokenizers[build], build is not t5), []
+    for label in WRITABLE + UNWRITABLE:
+        try:
+            collate.check([example("text", label)])
+            accepted.append(label)
+        except InputError as error:
+            assert f"the answer {label!r} becomes " in str(error)
+    assert accepted == (WRITABLE if build is t5 else WRITABLE + UNWRITABLE)
+    for label in accepted:  # as evaluation reads an answer: with its end, and padding behind it
+        batch = collate([example("text", label, subset="test")])["labels"]
+        written = collate.decode(torch.where(batch == IGNORED, tokenizers[build].pad_token_id or 0, batch))
+        assert exact_match(written[0], label)

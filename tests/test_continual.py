@@ -223,7 +223,8 @@ PAPER = f"{EXACT} --protect gp_first --protect_side output --space_from moments 
      "olora --lamda_1 0.05", "nlora", "osf", "replay", "inclora", "seqlora", "galore", "multitask",
      "multitask --learning_rate 1e-3"],
     ["smollm2-135m", "--orders", "A", "B", "--methods", "sgorp", "replay", "galore", "olora"],
-    ["small-t5-b", "--seeds", "1", "2", "3", "--methods", "sgorp", "gorp", "gorp --preset released"],
+    ["small-t5-b", "--seeds", "1", "2", "3", "--methods", "sgorp", "sgorp --galore_svd exact", "gorp",
+     "gorp --preset released"],
     ["smollm2-135m", "--orders", "A", "--seeds", "1", "2", "--methods", "sgorp", "gorp", "gorp --preset released"],
 ])  # fmt: skip
 def test_the_tables_of_reproduce_are_what_its_commands_print(words, tmp_path, monkeypatch, capsys):
@@ -295,7 +296,7 @@ def test_a_copy_exercise_shows_its_answer(exercises):
 
 
 def test_meanings_refuse_a_folder_without_a_model(tmp_path):
-    with pytest.raises(InputError, match="--words_from.*unpack_smollm2"):
+    with pytest.raises(InputError, match="--words_from.*unpack_small"):
         pretrain_small_t5.Meanings(tmp_path)
 
 

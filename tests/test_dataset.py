@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -436,6 +437,51 @@ def test_a_missing_data_file(benchmark, missing):
 def test_a_missing_task_file(golden):
     (golden.configs / "dev_tasks.json").unlink()
     with pytest.raises(InputError, match="dev_tasks.json: no such file"):
+        golden.load()
+
+
+def cut(path: Path, kept: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+
+
+DAMAGE = {  # what is done to the folder of cached examples, and to the Arrow file of its training examples
+    "half of the file": lambda folder, file: cut(file, 0.5),
+    "all but its end": lambda folder, file: cut(file, 0.99),
+    "an empty file": lambda folder, file: cut(file, 0),
+    "zeros": lambda folder, file: file.write_bytes(bytes(file.stat().st_size)),
+    "another letter": lambda folder, file: file.write_bytes(file.read_bytes().replace(b"soup", b"soap")),
+    "no file": lambda folder, file: file.unlink(),
+    "no state": lambda folder, file: (folder / "train/state.json").unlink(),
+    "state that is not JSON": lambda folder, file: put(folder / "train/state.json", "{"),
+    "other features": lambda folder, file: put(folder / "train/dataset_info.json", []),
+    "no list of splits": lambda folder, file: (folder / "dataset_dict.json").unlink(),
+    "no test split": lambda folder, file: shutil.rmtree(folder / "test"),
+    "no digests": lambda folder, file: (folder / "digests.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_cache_is_built_again_and_said(what, tmp_path, caplog):
+    benchmark = Benchmark(tmp_path)
+    benchmark.add("SC", "yelp", STARS, [{"sentence": "The soup was cold.", "label": STARS[0]}])
+    rows = benchmark.load()["train"].to_list()
+    [folder] = [path for path in (tmp_path / "cache" / "cl_benchmark").iterdir() if path.is_dir()]
+    DAMAGE[what](folder, next((folder / "train").glob("*.arrow")))
+    assert benchmark.load()["train"].to_list() == rows
+    assert f"{folder}: the cached examples are damaged" in caplog.text
+    caplog.clear()
+    benchmark.load()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
+def test_a_lock_that_cannot_be_written(golden, error, monkeypatch):
+    def acquire(lock):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    with pytest.raises(InputError, match=rf"cache.*\.lock: cannot be locked \({error.strerror}\)"):
         golden.load()
 
 

@@ -11,15 +11,15 @@ MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".
 
 # From the top: a layer imports from itself or from layers below it.
 LAYERS = [
-    {"run_order", "export", "plan_memory", "report.__main__"},
+    {"run_order", "export", "answer", "plan_memory", "report.__main__"},
     {"run_uie_lora", "check"},
     {"task_setup", "report"},
     {"uie_trainer_lora", "command_line"},
     {"methods", "run_record", "evaluation"},
     {"Proj_torch", "loranew", "subspace", "model", "uie_collator", "uie_dataset_lora", "checkpoints", "full_rank",
-     "compute_metrics", "non_finite", "token_ids", "task_examples"},
+     "compute_metrics", "non_finite", "token_ids", "task_examples", "prompts"},
     {"arguments", "module_matching", "order_config"},
-    {"files"},
+    {"files", "ranks"},
     {"errors"},
 ]
 

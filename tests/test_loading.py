@@ -9,7 +9,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     BartConfig,
+    BertConfig,
     BartForConditionalGeneration,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -19,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    xLSTMConfig,
 )
 
 from errors import InputError
@@ -133,10 +139,56 @@ def test_adapter_folder_leads_to_its_base_model(tmp_path, monkeypatch):
     assert load_loranew(again.model, again.previous).peft_config["default"].r_sum == 2
 
 
-def test_other_architectures_are_refused(tmp_path):
-    config = GPT2Config(vocab_size=ROWS, n_embd=16, n_layer=1, n_head=2)
-    message = refusal(save(tmp_path / "gpt2", GPT2LMHeadModel(config), seq2seq_tokenizer()))
-    assert "model_type 'gpt2'" in message and "llama" in message and "t5" in message
+def configure(folder, **changes):
+    """Change config.json, and leave weights that no one could read."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "model.safetensors").write_bytes(b"unread")
+    return folder
+
+
+@pytest.mark.parametrize("config, said", [
+    (BertConfig(), "found model_type 'bert'; allowed: decoder-only models (llama, qwen3, mistral, ...) and encoder-deco"),
+    (Gemma3Config(), "found model_type 'gemma3', a vision-language model; allowed: a model of text alone"),
+    (WhisperConfig(), "found model_type 'whisper'; allowed: decoder-only"),
+    (xLSTMConfig(), "found model_type 'xlstm', whose xLSTMForCausalLM cannot compute the logits of some positions alone"),
+], ids=lambda value: getattr(value, "model_type", ""))  # fmt: skip
+def test_other_architectures_are_refused_before_weights_are_read(tmp_path, config, said):
+    assert said in refusal(configure(make_t5(tmp_path / "model"), **config.to_dict()))
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "found weights quantised by bitsandbytes; allowed"),
+    ({"vocab_size": 70}, "its tokenizer has a vocabulary of 73 tokens; config.json says vocab_size 70"),
+    ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "custom"}, "'custom'; allowed: the types of this Transform"),
+    ({"model_type": None}, "found model_type None"),
+], ids=["quantised", "another vocabulary", "own code", "no type"])  # fmt: skip
+def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path, changes, said):
+    assert said in refusal(configure(make_llama(tmp_path / "model"), **changes))
+
+
+@pytest.mark.parametrize("make, family, other", [(make_t5, "decoder-only", "use scripts/"),
+                                                 (make_llama, "encoder-decoder", "use scripts_llama/")])
+def test_the_wrong_family_of_scripts_names_the_right_one(tmp_path, make, family, other):
+    assert refusal(configure(make(tmp_path / "model")), family=family).endswith(other)
+    right = {"decoder-only": make_llama, "encoder-decoder": make_t5}[family]
+    load_model_and_tokenizer(str(right(tmp_path / "right")), family=family)
+
+
+TINY = {"vocab_size": ROWS, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+def test_a_type_that_no_test_compares_is_compared_when_it_is_loaded(tmp_path):
+    """Cohere scales its logits, which the stock head does; GPT-2 has learned positions, which left padding shifts."""
+    folder = tmp_path / "cohere"
+    save(folder, CohereForCausalLM(CohereConfig(intermediate_size=24, logit_scale=0.5, **TINY)), llama_tokenizer())
+    loaded = load_model_and_tokenizer(str(folder))
+    assert isinstance(loaded.model, CohereForCausalLM) and type(loaded.model) is not CohereForCausalLM
+    model = GPT2LMHeadModel(GPT2Config(**TINY))
+    model.transformer.wpe.weight.data.mul_(100)
+    folder = save(tmp_path / "gpt2", model, llama_tokenizer())
+    assert "a left-padded batch has a loss of" in refusal(folder)
+    assert load_model_and_tokenizer(str(folder), weights=False).decoder_only
 
 
 # Places
@@ -223,11 +275,9 @@ def test_a_damaged_file_is_one_line(tmp_path, file):
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     folder = make_t5(tmp_path / "t5")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config"}}
-    (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('ran')")
-    assert "cannot be loaded" in refusal(folder)
+    configure(folder, model_type="custom", auto_map={"AutoConfig": "code.Config"})
+    assert "the code that comes with the model is not run" in refusal(folder)
 
 
 # Special tokens, rows, positions
@@ -260,6 +310,15 @@ def test_missing_eos_is_refused(tmp_path):
     assert "defines eos_token" in refusal(folder)
 
 
+def test_every_special_eos_of_the_generation_config_ends_an_answer_and_no_other_piece(tmp_path):
+    folder = make_llama(tmp_path / "llama", eos_token_id=[0, 2])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2, 9], "temperature": 0.6}))
+    loaded = load_model_and_tokenizer(str(folder))
+    assert loaded.tokenizer.eos_token_id == 2  # with which answers are trained to end
+    assert loaded.model.generation_config.eos_token_id == loaded.model.config.eos_token_id == [2, 0]
+    loaded.model.save_pretrained(tmp_path / "saved")  # raises if the generation config contradicts itself
+
+
 def test_missing_decoder_start_is_refused(tmp_path):
     folder = make_t5(tmp_path / "t5")
     config = json.loads((folder / "config.json").read_text()) | {"decoder_start_token_id": None}
@@ -269,6 +328,7 @@ def test_missing_decoder_start_is_refused(tmp_path):
 
 def test_embeddings_grow_to_the_tokenizer_the_same_way_each_time(tmp_path, caplog):
     tokenizer = llama_tokenizer()
+    tokenizer.add_tokens([f"<tag_{number}>" for number in range(5)])
     folder = make_llama(tmp_path / "llama", tokenizer, vocab_size=len(tokenizer) - 5)
     torch.manual_seed(1)
     with caplog.at_level(logging.WARNING, "gorp"):

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from errors import InputError
+from helpers import renew_loranew
 from loranew import (
     LoraNewConfig,
     LoraNewLinear,
@@ -23,7 +24,6 @@ from loranew import (
     load_loranew,
     loranew_layers,
     merge_old,
-    renew_loranew,
     save_folded,
     set_input_space,
 )
@@ -199,7 +199,7 @@ def test_training_stays_orthogonal_to_the_input_space_and_folding_keeps_the_func
     layers = loranew_layers(model)
     spaces = {name: orthonormal(16, 5, seed) for seed, name in enumerate(layers)}
     set_input_space(model, spaces)
-    assert not any("input_space" in name for name in model.state_dict())
+    assert not any("space" in name for name in model.state_dict())
     start = {name: layer.loranew_A["default"].weight.clone() for name, layer in layers.items()}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
     for _ in range(5):
@@ -216,7 +216,6 @@ def test_training_stays_orthogonal_to_the_input_space_and_folding_keeps_the_func
         assert change.norm() > 0.01
         torch.testing.assert_close(change @ spaces[name], torch.zeros(16, 5), atol=2e-6, rtol=0)
     fold_loranew(model)
-    set_input_space(model, dict.fromkeys(layers))
     torch.testing.assert_close(logits(model), before, atol=1e-6, rtol=1e-5)
     for name, layer in layers.items():
         folded = layer.lora_A["default"].weight
@@ -227,19 +226,38 @@ def test_the_old_branch_sees_the_whole_input():
     model = learn(add_loranew(new_base(), new_config()), seed=1)
     fold_loranew(model)
     before = logits(model)
+    renew_loranew(model)
     set_input_space(model, {name: orthonormal(16, 16) for name in loranew_layers(model)})
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize(
-    "space, complaint", [(torch.zeros(9, 2), "16 rows"), (torch.ones(16, 2), "orthonormal")], ids=["rows", "columns"]
-)
+def test_in_16_bits_the_saved_change_is_still_clear_of_the_space():
+    """S acts in float32, and is not cast with the model (a buffer would be)."""
+    S, x = orthonormal(16, 5), torch.randn(3, 7, 16)
+    model = add_loranew(nn.Sequential(nn.Linear(16, 12)), new_config(target_modules="0", task_type=None))
+    set_input_space(learn(model, seed=1), {"0": S})
+    layer = loranew_layers(model)["0"].eval()
+    A, B = layer.loranew_A["default"].weight, layer.loranew_B["default"].weight
+    seen = x - x @ S @ S.T  # S on x instead of on A: the same numbers
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + 2 * seen @ A.T @ B.T, atol=1e-6, rtol=1e-6)
+    model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x.bfloat16()).sum().backward()
+        effective, (folded, _) = layer.effective_new_A("default"), layer.folded("default", torch.Tensor.float)
+    for rows in (effective, folded):
+        assert rows.dtype == torch.float32 and (rows @ S).abs().max() < 1e-6
+    assert layer.loranew_A["default"].space.dtype == torch.float32
+    assert A.grad.dtype == torch.bfloat16 and (A.grad.float() @ S).norm() < 1e-2 * A.grad.float().norm()
+
+
+@pytest.mark.parametrize("space, complaint", [(torch.zeros(9, 2), r"\(16, c\)"), (torch.ones(16, 2), "orthonormal")],
+                         ids=["rows", "columns"])  # fmt: skip
 def test_unsuitable_input_space_is_refused(space, complaint):
     model = add_loranew(new_base(), new_config())
     name = next(iter(loranew_layers(model)))
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(InputError, match=complaint):
         set_input_space(model, {name: space})
-    with pytest.raises(ValueError, match="no LoRA layer"):
+    with pytest.raises(InputError, match="no LoRA layer"):
         set_input_space(model, {"encoder.nowhere": orthonormal(16, 2)})
 
 

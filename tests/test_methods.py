@@ -61,6 +61,21 @@ def train(method, previous, folder: Path, steps: int = 2):
 # Through the entry
 
 
+@pytest.mark.parametrize("engine", ["dense", "cores"])
+def test_lamda_3_starts_from_the_weights_as_they_train(engine, tmp_path):
+    """A model that is cast after `prepare`, as DeepSpeed casts it, has changed by exactly 0 before the first step."""
+    flags = ["--galore_engine", engine, "--lamda_3", "1", "--lamda_1", "0"]
+    method = method_of("gorp", *flags, output=tmp_path)
+    model = method.prepare(tiny_t5(), None, decoder_only=False)
+    method.create_optimizer(**settings())
+    model.to(torch.bfloat16)
+    method.begin_training()
+    method.begin_micro_batch(True)
+    of_no_change = sum(layer.weight.shape[0] ** 0.5 for layer in method.targets.values())  # ||0 - I|| of each
+    assert method.penalty().item() == pytest.approx(of_no_change, rel=1e-6)
+    assert all(method.start[name].device == layer.weight.device for name, layer in method.targets.items())
+
+
 @pytest.fixture(scope="module", params=["t5_adapter", "llama_adapter"])
 def family(request):
     return request.param, *PREFIX[request.param]

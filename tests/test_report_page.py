@@ -14,6 +14,7 @@ import pytest
 from errors import InputError
 from report import figures as draw
 from report import page
+from report.__main__ import main
 from report.runs import find_runs, paired_difference, ranked_methods, select, summarise
 
 REPORT = Path(page.__file__).parent
@@ -304,3 +305,26 @@ def test_a_folder_with_other_things_is_not_replaced(runs, tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2 and "holds something other than a report" in done.stderr
     assert (tmp_path / "mine" / "notes.txt").exists()
+
+
+ODD = [float("nan"), float("inf"), -1, "x", True, [], {}]
+NUMBERS = [("predict_results.json", "predict_exact_match"), ("predict_results.json", "predict_exact_match_for_dbpedia"),
+           ("zero_shot_results.json", "zero_shot_exact_match_for_agnews"), ("train_results.json", "train_runtime"),
+           ("unseen_results.json", "unseen_exact_match_for_x"), ("run_record.json", "trained_values"),
+           ("run_record.json", "values")]  # fmt: skip
+
+
+@pytest.mark.parametrize("file, key", NUMBERS)
+def test_an_odd_number_is_one_line_with_file_and_key(file, key, tmp_path, capfd):
+    folder = write_run(tmp_path / "runs", "gorp", "A", 1, 80.0)
+    path = folder / "outputs" / "3-agnews" / file
+    if key == "values":  # of the first step
+        path = folder / "outputs" / "1-dbpedia" / file
+    content = json.loads(path.read_text()) if path.exists() else {"unseen_datasets": ["x"]}
+    for value in ODD + [101] * ("exact_match" in key):
+        inner = content["report"] if file == "run_record.json" else content
+        inner[key] = value
+        path.write_text(json.dumps(content))
+        assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
+        [line] = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"error: {path}: {key} is {value!r}; allowed: a number ")

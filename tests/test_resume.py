@@ -27,7 +27,9 @@ import files
 import run_record
 import run_uie_lora
 from errors import InputError, RunStopped, is_disk_full
-from helpers import ENVIRONMENT, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, predictions
+from helpers import (
+    ENVIRONMENT, HostReads, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, predictions,
+)  # fmt: skip
 from non_finite import NonFiniteGuard
 from Proj_torch import ProjAdamW
 from uie_trainer_lora import UIETrainer
@@ -359,7 +361,7 @@ for module in list(sys.modules.values()):
     assert loaded and loaded <= run_record.code_digests(method).keys()
 
 
-def test_a_revision_is_that_of_the_projects_own_repository(source):
+def test_a_revision_is_that_of_the_projects_own_repository(source, tmp_path, monkeypatch):
     def git(*words: str) -> None:
         own = ["-c", "user.name=a", "-c", "user.email=a@b", *words]
         subprocess.run(["git", "-C", str(source.parent), *own], check=True, capture_output=True)
@@ -368,10 +370,20 @@ def test_a_revision_is_that_of_the_projects_own_repository(source):
     git("commit", "--allow-empty", "-m", "of another project, into which src/ was unpacked")
     assert run_record._git_revision() is None
     git("add", "src/run_record.py")
+    git("commit", "-m", "src/ as a part of another project")
+    assert run_record._git_revision() is None
+    shutil.copytree(ROOT / "scripts", source.parent / "scripts")
+    git("add", "scripts/lib.sh")
     git("commit", "-m", "ours")
-    assert len(run_record._git_revision()) == 40
+    own = run_record._git_revision()
+    assert len(own) == 40
+    subprocess.run(["git", "init", tmp_path / "other"], check=True, capture_output=True)
+    for variable, value in (("GIT_DIR", tmp_path / "other" / ".git"), ("GIT_WORK_TREE", tmp_path / "other")):
+        monkeypatch.setenv(variable, str(value))  # as in a hook of another repository
+        assert run_record._git_revision() == own
+        monkeypatch.delenv(variable)
     git("mv", "src", "vendor")
-    git("commit", "-m", "as a part of another project")
+    git("commit", "-m", "elsewhere in another project")
     run_record.SOURCE = source.with_name("vendor")  # the fixture puts it back
     assert run_record._git_revision() is None
 
@@ -430,15 +442,15 @@ def test_two_runs_in_one_folder_are_refused(mini_benchmark, tmp_path, capfd):
 
 
 def poisoned(steps: set[int], value: float):
-    """UIETrainer.compute_loss whose loss is `value` at the given steps (from 1), and so is every gradient."""
-    compute = UIETrainer.compute_loss
+    """UIETrainer.answer_loss whose loss is `value` at the given steps (from 1), and so is every gradient."""
+    compute = UIETrainer.answer_loss
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = compute(self, model, inputs, *args, **kwargs)
+    def answer_loss(self, model, *args):
+        loss, outputs = compute(self, model, *args)
         bad = model.training and self.state.global_step + 1 in steps
-        return loss * value if bad else loss
+        return (loss * value if bad else loss), outputs
 
-    return compute_loss
+    return answer_loss
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -457,7 +469,7 @@ def test_a_step_that_is_not_finite_changes_nothing(method, value, mini_benchmark
         return result
 
     original = UIETrainer._get_grad_norm
-    monkeypatch.setattr(UIETrainer, "compute_loss", poisoned({3, 4, 7}, value))
+    monkeypatch.setattr(UIETrainer, "answer_loss", poisoned({3, 4, 7}, value))
     monkeypatch.setattr(UIETrainer, "_get_grad_norm", watch)
     assert run_uie_lora.main(command(mini_benchmark, tmp_path, "--method", method, "--lamda_3", "0")) == 0
     assert [count for count, changed in seen if not changed] == [3, 4, 7]
@@ -469,7 +481,7 @@ def test_a_step_that_is_not_finite_changes_nothing(method, value, mini_benchmark
 def test_three_such_steps_in_a_row_end_the_run_with_their_rows(mini_benchmark, tmp_path, monkeypatch, capfd):
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(UIETrainer, "compute_loss", poisoned({5, 7, 8, 9}, float("nan")))
+        patch.setattr(UIETrainer, "answer_loss", poisoned({5, 7, 8, 9}, float("nan")))
         assert run_uie_lora.main(command(mini_benchmark, output)) == 1
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "step 9: loss is nan, the last of 3 such steps in a row" in said[0]
@@ -478,29 +490,36 @@ def test_three_such_steps_in_a_row_end_the_run_with_their_rows(mini_benchmark, t
     assert f"resuming from {output / 'checkpoint-6'}" in capfd.readouterr().out
 
 
-def test_under_deepspeed_a_bad_gradient_is_zero_before_it_is_reduced():
+def test_a_gradient_that_is_not_finite_leaves_parameters_moments_and_counts_as_they_are():
+    """As under DeepSpeed, where the gradient is checked in the backward pass, and its norm is not noted."""
     layer = torch.nn.Linear(2, 2)
-    steps = NonFiniteGuard(2)
-    steps.clean_gradients(layer)
-    for number, factor in enumerate((1.0, float("nan"), 1.0, float("inf")), start=1):
-        layer.zero_grad()
-        loss = (layer(torch.ones(1, 2)) * factor).sum()
-        loss.backward()
-        good = factor == 1.0
-        assert bool(layer.weight.grad.any()) is good and layer.weight.grad.isfinite().all()
-        steps.note_micro_batch(torch.tensor(1.0), ["row 1"])
-        steps.end_of_step(number, 1.0)
-        assert steps.in_a_row == (0 if good else 1)
-    layer.zero_grad()
-    (layer(torch.ones(1, 2)) * float("nan")).sum().backward()
-    steps.note_micro_batch(torch.tensor(1.0), ["row 2"])
-    with pytest.raises(RunStopped, match="step 5: gradient is not finite.*row 2"):
-        steps.end_of_step(5, 1.0)
+    optimizer, guard = torch.optim.AdamW(layer.parameters()), NonFiniteGuard(2)
+    guard.watch(optimizer, layer.parameters())
+    states = []
+    for number, factor in enumerate((1.0, float("nan"), 1.0, float("inf"), float("nan")), start=1):
+        optimizer.zero_grad()
+        loss = layer(torch.ones(1, 2)).sum()
+        guard.note_micro_batch(number, loss, [f"row {number}"])
+        (loss * factor).backward()
+        with HostReads() as reads:
+            if number == 5:
+                with pytest.raises(RunStopped, match="step 5: gradient is not finite.*row 5"):
+                    optimizer.step()
+            else:
+                guard.leaves_out_step()
+        assert reads.count == 1 or factor != 1.0
+        if number < 5:
+            optimizer.step()
+        state = [*layer.parameters(), *(value for each in optimizer.state.values() for value in each.values())]
+        states.append([value.detach().clone() for value in state])
+        assert guard.leaves_out_step() is (factor != 1.0)
+    for before, after, same in zip(states, states[1:], (True, False, True, True)):
+        assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) is same
 
 
 @pytest.mark.recipe
 def test_a_rank_whose_loss_is_nan_ends_the_run_under_zero(mini_benchmark, tmp_path):
-    """Its gradients enter nothing, on any rank, and at the third step in a row it says why it ends."""
+    """No rank's factors change in such a step, and at the third in a row it says why it ends."""
     stage_2 = ["--deepspeed", "configs/ds_configs/stage2.config"]
     words = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES, *stage_2)
     launched = ["deepspeed", "--num_accelerators", "2", "--master_port", "29573", "tests/poisoned_entry.py", *words]
@@ -508,8 +527,8 @@ def test_a_rank_whose_loss_is_nan_ends_the_run_under_zero(mini_benchmark, tmp_pa
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
     assert said.count("error: step 6: loss is nan, the last of 3 such steps in a row") == 1
-    assert "not finite after" not in said
-    assert said.count("dbpedia, train row ") == 8
+    assert "RuntimeError" not in said
+    assert said.count("dbpedia, train example ") == 8
 
 
 # --- full disks ---

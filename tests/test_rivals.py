@@ -375,7 +375,7 @@ def test_sgorp_step_keeps_the_new_factor_clear_of_the_space_after_every_step(eng
     fit(method, model, task=1)
     assert len(seen) == 3 and max(seen) < 1e-5
     assert all((A - start[name]).norm() > 1e-3 for name, A in method.protected.items())
-    assert all(layer.input_space is None for layer in loranew_layers(model).values())
+    assert all(layer.loranew_A["default"].space is None for layer in loranew_layers(model).values())
     finish(method, model, tmp_path / "2", task=1)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import run_order
 import run_uie_lora
 from errors import RunStopped
-from helpers import ENVIRONMENT, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, free_port
+from helpers import ENVIRONMENT, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, free_port, losses
 from order_config import read_order, write_order
 from uie_trainer_lora import UIETrainer
 
@@ -95,6 +95,32 @@ def test_a_chain_on_two_ranks_gives_what_two_processes_a_task_give(order, mini_b
     assert refused.returncode == 2 and refused.stderr.count("error: --galore_rank: found 4096") == 1
 
 
+@pytest.mark.recipe
+@pytest.mark.parametrize("method", ["nlora", "inflora", "ella", "slao", "magmax", "ewc"])
+def test_other_methods_train_on_two_ranks_what_they_train_in_one_process(method, order, mini_benchmark, tmp_path):
+    """Both tasks, so that what a method hands on is read under DeepSpeed too."""
+    exact = ["--method", method, "--lora_dropout", "0", "--learning_rate", "1e-4", "--adam_epsilon", "1e-4",
+             "--max_steps", "6", "--logging_steps", "1", "--max_train_samples", "48", "--max_predict_samples", "4"]
+    ranks = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+    stage_2 = ["--deepspeed", "configs/ds_configs/stage2.config", "--per_device_train_batch_size", "4"]
+    for name, launch, sharded in (("one", [sys.executable], []), ("two", ranks, stage_2)):
+        words = chain_words(order, mini_benchmark, tmp_path / name, "t5", *exact, *sharded)
+        done = subprocess.run([*launch, "src/run_order.py", *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for task in ("1-dbpedia", "2-amazon"):
+        one, two = (tmp_path / name / task for name in ("one", "two"))
+        assert losses(two) == pytest.approx(losses(one), rel=2e-4)
+        files = sorted(path.name for path in (one / "t5_adapter").glob("*.safetensors"))
+        assert files == sorted(path.name for path in (two / "t5_adapter").glob("*.safetensors"))
+        for file in files:
+            alone, sharded = (load_file(folder / "t5_adapter" / file) for folder in (one, two))
+            assert alone.keys() == sharded.keys()
+            for name, tensor in alone.items():
+                # The sign that nlora's penalty takes of an entry near 0 turns with the last digits.
+                assert method == "nlora" or (sharded[name] - tensor).norm() <= 1e-2 * tensor.norm(), (file, name)
+
+
 def test_each_task_starts_from_the_one_before():
     steps = read_order(ROOT / "configs" / "order4_configs")
     options, _ = run_order.parse_order(["configs/order4_configs", "--model_name_or_path", "m", "--output_dir", "out"])
@@ -159,6 +185,37 @@ def test_checkpoints_of_a_finished_task_go_if_asked_and_its_trainer_always(comma
     assert len(list(tmp_path.glob("outputs/*/checkpoint-*"))) == 4
     assert run_order.main(command(*saving, "--drop_checkpoints")) == 0
     assert not list(tmp_path.glob("outputs/*/checkpoint-*"))
+
+
+ALIVE = """
+import gc, sys, torch, run_order, run_uie_lora
+run = run_uie_lora.main
+def run_and_count(command):
+    status = run(command)
+    gc.collect()
+    held = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    print("bytes alive:", sum({storage.data_ptr(): storage.nbytes() for storage in held}.values()))
+    return status
+run_uie_lora.main = run_and_count
+sys.exit(run_order.main())
+"""
+
+
+@pytest.mark.parametrize("stage", (3, *(pytest.param(n, marks=pytest.mark.recipe) for n in (None, 0, 1, 2))))
+def test_a_finished_task_leaves_no_tensor_in_memory(stage, mini_benchmark, tmp_path):
+    """One rank of DeepSpeed's launcher, without the launcher. A tiny T5 has 4 MB of weights."""
+    write_order(tmp_path / "three_configs", [*TASKS, ("TC", "agnews")])
+    words = chain_words(tmp_path / "three_configs", mini_benchmark, tmp_path / "outputs", "t5",
+                        "--max_steps", "1", "--max_predict_samples", "1", "--lamda_1", "0")  # fmt: skip
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port())}  # fmt: skip
+    if stage is not None:
+        words += ["--deepspeed", f"configs/ds_configs/stage{stage}.config"]
+    done = subprocess.run([sys.executable, "-c", ALIVE, *words], cwd=ROOT, capture_output=True, text=True,
+                          env=ENVIRONMENT | (rank if stage is not None else {}) | {"PYTHONPATH": str(ROOT / "src")})
+    assert done.returncode == 0, done.stdout + done.stderr
+    alive = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("bytes alive:")]
+    assert len(alive) == 3 and max(alive) < 1000, alive
 
 
 # --- before the first task ---

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import command_line
-from helpers import ROOT, VARIABLES, bash, order_1
+from helpers import ROOT, VARIABLES, bash, order_1, put
 from scripts.terminal import Terminal
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("scripts*/*.sh"))
@@ -87,7 +87,7 @@ EVERYWHERE = {
     "method": "gorp", "seed": "42", "data_dir": "CL_Benchmark", "do_train": "", "do_predict": "",
     "predict_with_generate": "", "instruction_file": "configs/instruction_config.json",
     "instruction_strategy": "single", "add_task_name": "True", "add_dataset_name": "True", "max_source_length": "512",
-    "max_target_length": "50", "generation_max_length": "50", "num_train_epochs": "1", "lr_scheduler_type": "constant",
+    "max_target_length": "50", "num_train_epochs": "1", "lr_scheduler_type": "constant",
     "warmup_steps": "0", "galore_proj_type": "std", "eval_strategy": "no", "save_strategy": "no",
     "logging_strategy": "steps", "logging_steps": "10",
 }
@@ -329,7 +329,24 @@ def test_one_rank_uses_the_launcher_where_a_deepspeed_config_is_given():
 def test_small_models(script, model):
     command = flags(dry_run(*script.split())[0])
     assert command["model_name_or_path"] == f"initial_model/{model}"
-    assert command["data_dir"] == ("data/mini_benchmark" if "--tiny" in script else "CL_Benchmark")
+    assert command["data_dir"] == "data/mini_benchmark"
+
+
+def test_a_small_model_reads_the_benchmark_where_it_is_there(checkout):
+    made_up = bash("scripts_llama/order_1.sh", "--small", cwd=checkout, DRY_RUN="1")
+    assert flags(shlex.split(made_up.stdout))["data_dir"] == "data/mini_benchmark"
+    assert "CL_Benchmark has no train.json" in made_up.stderr
+    put(checkout / "CL_Benchmark" / "TC" / "dbpedia" / "train.json", [])
+    found = bash("scripts_llama/order_1.sh", "--small", cwd=checkout, DRY_RUN="1")
+    assert flags(shlex.split(found.stdout))["data_dir"] == "CL_Benchmark" and "train.json" not in found.stderr
+
+
+@pytest.mark.parametrize("script, family", [("scripts/order_1.sh", "encoder-decoder"),
+                                            ("scripts_llama/order_1.sh", "decoder-only")])
+def test_another_model_gets_what_suits_its_type(script, family):
+    command = flags(dry_run(script, MODEL="some/model", EXTRA="--lora_modules .*mine")[0])
+    assert command["family"] == family and command["lora_modules"] == ".*mine"
+    assert command["optim_target_modules"] == command["proj_lora_modules"] == "auto"
 
 
 # --- refusals ---
@@ -464,6 +481,14 @@ def test_bad_input_is_said_once(checkout):
     done = order_1(checkout, FAIL_AT="dbpedia", FAIL_WITH="2")
     assert (done.returncode, done.stderr) == (2, "error: --flag: bad\n")
     assert "table of" not in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--hub_token hf_secret", "--hub_token=hf_secret", "--hub-token 'hf_secret'"])
+def test_a_secret_reaches_no_log(flag, checkout):
+    done = order_1(checkout, EXTRA=flag)
+    [log] = [path.read_text() for path in (checkout / "logs").glob("*.log")]
+    assert "hf_secret" not in log + done.stdout + done.stderr
+    assert "***" in log and "EXTRA override these" in done.stdout
 
 
 def test_fresh_is_passed_on_with_the_log_that_goes_too():

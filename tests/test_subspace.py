@@ -97,6 +97,22 @@ def test_input_side_holds_the_columns():
     assert space.get("absent") is None and list(space.bases) == ["q"]
 
 
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_a_moment_of_two_thin_factors_needs_no_svd_of_the_product(side, monkeypatch):
+    A, B = (torch.randn(shape, generator=torch.Generator().manual_seed(5)) for shape in ((40, 3), (3, 60)))
+    whole, thin = GradientSpace(side), GradientSpace(side)
+    start = torch.linalg.qr(torch.randn(40 if side == "output" else 60, 4)).Q
+    whole.bases["q"], thin.bases["q"] = start, start
+    whole.extend({"q": A @ B})
+    shapes, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda M, **options: shapes.append(M.shape) or svd(M, **options))
+    thin.extend({"q": (A, B)})
+    assert [shape[1] for shape in shapes] == [3]
+    (S, T), new = (space.get("q") for space in (whole, thin)), slice(4, None)
+    assert S.shape == T.shape and S.shape[1] > 4
+    torch.testing.assert_close(S[:, new] @ S[:, new].T, T[:, new] @ T[:, new].T, atol=1e-5, rtol=0)
+
+
 def test_useless_moments_are_left_out_with_a_line(caplog):
     space = GradientSpace()
     good, _ = matrix([1.0, 0.1])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENVIRONMENT, PREFIX, ROOT, arguments, free_port, predictions
+from helpers import ENVIRONMENT, PREFIX, ROOT, arguments, free_port, losses, predictions
 from safetensors.torch import load_file
 
 
@@ -61,21 +61,22 @@ def test_two_ranks_under_zero_train_what_one_process_trains(adapter_name, stage,
         assert (held > 0.99).sum() >= max(S.shape[1], spaces[1][name].shape[1]) - 1, name
 
 
-def test_two_ranks_train_another_method_too(mini_benchmark, tmp_path):
-    model, modules = PREFIX["t5_adapter"]
-    short = ["--method", "nlora", "--max_steps", "4", "--max_predict_samples", "4"]
-    sharded = ["--deepspeed", "configs/ds_configs/stage2.config", "--per_device_train_batch_size", "4"]
-    for dataset in ("dbpedia", "amazon"):
-        command = arguments(mini_benchmark, tmp_path / dataset, dataset, model, modules, *short, *sharded)
-        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
-        launched = [*launcher, "src/run_uie_lora.py", *command]
-        done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        model = tmp_path / dataset / "t5_adapter"
-    again = arguments(mini_benchmark, tmp_path / "again", "amazon", model, modules, *short)
-    again.remove("--do_train")
-    subprocess.run([sys.executable, "src/run_uie_lora.py", *again], cwd=ROOT, env=ENVIRONMENT, check=True)
-    assert predictions(tmp_path / "again") == predictions(tmp_path / "amazon")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_in_16_bits_factors_are_saved_from_their_float32_values(stage, mini_benchmark, tmp_path):
+    """The second task's, so clear of S as in float32, and the first's, which are frozen, bit for bit."""
+    first, second = tmp_path / "first" / "llama_adapter", tmp_path / "second" / "llama_adapter"
+    sgorp = ["--method", "sgorp", "--bf16", "--lamda_1", "0.01", "--max_predict_samples", "4"]
+    train(first.parent, "llama_adapter", mini_benchmark, *sgorp, stage=2)
+    sgorp += ["--model_name_or_path", str(first), "--task_config_dir", str(ROOT / "configs/order1_configs/amazon")]
+    train(second.parent, "llama_adapter", mini_benchmark, *sgorp, stage=stage)
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    spaces = load_file(first / "gradient_space.safetensors")
+    for name, factor in old.items():
+        kept, added = (new[name][:8], new[name][8:]) if ".lora_A." in name else (new[name][:, :8], new[name][:, 8:])
+        assert torch.equal(kept, factor) and not torch.equal(factor, factor.bfloat16().float())
+        if ".lora_A." in name:
+            S = spaces[name.removeprefix("base_model.model.").replace(".lora_A.weight", ".loranew_A")]
+            assert added.abs().max() > 0.01 and (added @ S).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(("adapter_name", "stage"), [("t5_adapter", 2), ("llama_adapter", 3)])
@@ -123,8 +124,3 @@ def test_two_ranks_predict_what_one_predicts(adapter_name, how, mini_benchmark, 
     assert one["predict_samples"] == two["predict_samples"] == 23
     assert one["predict_gen_len"] == two["predict_gen_len"]
     assert two["predict_loss"] == pytest.approx(one["predict_loss"], rel=1e-4)
-
-
-def losses(folder: Path) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]

@@ -17,8 +17,10 @@ from zero_worker import LR, Case, Net, Run, batch, dense, run  # noqa: E402
 from zero_worker import TARGETS as TARGETS_OF  # noqa: E402
 
 from errors import InputError  # noqa: E402
+from helpers import HostReads  # noqa: E402
 from Proj_torch.core_linear import CoreLinear  # noqa: E402
 from Proj_torch.layer_gradient import LayerGradient, sketched_bases  # noqa: E402
+from Proj_torch.plan import Plan  # noqa: E402
 from Proj_torch.proj_projector import project  # noqa: E402
 from Proj_torch.zero_core import CoreEngine  # noqa: E402
 
@@ -33,6 +35,18 @@ def typed(proj_type: str, **fields) -> Case:
     return Case(proj_type=proj_type, eps=EPS.get(proj_type, 1e-8), **fields)
 
 
+def left_out(stage: int | str | None, **fields) -> list[Case]:
+    """Steps left out at the start, at a refresh (every fourth), between, in a row and at the end, with a resume; and
+    refreshes that find no basis."""
+    patterns = {"first": (0,), "refresh": (8,), "between": (5, 6), "many": (0, 1, 4, 7, 8, 23)}
+    fields |= {"steps": 24, "accumulation": 2}
+    return [
+        *(Case(f"{stage}-{name}-left-out", stage, bad_steps=steps, stop_at=9 if name == "many" else 0, **fields)
+          for name, steps in patterns.items()),
+        Case(f"{stage}-fell-back", stage, zero_steps=(0, 4, 5), bad_steps=(6,), stop_at=6, **fields),
+    ]  # fmt: skip
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
@@ -40,6 +54,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def assert_same(found: dict, wanted: dict, losses: float = 1e-5, changes: float = 1e-4, moments: float = 1e-3) -> None:
     a, b = torch.tensor(found["losses"]), torch.tensor(wanted["losses"])
     assert a.shape == b.shape
+    if "report" in found and "report" not in wanted:
+        assert {weight["refreshes"] for weight in found["report"].values()} == {wanted["refreshes"]}
+        assert {weight["steps"] for weight in found["report"].values()} == {len(wanted["losses"])}
     assert ((a - b).abs() / b).max() < losses
     assert found["weights"].keys() == wanted["weights"].keys()
     for name in wanted["weights"]:
@@ -73,9 +90,7 @@ ALONE = [
     Case("decay", weight_decay=0.3),
     Case("lowrank", refresh="lowrank"),
     Case("resumed", stop_at=10, weight_decay=0.1),
-    Case("skipped-refresh", bad_step=8, weight_decay=0.1),
-    Case("skipped-first", bad_step=0),
-    Case("skipped-between", bad_step=5, accumulation=2),
+    *left_out(None, weight_decay=0.1),
     Case("factor-output", factor=True, side="output"),
     Case("factor-input", factor=True, side="input", stop_at=7),
     Case("penalty", penalty=0.01, accumulation=2),
@@ -90,10 +105,23 @@ def test_one_process_equals_proj_adamw(case):
     assert_same(found, wanted)
 
 
+@pytest.mark.parametrize("refresh", ["exact", "lowrank", "sketch"])
+def test_the_host_waits_for_one_value_a_weight_at_a_refresh_and_for_none_between(refresh):
+    one = Run(Case("waits", refresh=refresh))
+    waits = []
+    for step in range(2):
+        one.cores.begin_micro_batch()
+        with HostReads() as reads:
+            one.net(batch(step)[0]).sum().backward()
+        waits.append(reads.count)
+        one.optimizer.step()
+    assert waits == [len(TARGETS), 0]
+
+
 def test_every_step_and_refresh_is_counted():
     report = run(Case("counted", steps=10, gap=4, accumulation=2))["report"]
-    assert report.weights.keys() == set(TARGETS)
-    for target in report.weights.values():
+    assert report.keys() == set(TARGETS)
+    for target in report.values():
         assert (target["refreshes"], target["steps"]) == (3, 10)
         assert 0.3 < target["energy"] <= 1.0
 
@@ -125,7 +153,7 @@ def test_the_change_of_a_weight_is_orthogonal_to_the_space(side):
     one = Run(Case("protected", side=side, way="orthogonal"))
     starts = {name: layer.weight.clone() for name, layer in one.cores.layers.items()}
     one.train(0, 12)
-    one.cores.fold()
+    one.cores.finish()
     for name, layer in one.cores.layers.items():
         change = layer.weight - starts[name]
         component = layer.space.T @ change if side == "output" else change @ layer.space
@@ -152,21 +180,13 @@ def test_trained_weights_are_those_that_finish_leaves():
     assert all(torch.equal(weights[name], layer.weight) for name, layer in one.cores.layers.items())
 
 
-def test_fold_may_be_called_while_training_continues():
-    case = Case("folded")
-    one = Run(case)
-    losses = one.train(0, 6)
-    one.cores.fold()
-    assert_same(one.result(losses + one.train(6, case.steps)), dense(case))
-
-
 def test_evaluation_between_steps_sees_the_trained_weights():
     one = Run(Case("evaluated"))
     one.train(0, 5)  # the last step was a refresh
     x, _ = batch(0)
     with torch.no_grad():
         before = one.net(x)
-    one.cores.fold()
+    one.cores.finish()
     torch.testing.assert_close(one.net(x), before)
 
 
@@ -186,67 +206,23 @@ def test_bfloat16_follows_float32():
 # ------------------------------------------------------------------------------------------- factors
 
 
-def factor_engine(space: torch.Tensor | None, **flags) -> tuple[CoreEngine, nn.Parameter]:
-    net, factor = Net(), nn.Parameter(torch.zeros(4, 6))
-    cores = CoreEngine(
-        net, {"first": net.first}, rank=2, update_proj_gap=5, factor_spaces={"loranew_A": (factor, space)}, **flags
-    )
-    cores.attach(torch.optim.AdamW([{"params": [factor]}, *cores.core_groups(LR)], lr=LR))
-    return cores, factor
-
-
 def test_a_factor_gradient_loses_its_component_and_its_moment_is_returned():
     S = torch.linalg.qr(torch.randn(4, 2, generator=torch.Generator().manual_seed(0))).Q
-    cores, factor = factor_engine(S)
+    net, factor = Net(), nn.Parameter(torch.zeros(4, 6))
+    projection = {"rank": 2, "update_proj_gap": 5, "scale": 1.0, "proj_type": "std", "svd": "exact", "lr": LR}
+    cores = CoreEngine(net, Plan({"first": net.first}, projection, {"loranew_A": factor}, {"loranew_A": S}))
+    cores.begin_training(cores.create_optimizer({"loranew_A": factor}, lr=LR, weight_decay=0.0))
     G = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     (factor * G).sum().backward()
     torch.testing.assert_close(factor.grad, G - S @ (S.T @ G))
-    assert cores.first_moments()["loranew_A"].shape == (4, 6)
-
-
-# ------------------------------------------------------------------------------------------ refusals
-
-
-def build(net: nn.Module, targets: dict, **settings) -> CoreEngine:
-    return CoreEngine(net, targets, **{"rank": 2, "update_proj_gap": 5} | settings)
-
-
-def test_refusals_name_what_was_found():
-    net = Net()
-    tied = Net()
-    tied.second.weight = nn.Parameter(torch.zeros(12, 12))
-    tied.third.weight = tied.second.weight
-    refused = [
-        ("second.*shared.*third", lambda: build(tied, {"second": tied.second})),
-        ("norm: a LayerNorm", lambda: build(net, {"norm": nn.LayerNorm(3)})),
-        ("no module matches", lambda: build(net, {})),
-        ("first: rank 11", lambda: build(net, {"first": net.first}, rank=11)),
-        ("refresh: 'svd'", lambda: build(net, {"first": net.first}, refresh="svd")),
-        ("protect_side: 'left'", lambda: build(net, {"first": net.first}, protect_side="left")),
-        ("scale: 0", lambda: build(net, {"first": net.first}, scale=0)),
-        ("update_proj_gap: 0", lambda: build(net, {"first": net.first}, update_proj_gap=0)),
-        ("space of first: shape", lambda: build(net, {"first": net.first}, spaces={"first": torch.eye(10, 2)})),
-    ]
-    for message, make in refused:
-        with pytest.raises(InputError, match=message):
-            make()
-    assert all(type(net.get_submodule(name)) is nn.Linear for name in TARGETS)
-
-
-def test_training_without_the_cores_is_refused():
-    net = Net()
-    cores = build(net, {"first": net.first})
-    with pytest.raises(InputError, match="attach"):
-        cores.begin_micro_batch()
-    with pytest.raises(InputError, match="core_groups"):
-        cores.attach(torch.optim.AdamW(net.head.parameters()))
+    assert cores.first_moments()["loranew_A"][0].shape == (4, 6)
 
 
 def test_a_damaged_state_is_refused_before_anything_changes():
     one = Run(Case("damaged"))
     one.train(0, 5)
     state = one.cores.state_dict()
-    for key, found in (("second.core", torch.zeros(2, 2)), ("third.exp_avg", None)):
+    for key, found in (("second.core", torch.zeros(2, 2)), ("third.core.exp_avg", None)):
         damaged = {k: v for k, v in state.items() if k != key} | ({} if found is None else {key: found})
         with pytest.raises(InputError, match=key):
             one.cores.load_state_dict(damaged)
@@ -311,7 +287,7 @@ def test_a_zero_gradient_keeps_the_basis_and_ends_nothing():
             (one.net(batch(0)[0]) * 0.0).sum().backward()
             one.optimizer.step()
         assert all(torch.isfinite(layer.weight).all() for layer in one.cores.layers.values())
-        assert one.cores.report().weights["first"]["refreshes"] == 2
+        assert one.cores.report().weights["first"]["refreshes"] == 0
 
 
 # ------------------------------------------------------------------------------------------ two ranks
@@ -327,6 +303,7 @@ EXACT = [
     *(Case(f"{stage}-gp-first", stage, side="output", proj_type="left") for stage in (2, 3)),
     *(Case(f"{stage}-resumed", stage, stop_at=10, weight_decay=0.1) for stage in STAGES),
     *(Case(f"{stage}-lowrank", stage, refresh="lowrank") for stage in (2, 3)),
+    *(case for stage in STAGES for case in left_out(stage)),
     Case("2-penalty", 2, penalty=0.01),
     *(
         Case(f"{stage}-factor", stage, factor=True, side="input", stop_at=7, accumulation=2)
@@ -348,6 +325,7 @@ SKETCHED = [Case(f"{stage}-sketch", stage, refresh="sketch", accumulation=2) for
 HALF = [
     *(Case(f"{stage}-bf16", stage, precision="bf16", weight_decay=0.1) for stage in (0, *ZERO)),
     *(Case(f"{stage}-fp16", stage, precision="fp16", weight_decay=0.1) for stage in ZERO),
+    *(Case(f"{stage}-bf16-penalty", stage, precision="bf16", penalty=0.01, accumulation=2) for stage in (0, 1, 2)),
     *(
         Case(f"2-{precision}-{side}", 2, precision=precision, side=side, way="orthogonal", factor=True,
              gap=20)  # one basis: in 16 bits the sign of a later one is a matter of chance, see docs/LOG.md
@@ -356,7 +334,7 @@ HALF = [
     ),
 ]
 SKIPPED = [
-    Case(f"{stage}-{precision}-skipped", stage, precision=precision, bad_step=8)
+    Case(f"{stage}-{precision}-skipped", stage, precision=precision, bad_steps=(8,))
     for stage in ZERO
     for precision in ("bf16", "fp16")
 ]
@@ -404,7 +382,6 @@ def test_two_ranks_in_16_bits_follow_float32(two_ranks, case):
 @pytest.mark.parametrize("case", SKIPPED, ids=lambda case: case.name)
 def test_two_ranks_leave_out_a_step_that_overflows(two_ranks, case):
     found = two_ranks[case.name]
-    assert found["report"]["steps"] == case.steps - 1
     assert_same(found, dense(case), 1e-2, 0.1, 0.1)
 
 

@@ -18,8 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from non_finite import NonFiniteGuard  # noqa: E402
 from Proj_torch.adamw import ProjAdamW  # noqa: E402
 from Proj_torch.optimizer_state import MOMENTS, start_moments  # noqa: E402
+from Proj_torch.plan import Plan  # noqa: E402
+from Proj_torch.proj_projector import product  # noqa: E402
 from Proj_torch.zero_core import CoreEngine  # noqa: E402
 
 TARGETS = {
@@ -50,7 +53,8 @@ class Case:
     way: str = "gp_first"  # in which S acts on the targets; from a factor's gradient it is removed
     precision: str = "fp32"
     stop_at: int = 0  # save after this many steps and go on from the file in a new model
-    bad_step: int = -1  # the loss of this step is infinite, and the step is skipped
+    bad_steps: tuple[int, ...] = ()  # whose loss is infinite on one rank, so that they are left out
+    zero_steps: tuple[int, ...] = ()  # whose gradients are zero, so that a refresh finds no basis
     eps: float = 1e-8
     penalty: float = 0.0  # on the change of a weight
     factor: bool = False  # the head's weight is protected too, as a LoRA factor is
@@ -119,9 +123,9 @@ def rate(step: int) -> float:
     return 1.0 - 0.03 * step
 
 
-def spaces(case: Case, net: nn.Module) -> dict[str, torch.Tensor | None]:
+def spaces(case: Case, net: nn.Module) -> dict[str, torch.Tensor]:
     if not case.side:
-        return dict.fromkeys(TARGETS[case.model])
+        return {}
     generator = torch.Generator().manual_seed(3)
     sizes = {name: net.get_submodule(name).weight.shape[case.side == "input"] for name in TARGETS[case.model]}
     return {name: torch.linalg.qr(torch.randn(n, 2, generator=generator)).Q for name, n in sizes.items()}
@@ -157,19 +161,21 @@ def dense(case: Case) -> dict:
     starts = [w.detach().clone() for w in weights]
     losses = []
     for step in range(case.steps):
-        if step == case.bad_step:
+        if step in case.bad_steps:
             continue
         for group in optimizer.param_groups:
             group["lr"] = LR * rate(step)
         x, y = batch(step, case.model)
         loss = loss_of(case, net, x, y) + penalty(case, weights, starts)
         optimizer.zero_grad()
-        loss.backward()
+        (loss * 0.0 if step in case.zero_steps else loss).backward()
         optimizer.step()
         losses.append(loss.item())
+    refreshes = optimizer.projection_report().weights["0.0"]["refreshes"]
     columns = {"weights": [w.detach() for w in weights], "starts": starts,
                "moments": [optimizer.get_first_moment(w) for w in weights]}
-    return {"losses": losses} | {key: dict(zip(TARGETS[case.model], c, strict=True)) for key, c in columns.items()}
+    by_name = {key: dict(zip(TARGETS[case.model], column, strict=True)) for key, column in columns.items()}
+    return {"losses": losses, "refreshes": refreshes} | by_name
 
 
 class Run:
@@ -181,26 +187,30 @@ class Run:
         self.net = build(case)
         if case.stage is None and case.precision != "fp32":
             self.net.to(torch.bfloat16)
-        self.cores = CoreEngine(
-            self.net, {name: self.net.get_submodule(name) for name in TARGETS[case.model]}, rank=case.rank,
-            update_proj_gap=case.gap, scale=case.scale, proj_type=case.proj_type, refresh=case.refresh,
-            spaces=spaces(case, self.net), protect_side=case.side or "output",
-            orthogonal=case.way == "orthogonal",
-            factor_spaces={"head": (self.net.head.weight, factor_space(case))} if case.factor else None,
-        )
+        targets = {name: self.net.get_submodule(name) for name in TARGETS[case.model]}
+        factors = {"head": self.net.head.weight} if case.factor else {}
+        plan = Plan(
+            targets, {"rank": case.rank, "update_proj_gap": case.gap, "scale": case.scale, "svd": case.refresh,
+                      "proj_type": case.proj_type, "lr": LR},
+            factors, spaces(case, self.net) | ({"head": factor_space(case)} if case.factor else {}),
+            case.side or "output", case.way,
+        )  # fmt: skip
+        self.cores = CoreEngine(self.net, plan)
         cores = {layer.core for layer in self.cores.layers.values()}
         others = [p for p in self.net.parameters() if p.requires_grad and p not in cores]
         groups = [{"params": others, "lr": LR, "weight_decay": 0.0},
-                  *self.cores.core_groups(LR, case.weight_decay)]
+                  *self.cores.core_groups(case.weight_decay)]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, eps=case.eps)
-        self.starts = [layer.weight.detach().clone() for layer in self.cores.layers.values()]
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.model, self.engine = self.net, None
         if case.stage == "ddp":
             self.model = nn.parallel.DistributedDataParallel(self.net)
         elif case.stage is not None:
             self._deepspeed()
-        self.cores.attach(self.optimizer, self.engine)
+        self.cores.begin_training(self.optimizer, self.engine)
+        self.starts = [w.detach().clone() for _, w in self.cores.effective_weights()] if case.penalty else []
+        self.guard = NonFiniteGuard(limit=99, watch_gradients=case.precision != "fp16")
+        self.guard.watch(self.optimizer, (*others, *cores))
 
     def _deepspeed(self) -> None:
         import deepspeed
@@ -234,28 +244,31 @@ class Run:
                 self.cores.begin_micro_batch(is_last=number == len(pairs))
                 loss = loss_of(self.case, self.model, x, y)
                 if self.case.penalty:
-                    weights = [layer.effective_weight() for layer in self.cores.layers.values()]
+                    weights = [weight for _, weight in self.cores.effective_weights()]
+                    assert step > 0 or all(torch.equal(*pair) for pair in zip(weights, self.starts))  # no change yet
                     loss = loss + penalty(self.case, weights, self.starts)
                 total += loss.detach() / len(pairs)
-                if step == self.case.bad_step:
+                if step in self.case.bad_steps and self.rank == self.world - 1:
                     loss = loss * torch.inf
-                self.backward(loss / len(pairs) if self.engine is None else loss, number == len(pairs), step)
-            if step == self.case.bad_step:
+                if step in self.case.zero_steps:
+                    loss = loss * 0.0
+                self.guard.note_micro_batch(step + 1, loss, [])
+                self.backward(loss / len(pairs) if self.engine is None else loss, number == len(pairs))
+            if step in self.case.bad_steps:
                 continue
             if dist.is_initialized():
                 dist.all_reduce(total)
             losses.append(total.item() / self.world)
         return losses
 
-    def backward(self, loss: torch.Tensor, is_last: bool, step: int) -> None:
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         if self.engine is not None:
             self.engine.backward(loss)
             self.engine.step()
             return
         loss.backward()
         if is_last:
-            if step != self.case.bad_step:
-                self.optimizer.step()
+            self.optimizer.step()
             self.optimizer.zero_grad()
 
     def save(self) -> dict[str, torch.Tensor]:
@@ -281,9 +294,10 @@ class Run:
         self.cores.load_state_dict(state)
 
     def result(self, losses: list[float]) -> dict:
-        result = {"losses": losses, "moments": self.cores.first_moments()}
+        moments = {name: product(factors) for name, factors in self.cores.first_moments().items()}
+        result = {"losses": losses, "moments": moments}
         self.cores.finish(in_pieces=True)
-        return result | {"weights": dict(self.cores.trained_weights), "report": self.cores.report()}
+        return result | {"weights": dict(self.cores.trained_weights), "report": self.cores.report().weights}
 
 
 def run(case: Case) -> dict:

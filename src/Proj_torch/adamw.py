@@ -8,24 +8,27 @@
 
 One step for a weight W (out, in) with gradient G, in a group with a rank and a protected space S:
 
-1. if the step's number (from 0) is a multiple of `update_proj_gap`, new bases from the whole G, its part in S included
-   (`proj_projector.next_bases`); the moments are neither reset nor rotated, as in GaLore (Zhao et al. 2024);
+1. if the step's number (from 0) is a multiple of `update_proj_gap`, new bases from all of G, its part in S included
+   (`ProjProjector.refresh`); the moments are neither reset nor rotated, as in GaLore (Zhao et al. 2024). A refresh that
+   finds no basis keeps the previous one and is due again at the next step;
 2. R = the projection of G; with `gp_first`, R loses its component in S;
 3. a core of R's shape, zero before the step, takes one step of PyTorch's own AdamW on R; with `gp_second`, the first
    moment loses its component in S for this step, before it is divided by the root of the second;
 4. W shrinks by `lr * weight_decay` and moves by scale * (the core projected back).
 
-This is the reference; `zero_core.py` does the same with cores that stay from step to step, and must equal it.
+This is the reference; `zero_core.py` does the same with cores that persist from step to step, and must equal it.
 
-S is always in W's own coordinates; where its side is projected, it is taken out of that side's basis. `gp_first` and
-`gp_second` are the two ways of the released GORP code. Neither makes the change of W orthogonal to S, except
-where S's side is itself projected: Adam's elementwise division turns a direction orthogonal to S into one that is not.
-`orthogonal`, this project's third way, does (except for weight decay, which acts on W itself): S is removed from G
-before the bases are taken, and from the update that is projected back.
+A parameter whose gradient is None is left as it is, its state included.
+
+S is always in W's own coordinates; where its side is projected, it is removed from that side's basis. `gp_first` and
+`gp_second` are the two ways of the released GORP code. They make the change of W orthogonal to S only where S's side
+is itself projected: elsewhere Adam's elementwise division turns a direction orthogonal to S into one that is not.
+`orthogonal`, this project's own way, always does (except for weight decay, which acts on W itself): it removes S from
+G before the bases are taken, and from the update that is projected back.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -41,6 +44,7 @@ from Proj_torch.proj_projector import (
     SIDES,
     ProjProjector,
     check_space,
+    product,
     project,
     project_back,
     remove,
@@ -51,8 +55,9 @@ from Proj_torch.svd import SVD_METHODS, at_least_float32, energy_share
 
 ADAM_KEYS = ("params", "param_names", "lr", "betas", "eps", "weight_decay", "eps_before_correction")
 PROJECTION_KEYS = ("rank", "update_proj_gap", "scale", "proj_type", "svd")
-WAYS = ("gp_first", "gp_second", "orthogonal")  # in which a protected space acts
+WAYS = ("gp_first", "gp_second", "orthogonal")  # how a protected space acts
 PROTECTION_KEYS = ("scale_mats", *WAYS, "protect_side")
+DEFAULTS = {"svd": "exact", **dict.fromkeys(WAYS, False), "protect_side": "output"}
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,13 @@ class ProjectionReport:
     """What the projection of a run's weights did, with either engine.
 
     `weights` has for each projected weight its `shape`, `ranks` (left, right), `steps` taken in projected coordinates,
-    `refreshes` of the bases, and `energy`: the share of the squared gradient that the last bases held when they were
-    taken.
+    `refreshes` that found bases, and `energy`: the share of the squared gradient that the last bases held when they
+    were taken.
     """
 
     weights: dict[str, dict[str, Any]]
 
     def line(self) -> str:
-        """The report in one line."""
         if not self.weights:
             return "projection: no weight"
         steps, refreshes = (sum(weight[key] for weight in self.weights.values()) for key in ("steps", "refreshes"))
@@ -113,17 +117,14 @@ class ProjAdamW(Optimizer):
         super().__init__(params, adam | {"eps_before_correction": eps_before_correction})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; nothing is added when it is rejected. Raises InputError as the constructor does."""
+        """Add a group, unless it is rejected with InputError as in the constructor."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            _check_keys(group)
-            for index, p in enumerate(group["params"]):
-                _check_fit(group, index, p)
+            _check(self.param_groups[-1])
         except InputError:
             self.param_groups.pop()
             raise
-        _place_spaces(group)
+        _place_spaces(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -133,29 +134,24 @@ class ProjAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            weights = [Weight(group, index, p, self.state[p]) for index, p in enumerate(group["params"])
-                       if p.grad is not None]  # fmt: skip
-            plain = [weight for weight in weights if weight.is_plain]
-            self._adam(group, [weight.p for weight in plain], [weight.p.grad for weight in plain],
-                       [weight.state for weight in plain], group["weight_decay"])  # fmt: skip
-            self._step_in_projection(group, [weight for weight in weights if not weight.is_plain])
+            self._step([Weight(group, index, p, self.state[p]) for index, p in enumerate(group["params"])
+                        if p.grad is not None], group)  # fmt: skip
         return loss
 
-    def _step_in_projection(self, group: dict[str, Any], weights: list["Weight"]) -> None:
-        """The step described at the head of this file."""
+    def _step(self, weights: list["Weight"], group: dict[str, Any]) -> None:
+        """The step described at the head of this file; of a plain weight, the core is W itself."""
         projected = [weight.projected_gradient() for weight in weights]
-        cores = [torch.zeros_like(R) for R in projected]
-        self._adam(group, cores, projected, [weight.state for weight in weights], weight_decay=0.0)
+        if group["weight_decay"] and weights:
+            torch._foreach_mul_([weight.p for weight in weights], 1 - group["lr"] * group["weight_decay"])
+        cores = [weight.p if weight.is_plain else torch.zeros_like(R) for weight, R in zip(weights, projected)]
+        self._adam(group, cores, projected, [weight.state for weight in weights])
         for weight, core in zip(weights, cores, strict=True):
             if weight.clears_moment:
-                core = weight.direction_of_cleared_moment(group["betas"], _eps(group, weight.state))
-                core.mul_(-group["lr"])
-            if group["weight_decay"]:
-                weight.p.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_back_(core)
+                core = weight.direction_of_cleared_moment(_eps(group, weight.state)).mul_(-group["lr"])
+            if not weight.is_plain:
+                weight.add_back_(core)
 
-    def _adam(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict],
-              weight_decay: float) -> None:  # fmt: skip
+    def _adam(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         """One step of PyTorch's own AdamW, on all parameters of a group at once."""
         for state, gradient in zip(states, grads, strict=True):
             if "exp_avg" not in state:
@@ -177,7 +173,7 @@ class ProjAdamW(Optimizer):
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 lr=group["lr"],
-                weight_decay=weight_decay,
+                weight_decay=0.0,
                 eps=eps,
                 maximize=False,
             )
@@ -186,6 +182,11 @@ class ProjAdamW(Optimizer):
         """Adam's first moment of a parameter in the parameter's own coordinates and shape, as a copy.
 
         A projected moment is projected back with the current bases, without `scale`. Zeros before the first step.
+        """
+        return product(self.first_moment_factors(param)).clone()
+
+    def first_moment_factors(self, param: Tensor) -> tuple[Tensor, ...]:
+        """The first moment as one matrix, or as the two thin ones (out, k) and (k, in) whose product it is.
 
         Raises:
             InputError: the parameter is not this optimizer's.
@@ -193,14 +194,15 @@ class ProjAdamW(Optimizer):
         for group in self.param_groups:
             for index, p in enumerate(group["params"]):
                 if p is param:
-                    return Weight(group, index, p, self.state.get(p, {})).first_moment()
+                    return Weight(group, index, p, self.state.get(p, {})).first_moment_factors()
         raise InputError(f"first moment asked for a parameter {tuple(param.shape)} that is not the optimizer's")
 
     def projection_report(self) -> ProjectionReport:
-        """What the projection did so far, by parameter name."""
+        """What the projection has done so far, by parameter name."""
         weights = {}
-        for name, group, p in self._named():
-            if "rank" in group:
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names", [f"{number}.{index}" for index in range(len(group["params"]))])
+            for name, p in zip(names, group["params"], strict=True) if "rank" in group else ():
                 state = self.state.get(p, {})
                 weights[name] = {
                     "shape": tuple(p.shape),
@@ -223,12 +225,6 @@ class ProjAdamW(Optimizer):
         for group in self.param_groups:
             _place_spaces(group)
 
-    def _named(self) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names", [f"{number}.{index}" for index in range(len(group["params"]))])
-            for name, p in zip(names, group["params"], strict=True):
-                yield name, group, p
-
 
 def _eps(group: dict[str, Any], state: dict[str, Any], ahead: int = 0) -> float:
     """eps of the step that `state` has taken, or of the next one."""
@@ -241,7 +237,7 @@ def _eps(group: dict[str, Any], state: dict[str, Any], ahead: int = 0) -> float:
 
 
 class Weight:
-    """A parameter of a group with its state: what the head of this file does to it before and after Adam.
+    """A parameter of a group with its state, and what the head of this file does to it before and after Adam.
 
     Args:
         group: the optimizer's group; index: of the parameter in it.
@@ -257,7 +253,7 @@ class Weight:
 
     @property
     def is_plain(self) -> bool:
-        """Whether PyTorch's own AdamW on p does what is to be done."""
+        """Whether PyTorch's own AdamW on p does all that is asked."""
         return self.projector is None and not self.protection and self.p.dtype in (torch.float32, torch.float64)
 
     @property
@@ -271,7 +267,7 @@ class Weight:
 
     @property
     def removed_from_update(self) -> tuple:
-        """(S, side), or empty: with `gp_first`, S leaves a projected side's basis, and so the way back too."""
+        """(S, side), or empty: `gp_first` removes S from the basis of a projected side, and so from the update too."""
         if not self.protection or self.group["orthogonal"]:
             return self.protection
         side = SIDES.index(self.group["protect_side"])
@@ -283,22 +279,25 @@ class Weight:
         G = self.p.grad
         if self.projector is None:
             return project(G, None, None, *self.removed_from_gradient)
-        if self.projector.is_due(int(self.state.get("step", 0))):
+        if self.state.get("fell_back") or int(self.state.get("step", 0)) % self.group["update_proj_gap"] == 0:
             orthogonal = self.protection and self.group["orthogonal"]
             self._refresh(remove(G, *self.protection) if orthogonal else G)
         return self.projector.project(G, *self.removed_from_gradient)
 
     def _refresh(self, G: Tensor) -> None:
         """New bases from G into the projector and the state, with the share of G's energy that they hold."""
-        self.projector.refresh(G)
+        found = self.projector.refresh(G)
         for mode, basis in enumerate(self.projector.bases):
             if basis is not None:
                 self.state[f"basis_{mode}"] = basis
-        self.state["refreshes"] = self.state.get("refreshes", 0) + 1
-        self.state["energy"] = energy_share(self.projector.project(G), G)
+        self.state["refreshes"] = self.state.get("refreshes", 0) + int(found)
+        self.state["fell_back"] = int(not found)
+        if found:
+            self.state["energy"] = energy_share(self.projector.project(G), G)
 
-    def direction_of_cleared_moment(self, betas: tuple[float, float], eps: float) -> Tensor:
+    def direction_of_cleared_moment(self, eps: float) -> Tensor:
         """m_hat / (sqrt(v_hat) + eps) of the step just taken, of the first moment without its component in S."""
+        betas = self.group["betas"]
         bases = (None, None) if self.projector is None else self.projector.bases
         moment = remove_projected(self.state["exp_avg"], *bases, *self.protection)
         step = int(self.state["step"])
@@ -312,12 +311,12 @@ class Weight:
         else:
             self.projector.add_back_(self.p, core, *self.removed_from_update)
 
-    def first_moment(self) -> Tensor:
-        """Adam's first moment in p's coordinates and shape, as a copy."""
+    def first_moment_factors(self) -> tuple[Tensor, ...]:
+        """See ProjAdamW."""
         if "exp_avg" not in self.state:
-            return torch.zeros_like(at_least_float32(self.p.detach()))
+            return (torch.zeros_like(at_least_float32(self.p.detach())),)
         moment = self.state["exp_avg"]
-        return (self.projector.project_back(moment, *self.removed_from_update) if self.projector else moment).clone()
+        return (moment,) if self.projector is None else self.projector.back_factors(moment, *self.removed_from_update)
 
 
 def _projector(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> ProjProjector | None:
@@ -346,20 +345,17 @@ VALUES = {  # key: (what must hold, in words)
 }
 
 
-def _check_keys(group: dict[str, Any]) -> None:
-    """Reject unknown, missing and impossible settings; fill in the optional ones."""
+def _check(group: dict[str, Any]) -> None:
+    """Reject unknown, missing, impossible and unsuitable settings with InputError; fill in the optional ones."""
     allowed = ADAM_KEYS + PROJECTION_KEYS + PROTECTION_KEYS
     for key in group:
         if key not in allowed:
             raise InputError(f"optimizer group: key {key!r} is unknown; allowed are {', '.join(allowed)}")
-    if any(key in group for key in PROJECTION_KEYS):
-        group.setdefault("svd", "exact")
-        _require(group, PROJECTION_KEYS, "a projection")
-    if any(key in group for key in PROTECTION_KEYS):
-        for key, value in (*((way, False) for way in WAYS), ("protect_side", "output")):
-            group.setdefault(key, value)
-        _require(group, PROTECTION_KEYS, "a protected space")
-        _check_spaces(group)
+    for keys, purpose in ((PROJECTION_KEYS, "a projection"), (PROTECTION_KEYS, "a protected space")):
+        if any(key in group for key in keys):
+            group |= {key: DEFAULTS[key] for key in keys if key in DEFAULTS and key not in group}
+            if missing := [key for key in keys if key not in group]:
+                raise InputError(f"optimizer group: {', '.join(missing)} missing; {purpose} needs {', '.join(keys)}")
     for key, (holds, wanted) in VALUES.items():
         try:
             fits = key not in group or holds(group[key])
@@ -367,40 +363,31 @@ def _check_keys(group: dict[str, Any]) -> None:
             fits = False
         if not fits:
             raise InputError(f"optimizer group: {key} is {group[key]!r}; allowed is {wanted}")
-
-
-def _require(group: dict[str, Any], keys: tuple[str, ...], purpose: str) -> None:
-    missing = [key for key in keys if key not in group]
-    if missing:
-        raise InputError(f"optimizer group: {', '.join(missing)} missing; {purpose} needs {', '.join(keys)}")
-
-
-def _check_spaces(group: dict[str, Any]) -> None:
-    spaces = group["scale_mats"]
-    if len(spaces) != len(group["params"]):
+    spaces = group.get("scale_mats", ())
+    if spaces and not any(group[way] for way in WAYS) and any(S is not None for S in spaces):
+        raise InputError(f"optimizer group: {', '.join(WAYS)} are all off, so scale_mats would do nothing")
+    if "scale_mats" in group and len(spaces) != len(group["params"]):
         raise InputError(
             f"optimizer group: scale_mats has {len(spaces)} entries for {len(group['params'])} parameters; "
             "allowed is one a parameter, None where nothing is protected"
         )
-    if any(S is not None for S in spaces) and not any(group[way] for way in WAYS):
-        raise InputError(f"optimizer group: {', '.join(WAYS)} are all off, so scale_mats would do nothing")
+    names = group.get("param_names", [f"number {index}" for index in range(len(group["params"]))])
+    for index, (name, p) in enumerate(zip(names, group["params"], strict=True)):
+        _check_fit(group, index, p, f"parameter {name}")
 
 
-def _check_fit(group: dict[str, Any], index: int, p: Tensor) -> None:
-    """Reject a rank or a protected space that does not fit the parameter, naming the parameter."""
-    name = group["param_names"][index] if "param_names" in group else f"number {index}"
+def _check_fit(group: dict[str, Any], index: int, p: Tensor, name: str) -> None:
+    """Reject with InputError a rank or a protected space that does not fit the parameter."""
+    projector, S = _projector(group, p, {}), _space(group, index)
     try:
-        projector = _projector(group, p, {})
         if projector is not None:
             projector.ranks(p.shape)
     except InputError as error:
-        raise InputError(f"optimizer group, parameter {name}: {error}") from None
-    S = _space(group, index)
-    if S is None:
-        return
-    if p.ndim != 2:
-        raise InputError(f"optimizer group, parameter {name}: shape {tuple(p.shape)}; only a matrix can be protected")
-    check_space(S, p.shape[SIDES.index(group["protect_side"])], f"scale_mats of parameter {name}")
+        raise InputError(f"optimizer group, {name}: {error}") from None
+    if S is not None and p.ndim != 2:
+        raise InputError(f"optimizer group, {name}: shape {tuple(p.shape)}; only a matrix can be protected")
+    if S is not None:
+        check_space(S, p.shape[SIDES.index(group["protect_side"])], f"scale_mats of {name}")
 
 
 def _space(group: dict[str, Any], index: int) -> Tensor | None:
@@ -408,7 +395,7 @@ def _space(group: dict[str, Any], index: int) -> Tensor | None:
 
 
 def _place_spaces(group: dict[str, Any]) -> None:
-    """Put each protected space beside its parameter, in the dtype the mathematics is done in."""
+    """Move each protected space to its parameter's device, in the dtype of the computations."""
     if "scale_mats" in group:
         group["scale_mats"] = [
             None if S is None else at_least_float32(S.detach()).to(p.device)

@@ -1,4 +1,4 @@
-"""A frozen linear layer with a small trainable core, which ZeRO may cut up; `zero_core` says why, and drives it."""
+"""A frozen linear layer with a small trainable core, which ZeRO can shard; `zero_core` explains and drives it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class CoreLinear(nn.Linear):
         ranks: of the left and the right basis, None where that side is not projected.
         space: S, orthonormal columns, or None.
         side: "output" for S (out, c), "input" for S (in, c).
-        orthogonal: how S acts, as ProjAdamW's `orthogonal`, otherwise as its `gp_first`.
+        orthogonal: S acts as ProjAdamW's `orthogonal`, otherwise as its `gp_first`.
     """
 
     def __init__(
@@ -44,11 +44,13 @@ class CoreLinear(nn.Linear):
         self.side, self.orthogonal = side, orthogonal
         self.decay = 1.0  # d
         self.bases: Bases | None = None
-        self.before: tuple[Bases | None, float] | None = None  # bases and share that a skipped refresh returns to
-        self.rounding: Tensor | None = None  # a 16-bit weight's rounding error, in the weight's dtype
+        self.share: Tensor | float = 0.0  # of the last refresh's gradient, in its bases: ||L^T G R||^2 / ||G||^2
+        self.refreshes = 0  # that found bases
+        self.fell_back = False  # whether the last refresh found none, so that the next step refreshes again
+        self.before: tuple | None = None  # bases, share and fell_back that a step left out returns to
+        # A 16-bit weight's rounding error, in the weight's dtype; None until a fold has one.
+        self.register_buffer("rounding", getattr(linear, "rounding", None), persistent=False)
         self.gradient: LayerGradient | None = None  # collects a refresh step's gradient
-        self.share = 0.0  # of the last refresh's gradient, in its bases: ||L^T G R||^2 / ||G||^2
-        self.steps = self.refreshes = 0  # taken in projected coordinates; of the bases
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out) for x (..., in)."""
@@ -73,53 +75,51 @@ class CoreLinear(nn.Linear):
         return _EffectiveWeight.apply(self.core, self)
 
     def removed(self, from_update: bool) -> tuple:
-        """(S, side) for the gradient or for the update, empty where nothing is removed.
+        """(S, side) for the gradient or for the update; empty where nothing is removed.
 
-        S leaves a projected side's basis once it is taken, and so the way back too.
+        S is removed from the basis of a projected side, and so from the update too.
         """
         applies = self.orthogonal or not from_update or self.ranks[SIDES.index(self.side)] is not None
         return (self.space, self.side) if self.space is not None and applies else ()
 
     def removed_before_bases(self) -> tuple:
-        """(S, side) for the gradient that the bases are taken from; with `gp_first` that is the whole gradient."""
+        """(S, side) for the gradient that the bases are taken from; empty with `gp_first`, which takes all of it."""
         return self.removed(from_update=False) if self.orthogonal else ()
 
     def factors(self, from_update: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Left and right basis in `dtype`, clear of S, and S in float32 where it remains for the core, for the gradient
-        or for the update; see `remove_from_bases`."""
+        """Left and right basis in `dtype` without S, and S in float32 if it has yet to be removed from the core, for
+        the gradient or for the update; see `remove_from_bases`."""
         S, side = self.removed(from_update) or (None, self.side)
         left, right, space = remove_from_bases(*self.bases, S, side)
         return *(None if X is None else X.to(dtype) for X in (left, right)), space
 
-    def report(self) -> dict[str, Any]:
-        """The layer's entry in a `ProjectionReport`."""
-        return {"shape": self.shape, "ranks": self.ranks, "steps": self.steps, "refreshes": self.refreshes,
-                "energy": self.share}  # fmt: skip
-
     def prepare_refresh(self) -> None:
         """Collect the next step's gradient; the core must be zero."""
-        self.gradient, self.before = LayerGradient(self.shape), (self.bases, self.share)
+        self.gradient, self.before = LayerGradient(self.shape), (self.bases, self.share, self.fell_back)
 
     def close_refresh(self, taken: bool) -> None:
-        """End a step that refreshed: count it, or return to the bases before it if the optimizer left it out."""
+        """End a step that refreshed: count it, or undo it if the optimizer left the step out."""
         if self.gradient is not None:
-            self.refreshes += taken
-            self.bases, self.share = (self.bases, self.share) if taken else self.before
+            if taken:
+                self.refreshes += not self.fell_back
+            else:
+                self.bases, self.share, self.fell_back = self.before
             self.gradient = self.before = None
 
     @torch.no_grad()
-    def fold(self, core: Tensor) -> None:
-        """W <- d W + L C R^T in float32, d <- 1. The weight must be whole (see `gathered`)."""
+    def fold(self, core: Tensor) -> Tensor:
+        """W <- d W + L C R^T (out, in), d <- 1; returns W in float32. The weight must be complete (see `gathered`)."""
         if self.weight.dtype == torch.float32:
-            self._add_update(self.weight.detach(), core)  # in place: nothing of W's size beside it
+            W = self._add_update(self.weight.detach(), core)  # in place: nothing of W's size beside it
         else:
             W = self.trained_weight(core)
             self.weight.copy_(W)
             self.rounding = (W - self.weight.float()).to(self.weight.dtype)
         self.decay = 1.0
+        return W
 
     def trained_weight(self, core: Tensor) -> Tensor:
-        """d W + L C R^T (out, in) in float32, with what 16-bit rounding left out of W."""
+        """d W + L C R^T (out, in) in float32, with the rounding error of a 16-bit W."""
         W = self.weight.detach().to(torch.float32, copy=True)
         if self.rounding is not None:
             W += self.rounding
@@ -134,7 +134,7 @@ class CoreLinear(nn.Linear):
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on y; backward leaves the factors of the weight's gradient at the layer."""
+    """The identity on y; its backward pass gives the layer the factors of the weight's gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, core: Tensor, layer: CoreLinear) -> Tensor:
@@ -151,7 +151,7 @@ class _Tap(torch.autograd.Function):
 
 
 class _CoreTerm(torch.autograd.Function):
-    """L C R^T x, whose core gradient is L^T G R, each with or without S (autograd alone would tie the two)."""
+    """L C R^T x, with the core gradient L^T G R, each with or without S (autograd would treat both alike)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, core: Tensor, layer: CoreLinear) -> Tensor:
@@ -159,7 +159,7 @@ class _CoreTerm(torch.autograd.Function):
         z = x if right is None else times_thin(x, right)
         C = core.to(x.dtype) if space is None else remove(core, space, layer.side).to(x.dtype)
         h = F.linear(z, C)
-        # S leaves the right basis alike for the gradient and the update, so that z serves both.
+        # S is removed from the right basis for the gradient and for the update alike, so z serves both.
         ctx.layer = layer
         ctx.save_for_backward(z, core)
         return h if left is None else F.linear(h, left)
@@ -181,12 +181,12 @@ class _CoreTerm(torch.autograd.Function):
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """The weight itself, whose gradient goes to the core as the layer's own does."""
+    """The trained weight; its gradient reaches the core in the way of the layer's own."""
 
     @staticmethod
     def forward(ctx: Any, core: Tensor, layer: CoreLinear) -> Tensor:
         ctx.layer, ctx.core_dtype = layer, core.dtype
-        return layer.trained_weight(core)
+        return layer.trained_weight(core.float())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:

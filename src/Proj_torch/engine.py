@@ -4,75 +4,40 @@
 * `CoreEngine` (`zero_core.py`): small trainable cores beside frozen weights, which DeepSpeed can shard. It must equal
   the reference, and the tests say so.
 
-A method describes what it keeps in a `Plan` and does not ask which engine it got. In the order of a task's life:
+A method describes what it keeps in a `Plan` and does not ask which engine it gets. In the order of the calls:
 
     engine = make_engine(model, plan, cores=...)
     optimizer = engine.create_optimizer(factors, lr=..., betas=..., eps=..., weight_decay=...)
     engine.begin_training(optimizer, deepspeed)        # DeepSpeed's engine, or None
     engine.begin_micro_batch(is_last)                  # before each forward pass
-    engine.effective_weights()                         # in a penalty
-    engine.first_moments(), engine.report()            # after the last step
-    engine.finish(in_pieces)                           # the weights hold what was trained
-    engine.trained_weights                             # where the engine knows them better than the model does
+    engine.effective_weights()                         # by name, (out, in), differentiable: in a penalty
+    engine.state_dict(), engine.load_state_dict(state) # between two steps
+    engine.first_moments()                             # after the last step; by name, one matrix or two to multiply
+    engine.report()
+    engine.finish(in_pieces)                           # the weights then hold what was trained
+    engine.trained_weights                             # where the engine has them more exactly than the model
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from errors import InputError
 from Proj_torch.adamw import ProjAdamW, ProjectionReport
+from Proj_torch.plan import Plan
 from Proj_torch.zero_core import CoreEngine
 
 
-@dataclass
-class Plan:
-    """What trains by projection, what is protected, and how.
-
-    Attributes:
-        targets: module name -> linear layer whose weight (out, in) trains by projection.
-        projection: a projected group's settings in `ProjAdamW`: rank, update_proj_gap, scale, proj_type, svd, lr.
-        factors: parameter name -> LoRA factor whose first moment is asked for.
-        spaces: name of a target or factor -> S, (out, c) or (in, c) as `side` says; without an entry it is unprotected.
-        side: "output" or "input".
-        way: how S acts, one of `ProjAdamW`'s `gp_first`, `gp_second` and `orthogonal`.
-    """
-
-    targets: Mapping[str, nn.Linear]
-    projection: Mapping[str, Any]
-    factors: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    spaces: Mapping[str, Tensor] = field(default_factory=dict)
-    side: str = "output"
-    way: str = "gp_first"
-
-
-class Engine(Protocol):
-    """See the head of this file."""
-
-    name: str
-    own_state: bool  # whether its state is not that of the model's own parameters in the optimizer
-    trained_weights: Mapping[str, Tensor]  # module name -> (out, in), float32 on the CPU; after `finish`
-
-    def create_optimizer(self, factors: Mapping[str, nn.Parameter], **adam: Any) -> Optimizer: ...
-    def begin_training(self, optimizer: Optimizer, deepspeed: Any) -> None: ...
-    def begin_micro_batch(self, is_last: bool) -> None: ...
-    def effective_weights(self) -> Iterator[tuple[str, Tensor]]: ...
-    def first_moments(self) -> dict[str, Tensor]: ...
-    def report(self) -> ProjectionReport: ...
-    def finish(self, in_pieces: bool) -> None: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
-
-
-def make_engine(model: nn.Module, plan: Plan, *, cores: bool, eps_before_correction: bool = False) -> Engine:
-    """The engine that `plan` asks of `model`, whose targets begin to train.
+def make_engine(
+    model: nn.Module, plan: Plan, *, cores: bool, eps_before_correction: bool = False
+) -> "DenseEngine | CoreEngine":
+    """The engine that trains `plan.targets` of `model`.
 
     Args:
         cores: take `CoreEngine`, as DeepSpeed needs.
-        eps_before_correction: of `ProjAdamW`; only without cores.
+        eps_before_correction: as in `ProjAdamW`; only without cores.
 
     Raises:
         InputError: a rank, a setting or a space does not fit; with cores, a target that has a LoRA too.
@@ -85,25 +50,20 @@ def make_engine(model: nn.Module, plan: Plan, *, cores: bool, eps_before_correct
             f"--optim_target_modules: matches {both[0]}, which has a LoRA too; under DeepSpeed, or with "
             "--galore_engine cores, one of the two"
         )
-    settings = {key: value for key, value in plan.projection.items() if key != "svd"}
-    return CoreEngine(
-        model,
-        dict(plan.targets),
-        **settings,
-        refresh=plan.projection["svd"],
-        spaces={name: plan.spaces.get(name) for name in plan.targets},
-        protect_side=plan.side,
-        orthogonal=plan.way == "orthogonal",
-        factor_spaces={name: (factor, plan.spaces.get(name)) for name, factor in plan.factors.items()},
-    )
+    return CoreEngine(model, plan)
 
 
 class DenseEngine:
-    """`ProjAdamW` on complete weights; its methods are described at the head of this file."""
+    """`ProjAdamW` on complete weights; its methods are described at the head of this file.
+
+    Attributes:
+        own_state: whether what trains is kept elsewhere than in the model's own parameters and the optimizer.
+        trained_weights: module name -> (out, in), float32 on the CPU, after `finish`; empty where the model has them.
+    """
 
     name = "ProjAdamW"
     own_state = False
-    trained_weights: Mapping[str, Tensor] = {}  # the model holds them
+    trained_weights: Mapping[str, Tensor] = {}
 
     def __init__(self, plan: Plan, eps_before_correction: bool = False):
         self.plan = plan
@@ -134,9 +94,9 @@ class DenseEngine:
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.weights.items()
 
-    def first_moments(self) -> dict[str, Tensor]:
+    def first_moments(self) -> dict[str, tuple[Tensor, ...]]:
         params = {**self.plan.factors, **self.weights}
-        return {name: self.optimizer.get_first_moment(param) for name, param in params.items()}
+        return {name: self.optimizer.first_moment_factors(param) for name, param in params.items()}
 
     def report(self) -> ProjectionReport:
         return self.optimizer.projection_report()

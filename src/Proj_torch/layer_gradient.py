@@ -1,11 +1,11 @@
 """The gradient of a linear layer's weight without its matrix: factors that add up, and bases from a random sketch.
 
-Backward through y = W x hands a layer its input X (tokens, in) and the gradient of its output GY (tokens, out); the
-gradient of W is G = GY^T X. Products of G with thin matrices need no G: G M = GY^T (X M). A sketch is a few such
-products, and ranks add up sketches instead of gradients: (out + in) (k + p) numbers a pass instead of out * in.
+The backward pass of y = W x has the input X (tokens, in) and the gradient of the output GY (tokens, out); the gradient
+of W is G = GY^T X. Products of G with thin matrices need no G: G M = GY^T (X M). A sketch is a few such products, and
+ranks sum sketches instead of gradients: (out + in) (k + p) numbers a pass instead of out * in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class LayerGradient:
         self._factors, self._matrix = [], None
 
     def matrix(self) -> Tensor:
-        """G (out, in), the array itself where the sum is already kept in that form."""
+        """G (out, in), the tensor itself where the sum already has that form."""
         G = self._matrix
         for GY, X in self._factors:
             G = GY.float().mT @ X.float() if G is None else G.addmm_(GY.float().mT, X.float())
@@ -53,11 +53,15 @@ class LayerGradient:
 
     def times(self, M: Tensor) -> Tensor:
         """G M (out, l) for M (in, l)."""
-        return self._product(M, lambda G: G, lambda GY, X: (GY, X))
+        if self._matrix is not None:
+            return self._matrix @ M
+        return sum(GY.float().mT @ (X.float() @ M) for GY, X in self._factors)
 
     def transposed_times(self, M: Tensor) -> Tensor:
         """G^T M (in, l) for M (out, l)."""
-        return self._product(M, lambda G: G.mT, lambda GY, X: (X, GY))
+        if self._matrix is not None:
+            return self._matrix.mT @ M
+        return sum(X.float().mT @ (GY.float() @ M) for GY, X in self._factors)
 
     def projected(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """left^T G right; None stands for the identity."""
@@ -65,12 +69,6 @@ class LayerGradient:
             R = self.transposed_times(left).mT
             return R if right is None else R @ right
         return self.matrix() if right is None else self.times(right)
-
-    def _product(self, M: Tensor, of_matrix: Callable, of_factors: Callable) -> Tensor:
-        if self._matrix is not None:
-            return of_matrix(self._matrix) @ M
-        ordered = (of_factors(*pair) for pair in self._factors)
-        return sum(A.float().mT @ (B.float() @ M) for A, B in ordered)
 
 
 def sketched_bases(
@@ -81,7 +79,7 @@ def sketched_bases(
     previous: Bases | None,
     seed: int,
     device: torch.device,
-) -> tuple[Bases, float]:
+) -> tuple[Bases, Tensor]:
     """Bases of G (out, in) for `mode_ranks`' ranks, from products with G alone, and the energy share they hold.
 
     By `randomised_svd`, whose starting block holds the previous basis beside `OVERSAMPLING` Gaussian columns. The share
@@ -114,4 +112,6 @@ def sketched_bases(
     left = None if ranks[0] is None else U[:, : ranks[0]]
     squares = s.double().square()
     share = squares[:rank].sum() / (squares.sum() + outside.double().square().sum() / PROBES)
-    return (left, V[:, :rank].contiguous()), float(share)
+    if not share.isfinite():  # 0 / 0 where G is zero; the one value that the host waits for
+        raise torch.linalg.LinAlgError(f"a {tuple(shape)} gradient is zero or not finite")
+    return (left, V[:, :rank].contiguous()), share

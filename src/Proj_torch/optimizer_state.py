@@ -1,12 +1,12 @@
-"""A parameter's fp32 master copy and its Adam moments, wherever the optimizer keeps them.
+"""A parameter's float32 values and its Adam moments, wherever the optimizer keeps them.
 
-In one process and under DistributedDataParallel they are the parameter itself and `optimizer.state[parameter]`. Under
-DeepSpeed they are pieces: stages 1 to 3 flatten the parameters of a group and give each rank a slice of the result.
-Only DeepSpeed's public calls are used. Every method is collective: all ranks call it, in the same order.
+In one process and under DistributedDataParallel they are the parameter itself and `optimizer.state[parameter]`.
+DeepSpeed's stages 1 to 3 flatten the parameters of a group and give each rank a slice of the result. Only DeepSpeed's
+public calls are used. Every function and method is collective: all ranks call it, in the same order.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ def optimizer_state_of(optimizer: Optimizer, engine: Any) -> "LocalState | ZeroS
     return ZeroState(optimizer, engine) if sharded else LocalState(optimizer, engine)
 
 
-def read_parameters(state: "LocalState | ZeroState", params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Float32 values and moments of parameters by name, on the CPU, as `write_parameters` takes them; collective."""
+def read_parameters(state: "LocalState | ZeroState", params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Float32 values and moments of parameters, by name, on the CPU, as `write_parameters` takes them."""
     saved = {}
     for name, param in params.items():
         saved[name] = state.read_master(param)
@@ -34,38 +34,34 @@ def read_parameters(state: "LocalState | ZeroState", params: dict[str, nn.Parame
 
 
 def write_parameters(
-    state: "LocalState | ZeroState", params: dict[str, nn.Parameter], saved: dict[str, Tensor], step: int
+    state: "LocalState | ZeroState", params: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor], step: int
 ) -> None:
-    """Go on with values and moments from `read_parameters`, `step` steps after the start; collective.
+    """Resume with the values and moments that `read_parameters` returned after `step` steps.
 
     Raises:
         InputError: a tensor is missing or of another shape; nothing has changed then.
     """
     for name, param in params.items():
+        shape = tuple(getattr(param, "ds_shape", param.shape))  # stage 3 leaves an empty tensor in its place
         for key in (name, *(f"{name}.{moment}" for moment in MOMENTS)):
-            found = None if key not in saved else tuple(saved[key].shape)
-            if found != _whole_shape(param):
-                raise InputError(f"{key}: found {found or 'nothing'}; allowed is {_whole_shape(param)}")
+            found = tuple(saved[key].shape) if key in saved else "nothing"
+            if found != shape:
+                raise InputError(f"{key}: found {found}; allowed is {shape}")
     for name, param in params.items():
         state.write_master(param, saved[name].to(param.device))
-    moments = {
-        param: {key: saved[f"{name}.{key}"].to(param.device) for key in MOMENTS} for name, param in params.items()
-    }
     if step:
+        moments = {param: {key: saved[f"{name}.{key}"].to(param.device) for key in MOMENTS}
+                   for name, param in params.items()}  # fmt: skip
         state.write_moments(moments, step)
 
 
 def steps_taken(optimizer: Optimizer) -> int:
-    """Steps that Adam's bias correction has counted, skipped ones left out."""
+    """Steps that Adam's bias correction has counted, without those left out."""
     return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
 
 
-def _whole_shape(param: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(param, "ds_shape", param.shape))  # DeepSpeed's stage 3 leaves an empty tensor in its place
-
-
 class LocalState:
-    """Every rank holds the whole optimizer state: plain PyTorch, and DeepSpeed's stage 0.
+    """Every rank has the complete optimizer state: plain PyTorch, and DeepSpeed's stage 0.
 
     Args:
         optimizer: the `torch.optim.AdamW` that steps.
@@ -77,7 +73,6 @@ class LocalState:
 
     def __init__(self, optimizer: Optimizer, engine: Any = None):
         self.optimizer = optimizer
-        self.steps_on_parameters = engine is None  # whether a step that is left out shows as gradients of None
         self._masters = {}
         if engine is not None and engine.optimizer is not optimizer:
             if not hasattr(engine.optimizer, "fp32_groups"):
@@ -89,7 +84,7 @@ class LocalState:
                     state["step"].zero_()
 
     def gathered(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager:
-        """Inside the block the whole of `params` can be read, and written alike on every rank."""
+        """Inside the block `params` are complete: they can be read, and written alike on every rank."""
         return contextlib.nullcontext()
 
     def read_master(self, param: nn.Parameter) -> Tensor:
@@ -108,7 +103,7 @@ class LocalState:
         moment = self.optimizer.state.get(master, {}).get(key)
         return torch.zeros_like(master, dtype=torch.float32) if moment is None else moment.detach().float()
 
-    def write_moments(self, moments: dict[nn.Parameter, dict[str, Tensor]], step: int) -> None:
+    def write_moments(self, moments: Mapping[nn.Parameter, dict[str, Tensor]], step: int) -> None:
         """Set `MOMENTS` of these parameters and the number of steps that Adam's bias correction counts from."""
         for param, values in moments.items():
             master = self._masters.get(param, param)
@@ -117,7 +112,7 @@ class LocalState:
 
 
 class ZeroState:
-    """Each rank holds a slice of the optimizer state: DeepSpeed ZeRO stages 1, 2 and 3.
+    """Each rank has a slice of the optimizer state: ZeRO stages 1, 2 and 3. Its methods are those of `LocalState`.
 
     Args:
         optimizer: the `torch.optim.AdamW` inside DeepSpeed's.
@@ -129,7 +124,6 @@ class ZeroState:
         from deepspeed import utils
 
         self.optimizer, self._zero, self._utils = optimizer, deepspeed.zero, utils
-        self.steps_on_parameters = False
         self._partitioned = engine.zero_optimization_stage() == 3
         if not self._partitioned:
             self._create_moments()
@@ -147,61 +141,51 @@ class ZeroState:
                 self.optimizer.state[slice_] = {"step": step, **moments}
 
     def gathered(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager:
-        """As `LocalState.gathered`."""
         return self._zero.GatheredParameters(params, modifier_rank=0)
 
     def read_master(self, param: nn.Parameter) -> Tensor:
-        """As `LocalState.read_master`."""
         return self._utils.safe_get_full_fp32_param(param).detach().float().clone()
 
     @torch.no_grad()
     def write_master(self, param: nn.Parameter, value: Tensor) -> None:
-        """As `LocalState.write_master`."""
         if self._partitioned:
             slice_ = self._utils.safe_get_local_fp32_param(param)
-            self._utils.safe_set_local_fp32_param(param, self._own_slice(value, slice_))
+            self._utils.safe_set_local_fp32_param(param, _own_slice(value, slice_))
         else:
             self._utils.safe_set_full_fp32_param(param, value.contiguous())
         with self.gathered([param]):
             param.copy_(value)
 
     def read_moment(self, param: nn.Parameter, key: str) -> Tensor:
-        """As `LocalState.read_moment`."""
-        if not self._has_stepped():
+        if not steps_taken(self.optimizer):
             return torch.zeros_like(self.read_master(param))
         return self._utils.safe_get_full_optimizer_state(param, key).detach().float().clone()
 
-    def write_moments(self, moments: dict[nn.Parameter, dict[str, Tensor]], step: int) -> None:
-        """As `LocalState.write_moments`, for all parameters at once, since their step count is one.
+    def write_moments(self, moments: Mapping[nn.Parameter, dict[str, Tensor]], step: int) -> None:
+        """For all parameters at once, since their step count is one.
 
         Raises:
             InputError: DeepSpeed has no moments yet; it makes them in its first step.
         """
-        if not self._has_stepped():
+        if not steps_taken(self.optimizer):
             raise InputError("DeepSpeed's optimizer has no moments yet: load its checkpoint or call start_moments")
         for param, values in moments.items():
             for key, value in values.items():
-                self._write_moment(param, key, value)
+                if self._partitioned:
+                    slice_ = self._utils.safe_get_local_optimizer_state(param, key)
+                    self._utils.safe_set_local_optimizer_state(param, _own_slice(value, slice_), key)
+                else:
+                    self._utils.safe_set_full_optimizer_state(param, value.contiguous(), key)
         for state in self.optimizer.state.values():
             state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
 
-    def _write_moment(self, param: nn.Parameter, key: str, value: Tensor) -> None:
-        if self._partitioned:
-            slice_ = self._utils.safe_get_local_optimizer_state(param, key)
-            self._utils.safe_set_local_optimizer_state(param, self._own_slice(value, slice_), key)
-        else:
-            self._utils.safe_set_full_optimizer_state(param, value.contiguous(), key)
 
-    def _has_stepped(self) -> bool:
-        return any(state["step"] > 0 for state in self.optimizer.state.values() if state)
-
-    @staticmethod
-    def _own_slice(value: Tensor, like: Tensor) -> Tensor:
-        """This rank's part of `value`, flattened and padded so that every rank has as many numbers as `like`."""
-        flat = value.flatten().to(like)
-        padding = like.numel() * torch.distributed.get_world_size() - flat.numel()
-        start = like.numel() * torch.distributed.get_rank()
-        return nn.functional.pad(flat, (0, padding))[start : start + like.numel()]
+def _own_slice(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of `value`, flattened and padded so that every rank has as many numbers as `like`."""
+    flat = value.flatten().to(like)
+    padding = like.numel() * torch.distributed.get_world_size() - flat.numel()
+    start = like.numel() * torch.distributed.get_rank()
+    return nn.functional.pad(flat, (0, padding))[start : start + like.numel()]
 
 
 def start_moments(engine: Any, optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:

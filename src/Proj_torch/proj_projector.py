@@ -4,12 +4,12 @@ The mathematics is pure functions on tensors; `ProjProjector` keeps the settings
 
 Conventions, for a weight W and its gradient G, both (out, in):
 
-* `left` (out, k) and `right` (in, l) have orthonormal columns; None stands for the identity, that is, that side is
-  not projected. The projected gradient is R = left^T G right, projected back it is left R right^T.
-* A side whose rank equals its dimension is not projected at all. A full basis would only rotate the coordinates,
-  which loses nothing but changes elementwise Adam; as the identity, full-rank projection is plain AdamW.
+* `left` (out, k) and `right` (in, l) have orthonormal columns; None means that the side is not projected. The
+  projected gradient is R = left^T G right; projected back, it is left R right^T.
+* A side whose rank equals its dimension is not projected. A full basis would only rotate the coordinates, which loses
+  nothing but changes elementwise Adam; without it, full-rank projection is plain AdamW.
 * A protected space is S (out, c) for side "output" or (in, c) for side "input", with orthonormal columns, always in
-  the full coordinates of the weight: `remove` takes G to G - S S^T G or to G - G S S^T.
+  the weight's own coordinates: `remove` takes G to G - S S^T G or to G - G S S^T.
 * Everything is computed in float32 at least, whatever the dtype of the gradient (bfloat16 has no SVD).
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from Proj_torch.svd import at_least_float32, largest, truncated_svd, warn_once
+from Proj_torch.svd import at_least_float32, truncated_svd, warn_once
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 SIDES = ("output", "input")
@@ -70,7 +70,7 @@ def mode_ranks(shape: Sequence[int], rank: int, proj_type: str) -> tuple[int | N
 
 def matrix_bases(G: Tensor, ranks: Sequence[int | None], svd: str = "exact") -> Bases:
     """The left and right basis of G for `mode_ranks`' ranks, from one SVD. Raises as `truncated_svd` does."""
-    if ranks[0] is None and ranks[1] is None:
+    if not any(ranks):
         return None, None
     left, _, right = truncated_svd(G, ranks[0] or ranks[1], svd)
     return (left if ranks[0] else None), (right if ranks[1] else None)
@@ -82,33 +82,32 @@ def next_bases(
     svd: str = "exact",
     previous: Bases | None = None,
     compute: Callable[[Tensor, Sequence[int | None], str], Bases] = matrix_bases,
-) -> Bases:
-    """Bases for the next steps, from this step's gradient; never fails, so that no gradient can end a run.
+) -> tuple[Bases, bool]:
+    """Bases for the next steps, and whether they are G's own; never fails, so that no gradient can end a run.
 
-    A gradient that is zero or not finite, or whose singular vectors no method finds, keeps the previous bases; at
-    the first refresh, where there are none, the first unit vectors stand in until the next refresh.
+    They are `kept_bases` where G is zero or not finite, or no SVD converged.
 
     Args:
-        G: gradient.
-        ranks: one for each mode of G, from `mode_ranks` or `tucker_ranks`.
-        svd: "exact" or "lowrank".
+        G: this step's gradient, (out, in) or of more dimensions.
+        ranks: one for each dimension of G, from `mode_ranks` or `tucker_ranks`.
         previous: what this function last returned for the weight.
-        compute: `matrix_bases`, or `tucker_bases` for tensors of more than two dimensions.
+        compute: `matrix_bases`, or `tucker_bases` for more than two dimensions.
     """
-    peak = largest(G)
-    if peak.isfinite() and peak > 0:
-        try:
-            return compute(G, ranks, svd)
-        except torch.linalg.LinAlgError as error:
-            warn_once(f"{error}; the previous basis stays")
-    return previous if previous is not None else _unit_bases(G, ranks)
+    try:
+        return compute(G, ranks, svd), True
+    except torch.linalg.LinAlgError as error:
+        warn_once(f"{error}; the previous basis stays")
+        return kept_bases(G, ranks, previous), False
 
 
-def _unit_bases(G: Tensor, ranks: Sequence[int | None]) -> Bases:
-    dtype = torch.promote_types(G.dtype, torch.float32)
+def kept_bases(like: Tensor, ranks: Sequence[int | None], previous: Bases | None) -> Bases:
+    """The previous bases; before the first refresh the first unit vectors, with the shape and device of `like`."""
+    if previous is not None:
+        return previous
+    dtype = torch.promote_types(like.dtype, torch.float32)
     return tuple(
-        None if rank is None else torch.eye(size, rank, dtype=dtype, device=G.device)
-        for size, rank in zip(G.shape, ranks, strict=True)
+        None if rank is None else torch.eye(size, rank, dtype=dtype, device=like.device)
+        for size, rank in zip(like.shape, ranks, strict=True)
     )
 
 
@@ -116,16 +115,10 @@ def _unit_bases(G: Tensor, ranks: Sequence[int | None]) -> Bases:
 
 
 def remove(X: Tensor, S: Tensor, side: str) -> Tensor:
-    """X without its component in the protected space: X - S S^T X ("output") or X - X S S^T ("input").
+    """X (out, in) without its component in S, in float32 at least.
 
-    Args:
-        X: (out, in).
-        S: (out, c) for "output", (in, c) for "input", orthonormal columns.
-        side: "output" or "input".
-
-    Returns:
-        (out, in), in float32 at least. A space that holds every direction leaves exactly zero: rounding noise, however
-        small, would be blown up to whole steps by Adam.
+    That is X - S S^T X for side "output" and S (out, c), X - X S S^T for side "input" and S (in, c). An S that holds
+    every direction leaves exactly zero, because Adam would turn rounding noise, however small, into full steps.
     """
     X = at_least_float32(X)
     if S.shape[0] == S.shape[1]:
@@ -139,11 +132,7 @@ def _less(X: Tensor, T: Tensor, side: str) -> Tensor:
 
 
 def check_space(S: Tensor, size: int, where: str) -> None:
-    """Reject what is not a basis (size, c) with orthonormal columns; `where` begins the message.
-
-    Raises:
-        InputError: naming the shape, or how far the columns are from orthonormal.
-    """
+    """Reject with InputError what is not (size, c) with orthonormal columns; `where` begins the message."""
     if S.ndim != 2 or S.shape[0] != size:
         raise InputError(f"{where}: shape {tuple(S.shape)}; allowed is ({size}, c)")
     gram = at_least_float32(S.detach()).T @ at_least_float32(S.detach())
@@ -153,30 +142,20 @@ def check_space(S: Tensor, size: int, where: str) -> None:
 
 
 def remove_projected(R: Tensor, left: Tensor | None, right: Tensor | None, S: Tensor, side: str) -> Tensor:
-    """R of projected coordinates without its component in S, in projected coordinates again: L^T (I - S S^T) L R.
-
-    Args:
-        R: (out or k, in or l).
-        left, right: the bases (out, k) and (in, l), None for a side that is not projected.
-        S, side: as in `remove`, in full coordinates.
-    """
+    """A projected R (out or k, in or l) without its component in S, still projected: L^T (I - S S^T) L R."""
     basis = left if side == "output" else right
     return remove(R, S, side) if basis is None else _less(R, basis.mT @ S, side)
 
 
 def times_thin(X: Tensor, thin: Tensor) -> Tensor:
-    """X (..., n) @ thin (n, k): on a CPU twice as fast where the few columns do not lie far apart in memory."""
+    """X (..., n) @ thin (n, k), with each thin column contiguous: twice as fast on a CPU."""
     return torch.nn.functional.linear(X, thin.mT.contiguous())
 
 
 def project(
-    G: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    S: Tensor | None = None,
-    side: str = "output",
+    G: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
 ) -> Tensor:
-    """R = left^T G right, of shape (out or k, in or l); with S, the same of `remove(G, S, side)`."""
+    """R = left^T G right, of shape (out or k, in or l); with S, that of `remove(G, S, side)`."""
     left, right, S = remove_from_bases(left, right, S, side)
     R = at_least_float32(G)
     if left is not None:
@@ -187,25 +166,21 @@ def project(
 
 
 def project_back(
-    R: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    S: Tensor | None = None,
-    side: str = "output",
+    R: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
 ) -> Tensor:
-    """left R right^T, of shape (out, in); with S, `remove` of that."""
-    factors = back_factors(R, left, right, S, side)
+    """left R right^T, of shape (out, in); with S, `remove` of it."""
+    return product(back_factors(R, left, right, S, side))
+
+
+def product(factors: Sequence[Tensor]) -> Tensor:
+    """The matrix that one or two factors stand for."""
     return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
 
 def back_factors(
-    R: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    S: Tensor | None = None,
-    side: str = "output",
+    R: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
 ) -> tuple[Tensor, ...]:
-    """One or two matrices whose product is `project_back` of the same arguments, for adding it in place."""
+    """One or two matrices whose product is `project_back` of the same arguments, which can be added in place."""
     left, right, S = remove_from_bases(left, right, S, side)
     if S is not None:
         R = remove(R, S, side)
@@ -219,10 +194,10 @@ def back_factors(
 def remove_from_bases(
     left: Tensor | None, right: Tensor | None, S: Tensor | None, side: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Take S out of the basis of its side, if that side is projected; else hand S back, for the projected gradient.
+    """Remove S from the basis of its side if that side is projected; otherwise return S, for the projected gradient.
 
-    I - S S^T is symmetric and acts on one side only, so the removal commutes with the projection of the other side,
-    and on its own side it may be done once to the basis (out x k numbers) rather than to the gradient (out x in).
+    I - S S^T is symmetric and acts on one side only. So its order with the projection of the other side does not
+    matter, and on its own side it can act on the basis (out x k numbers) instead of on the gradient (out x in).
     """
     if S is None:
         return left, right, None
@@ -242,8 +217,10 @@ class ProjProjector:
         scale: factor on the update that `add_back_` adds to the weight (GaLore's alpha).
         proj_type: "std", "reverse_std", "left", "right" or "full".
         svd: "exact" or "lowrank".
-        bases: (left, right) to go on from; None before the first refresh.
+        bases: (left, right) to start from; None before the first refresh.
     """
+
+    compute = staticmethod(matrix_bases)
 
     def __init__(
         self,
@@ -254,37 +231,34 @@ class ProjProjector:
         svd: str = "exact",
         bases: Bases | None = None,
     ):
-        self.rank = rank
-        self.update_proj_gap = update_proj_gap
-        self.scale = scale
-        self.proj_type = proj_type
-        self.svd = svd
-        self.bases = bases
+        self.rank, self.update_proj_gap, self.scale = rank, update_proj_gap, scale
+        self.proj_type, self.svd, self.bases = proj_type, svd, bases
 
     def ranks(self, shape: Sequence[int]) -> tuple[int | None, ...]:
         """Rank of each mode's basis, None where it is not projected. Raises InputError as `mode_ranks` does."""
         return mode_ranks(shape, self.rank, self.proj_type)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the bases are taken anew from the gradient of this step (counted from 0)."""
-        return step % self.update_proj_gap == 0
-
-    def refresh(self, G: Tensor) -> None:
-        """Take the bases from G (out, in); see `next_bases`."""
-        self.bases = next_bases(G, self.ranks(G.shape), self.svd, self.bases)
+    def refresh(self, G: Tensor) -> bool:
+        """Take the bases from G (out, in); False where G has none and `kept_bases` are used."""
+        self.bases, own = next_bases(G, self.ranks(G.shape), self.svd, self.bases, self.compute)
+        return own
 
     def project(self, G: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
-        """G (out, in) in projected coordinates, less its component in S (see `project`)."""
+        """See the function `project`."""
         return project(G, *self.bases, S, side)
 
     def project_back(self, R: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
-        """R in the weight's coordinates (out, in), less its component in S (see `project_back`)."""
-        return project_back(R, *self.bases, S, side)
+        """See the function `project_back`."""
+        return product(self.back_factors(R, S, side))
+
+    def back_factors(self, R: Tensor, S: Tensor | None = None, side: str = "output") -> tuple[Tensor, ...]:
+        """See the function `back_factors`."""
+        return back_factors(R, *self.bases, S, side)
 
     def add_back_(self, W: Tensor, R: Tensor, S: Tensor | None = None, side: str = "output") -> None:
         """W += scale * project_back(R, S, side), forming no matrix of W's size where the dtypes allow it."""
-        factors = back_factors(R, *self.bases, S, side)
+        factors = self.back_factors(R, S, side)
         if len(factors) == 2 and W.dtype == factors[0].dtype:
             W.addmm_(*factors, alpha=self.scale)
         else:
-            W.add_(factors[0] if len(factors) == 1 else factors[0] @ factors[1], alpha=self.scale)
+            W.add_(product(factors), alpha=self.scale)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from Proj_torch.proj_projector import Bases, ProjProjector, basis_left, next_bases
+from Proj_torch.proj_projector import Bases, ProjProjector, basis_left
 from Proj_torch.svd import at_least_float32
 
 
@@ -41,7 +41,7 @@ def tucker_ranks(shape: Sequence[int], rank: int) -> tuple[int | None, ...]:
 
 
 def tucker_bases(G: Tensor, ranks: Sequence[int | None], svd: str = "exact") -> Bases:
-    """Orthonormal columns (d_mode, rank) for each mode of G, None where its rank is None (higher-order SVD)."""
+    """Orthonormal columns (d_mode, rank) for each mode of G, None where its rank is None. Raises as `truncated_svd`."""
     return tuple(None if rank is None else basis_left(unfold(G, mode), rank, svd) for mode, rank in enumerate(ranks))
 
 
@@ -65,17 +65,13 @@ def project_back_tensor(core: Tensor, bases: Bases) -> Tensor:
 class ProjProjectorTensor(ProjProjector):
     """`ProjProjector` for a weight of three or more dimensions: every mode is projected, whatever `proj_type` says."""
 
+    compute = staticmethod(tucker_bases)
+
     def ranks(self, shape: Sequence[int]) -> tuple[int | None, ...]:
         return tucker_ranks(shape, self.rank)
-
-    def refresh(self, G: Tensor) -> None:
-        self.bases = next_bases(G, self.ranks(G.shape), self.svd, self.bases, tucker_bases)
 
     def project(self, G: Tensor) -> Tensor:
         return project_tensor(G, self.bases)
 
-    def project_back(self, R: Tensor) -> Tensor:
-        return project_back_tensor(R, self.bases)
-
-    def add_back_(self, W: Tensor, R: Tensor) -> None:
-        W.add_(self.project_back(R), alpha=self.scale)
+    def back_factors(self, R: Tensor, S: None = None, side: str = "output") -> tuple[Tensor, ...]:
+        return (project_back_tensor(R, self.bases),)

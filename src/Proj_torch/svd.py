@@ -1,10 +1,11 @@
-"""Leading singular vectors of a matrix, or of a linear map that is only known by its products with thin matrices.
+"""Leading singular vectors of a matrix, or of a linear map that is known only by its products with thin matrices.
 
 Everything is computed in float32 at least, whatever the dtype of the matrix (bfloat16 has no SVD).
 """
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ SKETCH_SEED = 0  # the sketch is the same on every rank and in every run
 # More columns than the 5 to 10 of Halko, Martinsson and Tropp 2011 (section 4.2), and one pass over the matrix less:
 # faster, and closer to the best basis, 99 % of whose energy 24 columns hold where 8 hold 98 % (docs/LOG.md).
 OVERSAMPLING = 24
-SAFE_PEAKS = (2.0**-30, 2.0**30)  # entries whose squares and sums of squares stay far from a float32's ends
+SAFE_PEAKS = (2.0**-30, 2.0**30)  # entries whose squares and sums of squares stay far from a float32's limits
 
 Product = Callable[[Tensor], Tensor]
 
@@ -35,45 +36,30 @@ def largest(X: Tensor) -> Tensor:
 
 def energy_share(part: Tensor, whole: Tensor) -> Tensor:
     """||part||_F^2 / ||whole||_F^2 in float64; 0 where `whole` is zero."""
-    held, all_of_it = (torch.linalg.vector_norm(X, dtype=torch.float64) for X in (part, whole))
-    return (held / all_of_it.clamp_min(torch.finfo(torch.float64).tiny)).square()
+    held, total = (torch.linalg.vector_norm(X, dtype=torch.float64) for X in (part, whole))
+    return (held / total.clamp_min(torch.finfo(torch.float64).tiny)).square()
 
 
 def truncated_svd(M: Tensor, rank: int, svd: str = "exact") -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets of a matrix, in float32 at least.
+    """Leading singular triplets U (m, k), s (k,) in descending order and V (n, k) of M (m, n), in float32 at least.
 
-    A tiny or huge M is scaled by a power of two (which rounds nothing) to entries below 2 first, so that nothing
-    under- or overflows. When the chosen method does not converge, which is logged once, safer ones replace it: on a GPU
-    the QR iteration (gesvd), then the eigenvectors of the Gram matrix in float64.
+    A tiny or huge M is first scaled by a power of two (which rounds nothing) to entries below 2, so that nothing
+    under- or overflows.
 
     Args:
-        M: (m, n), finite.
         rank: k, at most min(m, n).
-        svd: "exact", or "lowrank" for a seeded randomised range finder.
-
-    Returns:
-        U (m, k), s (k,) in descending order, V (n, k); U and V have orthonormal columns, also where s is zero.
+        svd: "exact", or "lowrank" for a randomised range finder with a fixed seed.
 
     Raises:
-        torch.linalg.LinAlgError: nothing converged, or M is not finite.
+        torch.linalg.LinAlgError: M is zero or not finite, or the SVD did not converge.
     """
     M = at_least_float32(M)
-    peak = largest(M).clamp_min(torch.finfo(M.dtype).tiny)
-    unit, scaled = torch.ones_like(peak), M
-    if not SAFE_PEAKS[0] < peak < SAFE_PEAKS[1]:
-        unit = peak / (2 * torch.frexp(peak).mantissa)
-        scaled = M / unit
-    chosen = _exact_svd if svd == "exact" else _sketched_svd
-    safer = functools.partial(_exact_svd, driver="gesvd")  # only CUDA has a choice of drivers
-    for decompose in (chosen, safer, _gram_svd) if M.is_cuda else (chosen, _gram_svd):
-        try:
-            U, s, V = decompose(scaled, rank)
-        except torch.linalg.LinAlgError:
-            warn_once(f"{svd} SVD did not converge on a {tuple(M.shape)} matrix; a safer one takes its place")
-            continue
-        if U.isfinite().all() and V.isfinite().all():
-            return U, s * unit, V
-    raise torch.linalg.LinAlgError(f"no singular vectors of a {tuple(M.shape)} matrix: nothing converged")
+    peak = largest(M).item()  # the one value that the host waits for
+    if not 0 < peak < math.inf:
+        raise torch.linalg.LinAlgError(f"a {tuple(M.shape)} matrix is zero or not finite")
+    unit = 1.0 if SAFE_PEAKS[0] < peak < SAFE_PEAKS[1] else 2.0 ** max(math.frexp(peak)[1] - 1, -126)
+    U, s, V = (_exact_svd if svd == "exact" else _sketched_svd)(M if unit == 1.0 else M / unit, rank)
+    return U, s * unit, V
 
 
 @functools.cache
@@ -81,16 +67,16 @@ def warn_once(text: str) -> None:
     log.warning("%s (logged once)", text)
 
 
-def _exact_svd(M: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    U, s, Vh = torch.linalg.svd(M, full_matrices=False, driver=driver)
+def _exact_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
     return U[:, :rank].contiguous(), s[:rank], Vh[:rank].mT.contiguous()
 
 
 def _sketched_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`randomised_svd` from a seeded Gaussian sketch.
+    """`randomised_svd` from a Gaussian sketch.
 
-    `torch.svd_lowrank` is the same algorithm, but draws from the global generator: it would change the run's own
-    random numbers, and differ between ranks whose generators differ. This one draws from its own.
+    `torch.svd_lowrank` is the same algorithm but draws from the global generator: it would change the run's other
+    random numbers, and differ between ranks whose generators differ.
     """
     width = min(rank + OVERSAMPLING, *M.shape)
     generator = torch.Generator().manual_seed(SKETCH_SEED)
@@ -103,52 +89,30 @@ def _sketched_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def randomised_svd(
     times: Product, transposed_times: Product, start: Tensor, probe: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Approximate singular triplets by randomised subspace iteration with one power iteration.
+    """Approximate singular triplets of M (m, n), which is never formed, by subspace iteration with one power iteration.
 
-    Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1. M (m, n) is never formed.
+    Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1.
 
     Args:
         times, transposed_times: M X for X (n, w), M^T X for X (m, w).
         start: (n, w), the block that the iteration starts from.
-        probe: (n, p), further columns to take through M on the way.
+        probe: (n, p), further columns to multiply by M on the way.
 
     Returns:
-        U (m, w), s (w,), V (n, w), and what M probe (m, p) has outside the span of U; None without a probe.
+        U (m, w), s (w,), V (n, w), and the part of M probe (m, p) outside the span of U; None without a probe.
 
     Raises:
-        torch.linalg.LinAlgError: M is zero or not finite.
+        torch.linalg.LinAlgError: M is not finite (on a GPU the result may be NaN instead).
     """
-    Y = times(start)
-    if not (Y.isfinite().all() and Y.any()):
-        raise torch.linalg.LinAlgError("the gradient is zero or not finite")
-    block = _orthonormal(transposed_times(_orthonormal(Y)))
+    block = _orthonormal(transposed_times(_orthonormal(times(start))))
     Y = times(block if probe is None else torch.cat((block, probe), dim=1))
     Q, probed = _orthonormal(Y[:, : block.shape[1]]), Y[:, block.shape[1] :]
-    V, s, U = tall_svd(transposed_times(Q))
-    return Q @ U, s, V, None if probe is None else probed - Q @ (Q.mT @ probed)
+    V, triangle = torch.linalg.qr(transposed_times(Q))  # far faster than the SVD of a tall matrix itself
+    W, s, Uh = torch.linalg.svd(triangle)
+    return Q @ Uh.mT, s, V @ W, None if probe is None else probed - Q @ (Q.mT @ probed)
 
 
 def _orthonormal(M: Tensor) -> Tensor:
     """Orthonormal columns that span M's; M is scaled by a power of two first, so that nothing under- or overflows."""
     peak = largest(M).clamp_min(torch.finfo(M.dtype).tiny)
     return torch.linalg.qr(torch.ldexp(M, -torch.frexp(peak).exponent)).Q
-
-
-def tall_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD U (m, n), s (n,), V (n, n) of M (m, n), m >= n, by way of M's triangle: far faster where m >> n."""
-    Q, triangle = torch.linalg.qr(M)
-    U, s, Vh = torch.linalg.svd(triangle)
-    return Q @ U, s, Vh.mT
-
-
-def _gram_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD from the eigenvectors of the smaller Gram matrix, in float64; halves the digits but always has an answer."""
-    if M.shape[0] > M.shape[1]:
-        V, s, U = _gram_svd(M.mT, rank)
-        return U, s, V
-    wide = M.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    U, s = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp_min(0).sqrt()
-    V, triangle = torch.linalg.qr(wide.mT @ U)
-    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # so that U diag(s) V^T is M, not M up to signs
-    return U.to(M.dtype), s.to(M.dtype), (V * signs).to(M.dtype)

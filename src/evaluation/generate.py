@@ -4,7 +4,8 @@ Three things make the loop faster than one in file order. Examples of similar le
 padding. A batch first generates as many tokens as the longest reference answer of its datasets has, since one long
 answer would keep the complete batch going; unfinished answers are collected and generated again, up to the full limit.
 The prompts of a dataset begin alike (task, instruction, options), so for a decoder-only model the examples of a batch
-are of one dataset, and the keys and values of their common prefix are computed once (a prefix cache). With greedy
+are of one dataset, and the keys and values of their common prefix are computed once (a prefix cache), unless a sliding
+window is too short for it or the model is recurrent. With greedy
 search an example's answer does not depend on what shares its batch, but for near ties in 16 bits.
 
 Each of W ranks takes every W-th example. ZeRO-3 gathers weights in each forward pass, so all ranks must call the model
@@ -20,6 +21,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from uie_collator import DataCollatorForUIE
 
@@ -68,8 +70,7 @@ class Prediction:
                 self.bounds[example["Dataset"]] = max(answer, self.bounds.get(example["Dataset"], 1))
         greedy = self.generation.get("num_beams", 1) == 1
         self.shares_beginnings = self.shares_beginnings and greedy
-        # At a bound beams are ranked, or the end is forced: another bound could change the answer.
-        self.bounded = self.bounded and greedy and self.model.generation_config.forced_eos_token_id is None
+        self.bounded = self.bounded and greedy  # at a bound beams are ranked: another bound could change the answer
 
     @torch.no_grad()
     def answers(self) -> torch.Tensor:
@@ -94,7 +95,7 @@ class Prediction:
             tokens = self._generate(examples, bound).cpu()
             if not counts:
                 continue
-            ends = tokens == self.collator.tokenizer.eos_token_id
+            ends = torch.isin(tokens, torch.tensor(self.model.generation_config.eos_token_id))
             tokens[ends.cumsum(1) > ends] = self.collator.tokenizer.pad_token_id  # beam search pads otherwise
             ended = ends.any(1) | (bound == self.longest_answer)
             cut += [place for place, has_ended in zip(batch, ended.tolist()) if not has_ended]
@@ -107,10 +108,17 @@ class Prediction:
         """Ids (n, at most `bound`) after the prompt, or after the decoder's start token."""
         batch = self._on_device(self.collator(examples))
         prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if self.shares_beginnings:
+        if self.shares_beginnings and self._sees_all(prompts["input_ids"].shape[1] + bound):
             prompts = self._after_common_prefix(**prompts)
         generated = self.model.generate(**prompts, **self.generation | {"max_new_tokens": bound})
         return generated[:, prompts["input_ids"].shape[1] if self.collator.decoder_only else 1 :]
+
+    def _sees_all(self, length: int) -> bool:
+        """Whether padding may follow a cached prefix: a sliding window counts it, and a recurrent state takes it in."""
+        return all(
+            type(layer) is DynamicLayer or type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window
+            for layer in DynamicCache(config=self.model.config).layers
+        )
 
     def _after_common_prefix(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
         """Replace the common prefix of left-padded prompts (n, length) by a cache of its keys and values.

@@ -1,6 +1,5 @@
-"""LoRA with memory on a model: attach it, fold what a task has learned, load what earlier tasks saved."""
+"""LoRA with memory on a model: add it, fold what a task has learned into it, load what earlier tasks saved."""
 
-import contextlib
 import copy
 import logging
 import re
@@ -15,8 +14,10 @@ from torch import nn
 
 from errors import InputError
 from files import check_values, read_json, read_tensors
+from full_rank import PEFT_TYPE
 from loranew.layer import LoraNewConfig, LoraNewLinear
 from module_matching import check_linear, check_rank
+from Proj_torch.proj_projector import check_space
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -73,7 +74,7 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
 def fold_loranew(peft_model: PeftModel) -> None:
     """Fold the new factors into the memory: r_sum grows by r, and the model computes the same function.
 
-    The model then has no new factors until `renew_loranew`, and `save_pretrained` writes the memory alone (`lora_A`,
+    The layers then have no new factors until their `renew`, and `save_pretrained` writes the memory alone (`lora_A`,
     `lora_B`), as in published adapters. With `save_loranew` in the config the two pairs stay separate.
     """
     name = peft_model.active_adapter
@@ -97,18 +98,18 @@ def merge_old(peft_model: PeftModel) -> None:
 
 
 @torch.no_grad()
-def folded_factors(peft_model: PeftModel, gathered: Callable = contextlib.nullcontext) -> dict[str, torch.Tensor]:
+def folded_factors(
+    peft_model: PeftModel, read: Callable[[nn.Parameter], torch.Tensor] = lambda factor: factor
+) -> dict[str, torch.Tensor]:
     """The factors that would be saved after `fold_loranew`, on the CPU; the model does not change.
 
     Args:
-        gathered: context manager that gathers a list of sharded parameters (ZeRO-3).
+        read: the complete value of a factor, for models that do not have it (ZeRO) or only in 16 bits.
     """
-    name, tensors = peft_model.active_adapter, {}
-    for layer_name, layer in loranew_layers(peft_model).items():
-        with gathered(list(layer.parameters())):
-            A, B = layer.folded(name)
-            tensors[f"base_model.model.{layer_name}.lora_A.weight"] = A.to("cpu", copy=True)
-            tensors[f"base_model.model.{layer_name}.lora_B.weight"] = B.to("cpu", copy=True)
+    adapter, tensors = peft_model.active_adapter, {}
+    for name, layer in loranew_layers(peft_model).items():
+        for key, factor in zip(("lora_A", "lora_B"), layer.folded(adapter, read)):
+            tensors[f"base_model.model.{name}.{key}.weight"] = factor.to("cpu", copy=True)
     return tensors
 
 
@@ -121,12 +122,6 @@ def save_folded(peft_model: PeftModel, factors: dict[str, torch.Tensor], folder:
     save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def renew_loranew(peft_model: PeftModel) -> None:
-    """Give every layer fresh trainable factors (B = 0), for the next task in the same process."""
-    for layer in loranew_layers(peft_model).values():
-        layer.renew(peft_model.active_adapter)
-
-
 def set_shared_dropout(peft_model: PeftModel, shared: bool) -> None:
     """Set whether dropout also acts on the memory, with the mask of the new pair, as in O-LoRA's code."""
     for layer in loranew_layers(peft_model).values():
@@ -134,16 +129,21 @@ def set_shared_dropout(peft_model: PeftModel, shared: bool) -> None:
 
 
 def set_input_space(peft_model: PeftModel, spaces: Mapping[str, torch.Tensor | None]) -> None:
-    """Set the input space S (in, c) of each named layer (names as in `loranew_layers`), see LoraNewLinear.
+    """Keep the new pair's change of W orthogonal to S (in, c), for layers named as in `loranew_layers`.
+
+    S is not saved with the adapter; None, or an S without columns, removes it.
 
     Raises:
-        ValueError: the model has no LoRA layer of that name, or S does not fit it.
+        InputError: the model has no LoRA layer of that name, or S is no orthonormal basis for its input.
     """
     layers = loranew_layers(peft_model)
-    for name, space in spaces.items():
+    for name, S in spaces.items():
         if name not in layers:
-            raise ValueError(f"{name}: no LoRA layer of that name")
-        layers[name].set_input_space(space)
+            raise InputError(f"{name}: no LoRA layer of that name")
+        if S is not None:
+            check_space(S, layers[name].in_features, f"input space of {name}")
+        projected = layers[name].loranew_A[peft_model.active_adapter]
+        projected.space = S.detach().float().clone() if S is not None and S.shape[1] else None
 
 
 def loranew_layers(peft_model: PeftModel) -> dict[str, LoraNewLinear]:
@@ -160,7 +160,7 @@ def read_config(folder: Path) -> LoraNewConfig:
     """
     path = folder / CONFIG_FILE
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+    if not isinstance(content, dict) or content.get("peft_type") not in ("LORA", PEFT_TYPE):
         found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{path}: found peft_type {found}; only LORA is loaded")
     for key in ("r", "target_modules"):

@@ -1,10 +1,10 @@
 """The configuration and the linear layer of LoRA with memory (O-LoRA, Wang et al., EMNLP Findings 2023, section 3).
 
-    y = W x + s B_old A_old x + s B_new A_new (I - S S^T) dropout(x),      s = lora_alpha / r
+    y = W x + s B_old A_old x + s B_new (A_new - A_new S S^T) dropout(x),      s = lora_alpha / r
 
 `lora_A` (r_sum, in) and `lora_B` (out, r_sum) stack the factors of all earlier tasks and are frozen; `loranew_A`
-(r, in) and `loranew_B` (out, r) train. A layer without earlier tasks (r_sum = 0) has no `lora_` factors, and one
-without an input space S does not project.
+(r, in) and `loranew_B` (out, r) train. A layer without earlier tasks (r_sum = 0) has no `lora_` factors. With an input
+space S (in, c) the new pair's change of W is orthogonal to S.
 
 `merge_old` adds s B_old A_old to W, so that a pass costs the same after any number of tasks. The factors stay: they are
 saved, and penalties compare the new ones with them.
@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ from transformers.hf_argparser import HfArg
 
 logger = logging.getLogger("gorp")
 
-# LoRA options that LoraNewLinear does not support.
+# LoRA's options that LoraNewLinear does not support.
 _FIXED_OPTIONS = (
     "alpha_pattern", "bias", "layer_replication", "lora_bias", "megatron_config", "modules_to_save", "rank_pattern",
     "target_parameters", "trainable_token_indices", "use_qalora", "use_rslora",
@@ -53,7 +54,7 @@ class LoraNewConfig(LoraConfig):
         plain, options = LoraConfig(), dataclasses.fields(LoraConfig)
         variants = [option.name for option in options if option.metadata.get("is_lora_variant")]
         for name in (*_FIXED_OPTIONS, *variants):
-            if getattr(self, name) not in (getattr(plain, name), None):
+            if getattr(self, name) not in (getattr(plain, name), None, []):  # PEFT empties one for experts
                 raise ValueError(f"{name}: found {getattr(self, name)!r}; only {getattr(plain, name)!r} is supported")
         # Other initialisations also change W, which is not part of an adapter.
         if not isinstance(self.init_lora_weights, bool):
@@ -83,7 +84,6 @@ class LoraNewLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.loranew_A = nn.ModuleDict()
         self.loranew_B = nn.ModuleDict()
-        self.register_buffer("input_space", None, persistent=False)
         self.shared_dropout = False  # whether dropout also acts on the old pair
         self.ranks_in_weight: dict[str, int] = {}  # by adapter: how many leading ranks of the old pair W contains
         self._active_adapter = adapter_name
@@ -119,29 +119,8 @@ class LoraNewLinear(nn.Module, LoraLayer):
                 old = self._old_change(adapter, dropped if self.shared_dropout else seen)
                 change = change + self.scaling[adapter] * old
             if adapter in self.loranew_A:
-                if self.input_space is not None:
-                    dropped = _remove(dropped, self.input_space)
                 change = change + self.scaling[adapter] * self.loranew_B[adapter](self.loranew_A[adapter](dropped))
         return (result + change).to(result.dtype)
-
-    def set_input_space(self, space: torch.Tensor | None) -> None:
-        """Feed x - S S^T x to the new branch, so that its change of W is orthogonal to S exactly.
-
-        Args:
-            space: S (in, c) with orthonormal columns; None removes the projection. It is not saved with the adapter.
-
-        Raises:
-            ValueError: S has another number of rows, or its columns are not orthonormal.
-        """
-        if space is None or space.shape[1] == 0:
-            self.input_space = None
-            return
-        if space.shape[0] != self.in_features:
-            raise ValueError(f"input space of shape {tuple(space.shape)}; {self.in_features} rows are needed")
-        gram = space.float().T @ space.float()
-        if not torch.allclose(gram, torch.eye(len(gram), device=gram.device), atol=1e-3):
-            raise ValueError("the columns of the input space are not orthonormal")
-        self.input_space = space.detach().to(self.get_base_layer().weight.device, torch.float32, copy=True)
 
     @torch.no_grad()
     def merge_old(self, adapter: str) -> None:
@@ -177,10 +156,9 @@ class LoraNewLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def fold(self, adapter: str) -> None:
-        """Move the new pair to the end of the old one: A = [A_old; A_new (I - S S^T)], B = [B_old, B_new].
+        """Append the new pair to the old one, as `folded` does; there is no new pair then until `renew`.
 
-        The layer computes the same function (in evaluation mode: the old branch has no dropout), and has no new pair
-        until `renew`.
+        The layer computes the same function (in evaluation mode: the old branch has no dropout).
         """
         if self.merged:
             raise ValueError("the adapter is merged into the weight; unmerge it before folding")
@@ -188,12 +166,13 @@ class LoraNewLinear(nn.Module, LoraLayer):
         self.lora_A[adapter], self.lora_B[adapter] = _linear(A), _linear(B)
         del self.loranew_A[adapter], self.loranew_B[adapter]
 
-    def folded(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r_sum + r, in) and B (out, r_sum + r) of the two pairs together."""
-        rows, columns = [self.effective_new_A(adapter)], [self.loranew_B[adapter].weight]
+    def folded(self, adapter: str, read: Callable[[nn.Parameter], torch.Tensor] = lambda factor: factor):
+        """A = [A_old; A_new - A_new S S^T] (r_sum + r, in), B = [B_old, B_new] (out, r_sum + r), by `read`."""
+        new_A = self.loranew_A[adapter]
+        rows, columns = [new_A.effective(read(new_A.weight))], [read(self.loranew_B[adapter].weight)]
         if adapter in self.lora_A:
-            rows.insert(0, self.lora_A[adapter].weight)
-            columns.insert(0, self.lora_B[adapter].weight)
+            rows.insert(0, read(self.lora_A[adapter].weight))
+            columns.insert(0, read(self.lora_B[adapter].weight))
         return torch.cat(rows), torch.cat(columns, dim=1)
 
     def renew(self, adapter: str) -> None:
@@ -203,7 +182,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
         A = torch.empty(r, self.in_features, dtype=like.dtype, device=like.device)
         B = torch.zeros(self.out_features, r, dtype=like.dtype, device=like.device)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.loranew_A[adapter] = _linear(A, trainable=True)
+        self.loranew_A[adapter] = _linear(A, trainable=True, kind=InputProjected)
         self.loranew_B[adapter] = _linear(B, trainable=True)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -241,19 +220,37 @@ class LoraNewLinear(nn.Module, LoraLayer):
             weight -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
     def effective_new_A(self, adapter: str) -> torch.Tensor:
-        """A_new (I - S S^T), (r, in)."""
-        A = self.loranew_A[adapter].weight
-        return A if self.input_space is None else _remove(A, self.input_space)
+        """A_new - A_new S S^T, (r, in)."""
+        return self.loranew_A[adapter].effective()
 
 
-def _remove(rows: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
-    """Remove the component in the span of S (in, c) from rows (..., in)."""
-    space = space.to(rows.dtype)
-    return rows - (rows @ space) @ space.T
+class InputProjected(nn.Linear):
+    """`loranew_A`: x (..., in) to (A - A S S^T) x (..., r) for an input space S (in, c), to A x without one.
+
+    S acts on A, not on x, so that its cost does not grow with the number of tokens, and in float32 whatever the
+    model's precision.
+    """
+
+    # A plain attribute: a buffer would be cast with the model.
+    space: torch.Tensor | None = None
+
+    def effective(self, A: torch.Tensor | None = None) -> torch.Tensor:
+        """A - A S S^T (r, in), in float32 where there is an S; A is by default the weight."""
+        A = self.weight if A is None else A
+        if self.space is None:
+            return A
+        if self.space.device != A.device:
+            self.space = self.space.to(A.device)  # once, as the layer moves once
+        with torch.autocast(A.device.type, enabled=False):
+            A = A.float()
+            return A - (A @ self.space) @ self.space.T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.effective().to(x.dtype))
 
 
-def _linear(weight: torch.Tensor, trainable: bool = False) -> nn.Linear:
+def _linear(weight: torch.Tensor, trainable: bool = False, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     """A bias-free linear layer (as PEFT keeps factors) around `weight` (out, in)."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer = kind(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=trainable)
     return layer

@@ -7,7 +7,7 @@ A method's options are a dataclass, its `Arguments`, made of the groups in `base
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from loranew import (
     merge_old,
     save_folded,
 )
-from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE
+from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_factors
 from methods.base_options import LoraArguments, MethodArguments, OptimizerArguments, TargetArguments
 from module_matching import check_rank, check_unshared, match_linear
 from Proj_torch.optimizer_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
@@ -55,6 +55,7 @@ class Method:
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
+        float32_base: whether the base model is read in float32 under `--bf16` too, as its weights themselves change.
         trains: whether training follows; otherwise the folder to load is this task's own. Set before `prepare`.
     """
 
@@ -63,6 +64,7 @@ class Method:
     step_factor = 1
     shown_rows: int | None = 64
     averages_micro_batches = False
+    float32_base = False
     trains = True
     presets: Mapping[str, Mapping[str, object]] = {}
 
@@ -165,13 +167,16 @@ class Method:
         """Turn what was trained into what is saved. Collective."""
 
     def save(self, folder: Path) -> None:
-        """Write what the next task needs to `folder`: here every changed full-rank weight."""
+        """Write what the next task needs to `folder`: here every changed full-rank weight, of which PEFT knows nothing."""
         if self.changed:
             full_rank.save_weights(self.changed_weights(), folder)
+            config = read_json(folder / CONFIG_FILE)
+            if config["peft_type"] == "LORA":
+                write_json(folder / CONFIG_FILE, config | {"peft_type": full_rank.PEFT_TYPE}, indent=2)
 
     def changed_weights(self) -> dict[str, torch.Tensor]:
         """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
-        return {name: layer.weight for name, layer in self.changed.items()}
+        return {name: full_rank.exact(layer) for name, layer in self.changed.items()}
 
     # Saying what the run does
 
@@ -219,10 +224,11 @@ class LoraMethod(Method):
 
     def __init__(self, options: LoraArguments):
         super().__init__(options)
-        # Of a model that DeepSpeed has cut up: what `end_task` has gathered to be saved.
-        self.partitioned = False
-        self.left_behind: dict[str, torch.Tensor] | None = None
-        self.whole: dict[str, torch.Tensor] = {}
+        self.previous: Path | None = None
+        # Under DeepSpeed; at stage 3, where the model is partitioned, `end_task` gathers what is saved.
+        self.under_deepspeed = self.partitioned = False
+        self.factors_to_save: dict[str, torch.Tensor] | None = None
+        self.weights_to_save: dict[str, torch.Tensor] = {}
 
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
@@ -230,6 +236,7 @@ class LoraMethod(Method):
         layers = match_linear(model, [self.options.lora_modules], "--lora_modules")
         check_rank(layers, self.options.lora_dim, "--lora_dim")
         model.requires_grad_(False)
+        self.previous = previous
         if previous is None:
             self.model = add_loranew(model, self.lora_config(decoder_only))
         else:
@@ -300,7 +307,8 @@ class LoraMethod(Method):
         return self.optimizer
 
     def begin_training(self, engine=None) -> None:
-        self.own_state |= engine is not None
+        self.under_deepspeed = engine is not None
+        self.own_state |= self.under_deepspeed
         self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
         self.optimizer_state = optimizer_state_of(self.optimizer, engine)
 
@@ -320,28 +328,44 @@ class LoraMethod(Method):
     def end_task(self) -> None:
         """Turn what was trained into memory: the new LoRA joins the old one.
 
-        At ZeRO-3 the model stays as DeepSpeed has it, and only what is saved is gathered.
+        At ZeRO-3 the model stays as DeepSpeed has it.
         """
         if self.partitioned:
-            import deepspeed  # slow, so only where it runs
-
-            self.left_behind = folded_factors(self.model, deepspeed.zero.GatheredParameters)
+            self.factors_to_save = folded_factors(self.model, self._exact_values())
             for name, layer in self.changed.items():
-                with deepspeed.zero.GatheredParameters([layer.weight]):
-                    self.whole[name] = layer.weight.detach().to("cpu", copy=True)
-        else:
-            fold_loranew(self.model)
+                with self.optimizer_state.gathered([layer.weight]):
+                    self.weights_to_save[name] = full_rank.exact(layer).detach().to("cpu", copy=True)
+            return
+        if self.under_deepspeed:
+            exact = self._exact_values()
+            for name, factor in self.model.named_parameters():
+                if ".lora_" in name or ".loranew_" in name:
+                    factor.data = exact(factor)
+        fold_loranew(self.model)
+
+    def _exact_values(self) -> Callable[[nn.Parameter], torch.Tensor]:
+        """What returns a factor in float32 where DeepSpeed has it in 16 bits: the optimizer's value, or if it is frozen
+        that of the previous task's file."""
+        stored = {} if self.previous is None else read_factors(self.previous)
+        names = {parameter: name.replace(".default.", ".") for name, parameter in self.model.named_parameters()}
+
+        def exact(factor: nn.Parameter) -> torch.Tensor:
+            if factor.requires_grad:
+                return self.optimizer_state.read_master(factor)
+            return stored.get(names[factor], factor.detach()).to(factor.device, torch.float32)
+
+        return exact
 
     def save(self, folder: Path) -> None:
         """Write the LoRA factors and every changed full-rank weight to `folder`."""
-        if self.left_behind is None:
+        if self.factors_to_save is None:
             self.model.save_pretrained(folder, save_embedding_layers=False)  # the base's are never changed
         else:
-            save_folded(self.model, self.left_behind, folder)
+            save_folded(self.model, self.factors_to_save, folder)
         super().save(folder)
 
     def changed_weights(self) -> dict[str, torch.Tensor]:
-        return super().changed_weights() | self.whole
+        return super().changed_weights() | self.weights_to_save
 
     def describe(self) -> str:
         new = sum(factor.numel() for factor in self._trained_factors().values())
@@ -361,7 +385,7 @@ class LoraMethod(Method):
         for layer in loranew_layers(self.model).values() if lamda_1 or lamda_2 else []:
             A_new = layer.effective_new_A(adapter)
             if lamda_1 and adapter in layer.lora_A:
-                terms.append(lamda_1 * (layer.lora_A[adapter].weight @ A_new.T).abs().sum())
+                terms.append(lamda_1 * (layer.lora_A[adapter].weight.to(A_new.dtype) @ A_new.T).abs().sum())
             if lamda_2:
                 terms += [lamda_2 * A_new.norm(), lamda_2 * layer.loranew_B[adapter].weight.norm()]
         return terms
@@ -391,6 +415,7 @@ class FullRankMethod(Method):
     """The weights of the base model that `--optim_target_modules` names train themselves; there is no LoRA."""
 
     Arguments: type[TargetArguments] = TargetArguments
+    float32_base = True
     zero_stage = None  # the optimizer, or the hooks on gradients, need whole weights
 
     def prepare(

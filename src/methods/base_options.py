@@ -41,7 +41,8 @@ class LoraArguments(MethodArguments):
     """The LoRA that a task adds, and where it goes."""
 
     lora_modules: str = field(
-        default=None, metadata={"help": "Where LoRA goes: a regular expression for complete module names."}
+        default=None,
+        metadata={"help": "Where LoRA goes: a regular expression for complete module names; auto: by the model's type."},
     )
     lora_dim: int = field(default=8, metadata={"help": "Rank of the LoRA that a task adds."})
     lora_alpha: float = field(default=32, metadata={"help": "LoRA scale times rank: s = lora_alpha / lora_dim."})
@@ -54,7 +55,7 @@ class LoraArguments(MethodArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.lora_modules is None:
-            raise InputError("--lora_modules: missing; a regular expression such as '.*SelfAttention.(q|v).*'")
+            raise InputError("--lora_modules: missing; auto, or a regular expression such as '.*SelfAttention.(q|v).*'")
         check_number(self, "lora_dim", above=0)
         check_number(self, "lora_alpha", above=0)
         check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 up to, not including, 1")
@@ -91,7 +92,8 @@ class TargetArguments(MethodArguments):
 
     optim_target_modules: list[str] = field(
         default_factory=list,
-        metadata={"help": "Full-rank weights that train by projection: regular expressions for complete module names."},
+        metadata={"help": "Full-rank weights that train by projection: regular expressions for complete module names; "
+                          "auto: by the model's type."},
     )
 
     def __post_init__(self):
@@ -124,7 +126,7 @@ class ProjectionArguments(TargetArguments):
         default="auto",
         metadata={
             "help": "What trains full-rank weights: dense gradients and ProjAdamW, or small cores beside frozen "
-            "weights, the same mathematics with less memory. auto: cores under DeepSpeed, else dense.",
+            "weights, the same mathematics with less memory. auto: cores under DeepSpeed and --bf16, else dense.",
             "choices": ["auto", "dense", "cores"],
         },
     )
@@ -169,7 +171,8 @@ class SpaceArguments(MethodArguments):
     """The shared gradient space, and how it protects."""
 
     proj_lora_modules: str | None = field(
-        default=None, metadata={"help": "Protected LoRA factors: a regular expression for factor names."}
+        default=None,
+        metadata={"help": "Protected LoRA factors: a regular expression for factor names; auto: every loranew_A."},
     )
     protect: str = field(
         default="gp_first",

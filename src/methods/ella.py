@@ -39,7 +39,7 @@ class Ella(LoraMethod):
     """The base method with a penalty where the new change meets the old ones."""
 
     Arguments = EllaArguments
-    zero_stage = None  # stage 2 should do, and has not been tried
+    zero_stage = 2  # a rank has no whole factor at stage 3
 
     def penalty(self):
         adapter = self.model.active_adapter

@@ -34,7 +34,6 @@ class EwcArguments(LoraArguments):
 
 class Ewc(Seqlora):
     Arguments = EwcArguments
-    zero_stage = None  # stage 2 should do, and has not been tried
     shown_rows = None
 
     def prepare(self, model, previous: Path | None, **kind):
@@ -46,9 +45,13 @@ class Ewc(Seqlora):
         return model
 
     def begin_task(self, model, batches):
-        factors = dict(self.factors())
-        self.fisher = {name: F.to(factors[name].device) for name, F in self.fisher.items()}
-        self.start = {name: factors[name].detach().clone() for name in self.fisher}
+        self.start = {name: factor.detach().clone() for name, factor in self.factors() if name in self.fisher}
+
+    def begin_training(self, engine=None):
+        super().begin_training(engine)
+        for name, factor in self.factors() if self.fisher else ():  # DeepSpeed has moved them to their device by now
+            self.fisher[name] = self.fisher[name].to(factor.device)
+            self.start[name] = self.start[name].to(factor)
 
     def penalty(self):
         if not self.options.ewc_lamda or not self.fisher:
@@ -57,6 +60,7 @@ class Ewc(Seqlora):
         return 0.5 * self.options.ewc_lamda * torch.stack(terms).sum()
 
     def revisit(self, model, batches):
+        model = self.model  # not DeepSpeed's engine, which would take these gradients for a training step's
         names, factors = zip(*self.factors())
         sums, rows = [torch.zeros_like(factor, dtype=torch.float32) for factor in factors], 0
         training = model.training

@@ -48,6 +48,9 @@ NOT_REPRODUCED = (
 @dataclass
 class GorpArguments(ChangePenaltyArguments, SpaceArguments, ProjectionArguments, LoraArguments):
     def check_with(self, training, zero_stage):
+        if self.galore_engine == "auto" and training.do_train and training.bf16 and zero_stage is None:
+            # 16-bit weights beside small cores; dense gradients need float32 weights.
+            self.galore_engine = "dense" if self.protect == "gp_second" else "cores"
         super().check_with(training, zero_stage)
         if self.protect == "gp_second" and (zero_stage is not None or self.galore_engine == "cores"):
             engine = "--galore_engine cores" if zero_stage is None else "DeepSpeed"
@@ -62,6 +65,7 @@ class Gorp(LoraMethod):
 
     def __init__(self, options):
         super().__init__(options)
+        self.float32_base = options.galore_engine == "dense"
         self.released = self.averages_micro_batches = options.preset == "released"
         self.protects = options.protect != "none"
         self.idle = {name for name in vars(options) if self.released and name in RELEASED}
@@ -106,7 +110,7 @@ class Gorp(LoraMethod):
         return self.options.protect
 
     def needs_inputs(self) -> bool:
-        """Whether a protected factor must be one that sees the layer's input: A, not B."""
+        """Whether only factors that see the layer's input can be protected: A, not B."""
         return self.options.space_from == "inputs"
 
     # Training
@@ -152,9 +156,8 @@ class Gorp(LoraMethod):
 
     def end_task(self) -> None:
         self.projection = self.engine.report()
-        if self.protects and self.options.space_from == "moments":
-            self.needed = self.engine.first_moments()
-        self.space.extend(self.needed if self.protects else {})
+        if self.protects:
+            self.space.extend(self.needed if self.options.space_from == "inputs" else self.engine.first_moments())
         for line in self.space.describe():
             detail.info(line)
         self.engine.finish(self.partitioned)
@@ -167,8 +170,6 @@ class Gorp(LoraMethod):
         super().save(folder)
         self.space.save(folder / SPACE_FILE)
 
-    # What the run reports
-
     def summary(self) -> list[str]:
         options = self.options
         detail.info(
@@ -180,9 +181,9 @@ class Gorp(LoraMethod):
 
     def describe(self) -> str:
         weights = sum(layer.weight.numel() for layer in self.targets.values())
-        protected = f"{self.space.total()} directions of earlier tasks protected" if self.protects else "nothing protected"
+        space = f"{self.space.total()} directions of earlier tasks protected" if self.protects else "nothing protected"
         return (f"{super().describe()}, {weights:,} in {len(self.targets)} full-rank weights (gradients projected to "
-                f"rank {self.options.galore_rank}); {protected}")
+                f"rank {self.options.galore_rank}); {space}")
 
     def closing_summary(self) -> list[str]:
         return [self.projection.line(), *([self.space.line()] if self.protects else [])]

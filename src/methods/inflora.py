@@ -41,7 +41,7 @@ class InfloraArguments(LoraArguments):
 
 class Inflora(LoraMethod):
     Arguments = InfloraArguments
-    zero_stage = None  # stage 2 should do, and has not been tried
+    zero_stage = 2
     shown_rows = None
     finished = 0.0  # share of the order's tasks before this one, t / T
 

@@ -46,7 +46,7 @@ class MagmaxArguments(LoraArguments):
 
 class Magmax(Seqlora):
     Arguments = MagmaxArguments
-    zero_stage = None  # stage 2 should do, and has not been tried
+    float32_base = True
 
     def prepare(self, model, previous: Path | None, **kind):
         self.tasks: dict[str, Tensor] = {}  # of each factor, all tasks' (t, rows, columns)

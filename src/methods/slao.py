@@ -27,7 +27,6 @@ LAST_FILE = "last_factors.safetensors"
 
 class Slao(Seqlora):
     Arguments = LoraArguments
-    zero_stage = None  # stage 2 should do, and has not been tried
 
     def prepare(self, model, previous: Path | None, **kind):
         model = super().prepare(model, previous, **kind)
@@ -58,7 +57,7 @@ class Slao(Seqlora):
         self.last = {name: factor.to("cpu", copy=True) for name, factor in self.factors()}
         for name, factor in self.factors():
             if name in self.merged_B:
-                factor.copy_(self.merged_B[name].lerp(factor, 1 / math.sqrt(self.tasks)))
+                factor.copy_(self.merged_B[name].to(factor).lerp(factor, 1 / math.sqrt(self.tasks)))
 
     def save(self, folder: Path):
         super().save(folder)

@@ -1,8 +1,8 @@
 """From `--model_name_or_path` to a base model and its tokenizer.
 
-What the folder holds, not its name, decides which: an adapter folder leads to the base model that it names; a LLaMA
-config gets this project's decoder-only class; any other encoder-decoder (T5, mT5, BART, ...) gets its own class.
-Weights are read from safetensors only, and no code that comes with a model is run.
+What the folder holds, not its name, decides which: an adapter folder leads to the base model that it names; an
+encoder-decoder (T5, BART, ...) gets its own class, a decoder-only model its class with a cheaper loss (`answer_loss.py`).
+Weights are read from safetensors only, after all other checks, and no code that comes with a model is run.
 """
 
 import contextlib
@@ -13,9 +13,12 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,10 +27,16 @@ from transformers.utils import logging as hf_logging
 
 from errors import InputError
 from files import read_object
+from model.answer_loss import causal_class, check_loss
 from model.llama import LlamaForCausalLM_with_lossmask
 
 ADAPTER_CONFIG = "adapter_config.json"
 FLAG = "--model_name_or_path"
+# In a generation config, but no settings of the base: the token ids are the tokenizer's, or those of training.
+NO_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_from_model_config",
+               "transformers_version")
+SAME_LOSS = set("llama qwen2 qwen3 mistral gemma gemma2 gemma3_text olmo2 smollm3 granite phi3 mixtral qwen3_moe".split())
+"""Decoder-only types for which tests/test_models.py compares the loss; others are compared when they are loaded."""
 
 logger = logging.getLogger("gorp")
 
@@ -61,6 +70,7 @@ def load_model_and_tokenizer(
     use_fast_tokenizer: bool = True,
     resize_position_embeddings: bool | None = None,
     max_source_length: int = 512,
+    family: str | None = None,
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
 ) -> LoadedModel:
@@ -72,36 +82,56 @@ def load_model_and_tokenizer(
         use_fast_tokenizer: a published flag; false only logs that transformers 5 has one kind of tokenizer.
         resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
             warning. Only some models can (Pegasus can, BART and LLaMA cannot).
+        family: "encoder-decoder" or "decoder-only", if it must be one of them.
         weights: False leaves the model on the meta device: files and shapes are checked, no values are read.
 
     Raises:
-        InputError: the model is missing, a pickle, incomplete, of an unsupported kind, or too short for
-            `max_source_length`; the hub cannot be reached.
+        InputError: the model is missing, a pickle, incomplete, of an unsupported kind or another family, or too short
+            for `max_source_length`; the hub cannot be reached.
     """
     if not use_fast_tokenizer:
         logger.warning("--use_fast_tokenizer false is ignored: transformers 5 has one kind of tokenizer")
     previous, base_name = _find_base(model_name_or_path)
     hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "trust_remote_code": False}
     with _loading("config", config_name or base_name):
+        raw, _ = PreTrainedConfig.get_config_dict(config_name or base_name, **hub)
+    _reject_foreign(raw, config_name or base_name)
+    with _loading("config", config_name or base_name):
         config = AutoConfig.from_pretrained(config_name or base_name, **hub)
-    decoder_only = config.model_type == "llama"
-    if not decoder_only and not config.is_encoder_decoder:
-        raise InputError(
-            f"{base_name}/config.json: found model_type {config.model_type!r}; allowed: llama and encoder-decoder "
-            "models (t5, mt5, bart, ...)"
-        )
+    own_class, decoder_only = model_class(config, base_name), not config.is_encoder_decoder
+    kind, other = ("decoder-only", "scripts_llama/") if decoder_only else ("encoder-decoder", "scripts/")
+    if family not in (None, kind):
+        raise InputError(f"{FLAG}: {base_name} is {kind} ({config.model_type}), and this command is for {family} models; "
+                         f"use {other}")  # fmt: skip
     _reject_kernels(config, base_name)
-    model_class = LlamaForCausalLM_with_lossmask if decoder_only else AutoModelForSeq2SeqLM
     _reject_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
     _check_index(Path(base_name) / "model.safetensors.index.json")
     with _loading("tokenizer", tokenizer_name or base_name):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **hub)
+    _complete_tokenizer(tokenizer, config, base_name)
     place = {} if weights else {"device_map": "meta"}
-    model = _load_weights(model_class, base_name, config=config, dtype=dtype, **place, **hub)
+    model = _load_weights(own_class, base_name, config=config, dtype=dtype, **place, **hub)
     _grow_positions(model, max_source_length, resize_position_embeddings)
-    _set_special_tokens(model, tokenizer, decoder_only)
+    _drop_generation_settings(model, base_name)
+    _set_special_tokens(model, tokenizer)
     _grow_embeddings(model, tokenizer)
+    if decoder_only and weights and config.model_type not in SAME_LOSS:
+        check_loss(model, base_name)
     return LoadedModel(model, tokenizer, decoder_only, previous, base_name)
+
+
+def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
+    """The class of the model in `name` that trains here.
+
+    Raises:
+        InputError: the model does not map text to text.
+    """
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise InputError(f"{name}/config.json: found model_type {config.model_type!r}, a vision-language model; allowed: "
+                         "a model of text alone")  # fmt: skip
+    if config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+    return LlamaForCausalLM_with_lossmask if config.model_type == "llama" else causal_class(config, name)
 
 
 def model_files(model_name_or_path: str) -> dict[str, Path]:
@@ -212,6 +242,17 @@ def _check_index(path: Path) -> None:
             raise InputError(f"{path}, weight_map, {weight}: there is no {piece} beside it")
 
 
+def _reject_foreign(config: dict, name: str) -> None:
+    """Reject a model that Transformers has no code for, or whose weights are quantised."""
+    kind, found = config.get("model_type"), f"{name}/config.json: found"
+    if kind not in CONFIG_MAPPING:
+        own = " (the code that comes with the model is not run)" if "auto_map" in config else ""
+        raise InputError(f"{found} model_type {kind!r}; allowed: the types of this Transformers version{own}")
+    if quantised := config.get("quantization_config"):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise InputError(f"{found} weights quantised by {how}; allowed: weights in 16 or 32 bits")
+
+
 def _reject_kernels(config: PreTrainedConfig, name: str) -> None:
     """Reject a config that names a hub repository of compiled attention kernels, which would be fetched and run."""
     wanted = config._attn_implementation
@@ -242,33 +283,77 @@ def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
 # Making model, tokenizer and settings agree
 
 
-def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoder_only: bool) -> None:
-    """Write the same special tokens to tokenizer, config and generation config.
+def _drop_generation_settings(model: PreTrainedModel, base_name: str) -> None:
+    """Drop the base's own generation settings, which `generate` would mix into every answer, and log them.
 
-    The tokenizer's own tokens are used; a LLaMA tokenizer without bos or eos takes the config's. Without a padding
-    token it pads with unk, or else eos: padding is always masked and needs no embedding of its own.
+    An answer begins with the token that it begins with in training; see `_set_special_tokens` for its end.
     """
-    if decoder_only:
+    found = model.generation_config.to_diff_dict()
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        eos_token_id=model.generation_config.eos_token_id,
+    )
+    usual = GenerationConfig._get_default_generation_params() | {name: found.get(name) for name in NO_SETTINGS}
+    if dropped := [f"{name} {value}" for name, value in found.items() if value != usual.get(name, False)]:
+        logger.info("%s: its generation settings are ignored: %s", base_name, ", ".join(dropped))
+
+
+def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
+    """Give the tokenizer every special token that training needs, and the language of the answers.
+
+    A decoder-only model's tokenizer without bos or eos takes the config's. Without a padding token it pads with unk, or
+    else eos: padding is always masked and needs no embedding of its own. A multilingual model answers in the language
+    of the prompt.
+
+    Raises:
+        InputError: no token ends an answer or none starts it, or the vocabulary is another model's.
+    """
+    if not config.is_encoder_decoder:
         for kind in ("bos", "eos"):
-            if getattr(tokenizer, f"{kind}_token") is None:
-                setattr(tokenizer, f"{kind}_token", _token_of_config(model, tokenizer, kind))
+            if getattr(tokenizer, f"{kind}_token") is None and (ids := _as_list(getattr(config, f"{kind}_token_id"))):
+                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(ids[0]))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
         tokenizer.padding_side = "left"
+    elif getattr(tokenizer, "src_lang", None):
+        tokenizer.tgt_lang = tokenizer.tgt_lang or tokenizer.src_lang
     for kind in ("eos", "pad"):
         if getattr(tokenizer, f"{kind}_token") is None:
-            raise InputError(f"{model.name_or_path}: neither the tokenizer nor config.json defines {kind}_token")
-    if not decoder_only and model.config.decoder_start_token_id is None:
+            raise InputError(f"{name}: neither the tokenizer nor config.json defines {kind}_token")
+    if tokenizer.vocab_size > config.vocab_size:  # added tokens get new rows
+        raise InputError(f"{name}: its tokenizer has a vocabulary of {tokenizer.vocab_size} tokens; config.json says "
+                         f"vocab_size {config.vocab_size}, so they belong to different models")  # fmt: skip
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer's special tokens to config and generation config.
+
+    Answers are trained to end with the tokenizer's eos. The base's other end tokens (Llama 3 has several) end them too,
+    but not an ordinary piece of text, which an answer may contain.
+
+    Raises:
+        InputError: no token starts an answer.
+    """
+    settings = model.generation_config
+    if getattr(tokenizer, "tgt_lang", None):  # an answer begins with its language: as the decoder's start, or after it
+        language = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
+        if tokenizer(text_target="a").input_ids[-1] == language:
+            model.config.decoder_start_token_id = settings.decoder_start_token_id = language
+        else:
+            settings.forced_bos_token_id = language
+    if model.config.is_encoder_decoder and model.config.decoder_start_token_id is None:
         raise InputError(f"{model.name_or_path}/config.json: has no decoder_start_token_id, with which answers start")
-    for kind in ("bos", "eos", "pad") if decoder_only else ("eos", "pad"):
-        for holder in (model.config, model.generation_config):
-            setattr(holder, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    others = [index for index in _as_list(settings.eos_token_id) if index in special]
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *others]))
+    for holder in (model.config, settings):
+        holder.eos_token_id = ends if len(ends) > 1 else ends[0]
+        holder.pad_token_id = tokenizer.pad_token_id
+        if not model.config.is_encoder_decoder:
+            holder.bos_token_id = tokenizer.bos_token_id
 
 
-def _token_of_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str) -> str | None:
-    index = getattr(model.config, f"{kind}_token_id")
-    if isinstance(index, list):
-        index = index[0]
-    return None if index is None else tokenizer.convert_ids_to_tokens(index)
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

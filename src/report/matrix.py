@@ -1,8 +1,8 @@
 """The accuracy of every task after every task, and the measures of continual learning taken from it.
 
 Row i, column j of the matrix is a[i][j], the exact match (ROUGE-L where answers are free text) in per cent on task j
-after training on task i, None where it was not measured; b[i][j], j >= i, is the same before training on task i
-(`--zero_shot`). With T tasks, T also being the last row, and n[j] test examples of task j:
+after training on task i, None where it was not measured; b[i][j], j >= i, is the same before training on task i (`--zero_shot`). With T tasks, T also
+being the last row, and n[j] test examples of task j:
 
     average performance        AP  = 1/T sum_j a[T][j]                       (Lopez-Paz & Ranzato, 2017, there ACC;
                                                                               Chaudhry et al., 2018, there A_T)
@@ -17,12 +17,12 @@ BWT below zero is forgetting. The measures of an unfinished order are those of i
 None if a value that it needs is missing.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compute_metrics import score_of
 from errors import InputError
 from files import read_object
 
@@ -85,6 +85,8 @@ def unseen_accuracy(folder: str | os.PathLike) -> dict[str, float | None]:
     """Exact match after a step on each dataset that its order never trains; empty if it was not measured."""
     path = Path(folder) / "unseen_results.json"
     tasks = _results(path).get("unseen_datasets", [])
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise InputError(f"{path}: unseen_datasets is {tasks!r}; allowed: an array of names")
     return dict(zip(tasks, _row(path, tasks, "unseen")))
 
 
@@ -103,13 +105,13 @@ def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) 
     """Every measure of `MEASURES` after the latest finished task."""
     last = last_finished(matrix)
     folder = Path(order_dir) / "outputs" / step_name(last + 1, tasks[last])
-    results = _results(folder / "predict_results.json")
+    path = folder / "predict_results.json"
     unseen = unseen_accuracy(folder).values()
-    average, over_examples = average_performance(matrix), results.get("predict_exact_match")
+    average = average_performance(matrix)
     return {
         "average_performance": average,
         # `--predict_tasks ends` may have tested the latest task alone, and then there is no AP either.
-        "average_over_rows": None if average is None else results.get("predict_score", over_examples),
+        "average_over_rows": None if average is None else _score(_results(path), path, "predict"),
         "backward_transfer": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
         "forward_transfer": forward_transfer(zero_shot_matrix(order_dir, tasks), last + 1),
@@ -173,11 +175,26 @@ def _step_folders(outputs: Path) -> list[Path]:
 def _row(path: Path, tasks: Sequence[str], part: str = "predict") -> list[float | None]:
     """The score on every task in a step's results file; None where the file, or its value, is missing."""
     results = _results(path)
-    row = [score_of(results, task, f"{part}_") for task in tasks]
-    for task, value in zip(tasks, row):
-        if value is not None and not (type(value) in (int, float) and 0 <= value <= 100):
-            raise InputError(f"{path}: {part}_exact_match_for_{task} is {value!r}; allowed: a number from 0 to 100")
-    return row
+    return [_score(results, path, part, f"_for_{task}") for task in tasks]
+
+
+def _score(results: Mapping, path: Path, part: str, ending: str = "") -> float | None:
+    """ROUGE-L where it counts in place of exact match, otherwise exact match."""
+    score, exact_match = f"{part}_score{ending}", f"{part}_exact_match{ending}"
+    return number(results, score if score in results else exact_match, path, most=100)
+
+
+def number(content: Mapping, key: str, path: Path, most: float = math.inf) -> float | None:
+    """The number under a key of a file's object, from 0 to `most`; None if it is missing.
+
+    Raises:
+        InputError: something else is there, such as the NaN of a failed run.
+    """
+    value = content.get(key)
+    if value is None or (type(value) in (int, float) and math.isfinite(value) and 0 <= value <= most):
+        return value
+    allowed = "0 or more" if most == math.inf else f"from 0 to {most}"
+    raise InputError(f"{path}: {key} is {value!r}; allowed: a number {allowed}")
 
 
 def _results(path: Path) -> dict:

@@ -14,7 +14,7 @@ from compute_metrics import compute_metrics, exact_match, read_predictions
 from errors import InputError
 from files import json_kind, read_object
 from report.bootstrap import Interval, paired_interval
-from report.matrix import Matrix, accuracy_matrix, last_finished, measure, step_name, unfinished_steps
+from report.matrix import Matrix, accuracy_matrix, last_finished, measure, number, step_name, unfinished_steps
 
 CEILING = "multitask"
 """The method that sees all tasks at once: a ceiling, which does not learn in sequence."""
@@ -91,12 +91,14 @@ def read_run(order_dir: Path) -> Run:
     """The run in an order's output folder; without `run_record.json` its folders name method and order."""
     tasks, matrix = accuracy_matrix(order_dir)
     steps = [order_dir / "outputs" / step_name(i, task) for i, task in enumerate(tasks, 1)]
-    records = [_object(step / "run_record.json", "report") for step in steps]
+    paths = [step / "run_record.json" for step in steps]
+    records = [_object(path, "report") for path in paths]
     last = last_finished(matrix)
     unfinished = unfinished_steps(tasks, matrix)
-    seconds = [_number(step / "train_results.json", "train_runtime") for step in steps[: last + 1]]
+    trained = [step / "train_results.json" for step in steps[: last + 1]]
+    seconds = [number(_object(path), "train_runtime", path) for path in trained]
     stored = [path.stat().st_size for path in steps[last].glob("*_adapter/*.safetensors")]
-    first = records[0]
+    first, sizes = records[0], [number(one, "trained_values", path) for one, path in zip(records, paths)]
     return Run(
         folder=order_dir,
         model=Path(str(first.get("base_model", "unknown model"))).name,
@@ -108,12 +110,12 @@ def read_run(order_dir: Path) -> Run:
         measures=measure(order_dir, tasks, matrix),
         right={} if unfinished else _right_answers(steps[last] / "predict_eval_predictions.jsonl", tasks),
         seconds=None if None in seconds else sum(seconds),
-        trained_values=max((one["trained_values"] for one in records if "trained_values" in one), default=None),
-        values=first.get("values"),
+        trained_values=max(filter(None, sizes), default=None),
+        values=number(first, "values", paths[0]),
         stored_bytes=sum(stored) or None,
         unfinished=unfinished,
-        options=_options(steps[0] / "run_record.json"),
-        made_with=_made_with(_object(steps[0] / "run_record.json")),
+        options=_options(paths[0]),
+        made_with=_made_with(_object(paths[0])),
     )
 
 
@@ -290,13 +292,6 @@ def _object(path: Path, *keys: str) -> dict:
         if not isinstance(content, dict):
             raise InputError(f"{path}, {key}: found {json_kind(content)}; allowed: an object")
     return content
-
-
-def _number(path: Path, key: str) -> float | None:
-    value = _object(path).get(key)
-    if not isinstance(value, int | float | None):
-        raise InputError(f"{path}: {key} is {value!r}; allowed: a number")
-    return value
 
 
 def natural(text: str) -> list:

@@ -1,0 +1,81 @@
+"""Ask a finished model about texts, in the words of its training.
+
+    python src/answer.py logs_and_outputs/order_1/outputs/4-agnews --dataset TC/dbpedia --text "..."
+    python src/answer.py exported --dataset TC/agnews --file texts.txt
+
+FOLDER is a task's output folder, the adapter folder in it, or what `export.py` wrote. Prints an answer a line.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from errors import InputError, entry_point
+from export import load_finished
+from prompts import read_prompts
+from uie_collator import DataCollatorForUIE
+
+ROWS = 16  # texts in a batch
+
+
+@entry_point
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="answer", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="a task's output folder, its adapter folder, or an exported model")
+    parser.add_argument("--dataset", required=True, help="TASK/NAME, whose prompt is used, such as TC/dbpedia")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", help="the text to ask about, as it would stand in the benchmark")
+    texts.add_argument("--file", type=Path, help="a UTF-8 file with a text a line, \\n in it for a line break")
+    options = parser.parse_args(arguments)
+    texts = [options.text] if options.text is not None else read_lines(options.file)
+    for answer in answers(options.folder, options.dataset, texts):
+        print(answer)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The texts of a file, blank lines left out; InputError if it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--file: {path} cannot be read as UTF-8 text ({error})") from None
+    return [line.replace("\\n", "\n") for line in lines if line.strip()]
+
+
+@torch.no_grad()
+def answers(run: Path, dataset: str, texts: Sequence[str]) -> list[str]:
+    """The model's answers to texts, by greedy search.
+
+    Raises:
+        InputError: the folder holds no model or no prompt for the dataset, or a text is blank.
+    """
+    folder, loaded = load_finished(run)
+    prompts = read_prompts(folder)
+    if dataset not in prompts["heads"]:
+        raise InputError(f"--dataset: found {dataset}; allowed: {', '.join(prompts['heads'])}")
+    if not all(text.strip() for text in texts):
+        raise InputError("--text: found a blank text")
+    collator = DataCollatorForUIE(
+        loaded.tokenizer,
+        decoder_only=loaded.decoder_only,
+        max_source_length=prompts["max_source_length"],
+        max_target_length=prompts["max_target_length"],
+    )
+    task, name = dataset.split("/")
+    about = {"Task": task, "Dataset": name, "subset": "test", "Samples": []}
+    rows = [about | {"Instance": {"id": index, "sentence": text, "label": "", "instruction": prompts["heads"][dataset]}}
+            for index, text in enumerate(texts)]  # fmt: skip
+    found = []
+    for start in range(0, len(rows), ROWS):
+        batch = collator(rows[start : start + ROWS])
+        inputs = {key: batch[key].to(loaded.model.device) for key in ("input_ids", "attention_mask")}
+        ids = loaded.model.generate(**inputs, max_new_tokens=prompts["max_target_length"], do_sample=False)
+        ids = ids[:, inputs["input_ids"].shape[1] :] if loaded.decoder_only else ids
+        found += [text.strip() for text in loaded.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""A training loss for any decoder-only model that computes logits only where a token is to be predicted."""
+
+import functools
+import inspect
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from errors import InputError
+
+IGNORED = -100
+
+
+class AnswerLoss:
+    """In front of a causal language model of Transformers: the same loss for less memory.
+
+    An answer is a few tokens of a prompt of hundreds, and each position's logits span the vocabulary. The stock forward
+    computes them, with whatever scaling or soft-capping it has, at the positions that precede a label of any row
+    (`logits_to_keep`). Without labels (generation) this is the stock class.
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Token ids to loss; every other argument is the stock class's.
+
+        Args:
+            input_ids, attention_mask: (batch, length).
+            labels: (batch, length), the inputs' own tokens; -100 where none is to be predicted.
+            loss_mask: (batch, length), weight of the loss at each *predicting* position, one before its label; 1 by
+                default. Positions of weight 0 are not scored.
+            num_items_in_batch: tokens to average over, which the Trainer counts over all micro-batches of a step;
+                by default the scored tokens of this batch.
+            logits_to_keep: without labels, the stock class's. `generate` asks for the last position only if `forward`
+                names this argument.
+
+        Returns:
+            With labels: `loss`, 0 if nothing is scored, and `logits` (scored tokens, vocabulary), in the order of the
+            batch. A mixture of experts adds its balance loss as the stock class does. Without: the stock output.
+
+        Raises:
+            ValueError: labels of another shape than the inputs.
+        """
+        if labels is None and getattr(self.config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", False)  # the balance loss fails where a mask covers a cache, too
+        stock = functools.partial(super().forward, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if labels is None:
+            return stock(logits_to_keep=logits_to_keep)
+        shape = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[:2]
+        if labels.shape != shape:
+            raise ValueError(f"labels of shape {tuple(labels.shape)}; {tuple(shape)} is needed")
+        # Position t predicts token t + 1, so the last position predicts nothing.
+        weights = (labels[:, 1:] != IGNORED).float()
+        if loss_mask is not None:
+            weights = weights * loss_mask[:, :-1].to(weights)
+        scored = weights != 0
+        columns = scored.any(0).nonzero().flatten()
+        outputs = stock(logits_to_keep=columns)
+        logits = outputs.logits[scored[:, columns].to(outputs.logits.device)]
+        targets, weights = labels[:, 1:][scored].to(logits.device), weights[scored].to(logits.device)
+        total = (cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+        count = num_items_in_batch if num_items_in_batch is not None else scored.sum()
+        # Without a target: an empty sum over one token, which is 0 with a graph, not 0 / 0.
+        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        if (balance := getattr(outputs, "aux_loss", None)) is not None:
+            loss = loss + self.router_aux_loss_coef * balance
+        return type(outputs)(**{**outputs, "loss": loss, "logits": logits})
+
+
+def causal_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
+    """Transformers' class of decoder-only models for `config`, with `AnswerLoss` in front, under the stock name.
+
+    Raises:
+        InputError: there is none, or its forward always computes the logits of every position.
+    """
+    found = f"{name}/config.json: found model_type {config.model_type!r}"
+    kinds = MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder or type(config) not in kinds or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise InputError(f"{found}; allowed: decoder-only models (llama, qwen3, mistral, ...) and encoder-decoder "
+                         "models (t5, mt5, bart, ...)")  # fmt: skip
+    stock = kinds[type(config)]
+    if "logits_to_keep" not in inspect.signature(stock.forward).parameters:
+        raise InputError(f"{found}, whose {stock.__name__} cannot compute the logits of some positions alone; "
+                         "docs/MODELS.md lists models that can")  # fmt: skip
+    return type(stock.__name__, (AnswerLoss, stock), {"__module__": stock.__module__, "__doc__": stock.__doc__})
+
+
+@torch.no_grad()
+def check_loss(model: PreTrainedModel, name: str) -> None:
+    """Reject a model whose loss on two left-padded examples is not its stock class's loss on each of them alone.
+
+    Raises:
+        InputError: with both losses.
+    """
+    ids = torch.linspace(0, model.get_input_embeddings().num_embeddings - 1, 24, device=model.device).long().view(2, 12)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, :4], labels[:, :8] = 0, IGNORED
+    ours = model(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
+    alone = [super(AnswerLoss, model).forward(input_ids=ids[i : i + 1, cut:], labels=labels[i : i + 1, cut:]).loss.item()
+             for i, cut in enumerate((0, 4))]  # fmt: skip
+    stock, tolerance = sum(alone) / 2, 1e-4 if model.dtype == torch.float32 else 3e-2
+    if not abs(ours - stock) <= tolerance * max(1, abs(stock)):
+        raise InputError(f"{name}: a left-padded batch has a loss of {ours:.4f}, the stock {type(model).__name__} without "
+                         f"padding {stock:.4f}; docs/MODELS.md lists models whose loss is the same")  # fmt: skip

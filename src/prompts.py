@@ -1,0 +1,71 @@
+"""The prompts that a model was trained on, saved with it, and the README of an adapter folder.
+
+`prompts.json` has, for each dataset, what stands before a text ("head") and after it ("tail"), and how many tokens a
+prompt and an answer may have.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from errors import InputError
+from files import read_object, write_json
+from full_rank import FILE_NAME
+from uie_dataset_lora import ANSWER_CUE, prompt_parts
+
+PROMPTS = "prompts.json"
+CARD = """---
+base_model: {base}
+tags: [gorp, lora, continual-learning]
+---
+
+# Adapter after {datasets}
+
+Trained with GORP, method {method}, on {base}. The folder holds {content}.
+
+| to | run, in a checkout of GORP |
+|---|---|
+| ask it | `python src/answer.py FOLDER --dataset {last} --text "..."` |
+| get a plain Transformers model | `python src/export.py FOLDER --to NEW_FOLDER` |
+| train the next task | `--model_name_or_path FOLDER` |
+
+Texts are asked about as in training. For {last} the prompt is this, with the text in place of TEXT; other datasets'
+are in `{prompts}`.
+
+```
+{head}TEXT{tail}
+```
+"""
+
+
+def save_prompts(folder: Path, examples: Iterable[dict], collator) -> None:
+    """Write the prompt of each dataset among the examples, the last one's last."""
+    named = {"add_task_name": collator.add_task_name, "add_dataset_name": collator.add_dataset_name}
+    heads: dict[str, str] = {}
+    for example in examples:
+        dataset = f"{example['Task']}/{example['Dataset']}"
+        heads[dataset] = heads.pop(dataset, prompt_parts(example, **named)[0])
+    lengths = {name: getattr(collator, name) for name in ("max_source_length", "max_target_length")}
+    write_json(folder / PROMPTS, lengths | {"tail": ANSWER_CUE, "heads": heads})
+
+
+def read_prompts(folder: Path) -> dict:
+    """What `save_prompts` wrote.
+
+    Raises:
+        InputError: the file is missing or lacks a key.
+    """
+    prompts = read_object(folder / PROMPTS)
+    if missing := {"heads", "tail", "max_source_length", "max_target_length"} - prompts.keys():
+        raise InputError(f"{folder / PROMPTS}: has no {min(missing)!r}")
+    return prompts
+
+
+def save_card(folder: Path, method: str, base: str) -> None:
+    """Write README.md, in place of the model card that PEFT leaves to be filled in."""
+    prompts = read_prompts(folder)
+    last, content = list(prompts["heads"])[-1], "the LoRA of all tasks, their ranks one after the other"
+    if (folder / FILE_NAME).exists():
+        content = f"LoRA, if any, and in `{FILE_NAME}` weights of the base model that changed: PEFT alone cannot load it"
+    card = CARD.format(base=base, datasets=", ".join(prompts["heads"]), method=method, content=content, last=last,
+                       prompts=PROMPTS, head=prompts["heads"][last], tail=prompts["tail"])  # fmt: skip
+    (folder / "README.md").write_text(card, encoding="utf-8")

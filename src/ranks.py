@@ -1,0 +1,65 @@
+"""What the ranks of a run agree on before they train, on one machine or several: the first one decides."""
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate.utils import broadcast_object_list, gather_object
+
+from errors import InputError
+
+T = TypeVar("T")
+
+
+def is_first() -> bool:
+    """Whether this is the first rank, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def of_first_rank(decide: Callable[[], T]) -> T:
+    """What `decide` returns on the first rank, which alone calls it; collective, after the ranks are connected.
+
+    Raises:
+        InputError: `decide` raised it. The other ranks exit with code 2, so that the message is printed once.
+    """
+    result, fault = None, None
+    if is_first():
+        try:
+            result = decide()
+        except InputError as error:
+            fault = error
+    result, failed = broadcast_object_list([result, fault is not None])
+    if fault is not None:
+        raise fault
+    if failed:
+        sys.exit(2)
+    return result
+
+
+def check_shared(folder: Path) -> None:
+    """Reject a folder that is not the same one on every machine: all ranks read what the first one writes; collective.
+
+    Raises:
+        InputError: a machine does not see a file that the first rank has just written there.
+    """
+
+    def write_mark() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial", delete=False) as file:
+            return Path(file.name).name
+
+    mark = folder / of_first_rank(write_mark)
+    node = f"node {os.environ.get('GROUP_RANK', os.environ.get('CROSS_RANK', '0'))} ({socket.gethostname()})"
+    blind = sorted(set(gather_object([] if mark.exists() else [node])))
+
+    def judge() -> None:
+        mark.unlink()
+        if blind:
+            raise InputError(f"--output_dir: {folder} is not the folder of the first node on {', '.join(blind)}; one "
+                             "that all nodes share, such as a network file system, is allowed")
+
+    of_first_rank(judge)

@@ -1,0 +1,89 @@
+"""`--bf16` without DeepSpeed: frozen weights in 16 bits, what trains in float32, evaluation as training computes."""
+
+import collections
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import run_uie_lora
+from evaluation.generate import Prediction
+from full_rank import exact, load_weights, save_weights
+from helpers import LLAMA, LLAMA_MODULES, arguments
+from model.loading import load_model_and_tokenizer
+from module_matching import match_linear
+from Proj_torch.zero_core import CoreEngine
+
+GATES = ".*mlp.gate_proj.*"
+
+
+class ProductsByDtype(TorchDispatchMode):
+    """Counts matrix products with more than `least` numbers in their second factor, by dtype."""
+
+    def __init__(self, counts: collections.Counter, least: int):
+        super().__init__()
+        self.counts, self.least = counts, least
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        factors = [x for x in args if isinstance(x, torch.Tensor)]
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and factors[-1].numel() >= self.least:
+            self.counts[factors[-1].dtype] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def trained(mini_benchmark, tmp_path, monkeypatch):
+    """A function that trains one task of the tiny LLaMA: its trainer, dtypes before training, and those of the products
+    in `generate`."""
+    build, generate = run_uie_lora.build_trainer, Prediction._generate
+
+    def train(*extra: str):
+        trainers, frozen, counts = [], [], collections.Counter()
+
+        def keep(model, *rest):
+            trainers.append(build(model, *rest))
+            frozen.extend((p.requires_grad, p.dtype, p.ndim) for p in model.parameters())
+            return trainers[-1]
+
+        def counted(*args):
+            with ProductsByDtype(counts, least=128 * 128):
+                return generate(*args)
+
+        monkeypatch.setattr(run_uie_lora, "build_trainer", keep)
+        monkeypatch.setattr(Prediction, "_generate", counted)
+        command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", LLAMA, LLAMA_MODULES, "--max_steps", "2",
+                            "--max_predict_samples", "1", "--overwrite_output_dir", "True", *extra)  # fmt: skip
+        assert run_uie_lora.main(command) == 0
+        return trainers[0], frozen, counts
+
+    return train
+
+
+def test_frozen_weights_are_16_bit_and_evaluation_computes_as_training(trained):
+    trainer, parameters, products = trained("--bf16", "True")
+    assert {dtype for trains, dtype, _ in parameters if not trains} == {torch.bfloat16}
+    assert {dtype for trains, dtype, _ in parameters if trains} == {torch.float32}
+    assert trainer.method.engine.name == "trainable cores, AdamW"
+    assert set(products) == {torch.bfloat16}
+    assert {weight.dtype for weight in trainer.method.engine.trained_weights.values()} == {torch.float32}
+
+
+def test_dense_gradients_need_float32_weights(trained):
+    trainer, parameters, _ = trained("--bf16", "True", "--galore_engine", "dense")
+    assert {dtype for _, dtype, _ in parameters} == {torch.float32} and trainer.method.engine.name == "ProjAdamW"
+
+
+def test_a_16_bit_weight_continues_from_the_float32_value_that_was_saved(tmp_path):
+    """The rounding error is kept, in 16 bits too, so what is lost is 2^-9 of it: 2^-17 of the weight."""
+    model = load_model_and_tokenizer(str(LLAMA), dtype=torch.bfloat16).model
+    layers = match_linear(model, [GATES], "--optim_target_modules")
+    saved = {name: layer.weight.float() + 1e-5 * torch.randn(layer.weight.shape) for name, layer in layers.items()}
+    save_weights(saved, tmp_path)
+    loaded = load_weights(model, tmp_path)
+    engine = CoreEngine(model, loaded, rank=8, update_proj_gap=4, lr=1e-3)
+    for name, layer in engine.layers.items():
+        tolerance = 2.0**-16 * saved[name].abs()
+        assert layer.weight.dtype == torch.bfloat16
+        assert ((layer.weight - saved[name]).abs() > tolerance).any()  # 16 bits alone do not hold it
+        for held in (exact(loaded[name]), layer.trained_weight(torch.zeros(layer.core_shape))):
+            assert ((held - saved[name]).abs() <= tolerance).all()
