@@ -721,7 +721,8 @@ def test_an_environment_that_others_made_is_left_alone(made, needs_a_package):
     checkout, pip = needs_a_package
     place = checkout.parent / "elsewhere" if made == "link" else checkout / ".venv"
     if made.startswith("venv") or made == "link":
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", *["--clear"] * (made == "link"), place], check=True)
+        clear = ["--clear"] * (made == "link")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", *clear, place], check=True)
         (place / "mine").touch()
     if made == "venv":
         (place / "bin" / "pip").touch()
