@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from transformers import (
 
 from errors import InputError
 from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew
+from methods.base_modules import choose_modules
 from model.llama import LlamaForCausalLM_with_lossmask
 from model.loading import load_model_and_tokenizer
 
@@ -189,6 +191,32 @@ def test_a_type_that_no_test_compares_is_compared_when_it_is_loaded(tmp_path):
     folder = save(tmp_path / "gpt2", model, llama_tokenizer())
     assert "a left-padded batch has a loss of" in refusal(folder)
     assert load_model_and_tokenizer(str(folder), weights=False).decoder_only
+
+
+def chosen(folder, **given) -> tuple:
+    options = SimpleNamespace(lora_modules="auto", optim_target_modules=["auto"], proj_lora_modules="auto")
+    vars(options).update(given)
+    choose_modules(options, load_model_and_tokenizer(str(folder)).model)
+    return options.lora_modules, options.optim_target_modules, options.proj_lora_modules
+
+
+def test_modules_are_chosen_by_type_and_flags_win(tmp_path, caplog):
+    folder, ordinary = make_llama(tmp_path / "llama"), (".*self_attn.(q_proj|v_proj).*", [".*mlp.gate_proj.*"])
+    with caplog.at_level(logging.INFO, "gorp"):
+        assert chosen(folder) == (*ordinary, ".*loranew_A.*")
+    assert "model_type llama: --lora_modules .*self_attn.(q_proj|v_proj).*, --optim_target_modules .*mlp" in caplog.text
+    assert chosen(folder, optim_target_modules=[".*up_proj"]) == (ordinary[0], [".*up_proj"], ".*loranew_A.*")
+    assert chosen(folder, lora_modules=".*k_proj", proj_lora_modules=None)[::2] == (".*k_proj", None)
+
+
+def test_an_unknown_type_lists_its_linear_layers(tmp_path):
+    folder = tmp_path / "cohere"
+    save(folder, CohereForCausalLM(CohereConfig(intermediate_size=24, **TINY)), llama_tokenizer())
+    with pytest.raises(InputError, match="found auto, which does not know model_type 'cohere'.* such as '.*ENDING'; .*"
+                                         "1 x self_attn.q_proj, .*1 x mlp.gate_proj"):
+        chosen(folder)
+    given = {"lora_modules": ".*q_proj", "optim_target_modules": [".*up_proj"]}
+    assert chosen(folder, **given) == (".*q_proj", [".*up_proj"], ".*loranew_A.*")
 
 
 # Places

