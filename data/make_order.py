@@ -1,31 +1,41 @@
-"""Write the JSON files of an order of your own, ready for ``bash scripts/order.sh NAME``.
+"""Write the JSON files of an order of your own, ready for ``bash scripts/order.sh NAME``; docs/ORDERS.md describes them.
 
-Example: python data/make_order.py --name mine --tasks TC/dbpedia SC/amazon TC/agnews
+    python data/make_order.py --name mine --tasks TC/dbpedia SC/amazon TC/agnews
+    python data/make_order.py --name short --from order4 --drop WiC MultiRC
+    python data/make_order.py --name turned --from order1 --tasks agnews yahoo amazon dbpedia
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Sequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
 from errors import InputError, entry_point
-from order_config import SAMPLING, TASKS, benchmark_datasets, check_name, is_complete, write_order
+from order_config import SAMPLING, benchmark_datasets, check_name, is_complete, read_order, write_order
+
+MINI_BENCHMARK = ROOT / "data" / "mini_benchmark"
 
 
 def make_order(
     name: str,
     tasks: Sequence[str],
     *,
+    base: str | None = None,
+    drop: Sequence[str] = (),
     configs_dir: str | Path = "configs",
     data_dir: str | Path = "CL_Benchmark",
     sampling: str = "full",
     overwrite: bool = False,
 ) -> tuple[Path, list[str]]:
-    """Write ``<configs_dir>/<name>_configs``; return it and the datasets whose files are still to be prepared.
+    """Write ``<configs_dir>/<name>_configs``; return it and the ``TASK/DATASET`` of each step.
 
     Args:
-        tasks: ``TASK/DATASET`` of each step, first to last.
+        tasks: ``TASK/DATASET`` of each step, first to last, or ``DATASET`` where only one task has it; with `base`,
+            none for all of its steps.
+        base: an order in `configs_dir`, whose steps are the ones to choose from; `drop` leaves some of them out.
         data_dir: benchmark; where this folder exists, every dataset must have a folder in it.
 
     Raises:
@@ -34,33 +44,56 @@ def make_order(
     check_name(name, "--name")
     if name == "ds":
         raise InputError("--name: 'ds'; allowed: another name, ds_configs holds the DeepSpeed files")
-    known = benchmark_datasets(data_dir)
-    for task in tasks:
-        if task.count("/") != 1:
-            raise InputError(f"--tasks: {task!r}; allowed: TASK/DATASET with a task of {', '.join(TASKS)}")
-        if known and task not in known:
-            raise InputError(f"--tasks: {task} is not in {data_dir}; allowed: {', '.join(known)}")
+    known, where = benchmark_datasets(data_dir), data_dir
+    if base is not None:
+        where = Path(configs_dir) / f"{base}_configs"
+        known = [f"{step.task}/{step.dataset}" for step in read_order(where)]
+    elif not tasks:
+        raise InputError("--tasks: missing; one TASK/DATASET or more, or --from an order")
+    chosen = [_find(task, known, where, "--tasks") for task in tasks] or known
+    dropped = {_find(task, chosen, where, "--drop") for task in drop}
+    chosen = [task for task in chosen if task not in dropped]
     folder = Path(configs_dir) / f"{name}_configs"
-    write_order(folder, [tuple(task.split("/")) for task in tasks], sampling=sampling, overwrite=overwrite)
-    return folder, [task for task in tasks if not is_complete(Path(data_dir) / task)]
+    write_order(folder, [tuple(task.split("/")) for task in chosen], sampling=sampling, overwrite=overwrite)
+    return folder, chosen
+
+
+def _find(task: str, known: Sequence[str], where: str | Path, flag: str) -> str:
+    """The known ``TASK/DATASET`` that a user means; with none known, what is given."""
+    if task.count("/") != 1 and not (known and "/" not in task):
+        raise InputError(f"{flag}: {task!r}; allowed: TASK/DATASET")
+    found = [one for one in known if task in (one, one.split("/")[1])] if known else [task]
+    if len(found) != 1:
+        fault = f"is {' and '.join(found)}" if found else "is not there"
+        raise InputError(f"{flag}: {task} {fault} in {where}; allowed: {', '.join(known)}")
+    return found[0]
+
+
+def command(name: str, data_dir: str | Path) -> str:
+    """The command that runs an order on the data that it was made for."""
+    if Path(data_dir).resolve() == MINI_BENCHMARK:
+        return f"bash scripts/order.sh --tiny {name}"
+    own = "" if Path(data_dir) == Path("CL_Benchmark") else f"DATA_DIR={shlex.quote(str(data_dir))} "
+    return f"{own}bash scripts/order.sh {name}   (with --tiny before {name} on a tiny model)"
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="the order's name; its folder is <configs_dir>/<name>_configs")
-    parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK/DATASET", help="the steps, first to last")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK/DATASET", help="the steps, first to last; the "
+                        "task may be left out where only one has the dataset")
+    parser.add_argument("--from", dest="base", metavar="ORDER", help="take the steps from this order, such as order4")
+    parser.add_argument("--drop", nargs="+", default=[], metavar="DATASET", help="leave these steps out")
     parser.add_argument("--configs_dir", default="configs", help="default: %(default)s")
     parser.add_argument("--data_dir", default="CL_Benchmark", help="benchmark to look the datasets up in (%(default)s)")
     parser.add_argument("--sampling", choices=SAMPLING, default="full", help="sampling strategy (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an order of this name")
-    arguments = vars(parser.parse_args(argv))
-    folder, unprepared = make_order(**arguments)
-    print(f"{folder}: {len(arguments['tasks'])} steps; run it with: bash scripts/order.sh {arguments['name']}")
-    if unprepared:
-        print(
-            f"not complete in {arguments['data_dir']}: {', '.join(unprepared)} (see data/prepare_benchmark.py --help)"
-        )
+    options = parser.parse_args(argv)
+    folder, tasks = make_order(**vars(options))
+    print(f"{folder}: {' > '.join(tasks)}; run it with: {command(options.name, options.data_dir)}")
+    if unprepared := [task for task in tasks if not is_complete(Path(options.data_dir) / task)]:
+        print(f"not complete in {options.data_dir}: {', '.join(unprepared)} (see data/prepare_benchmark.py --help)")
 
 
 if __name__ == "__main__":

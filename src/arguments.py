@@ -4,15 +4,18 @@ The fourth group is the method's own (`methods/base_options.py`); `command_line.
 the published ones.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from transformers import SchedulerType, Seq2SeqTrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
@@ -110,7 +113,7 @@ REJECTED = {
         "save_only_model save_on_each_node enable_jit_checkpoint restore_callback_states_from_checkpoint",
     "src/export.py writes a model to upload": "push_to_hub",
     "a command line is logged; `hf auth login` or the variable HF_TOKEN keeps it secret": "hub_token",
-    "--max_non_finite_steps watches losses and gradients": "debug",
+    "--max_non_finite_steps watches losses and gradients": "debug logging_nan_inf_filter",
 }
 # ... and those that decide nothing here, which the run reports; the last ones are for --report_to trackio.
 IGNORED = (
@@ -174,6 +177,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             raise InputError("--do_train, --do_eval, --do_predict: found none of them; one or more")
         check(not self.fp16 or self.device.type != "cpu", "fp16", "true", "false on a CPU, where --bf16 works")
         self._check_schedule()
+        self._try_settings()
 
     def ignored(self) -> list[str]:
         """The flags of `IGNORED` that are not at their defaults."""
@@ -181,7 +185,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         return [name for name in names if getattr(self, name) != _default(name)]
 
     def _check_library_options(self) -> None:
-        """Reject what `REJECTED` lists, and samplers that need examples which are already tokenised."""
+        """Reject what `REJECTED` lists, samplers that need tokenised examples, and settings that are not objects."""
         for reason, names in REJECTED.items():
             for name in names.split():
                 found = getattr(self, name)
@@ -189,21 +193,29 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
                 check(found in (None, _default(name)), name, shown, f"only the default is allowed: {reason}")
         check(self.train_sampling_strategy in ("random", "sequential"), "train_sampling_strategy",
               self.train_sampling_strategy, "random or sequential")
+        for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            given = getattr(self, name)
+            check(given is None or isinstance(given, dict) or _is_object(given), name, given, "a JSON object")
 
     def _check_schedule(self) -> None:
-        """Reject a learning-rate schedule that cannot be built, or that reads no setting that is given."""
+        """Reject settings that the learning-rate schedule would not read."""
         constant = self.lr_scheduler_type == SchedulerType.CONSTANT
         check(not (constant and self.warmup_steps), "warmup_steps", self.warmup_steps,
               "0 with --lr_scheduler_type constant; constant_with_warmup has them")
         check(not (self.lr_scheduler_type.startswith("constant") and self.lr_scheduler_kwargs), "lr_scheduler_kwargs",
               self.lr_scheduler_kwargs, f"none with --lr_scheduler_type {self.lr_scheduler_type.value}")
+
+    def _try_settings(self) -> None:
+        """Build on stand-ins what training will need: the schedule, the loader, the recomputation of activations."""
         steps, weight = max(self.max_steps, 1), torch.zeros(1, requires_grad=True)
-        try:
+        loading = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context", "in_order")
+        with _tried(f"--lr_scheduler_type {self.lr_scheduler_type.value}, --lr_scheduler_kwargs"):
             get_scheduler(self.lr_scheduler_type, torch.optim.SGD([weight]), self.get_warmup_steps(steps), steps,
                           self.lr_scheduler_kwargs)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"--lr_scheduler_type {self.lr_scheduler_type.value}: found --lr_scheduler_kwargs "
-                             f"{self.lr_scheduler_kwargs}, with which no schedule can be built: {error}") from None
+        with _tried(f"--dataloader_num_workers {self.dataloader_num_workers}"):
+            DataLoader([0], **{name: getattr(self, f"dataloader_{name}") for name in loading})
+        with _tried("--activation_checkpointing_kwargs"):
+            checkpoint(torch.clone, weight, **{"use_reentrant": True} | (self.activation_checkpointing_kwargs or {}))
 
     @cached_property
     def _setup_devices(self) -> torch.device:
@@ -238,6 +250,22 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 up to, not including, 1")
         if self.max_steps <= 0:
             check_number(self, "num_train_epochs", above=0)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def _tried(flags: str) -> Iterator[None]:
+    """Report what a library raises as the fault of these flags."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{flags}: {error}") from None
 
 
 def _default(name: str):

@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import re
 import string
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from tokenizers import ByteLevelBPETokenizer
 from errors import InputError, entry_point
 from files import json_kind
 
+log = logging.getLogger("gorp")
+METRICS = ("exact_match", "rouge1", "rougeL")
 GPT2_FOLDER = Path(__file__).resolve().parents[1] / "data" / "gpt2tokenizer"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -65,18 +68,32 @@ def evaluate_predictions(
     """All metrics of one evaluation: over all examples, then `_for_<task>`, then `_for_<dataset>`.
 
     The overall values are means over examples, not over datasets. Where a task and a dataset share a name, as with
-    QQP, the value is the dataset's.
+    QQP, the value is the dataset's. If a task has free-text answers, `score` is ROUGE-L for such tasks and exact match
+    for the others.
 
     Args:
-        examples: with `Task`, `Dataset` and `Instance` (with `label`), in the order of `predictions`.
+        examples: with `Task`, `Dataset` and `Instance` (with `label`), and `Metric` "rougeL" where answers are free
+            text, in the order of `predictions`.
     """
     examples = list(examples)
-    scores = _scores(predictions, [example["Instance"]["label"] for example in examples], multilingual)
+    references = [example["Instance"]["label"] for example in examples]
+    if not multilingual and (lost := sum(not re.search("[a-zA-Z0-9]", reference) for reference in references)):
+        log.info("%d of %d answers have no Latin letter or digit, so that their ROUGE is 0; --multilingual counts them",
+                 lost, len(references))
+    scores = _scores(predictions, references, multilingual)
+    metrics = [example.get("Metric", "exact_match") for example in examples]
+    if "rougeL" in metrics:
+        scores = [score | {"score": score[metric]} for score, metric in zip(scores, metrics)]
     return {
         **_mean(scores),
         **_mean_by_group(scores, [example["Task"] for example in examples]),
         **_mean_by_group(scores, [example["Dataset"] for example in examples]),
     }
+
+
+def score_of(metrics: Mapping[str, float], dataset: str, prefix: str = "") -> float | None:
+    """A dataset's score in the results of `evaluate_predictions`: exact match, or ROUGE-L of free-text answers."""
+    return metrics.get(f"{prefix}score_for_{dataset}", metrics.get(f"{prefix}exact_match_for_{dataset}"))
 
 
 def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: str = "", *, prefix: str = "") -> str:
@@ -87,7 +104,7 @@ def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: s
         datasets: the evaluated datasets, in the order to show them; the mean is over datasets.
         step: what the values were measured after; without it the line begins with the first dataset.
     """
-    values = {dataset: metrics[f"{prefix}exact_match_for_{dataset}"] for dataset in datasets}
+    values = {dataset: score_of(metrics, dataset, prefix) for dataset in datasets}
     each = ", ".join(f"{dataset} {round(value, 2):g}" for dataset, value in values.items())
     return f"{f'after {step}: ' if step else ''}{each} (mean {round(sum(values.values()) / len(values), 2):g})"
 
@@ -185,7 +202,7 @@ def _gpt2_folder() -> Path:
     """The folder of GPT-2's vocabulary, which the script in it fetches on first use."""
     if not all((GPT2_FOLDER / name).is_file() for name in ("vocab.json", "merges.txt")):
         script = GPT2_FOLDER / "fetch_gpt2_tokenizer.py"
-        logging.getLogger("gorp").info("fetching GPT-2's vocabulary into %s, for ROUGE in any language", GPT2_FOLDER)
+        log.info("fetching GPT-2's vocabulary into %s, for ROUGE in any language", GPT2_FOLDER)
         fetched = subprocess.run([sys.executable, str(script)], check=False, stderr=subprocess.PIPE, text=True)
         if fetched.returncode:
             raise InputError(fetched.stderr.splitlines()[-1].removeprefix("error: "))

@@ -34,24 +34,24 @@ class OrderStep:
 
 
 def read_task_config(path: str | Path) -> dict[str, list[dict[str, str]]]:
-    """Read and check a task file: every task of `TASKS`, in that order, with its (possibly empty) list of entries.
+    """Read and check a task file: every published task and every other one in the file, with its (possibly empty) list
+    of entries. Which tasks exist is up to the instruction file.
 
     An entry without "sampling strategy" gets ``random``, as in the published loader.
 
     Raises:
-        InputError: unreadable file, unknown task, invalid entry, strategy or name, or a dataset listed twice.
+        InputError: unreadable file, invalid task name or entry, strategy or name, or a dataset listed twice.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; a step's folder holds {_listed(TASK_FILES)}")
-    content = read_object(path, f"an object whose keys are {_listed(TASKS)}")
+    content = read_object(path, f"an object whose keys are tasks, such as {_listed(TASKS)}")
     for key, entries in content.items():
-        if key not in TASKS:
-            raise InputError(f"{path}: unknown task {key!r}; allowed: {_listed(TASKS)}{nearest(key, TASKS)}")
+        check_name(key, f"{path}, task")
         if not isinstance(entries, list):
             raise InputError(f"{path}, {key}: found {json_kind(entries)}; allowed: an array of objects")
     config = {
         task: [_entry(entry, f"{path}, {task}[{index}]") for index, entry in enumerate(content.get(task, []))]
-        for task in TASKS
+        for task in _tasks(content)
     }
     names = [dataset for _, dataset in _datasets(config)]
     for name in names:
@@ -100,8 +100,7 @@ def write_order(
     if config_dir.exists() and not overwrite:
         raise InputError(f"{config_dir}: exists already; allowed: another name, or --overwrite")
     for index, (task, dataset) in enumerate(datasets):
-        if task not in TASKS:
-            raise InputError(f"{task}/{dataset}: unknown task {task!r}; allowed: {_listed(TASKS)}")
+        check_name(task, f"{task}/{dataset}, task")
         check_name(dataset, f"{task}/{dataset}, dataset name")
         if dataset in [name for _, name in datasets[:index]]:
             raise InputError(f"{task}/{dataset}: dataset {dataset!r} occurs twice in the order; allowed: once")
@@ -117,10 +116,10 @@ def write_order(
 
 
 def benchmark_datasets(data_dir: str | Path) -> list[str]:
-    """``TASK/DATASET`` of every dataset folder in a benchmark, complete or not, tasks in the order of `TASKS`."""
+    """``TASK/DATASET`` of every dataset folder in a benchmark, complete or not, the published tasks first."""
     return [
         f"{task}/{folder.name}"
-        for task in TASKS
+        for task in _tasks(sorted(path.name for path in Path(data_dir).glob("[!.]*/")))
         for folder in sorted((Path(data_dir) / task).glob("[!.]*"))
         if folder.is_dir()
     ]
@@ -191,8 +190,13 @@ def _task_config(datasets: Sequence[tuple[str, str]], sampling: str) -> dict[str
     """The content of a task file that lists these (task, dataset) pairs."""
     return {
         task: [{"sampling strategy": sampling, "dataset name": name} for owner, name in datasets if owner == task]
-        for task in TASKS
+        for task in _tasks(task for task, _ in datasets)
     }
+
+
+def _tasks(names: Iterable[str]) -> list[str]:
+    """The published tasks, then the others among the names."""
+    return list(dict.fromkeys([*TASKS, *names]))
 
 
 def _datasets(config: dict[str, list[dict[str, str]]]) -> list[tuple[str, str]]:

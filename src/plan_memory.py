@@ -4,27 +4,20 @@
         --activation_checkpointing --lora_modules '.*self_attn.(q_proj|v_proj).*'
         --optim_target_modules '.*mlp.gate_proj.*'
 
-The model is built on the meta device, where parameters have shapes and no values.
-
-* One GPU without `--stage` runs without DeepSpeed, with float32 parameters. Under `--bf16` autocast also keeps 16-bit
-  copies of all weights until the backward pass; with checkpointing, of one layer at a time.
-* Under DeepSpeed, ZeRO divides optimizer state between ranks (stages 1 to 3), gradients (2, 3) and weights (3), the
-  last only after each GPU has held all of them. The buffers are those of configs/ds_configs.
-* A step that computes bases collects each target's gradient, as factors of (out + in) numbers a token, or as a float32
-  matrix where that is smaller.
-* Activations come from a formula (`step_parts`), 0 to 3 % above what autograd keeps for LLaMA-2-7B and T5-large.
-* Assumed: 1 GiB for CUDA and NCCL.
-
-Not counted: the shared space S (4 bytes x side of the weight x directions), the copies of --lamda_3, evaluation, and
-fragmentation.
+The model is built on the meta device, where parameters have shapes and no values; the method attaches to it as in a
+run, and a forward pass of one micro-batch shows what autograd keeps. One GPU without `--stage` runs without DeepSpeed.
+ZeRO divides optimizer state between ranks (stages 1 to 3), gradients (2, 3) and weights (3), the last only after each
+GPU has held all of them. 1 GiB for CUDA and NCCL is assumed. Not counted: the shared space S (4 bytes x side of the
+weight x directions), the copies of --lamda_3, evaluation, and fragmentation.
 """
 
+import math
 import os
-import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -38,9 +31,8 @@ from arguments import check, check_number
 from command_line import Parser
 from errors import InputError, entry_point
 from methods.base_modules import choose_modules
-from methods.base_options import LoraArguments, ProjectionArguments, SpaceArguments
+from methods.gorp import Gorp, GorpArguments
 from model.loading import model_class
-from module_matching import check_rank, match_linear
 from Proj_torch.proj_projector import mode_ranks
 from Proj_torch.svd import OVERSAMPLING
 
@@ -49,17 +41,21 @@ CONTEXT = GIB
 MARGIN = 0.1  # a plan warns when less of a GPU stays free
 BUCKET = 200_000_000  # reduce_bucket_size of configs/ds_configs, numbers
 PREFETCH, LIVE = 50_000_000, 1_000_000_000  # stage3_prefetch_bucket_size, stage3_max_live_parameters
-PRESETS = {"llama-2-7b": LlamaConfig(), "t5-large": T5Config(d_model=1024, d_ff=4096, num_layers=24, num_heads=16)}
+PRESETS = {
+    "llama-2-7b": LlamaConfig(),
+    "t5-large": T5Config(d_model=1024, d_ff=4096, num_layers=24, num_heads=16, decoder_start_token_id=0),
+}
 STEP = "a step that computes bases"
 STATE = "fp32 masters and Adam moments"
 
 
 @dataclass(kw_only=True)
-class PlanArguments(SpaceArguments, ProjectionArguments, LoraArguments):
-    """The options of `gorp` that memory depends on, and those of the launcher, DeepSpeed and the data."""
+class PlanArguments(GorpArguments):
+    """The options of `gorp`, and those of the launcher, DeepSpeed and the data that memory depends on."""
 
     model_name_or_path: str = HfArg(help=f"Folder with config.json, hub id, or {', '.join(PRESETS)}.")
     optim_target_modules: list[str] = HfArg(help="Regular expressions for complete module names.")
+    lamda_1: float = 0.0  # takes no memory, and stage 3 rejects it
     gpus: int = HfArg(default=1, help="Ranks, one GPU each.")
     gpu_gib: float = HfArg(default=24.0, help="Memory of a GPU, GiB.")
     stage: int | None = HfArg(
@@ -83,12 +79,12 @@ class PlanArguments(SpaceArguments, ProjectionArguments, LoraArguments):
         check_number(self, "tasks_before", least=0)
         if self.stage is None and self.gpus > 1:
             self.stage = 2
-        self.cores = self.galore_engine == "cores" or self.galore_engine == "auto" and self.stage is not None
-        self.number = 2 if self.bf16 and self.stage is not None else 4  # bytes of a number in the model
         check(self.stage or not self.offload_optimizer, "offload_optimizer", "without --stage 1, 2 or 3", "with one")
-        check(self.cores or self.stage is None, "galore_engine", "dense", "auto or cores under DeepSpeed")
-        check(self.cores or self.galore_svd != "sketch", "galore_svd", "sketch with dense gradients",
-              "exact or lowrank")
+        off = dict.fromkeys(("fp16", "bf16_full_eval", "fp16_full_eval"), False)
+        self.check_with(SimpleNamespace(do_train=True, bf16=self.bf16, **off), self.stage)  # decides galore_engine too
+        self.cores = self.galore_engine == "cores" or self.galore_engine == "auto" and self.stage is not None
+        self.number = 2 if self.bf16 and self.cores else 4  # bytes of a number of the frozen weights
+        self.trained = 4 if self.stage is None else self.number  # of a trainable parameter in the model
 
     def share(self, count: int, first_stage: int) -> int:
         """A rank's part of what ZeRO divides from `first_stage` on."""
@@ -97,18 +93,18 @@ class PlanArguments(SpaceArguments, ProjectionArguments, LoraArguments):
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one rank, by part.
+    """Bytes on one rank.
 
     Attributes:
         parameters: numbers of parameters: the model's, the new LoRA's, the cores', and of the weights that cores train.
-        resident: bytes held all the time. moments: all parts at each moment that can be the peak.
-        host: all parts in the CPU's memory, at each moment that can be its peak.
+        resident: by part, held all the time. moments: all parts at each moment that can be the peak.
+        host: in the CPU's memory, at each moment that can be its peak.
     """
 
     parameters: tuple[int, int, int, int]
     resident: dict[str, int]
     moments: dict[str, dict[str, int]]
-    host: dict[str, dict[str, int]]
+    host: dict[str, int]
 
     def peak(self) -> tuple[int, str]:
         """The most bytes at one moment, and its name."""
@@ -121,24 +117,21 @@ def make_plan(options: PlanArguments) -> Plan:
     Raises:
         InputError: no such model, one of a kind that is not trained here, or an expression or a rank that does not fit.
     """
-    number, cores, stage = options.number, options.cores, options.stage
+    number, trained, stage, cores = options.number, options.trained, options.stage, options.cores
     model = build_on_meta(options.model_name_or_path).to(torch.bfloat16 if number == 2 else torch.float32)
     base = sum(parameter.numel() for parameter in model.parameters())
     choose_modules(options, model)
-    adapted = match_linear(model, [options.lora_modules], "--lora_modules")
-    check_rank(adapted, options.lora_dim, "--lora_dim")
-    targets = match_linear(model, options.optim_target_modules, "--optim_target_modules")
-    check_rank(targets, options.galore_rank, "--galore_rank")
-    lora = options.lora_dim * sum(layer.in_features + layer.out_features for layer in adapted.values())
-    old = options.tasks_before * lora
-    shapes = {name: tuple(layer.weight.shape) for name, layer in targets.items()}
-    ranks = [mode_ranks(shape, options.galore_rank, options.galore_proj_type) for shape in shapes.values()]
-    core = sum((left or out) * (right or inp) for (out, inp), (left, right) in zip(shapes.values(), ranks))
-    bases = sum((left or 0) * out + (right or 0) * inp for (out, inp), (left, right) in zip(shapes.values(), ranks))
+    method = Gorp(options)
+    method.prepare(model, None, decoder_only=not model.config.is_encoder_decoder, sharded=stage is not None)
+    lora = sum(factor.numel() for _, factor in method.factors())
+    shapes = {name: tuple(layer.weight.shape) for name, layer in method.targets.items()}
+    ranks = {name: mode_ranks(shape, options.galore_rank, options.galore_proj_type) for name, shape in shapes.items()}
+    core = sum((ranks[name][0] or out) * (ranks[name][1] or inp) for name, (out, inp) in shapes.items())
+    bases = sum((ranks[name][0] or 0) * out + (ranks[name][1] or 0) * inp for name, (out, inp) in shapes.items())
     weights, largest = (of(out * inp for out, inp in shapes.values()) for of in (sum, max))
+    old, in_model = options.tasks_before * lora, lora + core * cores
 
-    in_model = lora + core * cores
-    masters = 2 if number == 4 and not stage else 3  # without ZeRO the model's float32 parameters are the masters
+    masters = 2 if stage is None or (stage, number) == (0, 4) else 3  # the model's float32 parameters may be the masters
     state = options.share(4 * masters * (lora + core), 1)
     buffers = {  # stages 1 and 2 hold two, as communication overlaps with the backward pass; stage 1 sums in float32
         1: 2 * BUCKET * 4,
@@ -147,93 +140,95 @@ def make_plan(options: PlanArguments) -> Plan:
     }
     resident = {
         "weights": options.share(number * base, 3),
-        "frozen LoRA of earlier tasks": options.share(number * old, 3),
-        "trainable parameters in the model": options.share(number * in_model, 3),
+        "frozen LoRA of earlier tasks": options.share(trained * old, 3),
+        "trainable parameters in the model": options.share(trained * in_model, 3),
         STATE: 0 if options.offload_optimizer else state,
-        "gradients": options.share(number * (lora + (core if cores else weights)), 2),
+        "gradients": options.share(trained * (lora + (core if cores else weights)), 2),
         "bases": 4 * bases,
         "rounding error of 16-bit targets": 2 * weights if number == 2 else 0,
         "DeepSpeed's buffers": buffers.get(stage, 0),
         "CUDA context (assumed)": CONTEXT,
     }
-    step = step_parts(model, options)
-    step["one SVD"] = max(_decomposition(shape, of_shape, options) for shape, of_shape in zip(shapes.values(), ranks))
-    before, after = (
-        cores * sum(collected(shape, count * tokens_of(name, model, options), number) for name, shape in shapes.items())
-        for count in (options.gradient_accumulation_steps - 1, options.gradient_accumulation_steps)
+    step, tokens = forward_pass(method, options)
+    step["one SVD"] = max(_decomposition(shapes[name], ranks[name], options) for name in shapes)
+    step["gradients collected"] = cores * sum(
+        collected(shape, options.gradient_accumulation_steps * tokens[name], number) for name, shape in shapes.items()
     )
-    step["gradients collected"] = max(before, after - step["activations"])  # the last backward pass frees activations
     from_moments = options.space_from == "moments"
     moments = {
-        "loading": {"weights, complete": number * (base + old + in_model), "CUDA context (assumed)": CONTEXT},
+        "loading": {"weights, complete": number * base + trained * (old + in_model), "CUDA context (assumed)": CONTEXT},
         STEP: resident | step,
         "the task's end": resident | {
             "one weight and its copies": 12 * largest,
-            "first moments": (4 * (weights + lora) if cores else 8 * largest) if from_moments else 0,
+            "first moments, as factors": 4 * (bases + core + lora) if from_moments else 0,
             "a forward pass": 0 if from_moments else step["logits or a layer's backward pass"],
         },
     }
-    host = {
-        "loading": {"weights, fp32": 4 * (base + old + lora)},
-        "the task's end": {
-            STATE: state if options.offload_optimizer else 0,
-            "full-rank weights to save, fp32": 4 * weights,
-            "first moments": 4 * (weights + lora) if from_moments else 0,
-        },
-    }
+    host = {"loading": number * base + 4 * (old + lora),
+            "the task's end": 4 * weights + (state if options.offload_optimizer else 0)}  # fmt: skip
     return Plan((base, lora, core, weights), resident, moments, host)
 
 
-def tokens_of(name: str, model: nn.Module, options: PlanArguments) -> int:
-    """Tokens of a micro-batch that a module sees: the prompt's, the answer's, or both where there is one stack."""
-    source, answer = options.max_source_length, options.max_target_length
-    if not model.config.is_encoder_decoder:
-        length = source + answer
-    else:  # keys and values of cross-attention are the encoder's
-        length = source if re.search(r"(^|\.)encoder\.|(EncDecAttention|encoder_attn)\.[kv]", name) else answer
-    return options.per_device_train_batch_size * length
+def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that the forward and backward pass of a micro-batch needs, and the tokens that each target sees.
 
-
-def step_parts(model: nn.Module, options: PlanArguments) -> dict[str, int]:
-    """Bytes that the forward and backward pass of a micro-batch needs, estimated from above.
-
-    For each token a layer keeps a multiple of h numbers for each attention (fused: a mask but no scores), f for each of
-    its linear layers of that width, and in 16 bits float32 copies for its norms. Its backward pass needs 3 f + 2 h.
+    What autograd keeps is counted; with checkpointing each layer's input, and everything of one layer. Estimated: of a
+    layer's backward pass 3 f + 2 h numbers a token (f: widest linear layer, h: hidden size), and the loss's logits.
     """
-    number, rows, h = options.number, options.per_device_train_batch_size, model.config.hidden_size
-    source, answer = options.max_source_length, options.max_target_length
-    two_stacks, vocabulary = model.config.is_encoder_decoder, model.config.vocab_size
-    masks = model.config.num_attention_heads if two_stacks else 1  # T5's hold a bias for each head
-    multiple, norms = (6, 16) if two_stacks else (10, 8)  # times h: numbers, and bytes in 16 bits
+    model, config = method.model.get_base_model().train(), method.model.config
+    rows, source, answer = (options.per_device_train_batch_size, options.max_source_length, options.max_target_length)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept, layers, tokens = {}, [0], {}  # storages by identity
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # held: its identity stays its own
+        return tensor
+
+    def checkpoint(call: Callable, x: torch.Tensor, *args) -> object:
+        keep(x)
+        before = dict(kept)
+        result = call(x, *args)
+        layers.append(sum(storage.nbytes() for key, storage in kept.items() if key not in before))
+        kept.clear()
+        kept.update(before)
+        return result
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and options.activation_checkpointing:
+            module.gradient_checkpointing, module._gradient_checkpointing_func = True, checkpoint
+    for name in method.targets:
+        layer = model.get_submodule(name)
+        layer.register_forward_pre_hook(lambda _, args, name=name: tokens.update({name: args[0].shape[:-1].numel()}))
+        if options.cores:
+            layer.prepare_refresh()
+    length = source if config.is_encoder_decoder else source + answer
+    ids = torch.ones(rows, length, dtype=torch.long, device="meta")
+    mask = torch.zeros(rows, 1, length, length, dtype=model.dtype, device="meta")  # as padding makes it
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        stack = model.get_encoder() if config.is_encoder_decoder else model.get_decoder()
+        encoded = stack(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        if config.is_encoder_decoder:
+            model.get_decoder()(input_ids=ids[:, :1].expand(-1, answer), encoder_hidden_states=encoded,
+                                encoder_attention_mask=mask[:, :, :1].expand(-1, -1, answer, -1), use_cache=False)
     f = max(layer.out_features for layer in model.modules()
             if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings())  # fmt: skip
-    kept, inputs = [], 0
-    for name, layer in model.named_modules():
-        if not isinstance(layer, GradientCheckpointingLayer):
-            continue
-        tokens = tokens_of(name, model, options)
-        crosses = two_stacks and "decoder." in name
-        keys = [source, answer] if crosses else [tokens // rows]
-        linear = [part for part in layer.modules() if isinstance(part, nn.Linear)]
-        wide = sum(f in (part.in_features, part.out_features) for part in linear)
-        numbers = tokens * (multiple * h * len(keys) + f * wide + masks * sum(keys)) + 2 * rows * source * h * crosses
-        kept.append(number * numbers + (norms * tokens * h * len(keys) if number == 2 else 0))
-        inputs += number * tokens * h
-    checkpointing, length = options.activation_checkpointing, source if two_stacks else source + answer
-    copies = 2 * sum(parameter.numel() for parameter in model.parameters()) // (len(kept) if checkpointing else 1)
+    logits = rows * answer * config.vocab_size * (3 * options.number if config.is_encoder_decoder else 12)
+    copies = 2 * sum(parameter.numel() for parameter in model.parameters())  # autocast's, of 16 bits
     return {
-        "activations": 4 * rows * (source + answer) * h + (inputs + max(kept) if checkpointing else sum(kept)),
-        "16-bit copies of weights": copies if options.bf16 and number == 4 else 0,
-        "logits or a layer's backward pass": rows * max(answer * vocabulary * (3 * number if two_stacks else 12),
-                                                        length * number * (3 * f + 2 * h)),
-    }  # fmt: skip
+        "activations": sum(storage.nbytes() for storage in kept.values()) + max(layers),
+        "16-bit copies of weights": 0 if not options.bf16 or options.number == 2
+        else copies // config.num_hidden_layers if options.activation_checkpointing else copies,
+        "logits or a layer's backward pass": max(
+            logits, rows * length * options.number * (3 * f + 2 * config.hidden_size)
+        ),
+    }, tokens
 
 
 def collected(shape: tuple[int, int], tokens: int, number: int) -> int:
     """Bytes of a target's gradient (out, in) after so many tokens, in the form that `LayerGradient` keeps."""
-    out, inp = shape
-    numbers = tokens * (out + inp)
-    return 4 * out * inp if numbers > out * inp else numbers * number
+    numbers, matrix = tokens * sum(shape), math.prod(shape)
+    return 4 * matrix if numbers > matrix else numbers * number
 
 
 def _decomposition(shape: tuple[int, int], ranks: tuple[int | None, int | None], options: PlanArguments) -> int:
@@ -268,23 +263,19 @@ def describe(plan: Plan, options: PlanArguments) -> list[str]:
     """The lines that the program prints; the last one is the verdict."""
     base, lora, core, weights = plan.parameters
     engine = "without DeepSpeed" if options.stage is None else f"ZeRO stage {options.stage}"
-    lines = [
+    rows = [*plan.resident.items()]
+    for moment, parts in plan.moments.items():
+        rows += [(f"{moment}:", None), *((name, n) for name, n in parts.items() if n and plan.resident.get(name) != n)]
+        rows.append(("in total", sum(parts.values())))
+    rows += [(f"the CPU's memory, {moment}", count) for moment, count in plan.host.items()]
+    return [
         f"{options.model_name_or_path}: {base:,} parameters; {lora + core:,} are trainable, {lora:,} of the new LoRA "
         f"and {core:,} in place of full-rank weights of {weights:,}",
         f"bytes on each of {options.gpus} ranks, {engine}, {'cores' if options.cores else 'dense'}, "
-        f"{'bf16' if options.bf16 else 'fp32'}, {options.per_device_train_batch_size} x "
-        f"{options.gradient_accumulation_steps} examples, bases by {options.galore_svd} SVD",
-        *(_row(name, count) for name, count in plan.resident.items()),
+        f"{'bf16' if options.bf16 else 'fp32'}, bases by {options.galore_svd} SVD",
+        *(name if n is None else f"  {name:<36}{n:>18,}  {n / GIB:8.3f} GiB" for name, n in rows),
+        verdict(plan, options),
     ]
-    for place, moments in (("in total", plan.moments), ("in the CPU's memory", plan.host)):
-        for moment, parts in moments.items():
-            lines += [f"{moment}:", *(_row(name, n) for name, n in parts.items() if n and plan.resident.get(name) != n)]
-            lines.append(_row(place, sum(parts.values())))
-    return [*lines, verdict(plan, options)]
-
-
-def _row(name: str, count: int) -> str:
-    return f"  {name:<36}{count:>18,}  {count / GIB:8.3f} GiB"
 
 
 def verdict(plan: Plan, options: PlanArguments) -> str:
@@ -292,11 +283,10 @@ def verdict(plan: Plan, options: PlanArguments) -> str:
     (peak, moment), room = plan.peak(), options.gpu_gib * GIB
     close = " (too close to rely on)" if (1 - MARGIN) * room < peak <= room else ""
     name, count = max(plan.moments[moment].items(), key=lambda part: part[1])
-    host = options.gpus * max(sum(parts.values()) for parts in plan.host.values())
     return (
         f"verdict: {'fits' if peak <= room else 'does not fit'} in {options.gpus} x {options.gpu_gib:g} GiB{close}: "
         f"{peak / GIB:.2f} GiB on each at {moment}; largest part: {name}, {count / GIB:.2f} GiB; the CPU's memory: "
-        f"{host / GIB:.1f} GiB in total"
+        f"{options.gpus * max(plan.host.values()) / GIB:.1f} GiB in total"
     )
 
 

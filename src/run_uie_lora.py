@@ -8,6 +8,7 @@ protects, and its scores.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import shutil
@@ -25,9 +26,9 @@ from transformers import TrainerState, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check_data_arguments
-from checkpoints import latest_complete
+from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
-from compute_metrics import accuracy_line
+from compute_metrics import accuracy_line, score_of
 from errors import InputError, RunStopped, is_disk_full
 from files import locked, whole_file, whole_folder, write_json
 from methods import find_method
@@ -124,9 +125,15 @@ def run(
         set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     trainer = build_trainer(model, method, loaded, examples, data_args, training_args)
     run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
-    if training_args.do_train and len(examples["train"]):
+    trains = training_args.do_train and len(examples["train"]) > 0
+    checkpoint = of_first_rank(lambda: find_checkpoint(trainer, progress)) if trains else None
+    if trains:
         draw_first_batch(trainer)
-    claim_output_dir(trainer, run_record, progress)  # after all checks: a rejected run must not delete results
+    claim = functools.partial(claim_output_dir, trainer, run_record, progress)
+    if trains and "zero_shot" not in examples:
+        trainer.when_prepared = claim  # no earlier: a run that cannot begin must not delete results
+    else:
+        claim()
 
     if "zero_shot" in examples:
         with torch.random.fork_rng():  # so that evaluation does not change training
@@ -138,7 +145,7 @@ def run(
             (detail if place_in_order(data_args.task_config_dir)[0] else logger).info(line)
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
         if len(examples["train"]):
-            record(output_dir, "train", train(trainer, len(examples["train"]), progress), trainer)
+            record(output_dir, "train", train(trainer, len(examples["train"]), checkpoint), trainer)
             save_task(trainer, adapter, loaded, examples)  # from here on the task counts as trained
         else:
             record(output_dir, "train", {"train_samples": 0, "train_runtime": 0.0}, trainer)
@@ -191,12 +198,28 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
         yield
 
 
-def train(trainer: UIETrainer, samples: int, progress: Progress) -> dict:
-    """Train the task, from the last complete checkpoint of the same run or from that of `--resume_from_checkpoint`
-    ("True": the last in the output folder)."""
-    checkpoint = trainer.args.resume_from_checkpoint
-    if checkpoint in ("True", "true") or (checkpoint is None and progress is Progress.BEGUN):
-        checkpoint = of_first_rank(lambda: latest_complete(Path(trainer.args.output_dir)))
+def find_checkpoint(trainer: UIETrainer, progress: Progress) -> Path | None:
+    """The checkpoint to resume from: the last complete one of the same run, or that of `--resume_from_checkpoint`
+    ("True": the last in the output folder); None without one.
+
+    Raises:
+        InputError: `--resume_from_checkpoint` names no complete checkpoint, or one of more steps than this run has.
+    """
+    named, most = trainer.args.resume_from_checkpoint, trainer.args.max_steps
+    if named in ("True", "true") or (named is None and progress is Progress.BEGUN):
+        return latest_complete(Path(trainer.args.output_dir))
+    if named is None:
+        return None
+    if not is_complete(Path(named)):
+        raise InputError(f"--resume_from_checkpoint: {named} is no complete checkpoint; a folder checkpoint-<step>")
+    step = TrainerState.load_from_json(str(Path(named) / "trainer_state.json")).global_step
+    if 0 < most < step:
+        raise InputError(f"--resume_from_checkpoint: {named} is of step {step}; at most {most}, --max_steps")
+    return Path(named)
+
+
+def train(trainer: UIETrainer, samples: int, checkpoint: Path | None) -> dict:
+    """Train the task, from a checkpoint if there is one."""
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     trainer.method.begin_task(trainer.model, trainer.shown_batches())
@@ -237,7 +260,7 @@ def predict(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path, d
             partial, "w", encoding="utf-8"
         ) as lines:
             for example, prediction in zip(examples, output.predictions):
-                kept = {key: example[key] for key in ("Task", "Dataset", "Instance")}
+                kept = {key: example[key] for key in ("Task", "Dataset", "Metric", "Instance")}
                 lines.write(json.dumps(kept | {"Prediction": prediction}, ensure_ascii=False) + "\n")
     metrics = output.metrics | {"predict_samples": len(examples), "predict_global_step": trainer.state.global_step}
     index, order = place_in_order(data_args.task_config_dir)
@@ -254,7 +277,7 @@ def track(trainer: UIETrainer, metrics: dict, tested: list[str], task: int) -> N
     args = trainer.args
     if not trainer.is_world_process_zero():
         return
-    scores = {f"test_accuracy_{dataset}": metrics[f"predict_exact_match_for_{dataset}"] for dataset in tested}
+    scores = {f"test_accuracy_{dataset}": score_of(metrics, dataset, "predict_") for dataset in tested}
     with contextlib.suppress(InputError):  # a folder of one's own, not an order's
         _, matrix = accuracy_matrix(Path(args.output_dir).parents[1])
         measures = {"AP": average_performance(matrix), "BWT": backward_transfer(matrix)}

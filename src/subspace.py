@@ -33,17 +33,10 @@ Moment = Tensor | tuple[Tensor, ...]  # a matrix, or two thin ones whose product
 
 
 def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9) -> Tensor:
-    """Extend S by the fewest orthonormal columns that make it hold a share `energy` of M.
+    """Extend S (d, c) by the fewest orthonormal columns that make it hold a share `energy` of M (d, n).
 
-    The share is ||S'^T M||_F^2 / ||M||_F^2. Columns already in S do not change.
-
-    Args:
-        S: (d, c) with orthonormal columns, or None for an empty space.
-        M: (d, n).
-        energy: in (0, 1].
-
-    Returns:
-        S' (d, c'), c <= c' <= d, in float32 at least.
+    The share is ||S'^T M||_F^2 / ||M||_F^2 of the result S' (d, c'), in float32 at least, whose first c columns are S.
+    None is an empty space.
 
     Raises:
         InputError: M is not a matrix or not finite, or its rows are not S's.
@@ -144,7 +137,7 @@ class GradientSpace:
                 log.warning("%s: %s; its gradient space does not change", name, error)
 
     def describe(self) -> list[str]:
-        """How full each basis is, as lines like "encoder.q: 5 of 8 directions"."""
+        """How full each basis is, in lines such as "encoder.q: 5 of 8 directions"."""
         return [
             f"{name}: {S.shape[1]} of {S.shape[0]} directions" + (", full" if S.shape[1] == S.shape[0] else "")
             for name, S in self.bases.items()
@@ -245,7 +238,7 @@ def see_inputs(
         see: gets the layer's name, the example's number over all batches, and the vectors (positions, in).
     """
     two_stacks = getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False)
-    positions: dict[torch.Size, list[Tensor]] = {}  # of the current batch: its shape -> of each example, those that count
+    positions: dict[torch.Size, list[Tensor]] = {}  # by the current batch's shape, each example's without padding
     examples_before = 0
 
     def take(name: str, X: Tensor) -> None:

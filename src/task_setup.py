@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from datasets import Dataset, DatasetDict
 
-from arguments import DataArguments, ModelArguments, UIETrainingArguments
+from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
+from compute_metrics import METRICS
 from errors import InputError
 from methods import Method
 from model.loading import LoadedModel, load_model_and_tokenizer
@@ -56,11 +57,21 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
         )
         if len(examples["unseen"]) == 0:
             raise InputError(f"--unseen_config_dir: {data_args.unseen_config_dir} tests only what this order trains")
+    check_best_metric(examples["validation"], training_args)
     if training_args.do_train:
         examples["train"] = method.training_rows(examples["train"], order)
         if training_args.max_steps > 0:
             training_args.max_steps *= method.step_factor
     return examples
+
+
+def check_best_metric(validation: Dataset, training_args: UIETrainingArguments) -> None:
+    """Reject a `--metric_for_best_model` that an evaluation of these examples does not have."""
+    groups = dict.fromkeys([*validation["Dataset"], *validation["Task"]])
+    known = ["loss", "gen_len", *METRICS, *(f"{metric}_for_{group}" for metric in METRICS for group in groups)]
+    name = (training_args.metric_for_best_model or "loss").removeprefix("eval_")
+    check(name in known, "metric_for_best_model", name,
+          f"{', '.join(known[:5])}, the last three also as METRIC_for_DATASET and METRIC_for_TASK")
 
 
 def read_task(config_dir, data_args: DataArguments, training_args: UIETrainingArguments) -> DatasetDict:

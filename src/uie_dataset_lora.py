@@ -28,6 +28,8 @@ logger = logging.getLogger("gorp")
 SPLITS = dict(zip(SUBSETS, ("train", "validation", "test")))
 INSTRUCTION_STRATEGIES = ("single", "multiple")
 INSTRUCTION_TYPES = ("zero-shot", "few-shot")
+METRICS = ("exact_match", "rougeL")
+"""How a task is scored: by exact match with one of its labels, or, where answers are free text, by ROUGE-L."""
 ANSWER_CUE = "\nAnswer:"
 DIGESTS = "digests.json"
 UNLABELLED = "-"
@@ -38,6 +40,7 @@ FEATURES = datasets.Features(
     {
         "Task": datasets.Value("string"),
         "Dataset": datasets.Value("string"),
+        "Metric": datasets.Value("string"),
         "subset": datasets.Value("string"),
         "Samples": datasets.List(_TEXTS),
         "Instance": {
@@ -103,13 +106,14 @@ class _Source:
     dataset: str
     strategy: str
     folder: Path
+    metric: str
 
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
     def files(self, options: ExampleOptions) -> list[Path]:
-        """What is read of this dataset: examples, labels and, few-shot, the examples to show."""
-        names = [self.subset, "labels"] + ["train"] * (options.num_examples > 0)
+        """What is read of this dataset: examples, labels unless answers are free text, few-shot the examples to show."""
+        names = [self.subset] + ["labels"] * (self.metric == "exact_match") + ["train"] * (options.num_examples > 0)
         return [self.file(name) for name in names]
 
 
@@ -217,11 +221,8 @@ def read_instructions(path: str | os.PathLike) -> dict[str, dict[str, list[str]]
     Raises:
         InputError: unreadable, or not an object of task -> array of {"instruction_type", "instruction"}.
     """
-    content = read_object(path, "an object of task -> array of instructions")
     instructions = {}
-    for task, entries in content.items():
-        if not isinstance(entries, list):
-            raise InputError(f"{path}, {task}: found {json_kind(entries)}; allowed: an array of instructions")
+    for task, (_, entries) in _read_tasks(path).items():
         instructions[task] = {kind: [] for kind in INSTRUCTION_TYPES}
         for index, entry in enumerate(entries):
             where = f"{path}, {task}, entry {index}"
@@ -231,6 +232,26 @@ def read_instructions(path: str | os.PathLike) -> dict[str, dict[str, list[str]]
                 raise InputError(f"{where}: instruction_type {kind!r}; allowed: {', '.join(INSTRUCTION_TYPES)}")
             instructions[task][kind].append(text if text.endswith("\n") else text + "\n")
     return instructions
+
+
+def read_metrics(path: str | os.PathLike) -> dict[str, str]:
+    """Task -> one of `METRICS`, from an instruction file."""
+    return {task: metric for task, (metric, _) in _read_tasks(path).items()}
+
+
+def _read_tasks(path: str | os.PathLike) -> dict[str, tuple[str, list]]:
+    """Task -> its metric and its instructions: an array, or an object of both."""
+    tasks = {}
+    for task, entries in read_object(path, "an object of task -> array of instructions").items():
+        metric = METRICS[0]
+        if isinstance(entries, dict) and set(entries) == {"metric", "instructions"}:
+            metric, entries = entries["metric"], entries["instructions"]
+        if metric not in METRICS:
+            raise InputError(f"{path}, {task}: metric {metric!r}; allowed: {', '.join(METRICS)}")
+        if not isinstance(entries, list):
+            raise InputError(f"{path}, {task}: found {json_kind(entries)}; allowed: an array of instructions")
+        tasks[task] = (metric, entries)
+    return tasks
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
@@ -257,11 +278,11 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     return labels
 
 
-def read_rows(path: str | os.PathLike, labels: list[str]) -> list[dict[str, str]]:
+def read_rows(path: str | os.PathLike, labels: list[str] | None) -> list[dict[str, str]]:
     """The labelled examples of a data file as {"id", "sentence", "label"}; id is the index in the file.
 
     In dev.json and test.json, examples labelled "-" are left out and their number is logged, unless "-" is one of
-    `labels`.
+    `labels`. Without `labels` answers are free text.
 
     Raises:
         InputError: unreadable, not an array, no labelled example, or an example (named by its index) that is not
@@ -270,14 +291,14 @@ def read_rows(path: str | os.PathLike, labels: list[str]) -> list[dict[str, str]
     content = read_json(path)
     if not isinstance(content, list) or not content:
         raise InputError(f"{path}: found {json_kind(content)}; allowed: a non-empty array of examples")
-    may_lack_label = Path(path).stem in ("dev", "test") and UNLABELLED not in labels
+    may_lack_label = Path(path).stem in ("dev", "test") and UNLABELLED not in (labels or ())
     rows = []
     for index, row in enumerate(content):
         where = f"{path}, example {index}"
         _check_object(row, ("sentence", "label"), where)
         if may_lack_label and row["label"] == UNLABELLED:
             continue
-        if row["label"] not in labels:
+        if labels is not None and row["label"] not in labels:
             raise InputError(f"{where}: label {row['label']!r}; allowed: {', '.join(labels)}")
         rows.append({"id": str(index), "sentence": row["sentence"], "label": row["label"]})
     if not rows:
@@ -303,13 +324,14 @@ def _check_object(entry: Any, keys: tuple[str, str], where: str) -> None:
 
 def _sources(task_config_dir: str | os.PathLike, options: ExampleOptions) -> list[_Source]:
     """The datasets that a step's task files name, in their order, with every file inside the benchmark."""
-    data_dir, sources = Path(options.data_dir), []
+    data_dir, sources, metrics = Path(options.data_dir), [], read_metrics(options.instruction_file)
     for subset in SUBSETS:
         config = Path(task_config_dir) / f"{subset}_tasks.json"
         for task, listed in read_task_config(config).items():
             for entry in listed:
                 name = entry["dataset name"]
-                source = _Source(subset, task, name, entry["sampling strategy"], data_dir / task / name)
+                source = _Source(subset, task, name, entry["sampling strategy"], data_dir / task / name,
+                                 metrics.get(task, METRICS[0]))
                 if not source.folder.is_dir():
                     known = ", ".join(benchmark_datasets(data_dir)) or "none"
                     raise InputError(f"{config}: {task}/{name} is not in {data_dir}; allowed: {known}")
@@ -369,7 +391,7 @@ def _choose_instructions(sources: Iterable[_Source], options: ExampleOptions) ->
 
 def _examples(source: _Source, instructions: list[str], options: ExampleOptions) -> list[dict]:
     """The examples of one file, laid out as `FEATURES`."""
-    labels = read_labels(source.file("labels"))
+    labels = read_labels(source.file("labels")) if source.metric == "exact_match" else None
     rows = _choose(read_rows(source.file(source.subset), labels), source, options)
     pool = read_rows(source.file("train"), labels) if options.num_examples else []
     examples = []
@@ -377,10 +399,12 @@ def _examples(source: _Source, instructions: list[str], options: ExampleOptions)
         instruction = ""
         if instructions:
             instruction = options.generator("instruction", source, row["id"]).choice(instructions)
+        if instructions and labels:
             instruction += f"Option: {', '.join(labels)} \n"
         examples.append({
             "Task": source.task,
             "Dataset": source.dataset,
+            "Metric": source.metric,
             "subset": source.subset,
             "Samples": _samples(pool, row, source, options),
             "Instance": {**row, "ground_truth": row["label"], "instruction": instruction},

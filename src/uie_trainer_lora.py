@@ -5,7 +5,7 @@ loss, predictions are scored per task and dataset, and checkpoints hold only wha
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -36,6 +36,9 @@ class UIETrainer(Seq2SeqTrainer):
         multilingual: whether ROUGE counts GPT-2's pieces instead of English words.
         generation: arguments of `generate` for evaluation and prediction, `max_new_tokens` among them.
         name: the task, as progress bars show it; tasks_left: number of tasks of the order that follow it.
+
+    Attributes:
+        when_prepared: called before the first step, when optimizer and schedule exist and a checkpoint is loaded.
     """
 
     # compute_loss divides by the tokens of the global batch, whatever the accumulation.
@@ -54,6 +57,7 @@ class UIETrainer(Seq2SeqTrainer):
         self.generation = generation
         # Makes the Trainer count the answer tokens of a global batch, for compute_loss.
         self.model_accepts_loss_kwargs = True
+        self.when_prepared: Callable[[], None] = lambda: None
         self._penalties: list[torch.Tensor] = []
         self._examples: list[str] = []  # names of the current micro-batch's examples
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
@@ -208,6 +212,7 @@ class UIETrainer(Seq2SeqTrainer):
             if self.is_deepspeed_enabled:
                 self._start_moments()
             self._load_state(Path(resume_from_checkpoint))
+        self.when_prepared()
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:

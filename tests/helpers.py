@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +38,24 @@ def put(path: Path, content: object) -> None:
 def edit(path: Path, change: Callable) -> None:
     """Replace a JSON file's value by what `change` makes of it."""
     put(path, change(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def renew_loranew(model) -> None:
+    """Give every LoRA layer a fresh pair after folding, as the next task gets one from its folder."""
+    from loranew import loranew_layers
+
+    for layer in loranew_layers(model).values():
+        layer.renew(model.active_adapter)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that the host reads from tensors, for each of which it would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def free_port() -> int:

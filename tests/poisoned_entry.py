@@ -28,7 +28,7 @@ class Poisoned(UIETrainer):
         loss = super().training_step(*args)
         same = all(torch.equal(*pair) for pair in zip(before, factors, strict=True))
         if same is not (self.state.global_step + 1 in BAD_STEPS):
-            raise RuntimeError(f"step {self.state.global_step + 1}: the factors are {'as before' if same else 'others'}")
+            raise RuntimeError(f"step {self.state.global_step + 1}: the factors {'stay' if same else 'change'}")
         return loss
 
 

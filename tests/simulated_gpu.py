@@ -246,7 +246,12 @@ def pretend() -> None:
     accelerator.current_device_name = lambda self: str(GPU)
     accelerator.device = lambda self, index=None: contextlib.nullcontext()
     accelerator.on_accelerator = lambda self, tensor: gpu.holds(tensor)
+    for kind, dtype in (("Float", torch.float), ("Double", torch.double), ("BFloat16", torch.bfloat16)):
+        make = functools.partial(torch.tensor, dtype=dtype, device=GPU)
+        setattr(accelerator, f"{kind}Tensor", property(lambda self, make=make: make))
     torch.cuda.get_device_name = lambda *_: "simulated GPU"
+    start = torch.autocast.__init__
+    torch.autocast.__init__ = lambda self, device_type, *args, **kwargs: start(self, "cpu", *args, **kwargs)
 
 
 def name_phases() -> None:

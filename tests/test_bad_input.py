@@ -157,6 +157,13 @@ def flags(*words: str):
     return lambda place: place.flags.extend(words)
 
 
+def resumed(*words: str):
+    """From a checkpoint of the run that made the adapter."""
+    return lambda place: place.flags.extend(
+        ["--resume_from_checkpoint", str(place.adapter_made.parent / "checkpoint-2"), *words]
+    )
+
+
 def deepspeed(content: object, *words: str):
     def damage(place: Place) -> None:
         put(place.folder / "ds.json", content)
@@ -319,8 +326,8 @@ CASES: dict[str, list[Case]] = {
         Case("a task file is missing", lost("mine_configs/dbpedia/dev_tasks.json"), "dev_tasks.json: no such file"),
         Case("a task file is not an object", lambda place: put(place.order / "dbpedia/test_tasks.json", []),
              "test_tasks.json: found empty array; allowed: an object"),
-        Case("an unknown task", tasks("train", lambda content: content.update(NER=[])),
-             "train_tasks.json: unknown task 'NER'; allowed: SC, TC"),
+        Case("a task that leaves the benchmark", tasks("train", lambda content: content.update({"../NER": []})),
+             "train_tasks.json, task: found '../NER'; allowed: letters"),
         Case("a task twice", lambda place: put(place.order / "dbpedia/train_tasks.json", '{"TC": [], "TC": []}'),
              "train_tasks.json: key 'TC' occurs 2 times"),
         Case("a task's datasets are not an array", tasks("train", lambda content: content.update(TC={})),
@@ -448,6 +455,20 @@ CASES: dict[str, list[Case]] = {
         Case("a backend in one process", flags("--ddp_backend", "gloo"), "--ddp_backend: found gloo; none in one proc"),
         Case("16-bit evaluation before training", flags("--zero_shot", "--bf16_full_eval"),
              "--zero_shot: found true with 16-bit evaluation; either"),
+        Case("workers that stay, without workers", flags("--dataloader_persistent_workers"),
+             "--dataloader_num_workers 0: persistent_workers option needs num_workers > 0"),
+        Case("a setting that recomputation does not have", flags("--activation_checkpointing_kwargs", '{"a": 1}'),
+             "--activation_checkpointing_kwargs: Unexpected keyword arguments: a"),
+        Case("settings that are not JSON", flags("--lr_scheduler_kwargs", "{a"),
+             "--lr_scheduler_kwargs: found {a; a JSON object"),
+        Case("a metric that no evaluation has", flags("--metric_for_best_model", "f1"),
+             "--metric_for_best_model: found f1; loss, gen_len, exact_match, rouge1, rougeL, the last", by="run"),
+        Case("a checkpoint that does not exist", flags("--resume_from_checkpoint", "checkpoint-9"),
+             "--resume_from_checkpoint: checkpoint-9 is no complete checkpoint", by="run", needs_model=True),
+        Case("a checkpoint of more steps", resumed("--max_steps", "1"), "is of step 2; at most 1, --max_steps", by="run",
+             needs_model=True),
+        Case("a checkpoint of a different run", resumed("--lora_dim", "4"), "a checkpoint of a different run (base_mod",
+             by="run", needs_model=True),
         Case("checkpoints that validation cannot choose from", flags("--load_best_model_at_end"),
              "command line: --load_best_model_at_end requires"),
         Case("an invalid expression", flags("--lora_modules", "("), "--lora_modules: '(' is not a regular expres",
@@ -606,7 +627,7 @@ def made(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("made")
     place = Place(folder, folder)
-    place.flags = ["--save_strategy", "no"]
+    place.flags = ["--save_steps", "1"]
     assert run_uie_lora.main(place.run()) == 0
     return place.results / "t5_adapter"
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -439,13 +440,31 @@ def test_an_order_of_ones_own(tmp_path, capsys):
     assert make_order.main(["--name", "mine", "--tasks", "TC/mine", "SC/later", *where]) == 0
     assert [step.dataset for step in read_order(tmp_path / "configs/mine_configs")] == ["mine", "later"]
     first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("run it with: bash scripts/order.sh mine")
+    assert f"TC/mine > SC/later; run it with: DATA_DIR={tmp_path}/data bash scripts/order.sh mine " in first
     assert "SC/later" in second and "TC/mine" not in second
 
 
 def test_an_order_may_come_before_the_benchmark(tmp_path):
-    folder, unprepared = make_order.make_order("x", ["SC/yelp"], configs_dir=tmp_path, data_dir=tmp_path / "nowhere")
-    assert folder == tmp_path / "x_configs" and unprepared == ["SC/yelp"]
+    folder, tasks = make_order.make_order("x", ["SC/yelp"], configs_dir=tmp_path, data_dir=tmp_path / "nowhere")
+    assert folder == tmp_path / "x_configs" and tasks == ["SC/yelp"]
+
+
+@pytest.mark.parametrize("words, datasets", [
+    ("--from order1 --drop amazon", ["dbpedia", "yahoo", "agnews"]),
+    ("--from order1 --tasks agnews TC/dbpedia", ["agnews", "dbpedia"]),
+    ("--tasks WiC yelp", ["WiC", "yelp"]),
+])
+def test_an_order_from_another_one_and_by_names_of_datasets(words, datasets, tmp_path):
+    shutil.copytree(ROOT / "configs/order1_configs", tmp_path / "order1_configs")
+    where = ["--configs_dir", str(tmp_path), "--data_dir", str(ROOT / "CL_Benchmark")]
+    assert make_order.main([*words.split(), "--name", "mine", *where]) == 0
+    assert [step.dataset for step in read_order(tmp_path / "mine_configs")] == datasets
+
+
+def test_the_command_has_mode_and_data():
+    assert make_order.command("x", ROOT / "data/mini_benchmark") == "bash scripts/order.sh --tiny x"
+    assert make_order.command("x", "CL_Benchmark").startswith("bash scripts/order.sh x ")
+    assert make_order.command("x", "my data").startswith("DATA_DIR='my data' bash scripts/order.sh x ")
 
 
 @pytest.mark.parametrize(
@@ -453,9 +472,10 @@ def test_an_order_may_come_before_the_benchmark(tmp_path):
     [
         ("../x", ["SC/yelp"], "--name: found '../x'; allowed: letters"),
         ("ds", ["SC/yelp"], "--name: 'ds'; allowed: another name"),
-        ("x", ["yelp"], "--tasks: 'yelp'; allowed: TASK/DATASET with a task of SC, TC"),
+        ("x", [], "--tasks: missing; one TASK/DATASET or more, or --from an order"),
+        ("x", ["yelpp"], "--tasks: yelpp is not there in .*; allowed: SC/IMDB, .*SC/yelp"),
         ("x", ["SC/yelp/test"], "--tasks: 'SC/yelp/test'; allowed: TASK/DATASET"),
-        ("x", ["TC/yelp"], "--tasks: TC/yelp is not in .*; allowed: SC/IMDB, .*SC/yelp"),
+        ("x", ["TC/yelp"], "--tasks: TC/yelp is not there in .*; allowed: SC/IMDB, .*SC/yelp"),
         ("x", ["SC/yelp", "SC/yelp"], "dataset 'yelp' occurs twice"),
     ],
 )

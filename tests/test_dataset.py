@@ -62,6 +62,7 @@ def test_row_layout(golden):
     assert row == {
         "Task": "NLI",
         "Dataset": "CB",
+        "Metric": "exact_match",
         "subset": "dev",
         "Samples": [],
         "Instance": {
@@ -421,7 +422,7 @@ def test_names_cannot_leave_the_benchmark(benchmark, name):
 def test_a_task_folder_outside_the_benchmark(benchmark):
     benchmark.listed["train"]["../data/SC"] = [{"dataset name": "yelp"}]
     benchmark.configure()
-    with pytest.raises(InputError, match="train_tasks.json: unknown task '../data/SC'"):
+    with pytest.raises(InputError, match="train_tasks.json, task: found '../data/SC'"):
         benchmark.load()
 
 

@@ -230,8 +230,10 @@ def test_the_answer_is_whole_and_the_prompt_does_not_know_it(
     try:
         collate.check(rows)
     except InputError as refused:
-        # Of all that may stand in a label, only its length and, with T5's tokenizer, a special token are no good.
-        assert "--max_target_length" in str(refused) or build is t5 and " spells " in str(refused)
+        # Of all that may stand in a label, only these are no good: its length, with T5's tokenizer a special token, and
+        # characters that the tokenizer does not write back.
+        assert ("--max_target_length" in str(refused) or build is t5 and " spells " in str(refused)
+                or build not in LOSSLESS and " becomes " in str(refused))  # fmt: skip
         return
     batch = collate(rows)
     for index, row in enumerate(rows):

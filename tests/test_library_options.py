@@ -24,7 +24,6 @@ from command_line import parse_arguments
 from errors import InputError
 from model.loading import NO_SETTINGS, load_model_and_tokenizer
 from uie_collator import DataCollatorForUIE
-from uie_trainer_lora import UIETrainer
 
 # The base model's generation settings, of which none may reach an answer
 
@@ -141,7 +140,6 @@ RUNS = {
                          "--ddp_static_graph True --ddp_timeout 99",
     "evaluation alone": "--do_train False --do_eval",
     "training alone": "--do_predict False",
-    "nan": "--logging_nan_inf_filter False",
 }  # fmt: skip
 
 
@@ -234,7 +232,6 @@ WORKS = {  # field -> a run of `RUNS` with it, and what shows there that it work
     "do_train": ("evaluation alone", lambda seen: "train_loss" not in seen.results()),
     "do_eval": ("evaluation alone", lambda seen: "eval_loss" in seen.results()),
     "do_predict": ("training alone", lambda seen: "predict_exact_match" not in seen.results()),
-    "logging_nan_inf_filter": ("nan", lambda seen: math.isnan(seen.logged("loss")[0])),
 }
 ELSEWHERE = {  # field -> the test that shows it, or why none can here
     "output_dir": "every run here", "use_cpu": "every run here", "optim_target_modules": "test_methods.py",
@@ -283,7 +280,6 @@ class Run:
         self.folder = Path(command[command.index("--output_dir") + 1])
         self.batches, self.emptied, self.clipped = {"train": [], "dev": [], "test": []}, 0, []
         build, collate = run_uie_lora.build_trainer, DataCollatorForUIE.__call__
-        compute_loss = UIETrainer.compute_loss
 
         def build_trainer(*args):
             self.trainer = build(*args)
@@ -292,10 +288,6 @@ class Run:
         def collate_and_note(collator, examples):
             self.batches[examples[0]["subset"]].append([int(one["Instance"]["id"]) for one in examples])
             return collate(collator, examples)
-
-        def loss_and_nan(trainer, *args, **kwargs):
-            loss = compute_loss(trainer, *args, **kwargs)
-            return loss * math.nan if trainer.state.global_step == 0 else loss
 
         def note_emptied(*args, **kwargs):
             self.emptied += 1
@@ -311,8 +303,6 @@ class Run:
             patch.setattr(DataCollatorForUIE, "__call__", collate_and_note)
             patch.setattr("transformers.trainer.clear_device_cache", note_emptied)
             patch.setattr(Accelerator, "clip_grad_norm_", note_clipped)
-            if name == "nan":
-                patch.setattr(UIETrainer, "compute_loss", loss_and_nan)
             assert run_uie_lora.main(command) == 0, name
         self.args, self.state = self.trainer.args, self.trainer.state
         self.precision = self.trainer.accelerator.mixed_precision

@@ -338,12 +338,12 @@ def test_missing_eos_is_refused(tmp_path):
     assert "defines eos_token" in refusal(folder)
 
 
-def test_every_eos_of_the_generation_config_ends_an_answer_and_nothing_in_it_is_only_for_sampling(tmp_path):
-    folder = make_llama(tmp_path / "llama", eos_token_id=[7, 2])
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2, 9], "temperature": 0.6}))
+def test_every_special_eos_of_the_generation_config_ends_an_answer_and_no_other_piece(tmp_path):
+    folder = make_llama(tmp_path / "llama", eos_token_id=[0, 2])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2, 9], "temperature": 0.6}))
     loaded = load_model_and_tokenizer(str(folder))
     assert loaded.tokenizer.eos_token_id == 2  # with which answers are trained to end
-    assert loaded.model.generation_config.eos_token_id == loaded.model.config.eos_token_id == [2, 7, 9]
+    assert loaded.model.generation_config.eos_token_id == loaded.model.config.eos_token_id == [2, 0]
     loaded.model.save_pretrained(tmp_path / "saved")  # raises if the generation config contradicts itself
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from errors import InputError
+from helpers import renew_loranew
 from loranew import (
     LoraNewConfig,
     LoraNewLinear,
@@ -23,7 +24,6 @@ from loranew import (
     load_loranew,
     loranew_layers,
     merge_old,
-    renew_loranew,
     save_folded,
     set_input_space,
 )
@@ -243,7 +243,7 @@ def test_in_16_bits_the_saved_change_is_still_clear_of_the_space():
     model.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         layer(x.bfloat16()).sum().backward()
-        effective, (folded, _) = layer.effective_new_A("default"), layer.folded("default", lambda factor: factor.float())
+        effective, (folded, _) = layer.effective_new_A("default"), layer.folded("default", torch.Tensor.float)
     for rows in (effective, folded):
         assert rows.dtype == torch.float32 and (rows @ S).abs().max() < 1e-6
     assert layer.loranew_A["default"].space.dtype == torch.float32

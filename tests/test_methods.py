@@ -73,7 +73,7 @@ def test_lamda_3_starts_from_the_weights_as_they_train(engine, tmp_path):
     method.begin_micro_batch(True)
     of_no_change = sum(layer.weight.shape[0] ** 0.5 for layer in method.targets.values())  # ||0 - I|| of each
     assert method.penalty().item() == pytest.approx(of_no_change, rel=1e-6)
-    assert all(start.device == layer.weight.device for start, layer in zip(method.start.values(), method.targets.values()))
+    assert all(method.start[name].device == layer.weight.device for name, layer in method.targets.items())
 
 
 @pytest.fixture(scope="module", params=["t5_adapter", "llama_adapter"])

@@ -258,3 +258,15 @@ def test_altered_files_are_rejected_and_nothing_is_written(fetched, tmp_path, mo
     assert fetch.main() == 2
     assert "the hub (offline) nor from a source whose merges.txt is not GPT-2's" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_that_rouge_does_not_see_are_counted(caplog):
+    rows = [{"Task": "SC", "Dataset": "mine", "Instance": {"label": label}} for label in ("सही", "गलत", "Good", "7")]
+    labels = [row["Instance"]["label"] for row in rows]
+    with caplog.at_level("INFO", "gorp"):
+        metrics = evaluate_predictions(rows, labels)
+    assert (metrics["exact_match"], metrics["rouge1"]) == (100, 50)
+    assert "2 of 4 answers have no Latin letter or digit, so that their ROUGE is 0; --multilingual" in caplog.text
+    caplog.clear()
+    evaluate_predictions(rows[2:], labels[2:])
+    assert caplog.text == ""

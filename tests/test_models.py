@@ -128,7 +128,7 @@ def save(folder: Path, kind: str, build, settings: dict) -> None:
         if value.dim() > 1 or "norm" in name and name.endswith("weight"):
             torch.nn.init.normal_(value, std=wide if value.dim() > 1 else 2)
     if not config.is_encoder_decoder:
-        model.generation_config.eos_token_id = [ids["eos"], 5]  # as Llama 3 has several
+        model.generation_config.eos_token_id = [ids["eos"], ids["bos"]]  # as Llama 3 has several
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import plan_memory
-from helpers import ROOT
-from loranew import fold_loranew, renew_loranew
+from helpers import ROOT, renew_loranew
+from loranew import fold_loranew
 from methods.gorp import Gorp
 from model.loading import load_model_and_tokenizer
-from plan_memory import CONTEXT, GIB, STATE, STEP, collected, make_plan, parse_arguments, tokens_of, verdict
+from plan_memory import CONTEXT, GIB, STATE, STEP, collected, make_plan, parse_arguments, verdict
 from Proj_torch.layer_gradient import LayerGradient
 
 LORA = {"tiny-t5": ".*SelfAttention.(q|v).*", "tiny-llama": ".*self_attn.(q_proj|v_proj).*"}
@@ -77,12 +77,11 @@ def test_two_ranks_of_zero_2_hold_what_the_shapes_say():
     }
     # Twelve bytes a value: the weight in float32, what a fold adds to it, and their sum.
     assert plan.moments[END]["one weight and its copies"] == 12 * H * F
-    # A float32 copy of the model is read on the CPU by each rank.
-    assert plan.host["loading"] == {"weights, fp32": 4 * (PARAMETERS + NEW_LORA)}
-    assert plan.host[END]["full-rank weights to save, fp32"] == 4 * GATES
+    # Each rank reads the model on the CPU.
+    assert plan.host == {"loading": 2 * PARAMETERS + 4 * NEW_LORA, END: 4 * GATES}
     said = verdict(plan, options)
     assert said.startswith("verdict: fits in 2 x 24 GiB: 18.") and "largest part: weights, 12.55 GiB" in said
-    assert said.endswith("the CPU's memory: 50.2 GiB in total")
+    assert said.endswith("the CPU's memory: 25.1 GiB in total")
     options.gpu_gib = 16.0
     assert verdict(plan, options).startswith("verdict: does not fit in 2 x 16 GiB: ")
     options.gpu_gib = plan.peak()[0] / GIB / 0.95
@@ -96,31 +95,41 @@ def test_stage_3_holds_the_complete_model_while_it_loads():
     assert plan.peak() == (2 * (PARAMETERS + NEW_LORA + CORES) + CONTEXT, "loading")
 
 
-def test_a_space_from_moments_the_default_needs_all_of_them_at_the_end():
+def test_a_space_from_moments_takes_thin_factors():
     plan, _ = plan_of(*LLAMA, "--gpus", "2")
-    assert plan.moments[END]["first moments"] == 4 * (GATES + NEW_LORA) > 5 * GIB
-    assert plan.host[END]["first moments"] == 4 * (GATES + NEW_LORA)
-    assert plan.peak()[1] == END
-    alone, _ = plan_of(*LLAMA)
-    assert alone.moments[END]["first moments"] == 8 * H * F  # dense: one at a time, and a copy
+    assert plan.moments[END]["first moments, as factors"] == 4 * (LAYERS * 8 * (H + F) + NEW_LORA) < GIB / 20
 
 
-def test_one_gpu_without_stage_is_a_run_without_deepspeed():
+def test_llama_7b_in_16_bits_fits_one_gpu_of_24_gib_without_deepspeed():
     plan, options = plan_of(*LLAMA, "--gpus", "1")
-    assert options.stage is None and not options.cores
-    assert plan.resident["weights"] == 4 * PARAMETERS  # float32, whatever the precision of training
-    assert plan.resident["trainable parameters in the model"] == 4 * NEW_LORA
-    assert plan.resident[STATE] == 8 * (NEW_LORA + CORES)  # moments alone; those of the gates in projected coordinates
+    assert options.stage is None and options.cores
+    assert plan.resident == {
+        "weights": 2 * PARAMETERS,
+        "frozen LoRA of earlier tasks": 0,
+        "trainable parameters in the model": 4 * (NEW_LORA + CORES),  # float32, beside 16-bit weights
+        STATE: 8 * (NEW_LORA + CORES),  # moments alone
+        "gradients": 4 * (NEW_LORA + CORES),
+        "bases": 4 * LAYERS * 8 * H,
+        "rounding error of 16-bit targets": 2 * GATES,
+        "DeepSpeed's buffers": 0,
+        "CUDA context (assumed)": CONTEXT,
+    }
+    assert plan.moments[STEP]["16-bit copies of weights"] == 0
+    assert verdict(plan, options).startswith("verdict: fits in 1 x 24 GiB: 17.")
+    accumulated, options = plan_of(*LLAMA, "--gradient_accumulation_steps", "64")  # as the scripts run it
+    assert accumulated.moments[STEP]["gradients collected"] == 4 * GATES and "too close" in verdict(accumulated, options)
+    sketched, options = plan_of(*LLAMA, "--gpu_gib", "16")
+    assert verdict(sketched, options).startswith("verdict: does not fit in 1 x 16 GiB")
+
+
+def test_dense_gradients_on_one_gpu_hold_float32_weights():
+    plan, options = plan_of(*LLAMA, "--galore_engine", "dense")
+    assert plan.resident["weights"] == 4 * PARAMETERS
     assert plan.resident["gradients"] == 4 * (NEW_LORA + GATES)
-    assert plan.resident["DeepSpeed's buffers"] == plan.resident["rounding error of 16-bit targets"] == 0
-    assert plan.moments[STEP]["16-bit copies of weights"] == 2 * PARAMETERS // LAYERS
+    assert plan.moments[STEP]["16-bit copies of weights"] == pytest.approx(2 * PARAMETERS / LAYERS, rel=0.01)
     assert "does not fit in 1 x 24 GiB" in verdict(plan, options)
-    whole, _ = plan_of(*LLAMA[:-1])  # without checkpointing every layer's copies stay
-    assert whole.moments[STEP]["16-bit copies of weights"] == 2 * PARAMETERS
-    cores, _ = plan_of(*LLAMA, "--galore_engine", "cores")
-    assert cores.resident["gradients"] == 4 * (NEW_LORA + CORES)
-    sharded, _ = plan_of(*LLAMA, "--gpus", "1", "--stage", "2")
-    assert sharded.resident["weights"] == 2 * PARAMETERS
+    whole, _ = plan_of(*LLAMA[:-1], "--galore_engine", "dense")  # without checkpointing every layer's copies stay
+    assert whole.moments[STEP]["16-bit copies of weights"] == pytest.approx(2 * PARAMETERS, rel=0.01)
 
 
 def test_accumulation_collects_complete_gradients():
@@ -153,8 +162,7 @@ def test_what_each_stage_shards(stage):
 
 def test_offloaded_state_is_in_the_cpus_memory():
     kept, away = (tiny("tiny-t5", "--stage", "2", *more)[0] for more in ((), ("--offload_optimizer",)))
-    assert away.resident[STATE] == kept.host[END][STATE] == 0
-    assert away.host[END][STATE] == kept.resident[STATE] > 0
+    assert away.resident[STATE] == 0 and away.host[END] - kept.host[END] == kept.resident[STATE] > 0
 
 
 def test_t5_large_preset_has_the_published_size():
@@ -233,23 +241,12 @@ def test_counts_and_optimizer_state_are_those_of_the_real_run(name):
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_activations_are_those_that_autograd_keeps_or_a_little_more(name):
+def test_activations_are_those_that_autograd_keeps(name):
+    """Fewer in these small models, as the CPU's fused attention keeps copies that the meta device does not."""
     plan, _ = tiny(name, "--stage", "0")
     method = prepared(name)
     kept = step(method) - 4 * ROWS * ANSWER * method.model.config.vocab_size  # log-softmax
-    assert kept <= plan.moments[STEP]["activations"] <= 1.25 * kept
-
-
-def test_targets_see_the_tokens_of_their_stack():
-    model = plan_memory.build_on_meta(str(ROOT / "initial_model" / "tiny-t5"))
-    _, options = tiny("tiny-t5")
-    seen = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].shape[:-1].numel()}))
-    ids = [torch.ones(ROWS, length, dtype=torch.long, device="meta") for length in (SOURCE, ANSWER)]
-    model(input_ids=ids[0], labels=ids[1])
-    assert seen == {name: tokens_of(name, model, options) for name in seen}
+    assert 0.85 * kept <= plan.moments[STEP]["activations"] <= 1.05 * kept
 
 
 def test_frozen_lora_is_that_of_folded_tasks():
@@ -286,7 +283,7 @@ def test_collected_gradient_is_as_large_as_the_real_one(micro_batches):
         (("--stage", "4"), "argument --stage"),
         (("--stage", "0", "--offload_optimizer"), "--offload_optimizer: found without --stage 1, 2 or 3"),
         (("--stage", "2", "--galore_engine", "dense"), "--galore_engine: found dense"),
-        (("--galore_svd", "sketch"), "--galore_svd: found sketch with dense gradients"),
+        (("--galore_svd", "sketch"), "--galore_svd: found sketch without --deepspeed"),
         (("--tasks_before", "-1"), "--tasks_before: found -1"),
         (("--model_name_or_path", "initial_model"), "no model can be built for initial_model"),
         (("--model_name_or_path", "./missing"), "no model can be built for ./missing"),

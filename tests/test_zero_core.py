@@ -17,6 +17,7 @@ from zero_worker import LR, Case, Net, Run, batch, dense, run  # noqa: E402
 from zero_worker import TARGETS as TARGETS_OF  # noqa: E402
 
 from errors import InputError  # noqa: E402
+from helpers import HostReads  # noqa: E402
 from Proj_torch.core_linear import CoreLinear  # noqa: E402
 from Proj_torch.layer_gradient import LayerGradient, sketched_bases  # noqa: E402
 from Proj_torch.plan import Plan  # noqa: E402
@@ -38,10 +39,12 @@ def left_out(stage: int | str | None, **fields) -> list[Case]:
     """Steps left out at the start, at a refresh (every fourth), between, in a row and at the end, with a resume; and
     refreshes that find no basis."""
     patterns = {"first": (0,), "refresh": (8,), "between": (5, 6), "many": (0, 1, 4, 7, 8, 23)}
-    cases = [Case(f"{stage}-{name}-left-out", stage, bad_steps=steps, accumulation=2, steps=24, stop_at=9 if name == "many" else 0,
-                  **fields) for name, steps in patterns.items()]  # fmt: skip
-    return [*cases, Case(f"{stage}-fell-back", stage, zero_steps=(0, 4, 5), bad_steps=(6,), steps=24, stop_at=6,
-                        **fields)]  # fmt: skip
+    fields |= {"steps": 24, "accumulation": 2}
+    return [
+        *(Case(f"{stage}-{name}-left-out", stage, bad_steps=steps, stop_at=9 if name == "many" else 0, **fields)
+          for name, steps in patterns.items()),
+        Case(f"{stage}-fell-back", stage, zero_steps=(0, 4, 5), bad_steps=(6,), stop_at=6, **fields),
+    ]  # fmt: skip
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -100,6 +103,19 @@ def test_one_process_equals_proj_adamw(case):
     found, wanted = run(case), dense(case)
     assert wanted["losses"][-1] < wanted["losses"][0]
     assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("refresh", ["exact", "lowrank", "sketch"])
+def test_the_host_waits_for_one_value_a_weight_at_a_refresh_and_for_none_between(refresh):
+    one = Run(Case("waits", refresh=refresh))
+    waits = []
+    for step in range(2):
+        one.cores.begin_micro_batch()
+        with HostReads() as reads:
+            one.net(batch(step)[0]).sum().backward()
+        waits.append(reads.count)
+        one.optimizer.step()
+    assert waits == [len(TARGETS), 0]
 
 
 def test_every_step_and_refresh_is_counted():

@@ -174,7 +174,8 @@ def dense(case: Case) -> dict:
     refreshes = optimizer.projection_report().weights["0.0"]["refreshes"]
     columns = {"weights": [w.detach() for w in weights], "starts": starts,
                "moments": [optimizer.get_first_moment(w) for w in weights]}
-    return {"losses": losses, "refreshes": refreshes} | {key: dict(zip(TARGETS[case.model], c, strict=True)) for key, c in columns.items()}
+    by_name = {key: dict(zip(TARGETS[case.model], column, strict=True)) for key, column in columns.items()}
+    return {"losses": losses, "refreshes": refreshes} | by_name
 
 
 class Run:

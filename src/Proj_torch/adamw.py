@@ -134,29 +134,24 @@ class ProjAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            weights = [Weight(group, index, p, self.state[p]) for index, p in enumerate(group["params"])
-                       if p.grad is not None]  # fmt: skip
-            plain = [weight for weight in weights if weight.is_plain]
-            self._adam(group, [weight.p for weight in plain], [weight.p.grad for weight in plain],
-                       [weight.state for weight in plain], group["weight_decay"])  # fmt: skip
-            self._step_in_projection(group, [weight for weight in weights if not weight.is_plain])
+            self._step([Weight(group, index, p, self.state[p]) for index, p in enumerate(group["params"])
+                        if p.grad is not None], group)  # fmt: skip
         return loss
 
-    def _step_in_projection(self, group: dict[str, Any], weights: list["Weight"]) -> None:
-        """The step described at the head of this file."""
+    def _step(self, weights: list["Weight"], group: dict[str, Any]) -> None:
+        """The step described at the head of this file; of a plain weight, the core is W itself."""
         projected = [weight.projected_gradient() for weight in weights]
-        cores = [torch.zeros_like(R) for R in projected]
-        self._adam(group, cores, projected, [weight.state for weight in weights], weight_decay=0.0)
+        if group["weight_decay"] and weights:
+            torch._foreach_mul_([weight.p for weight in weights], 1 - group["lr"] * group["weight_decay"])
+        cores = [weight.p if weight.is_plain else torch.zeros_like(R) for weight, R in zip(weights, projected)]
+        self._adam(group, cores, projected, [weight.state for weight in weights])
         for weight, core in zip(weights, cores, strict=True):
             if weight.clears_moment:
-                core = weight.direction_of_cleared_moment(group["betas"], _eps(group, weight.state))
-                core.mul_(-group["lr"])
-            if group["weight_decay"]:
-                weight.p.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_back_(core)
+                core = weight.direction_of_cleared_moment(_eps(group, weight.state)).mul_(-group["lr"])
+            if not weight.is_plain:
+                weight.add_back_(core)
 
-    def _adam(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict],
-              weight_decay: float) -> None:  # fmt: skip
+    def _adam(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         """One step of PyTorch's own AdamW, on all parameters of a group at once."""
         for state, gradient in zip(states, grads, strict=True):
             if "exp_avg" not in state:
@@ -178,7 +173,7 @@ class ProjAdamW(Optimizer):
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 lr=group["lr"],
-                weight_decay=weight_decay,
+                weight_decay=0.0,
                 eps=eps,
                 maximize=False,
             )
@@ -242,7 +237,7 @@ def _eps(group: dict[str, Any], state: dict[str, Any], ahead: int = 0) -> float:
 
 
 class Weight:
-    """A parameter of a group with its state: what the head of this file does to it before and after Adam.
+    """A parameter of a group with its state, and what the head of this file does to it before and after Adam.
 
     Args:
         group: the optimizer's group; index: of the parameter in it.
@@ -258,7 +253,7 @@ class Weight:
 
     @property
     def is_plain(self) -> bool:
-        """Whether PyTorch's own AdamW on p does what is to be done."""
+        """Whether PyTorch's own AdamW on p does all that is asked."""
         return self.projector is None and not self.protection and self.p.dtype in (torch.float32, torch.float64)
 
     @property
@@ -272,7 +267,7 @@ class Weight:
 
     @property
     def removed_from_update(self) -> tuple:
-        """(S, side), or empty: with `gp_first`, S leaves a projected side's basis, and so the way back too."""
+        """(S, side), or empty: `gp_first` removes S from the basis of a projected side, and so from the update too."""
         if not self.protection or self.group["orthogonal"]:
             return self.protection
         side = SIDES.index(self.group["protect_side"])
@@ -300,8 +295,9 @@ class Weight:
         if found:
             self.state["energy"] = energy_share(self.projector.project(G), G)
 
-    def direction_of_cleared_moment(self, betas: tuple[float, float], eps: float) -> Tensor:
+    def direction_of_cleared_moment(self, eps: float) -> Tensor:
         """m_hat / (sqrt(v_hat) + eps) of the step just taken, of the first moment without its component in S."""
+        betas = self.group["betas"]
         bases = (None, None) if self.projector is None else self.projector.bases
         moment = remove_projected(self.state["exp_avg"], *bases, *self.protection)
         step = int(self.state["step"])
@@ -399,7 +395,7 @@ def _space(group: dict[str, Any], index: int) -> Tensor | None:
 
 
 def _place_spaces(group: dict[str, Any]) -> None:
-    """Put each protected space beside its parameter, in the dtype the mathematics is done in."""
+    """Move each protected space to its parameter's device, in the dtype of the computations."""
     if "scale_mats" in group:
         group["scale_mats"] = [
             None if S is None else at_least_float32(S.detach()).to(p.device)

@@ -75,20 +75,20 @@ class CoreLinear(nn.Linear):
         return _EffectiveWeight.apply(self.core, self)
 
     def removed(self, from_update: bool) -> tuple:
-        """(S, side) for the gradient or for the update, empty where nothing is removed.
+        """(S, side) for the gradient or for the update; empty where nothing is removed.
 
-        S leaves a projected side's basis once it is taken, and so the way back too.
+        S is removed from the basis of a projected side, and so from the update too.
         """
         applies = self.orthogonal or not from_update or self.ranks[SIDES.index(self.side)] is not None
         return (self.space, self.side) if self.space is not None and applies else ()
 
     def removed_before_bases(self) -> tuple:
-        """(S, side) for the gradient that the bases are taken from; with `gp_first` that is the whole gradient."""
+        """(S, side) for the gradient that the bases are taken from; empty with `gp_first`, which takes all of it."""
         return self.removed(from_update=False) if self.orthogonal else ()
 
     def factors(self, from_update: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Left and right basis in `dtype`, clear of S, and S in float32 where it remains for the core, for the gradient
-        or for the update; see `remove_from_bases`."""
+        """Left and right basis in `dtype` without S, and S in float32 if it has yet to be removed from the core, for
+        the gradient or for the update; see `remove_from_bases`."""
         S, side = self.removed(from_update) or (None, self.side)
         left, right, space = remove_from_bases(*self.bases, S, side)
         return *(None if X is None else X.to(dtype) for X in (left, right)), space
@@ -134,7 +134,7 @@ class CoreLinear(nn.Linear):
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on y; backward leaves the factors of the weight's gradient at the layer."""
+    """The identity on y; its backward pass gives the layer the factors of the weight's gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, core: Tensor, layer: CoreLinear) -> Tensor:
@@ -151,7 +151,7 @@ class _Tap(torch.autograd.Function):
 
 
 class _CoreTerm(torch.autograd.Function):
-    """L C R^T x, whose core gradient is L^T G R, each with or without S (autograd alone would tie the two)."""
+    """L C R^T x, with the core gradient L^T G R, each with or without S (autograd would treat both alike)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, core: Tensor, layer: CoreLinear) -> Tensor:
@@ -159,7 +159,7 @@ class _CoreTerm(torch.autograd.Function):
         z = x if right is None else times_thin(x, right)
         C = core.to(x.dtype) if space is None else remove(core, space, layer.side).to(x.dtype)
         h = F.linear(z, C)
-        # S leaves the right basis alike for the gradient and the update, so that z serves both.
+        # S is removed from the right basis for the gradient and for the update alike, so z serves both.
         ctx.layer = layer
         ctx.save_for_backward(z, core)
         return h if left is None else F.linear(h, left)
@@ -181,7 +181,7 @@ class _CoreTerm(torch.autograd.Function):
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """The weight itself, whose gradient goes to the core as the layer's own does."""
+    """The trained weight; its gradient reaches the core in the way of the layer's own."""
 
     @staticmethod
     def forward(ctx: Any, core: Tensor, layer: CoreLinear) -> Tensor:

@@ -5,7 +5,7 @@ of W is G = GY^T X. Products of G with thin matrices need no G: G M = GY^T (X M)
 ranks sum sketches instead of gradients: (out + in) (k + p) numbers a pass instead of out * in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,11 +53,15 @@ class LayerGradient:
 
     def times(self, M: Tensor) -> Tensor:
         """G M (out, l) for M (in, l)."""
-        return self._product(M, lambda G: G, lambda GY, X: (GY, X))
+        if self._matrix is not None:
+            return self._matrix @ M
+        return sum(GY.float().mT @ (X.float() @ M) for GY, X in self._factors)
 
     def transposed_times(self, M: Tensor) -> Tensor:
         """G^T M (in, l) for M (out, l)."""
-        return self._product(M, lambda G: G.mT, lambda GY, X: (X, GY))
+        if self._matrix is not None:
+            return self._matrix.mT @ M
+        return sum(X.float().mT @ (GY.float() @ M) for GY, X in self._factors)
 
     def projected(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """left^T G right; None stands for the identity."""
@@ -65,12 +69,6 @@ class LayerGradient:
             R = self.transposed_times(left).mT
             return R if right is None else R @ right
         return self.matrix() if right is None else self.times(right)
-
-    def _product(self, M: Tensor, of_matrix: Callable, of_factors: Callable) -> Tensor:
-        if self._matrix is not None:
-            return of_matrix(self._matrix) @ M
-        ordered = (of_factors(*pair) for pair in self._factors)
-        return sum(A.float().mT @ (B.float() @ M) for A, B in ordered)
 
 
 def sketched_bases(

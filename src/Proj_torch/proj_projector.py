@@ -4,12 +4,12 @@ The mathematics is pure functions on tensors; `ProjProjector` keeps the settings
 
 Conventions, for a weight W and its gradient G, both (out, in):
 
-* `left` (out, k) and `right` (in, l) have orthonormal columns; None stands for the identity, that is, that side is
-  not projected. The projected gradient is R = left^T G right, projected back it is left R right^T.
-* A side whose rank equals its dimension is not projected at all. A full basis would only rotate the coordinates,
-  which loses nothing but changes elementwise Adam; as the identity, full-rank projection is plain AdamW.
+* `left` (out, k) and `right` (in, l) have orthonormal columns; None means that the side is not projected. The
+  projected gradient is R = left^T G right; projected back, it is left R right^T.
+* A side whose rank equals its dimension is not projected. A full basis would only rotate the coordinates, which loses
+  nothing but changes elementwise Adam; without it, full-rank projection is plain AdamW.
 * A protected space is S (out, c) for side "output" or (in, c) for side "input", with orthonormal columns, always in
-  the full coordinates of the weight: `remove` takes G to G - S S^T G or to G - G S S^T.
+  the weight's own coordinates: `remove` takes G to G - S S^T G or to G - G S S^T.
 * Everything is computed in float32 at least, whatever the dtype of the gradient (bfloat16 has no SVD).
 """
 
@@ -115,16 +115,10 @@ def kept_bases(like: Tensor, ranks: Sequence[int | None], previous: Bases | None
 
 
 def remove(X: Tensor, S: Tensor, side: str) -> Tensor:
-    """X without its component in the protected space: X - S S^T X ("output") or X - X S S^T ("input").
+    """X (out, in) without its component in S, in float32 at least.
 
-    Args:
-        X: (out, in).
-        S: (out, c) for "output", (in, c) for "input", orthonormal columns.
-        side: "output" or "input".
-
-    Returns:
-        (out, in), in float32 at least. A space that holds every direction leaves exactly zero: rounding noise, however
-        small, would be blown up to whole steps by Adam.
+    That is X - S S^T X for side "output" and S (out, c), X - X S S^T for side "input" and S (in, c). An S that holds
+    every direction leaves exactly zero, because Adam would turn rounding noise, however small, into full steps.
     """
     X = at_least_float32(X)
     if S.shape[0] == S.shape[1]:
@@ -148,26 +142,20 @@ def check_space(S: Tensor, size: int, where: str) -> None:
 
 
 def remove_projected(R: Tensor, left: Tensor | None, right: Tensor | None, S: Tensor, side: str) -> Tensor:
-    """R of projected coordinates without its component in S, in projected coordinates again: L^T (I - S S^T) L R.
-
-    Args:
-        R: (out or k, in or l).
-        left, right: the bases (out, k) and (in, l), None for a side that is not projected.
-        S, side: as in `remove`, in full coordinates.
-    """
+    """A projected R (out or k, in or l) without its component in S, still projected: L^T (I - S S^T) L R."""
     basis = left if side == "output" else right
     return remove(R, S, side) if basis is None else _less(R, basis.mT @ S, side)
 
 
 def times_thin(X: Tensor, thin: Tensor) -> Tensor:
-    """X (..., n) @ thin (n, k): on a CPU twice as fast where the few columns do not lie far apart in memory."""
+    """X (..., n) @ thin (n, k), with each thin column contiguous: twice as fast on a CPU."""
     return torch.nn.functional.linear(X, thin.mT.contiguous())
 
 
 def project(
     G: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
 ) -> Tensor:
-    """R = left^T G right, of shape (out or k, in or l); with S, the same of `remove(G, S, side)`."""
+    """R = left^T G right, of shape (out or k, in or l); with S, that of `remove(G, S, side)`."""
     left, right, S = remove_from_bases(left, right, S, side)
     R = at_least_float32(G)
     if left is not None:
@@ -180,7 +168,7 @@ def project(
 def project_back(
     R: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
 ) -> Tensor:
-    """left R right^T, of shape (out, in); with S, `remove` of that."""
+    """left R right^T, of shape (out, in); with S, `remove` of it."""
     return product(back_factors(R, left, right, S, side))
 
 
@@ -192,7 +180,7 @@ def product(factors: Sequence[Tensor]) -> Tensor:
 def back_factors(
     R: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
 ) -> tuple[Tensor, ...]:
-    """One or two matrices whose product is `project_back` of the same arguments, for adding it in place."""
+    """One or two matrices whose product is `project_back` of the same arguments, which can be added in place."""
     left, right, S = remove_from_bases(left, right, S, side)
     if S is not None:
         R = remove(R, S, side)
@@ -206,10 +194,10 @@ def back_factors(
 def remove_from_bases(
     left: Tensor | None, right: Tensor | None, S: Tensor | None, side: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Take S out of the basis of its side, if that side is projected; else hand S back, for the projected gradient.
+    """Remove S from the basis of its side if that side is projected; otherwise return S, for the projected gradient.
 
-    I - S S^T is symmetric and acts on one side only, so the removal commutes with the projection of the other side,
-    and on its own side it may be done once to the basis (out x k numbers) rather than to the gradient (out x in).
+    I - S S^T is symmetric and acts on one side only. So its order with the projection of the other side does not
+    matter, and on its own side it can act on the basis (out x k numbers) instead of on the gradient (out x in).
     """
     if S is None:
         return left, right, None
@@ -251,7 +239,7 @@ class ProjProjector:
         return mode_ranks(shape, self.rank, self.proj_type)
 
     def refresh(self, G: Tensor) -> bool:
-        """Take the bases from G (out, in); False where G has none and `kept_bases` stand in."""
+        """Take the bases from G (out, in); False where G has none and `kept_bases` are used."""
         self.bases, own = next_bases(G, self.ranks(G.shape), self.svd, self.bases, self.compute)
         return own
 

@@ -44,30 +44,22 @@ def truncated_svd(M: Tensor, rank: int, svd: str = "exact") -> tuple[Tensor, Ten
     """Leading singular triplets U (m, k), s (k,) in descending order and V (n, k) of M (m, n), in float32 at least.
 
     A tiny or huge M is first scaled by a power of two (which rounds nothing) to entries below 2, so that nothing
-    under- or overflows. Where the chosen method does not converge, which is logged once, a safer one takes over: on a
-    GPU the QR iteration (gesvd), then the eigenvectors of the Gram matrix in float64.
+    under- or overflows.
 
     Args:
         rank: k, at most min(m, n).
         svd: "exact", or "lowrank" for a randomised range finder with a fixed seed.
 
     Raises:
-        torch.linalg.LinAlgError: M is zero or not finite, or no method converged.
+        torch.linalg.LinAlgError: M is zero or not finite, or the SVD did not converge.
     """
     M = at_least_float32(M)
     peak = largest(M).item()  # the one value that the host waits for
     if not 0 < peak < math.inf:
         raise torch.linalg.LinAlgError(f"a {tuple(M.shape)} matrix is zero or not finite")
     unit = 1.0 if SAFE_PEAKS[0] < peak < SAFE_PEAKS[1] else 2.0 ** max(math.frexp(peak)[1] - 1, -126)
-    chosen = _exact_svd if svd == "exact" else _sketched_svd
-    safer = functools.partial(_exact_svd, driver="gesvd")  # only CUDA has a choice of drivers
-    for decompose in (chosen, safer, _gram_svd) if M.is_cuda else (chosen, _gram_svd):
-        try:
-            U, s, V = decompose(M if unit == 1.0 else M / unit, rank)
-            return U, s * unit, V
-        except torch.linalg.LinAlgError:
-            warn_once(f"{svd} SVD did not converge on a {tuple(M.shape)} matrix; a safer method takes over")
-    raise torch.linalg.LinAlgError(f"no SVD converged on a {tuple(M.shape)} matrix")
+    U, s, V = (_exact_svd if svd == "exact" else _sketched_svd)(M if unit == 1.0 else M / unit, rank)
+    return U, s * unit, V
 
 
 @functools.cache
@@ -75,8 +67,8 @@ def warn_once(text: str) -> None:
     log.warning("%s (logged once)", text)
 
 
-def _exact_svd(M: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    U, s, Vh = torch.linalg.svd(M, full_matrices=False, driver=driver)
+def _exact_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
     return U[:, :rank].contiguous(), s[:rank], Vh[:rank].mT.contiguous()
 
 
@@ -124,16 +116,3 @@ def _orthonormal(M: Tensor) -> Tensor:
     """Orthonormal columns that span M's; M is scaled by a power of two first, so that nothing under- or overflows."""
     peak = largest(M).clamp_min(torch.finfo(M.dtype).tiny)
     return torch.linalg.qr(torch.ldexp(M, -torch.frexp(peak).exponent)).Q
-
-
-def _gram_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD from the eigenvectors of the smaller Gram matrix, in float64; half the digits, but it always has an answer."""
-    if M.shape[0] > M.shape[1]:
-        V, s, U = _gram_svd(M.mT, rank)
-        return U, s, V
-    wide = M.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    U, s = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp_min(0).sqrt()
-    V, triangle = torch.linalg.qr(wide.mT @ U)
-    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # so that U diag(s) V^T is M, not M up to signs
-    return U.to(M.dtype), s.to(M.dtype), (V * signs).to(M.dtype)

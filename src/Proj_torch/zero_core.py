@@ -96,8 +96,8 @@ class CoreEngine:
 
     def core_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """The cores' group for `torch.optim.AdamW`, if there are cores; `weight_decay` is that of the weights."""
-        lr, cores = self.plan.projection["lr"] * self.scale, list(self._cores().values())
-        return [{"params": cores, "lr": lr, "weight_decay": weight_decay / self.scale, CORE_GROUP: True}] if cores else []
+        group = {"lr": self.plan.projection["lr"] * self.scale, "weight_decay": weight_decay / self.scale}
+        return [{"params": list(self._cores().values()), CORE_GROUP: True} | group] if self.layers else []
 
     def begin_training(self, optimizer: Optimizer, deepspeed: Any = None) -> None:
         """Follow the optimizer that holds `core_groups`; once, before the first micro-batch.

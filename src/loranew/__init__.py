@@ -8,12 +8,12 @@ model = load_loranew(base, folder) # the next task: what was folded is frozen, a
 """
 
 from loranew.adapter import (
-    add_loranew, fold_loranew, folded_factors, load_loranew, loranew_layers, merge_old, renew_loranew, save_folded,
-    set_input_space, set_shared_dropout,
+    add_loranew, fold_loranew, folded_factors, load_loranew, loranew_layers, merge_old, save_folded, set_input_space,
+    set_shared_dropout,
 )  # fmt: skip
 from loranew.layer import LoraNewConfig, LoraNewLinear
 
 __all__ = [
     "LoraNewConfig", "LoraNewLinear", "add_loranew", "fold_loranew", "folded_factors", "load_loranew", "loranew_layers",
-    "merge_old", "renew_loranew", "save_folded", "set_input_space", "set_shared_dropout",
+    "merge_old", "save_folded", "set_input_space", "set_shared_dropout",
 ]  # fmt: skip

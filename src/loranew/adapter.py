@@ -22,7 +22,6 @@ from Proj_torch.proj_projector import check_space
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-FACTORS = ("lora_A", "lora_B", "loranew_A", "loranew_B")
 
 detail = logging.getLogger("gorp.detail")
 
@@ -75,7 +74,7 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
 def fold_loranew(peft_model: PeftModel) -> None:
     """Fold the new factors into the memory: r_sum grows by r, and the model computes the same function.
 
-    The model then has no new factors until `renew_loranew`, and `save_pretrained` writes the memory alone (`lora_A`,
+    The layers then have no new factors until their `renew`, and `save_pretrained` writes the memory alone (`lora_A`,
     `lora_B`), as in published adapters. With `save_loranew` in the config the two pairs stay separate.
     """
     name = peft_model.active_adapter
@@ -109,28 +108,18 @@ def folded_factors(
     """
     adapter, tensors = peft_model.active_adapter, {}
     for name, layer in loranew_layers(peft_model).items():
-        if peft_model.peft_config[adapter].save_loranew:
-            kinds = {key: getattr(layer, key) for key in FACTORS}
-            factors = {key: read(kind[adapter].weight) for key, kind in kinds.items() if adapter in kind}
-        else:
-            factors = dict(zip(FACTORS, layer.folded(adapter, read)))
-        tensors |= {f"base_model.model.{name}.{key}.weight": factor.to("cpu", copy=True) for key, factor in factors.items()}
+        for key, factor in zip(("lora_A", "lora_B"), layer.folded(adapter, read)):
+            tensors[f"base_model.model.{name}.{key}.weight"] = factor.to("cpu", copy=True)
     return tensors
 
 
 def save_folded(peft_model: PeftModel, factors: dict[str, torch.Tensor], folder: Path) -> None:
     """Write `folded_factors` as `save_pretrained` would write them after folding."""
     config = copy.copy(peft_model.peft_config[peft_model.active_adapter])
-    config.r_sum += 0 if config.save_loranew else config.r
+    config.r_sum += config.r
     config.inference_mode = True
     config.save_pretrained(folder)
     save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
-
-def renew_loranew(peft_model: PeftModel) -> None:
-    """Give every layer fresh trainable factors (B = 0), for the next task in the same process."""
-    for layer in loranew_layers(peft_model).values():
-        layer.renew(peft_model.active_adapter)
 
 
 def set_shared_dropout(peft_model: PeftModel, shared: bool) -> None:

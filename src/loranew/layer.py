@@ -167,7 +167,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
         del self.loranew_A[adapter], self.loranew_B[adapter]
 
     def folded(self, adapter: str, read: Callable[[nn.Parameter], torch.Tensor] = lambda factor: factor):
-        """A = [A_old; A_new - A_new S S^T] (r_sum + r, in) and B = [B_old, B_new] (out, r_sum + r), of factors by `read`."""
+        """A = [A_old; A_new - A_new S S^T] (r_sum + r, in), B = [B_old, B_new] (out, r_sum + r), by `read`."""
         new_A = self.loranew_A[adapter]
         rows, columns = [new_A.effective(read(new_A.weight))], [read(self.loranew_B[adapter].weight)]
         if adapter in self.lora_A:

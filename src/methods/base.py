@@ -385,7 +385,7 @@ class LoraMethod(Method):
         for layer in loranew_layers(self.model).values() if lamda_1 or lamda_2 else []:
             A_new = layer.effective_new_A(adapter)
             if lamda_1 and adapter in layer.lora_A:
-                terms.append(lamda_1 * (layer.lora_A[adapter].weight @ A_new.T).abs().sum())
+                terms.append(lamda_1 * (layer.lora_A[adapter].weight.to(A_new.dtype) @ A_new.T).abs().sum())
             if lamda_2:
                 terms += [lamda_2 * A_new.norm(), lamda_2 * layer.loranew_B[adapter].weight.norm()]
         return terms

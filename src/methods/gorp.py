@@ -110,7 +110,7 @@ class Gorp(LoraMethod):
         return self.options.protect
 
     def needs_inputs(self) -> bool:
-        """Whether a protected factor must be one that sees the layer's input: A, not B."""
+        """Whether only factors that see the layer's input can be protected: A, not B."""
         return self.options.space_from == "inputs"
 
     # Training
@@ -156,9 +156,8 @@ class Gorp(LoraMethod):
 
     def end_task(self) -> None:
         self.projection = self.engine.report()
-        if self.protects and self.options.space_from == "moments":
-            self.needed = self.engine.first_moments()
-        self.space.extend(self.needed if self.protects else {})
+        if self.protects:
+            self.space.extend(self.needed if self.options.space_from == "inputs" else self.engine.first_moments())
         for line in self.space.describe():
             detail.info(line)
         self.engine.finish(self.partitioned)
@@ -171,22 +170,20 @@ class Gorp(LoraMethod):
         super().save(folder)
         self.space.save(folder / SPACE_FILE)
 
-    # What the run reports
-
     def summary(self) -> list[str]:
         options = self.options
         detail.info(
-            "full-rank weights: projection %s, new bases every %d steps, learning rate %s, engine %s; shared space: %s on "
-            "the %s side, from %s", options.galore_proj_type, options.galore_update_proj_gap, options.galore_lr,
+            "full-rank weights: projection %s, new bases every %d steps, learning rate %s, engine %s; shared space: %s "
+            "on the %s side, from %s", options.galore_proj_type, options.galore_update_proj_gap, options.galore_lr,
             self.engine.name, options.protect, options.protect_side, options.space_from,
         )  # fmt: skip
         return [*super().summary(), *([NOT_REPRODUCED] if self.released else [])]
 
     def describe(self) -> str:
         weights = sum(layer.weight.numel() for layer in self.targets.values())
-        protected = f"{self.space.total()} directions of earlier tasks protected" if self.protects else "nothing protected"
-        return (f"{super().describe()}, {weights:,} in {len(self.targets)} full-rank weights (gradients projected to rank "
-                f"{self.options.galore_rank}); {protected}")
+        space = f"{self.space.total()} directions of earlier tasks protected" if self.protects else "nothing protected"
+        return (f"{super().describe()}, {weights:,} in {len(self.targets)} full-rank weights (gradients projected to "
+                f"rank {self.options.galore_rank}); {space}")
 
     def closing_summary(self) -> list[str]:
         return [self.projection.line(), *([self.space.line()] if self.protects else [])]

@@ -286,7 +286,7 @@ def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
 def _drop_generation_settings(model: PreTrainedModel, base_name: str) -> None:
     """Drop the base's own generation settings, which `generate` would mix into every answer, and log them.
 
-    An answer begins with the token that it begins with in training, and each of the base's end tokens ends it.
+    An answer begins with the token that it begins with in training; see `_set_special_tokens` for its end.
     """
     found = model.generation_config.to_diff_dict()
     model.generation_config = GenerationConfig(
@@ -327,7 +327,8 @@ def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the tokenizer's special tokens to config and generation config.
 
-    Answers are trained to end with the tokenizer's eos; any other eos of the generation config ends them too.
+    Answers are trained to end with the tokenizer's eos. The base's other end tokens (Llama 3 has several) end them too,
+    but not an ordinary piece of text, which an answer may contain.
 
     Raises:
         InputError: no token starts an answer.
@@ -341,7 +342,9 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
             settings.forced_bos_token_id = language
     if model.config.is_encoder_decoder and model.config.decoder_start_token_id is None:
         raise InputError(f"{model.name_or_path}/config.json: has no decoder_start_token_id, with which answers start")
-    ends = list(dict.fromkeys([tokenizer.eos_token_id, *_as_list(settings.eos_token_id)]))
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    others = [index for index in _as_list(settings.eos_token_id) if index in special]
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *others]))
     for holder in (model.config, settings):
         holder.eos_token_id = ends if len(ends) > 1 else ends[0]
         holder.pad_token_id = tokenizer.pad_token_id

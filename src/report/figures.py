@@ -67,9 +67,9 @@ def costs(points: Mapping[str, tuple[float, float, float]], look: Styles, title:
         for method, values in points.items():
             axes.plot(values[column], values[0], "o" if look[method]["linestyle"] == "-" else "^", label=method,
                       color=look[method]["color"])
-        axes.set(xscale="log", xlabel=label)
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
-        axes.minorticks_off()
     panels[0].set_ylabel("AP, per cent")
     figure.suptitle(title, fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -94,7 +94,8 @@ def curves(runs: Mapping[str, Sequence[Run]], look: Styles, title: str) -> Figur
         axes.grid(alpha=0.25)
     for axes in panels:  # those without a task
         axes.set_axis_off()
-    figure.supxlabel("tasks trained so far", fontsize=9)
+    for axes in figure.axes[-columns:]:
+        axes.set_xlabel("tasks trained")
     figure.supylabel("accuracy, per cent", fontsize=9)
     figure.suptitle(title, fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -103,7 +104,7 @@ def curves(runs: Mapping[str, Sequence[Run]], look: Styles, title: str) -> Figur
 
 def heat_map(tasks: Sequence[str], matrix: np.ndarray, title: str) -> Figure:
     """The accuracy matrix (tasks, tasks): a row for each task trained, a column for each task tested; NaN is empty."""
-    figure = Figure(figsize=(1.6 + 0.45 * len(tasks), 1.2 + 0.4 * len(tasks)))
+    figure = Figure(figsize=(max(1.6 + 0.45 * len(tasks), 0.4 + 0.075 * len(title)), 1.2 + 0.4 * len(tasks)))
     axes = figure.subplots()
     axes.pcolormesh(matrix, cmap="Blues", vmin=0, vmax=100, edgecolors="none")
     for (i, j), value in np.ndenumerate(matrix):

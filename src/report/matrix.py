@@ -1,7 +1,7 @@
 """The accuracy of every task after every task, and the measures of continual learning taken from it.
 
-Row i, column j of the matrix is a[i][j], the exact match in per cent on task j after training on task i, None where
-it was not measured; b[i][j], j >= i, is the same before training on task i (`--zero_shot`). With T tasks, T also
+Row i, column j of the matrix is a[i][j], the exact match (ROUGE-L where answers are free text) in per cent on task j
+after training on task i, None where it was not measured; b[i][j], j >= i, is the same before training on task i (`--zero_shot`). With T tasks, T also
 being the last row, and n[j] test examples of task j:
 
     average performance        AP  = 1/T sum_j a[T][j]                       (Lopez-Paz & Ranzato, 2017, there ACC;
@@ -111,7 +111,7 @@ def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) 
     return {
         "average_performance": average,
         # `--predict_tasks ends` may have tested the latest task alone, and then there is no AP either.
-        "average_over_rows": None if average is None else number(_results(path), "predict_exact_match", path, 100),
+        "average_over_rows": None if average is None else _score(_results(path), path, "predict"),
         "backward_transfer": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
         "forward_transfer": forward_transfer(zero_shot_matrix(order_dir, tasks), last + 1),
@@ -173,9 +173,15 @@ def _step_folders(outputs: Path) -> list[Path]:
 
 
 def _row(path: Path, tasks: Sequence[str], part: str = "predict") -> list[float | None]:
-    """Exact match on every task in a step's results file; None where the file, or its value, is missing."""
+    """The score on every task in a step's results file; None where the file, or its value, is missing."""
     results = _results(path)
-    return [number(results, f"{part}_exact_match_for_{task}", path, most=100) for task in tasks]
+    return [_score(results, path, part, f"_for_{task}") for task in tasks]
+
+
+def _score(results: Mapping, path: Path, part: str, ending: str = "") -> float | None:
+    """ROUGE-L where it counts in place of exact match, otherwise exact match."""
+    score, exact_match = f"{part}_score{ending}", f"{part}_exact_match{ending}"
+    return number(results, score if score in results else exact_match, path, most=100)
 
 
 def number(content: Mapping, key: str, path: Path, most: float = math.inf) -> float | None:

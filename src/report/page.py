@@ -39,13 +39,12 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
 div { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 }
 td, th { padding: .25rem .7rem; border-bottom: 1px solid #8886; white-space: nowrap }
-td:first-child, th:first-child { white-space: normal; min-width: 8rem }
-figure { display: inline-block; vertical-align: top; margin: .5rem 1.5rem .5rem 0; max-width: 100% }
-svg { max-width: 100%; height: auto }
+td:first-child, th:first-child { white-space: normal; min-width: 8rem; text-align: left }
+figure { display: inline-block; vertical-align: top; margin: .5rem 1.5rem .5rem 0; max-width: 100%; overflow-x: auto }
 @media print {
   @page { size: A4 landscape; margin: 12mm } body { font-size: 10px; margin: 0; max-width: none }
   div { overflow: visible } td, th { padding: .15rem .3rem; white-space: normal } td:first-child { min-width: 0 }
-  figure, tr { break-inside: avoid } h2 { break-after: avoid }
+  figure, tr { break-inside: avoid } svg { max-width: 100%; height: auto } h2, h3 { break-after: avoid }
 }
 """
 NOTE = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compute_metrics import exact_match, read_predictions
+from compute_metrics import compute_metrics, exact_match, read_predictions
 from errors import InputError
 from files import json_kind, read_object
 from report.bootstrap import Interval, paired_interval
@@ -135,12 +135,20 @@ def _made_with(record: dict) -> dict:
 
 
 def _right_answers(predictions: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
-    """By task, whether each of its examples was answered correctly; empty without the file."""
-    hits: dict[str, list[bool]] = {task: [] for task in tasks}
+    """By task, the score of each of its examples, 0 to 1; empty without the file."""
+    hits: dict[str, list[float]] = {task: [] for task in tasks}
     for example in read_predictions(predictions) if predictions.exists() else []:
         if example["Dataset"] in hits:
-            hits[example["Dataset"]].append(exact_match(example["Prediction"], example["Instance"]["label"]))
-    return {task: np.array(own, dtype=int) for task, own in hits.items()} if all(hits.values()) else {}
+            hits[example["Dataset"]].append(_score(example))
+    return {task: np.array(own, dtype=float) for task, own in hits.items()} if all(hits.values()) else {}
+
+
+def _score(example: dict) -> float:
+    """Whether an answer is correct, or its ROUGE-L where answers are free text."""
+    prediction, label = example["Prediction"], example["Instance"]["label"]
+    if example.get("Metric") == "rougeL":
+        return compute_metrics([prediction], [label])["rougeL"] / 100
+    return float(exact_match(prediction, label))
 
 
 def finished(runs: Sequence[Run]) -> list[Run]:

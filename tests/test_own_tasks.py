@@ -1,0 +1,89 @@
+"""Tasks of one's own, one of them with free-text answers: from the instruction file to the order's measures."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ENVIRONMENT, ROOT, T5, T5_MODULES, put
+
+from compute_metrics import compute_metrics
+from errors import InputError
+from uie_dataset_lora import ExampleOptions, load_uie_dataset, read_metrics
+
+COLOURS, NUMBERS = ["red", "green", "blue"], ["one", "two", "three", "four"]
+ROWS = {  # task/dataset -> its examples
+    "Colour/balls": [{"sentence": f"The ball {i} is {COLOURS[i % 3]}.", "label": COLOURS[i % 3]} for i in range(24)],
+    "Short/news": [{"sentence": f"{NUMBERS[i % 4]} people came. it rained.", "label": f"{NUMBERS[i % 4]} people came"}
+                   for i in range(24)],
+    "TC/counts": [{"sentence": f"{NUMBERS[i % 4]} cats", "label": NUMBERS[i % 4]} for i in range(24)],
+}
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A benchmark of three tasks, its instruction file, and the order `three`, as the user's commands make them."""
+    for name, rows in ROWS.items():
+        for subset in ("train", "dev", "test"):
+            put(tmp_path / "data" / name / f"{subset}.json", rows)
+    instructions = {task: [{"instruction_type": "zero-shot", "instruction": f"{task}?"}] for task in ("Colour", "TC")}
+    instructions["Short"] = {"metric": "rougeL", "instructions": [
+        {"instruction_type": "zero-shot", "instruction": "Shorten this."}]}
+    put(tmp_path / "instructions.json", instructions)
+    for name in ("Colour/balls", "TC/counts"):
+        run("data/generate_labels.py", tmp_path / "data" / name)
+    run("data/make_order.py", "--name", "three", "--tasks", *ROWS, "--configs_dir", tmp_path, "--data_dir",
+        tmp_path / "data")
+    return tmp_path
+
+
+def run(*words) -> str:
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def load(place, step):
+    options = ExampleOptions(place / "data", place / "instructions.json")
+    return load_uie_dataset(place / "three_configs" / step, options, cache_dir=place / "cache")
+
+
+def test_the_instruction_file_says_which_tasks_there_are_and_how_they_are_scored(place):
+    assert read_metrics(place / "instructions.json") == {"Colour": "exact_match", "TC": "exact_match", "Short": "rougeL"}
+    test = load(place, "counts")["test"]
+    assert dict(zip(test["Dataset"], test["Metric"])) == {"balls": "exact_match", "counts": "exact_match", "news": "rougeL"}
+    prompts = {example["Dataset"]: example["Instance"]["instruction"] for example in test}
+    assert prompts["news"] == "Shorten this.\n" and prompts["balls"] == "Colour?\nOption: red, green, blue \n"
+
+
+@pytest.mark.parametrize("spoil, fault", [
+    (lambda place: (place / "data/TC/counts/labels.json").unlink(), "TC/counts/labels.json: no such file"),
+    (lambda place: put(place / "data/Short/news/test.json", [{"sentence": "a", "label": " "}]), "label is blank"),
+    (lambda place: put(place / "instructions.json", {"Short": {"metric": "rougeL", "instructions": []}}),
+     "no zero-shot instruction for task TC"),
+    (lambda place: put(place / "instructions.json", {"Short": {"metric": "bleu", "instructions": []}}),
+     "instructions.json, Short: metric 'bleu'; allowed: exact_match, rougeL"),
+    (lambda place: put(place / "instructions.json", {"Short": {"metric": "rougeL"}}), "found object; allowed: an array"),
+])
+def test_without_its_declaration_a_file_that_is_missing_stays_an_error(place, spoil, fault):
+    spoil(place)
+    with pytest.raises(InputError, match=fault):
+        load(place, "counts")
+
+
+def test_an_order_over_them_is_scored_by_exact_match_and_rouge(place):
+    run("src/run_order.py", place / "three_configs", "--model_name_or_path", T5, "--output_dir", place / "run/outputs",
+        "--data_dir", place / "data", "--instruction_file", place / "instructions.json", "--method", "seqlora",
+        "--do_train", "--do_predict", "--predict_with_generate", "--max_steps", 4, "--learning_rate", "1e-2",
+        "--report_to", "none", "--save_strategy", "no", "--use_cpu", *T5_MODULES)
+    table = run("src/report", place / "run")
+    folder = place / "run" / "outputs" / "3-counts"
+    results = json.loads((folder / "predict_results.json").read_text())
+    lines = [json.loads(line) for line in (folder / "predict_eval_predictions.jsonl").read_text().splitlines()]
+    news = [(line["Prediction"], line["Instance"]["label"]) for line in lines if line["Dataset"] == "news"]
+    assert results["predict_score_for_news"] == compute_metrics(*zip(*news))["rougeL"]
+    assert results["predict_score_for_balls"] == results["predict_exact_match_for_balls"]
+    scores = [results[f"predict_score_for_{dataset}"] for dataset in ("balls", "news", "counts")]
+    assert f"average performance (AP)  {sum(scores) / 3:.2f}" in table
+    shutil.rmtree(place / "run")
