@@ -101,8 +101,12 @@ def test_answers_are_those_of_the_run(run, tmp_path, capfd):
     (["--dataset", "SC/amazon", "--text", " "], "--text: found a blank text"),
     (["--dataset", "SC/amazon", "--file", "nowhere"], "--file: nowhere cannot be read"),
 ])
-def test_what_cannot_be_asked_is_refused(run, words, fault, capfd):
-    assert answer.main([str(run[2]), *words]) == 2
+def test_what_cannot_be_asked_is_refused(words, fault, tmp_path, capfd):
+    shutil.copytree(PREFIX["t5_adapter"][0], tmp_path / "model")
+    heads = dict.fromkeys(["TC/dbpedia", "SC/amazon"], "Option: a, b \n")
+    lengths = {"max_source_length": 64, "max_target_length": 8}
+    (tmp_path / "model" / "prompts.json").write_text(json.dumps({"heads": heads, "tail": "\nAnswer:"} | lengths))
+    assert answer.main([str(tmp_path / "model"), *words]) == 2
     assert fault in capfd.readouterr().err
 
 

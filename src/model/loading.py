@@ -7,8 +7,9 @@ Weights are read from safetensors only, after all other checks, and no code that
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -73,6 +75,7 @@ def load_model_and_tokenizer(
     family: str | None = None,
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
+    not_in_4bit: Sequence[str] | None = None,
 ) -> LoadedModel:
     """Load the base model that is named, or that the named adapter folder was trained on.
 
@@ -83,6 +86,8 @@ def load_model_and_tokenizer(
         resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
             warning. Only some models can (Pegasus can, BART and LLaMA cannot).
         family: "encoder-decoder" or "decoder-only", if it must be one of them.
+        not_in_4bit: None, or regular expressions for the linear layers that keep `dtype` while all others are held in 4
+            bits, but for the output embedding.
         weights: False leaves the model on the meta device: files and shapes are checked, no values are read.
 
     Raises:
@@ -110,6 +115,8 @@ def load_model_and_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **hub)
     _complete_tokenizer(tokenizer, config, base_name)
     place = {} if weights else {"device_map": "meta"}
+    if not_in_4bit is not None and weights:
+        place["quantization_config"] = _four_bits(dtype, not_in_4bit)
     model = _load_weights(own_class, base_name, config=config, dtype=dtype, **place, **hub)
     _grow_positions(model, max_source_length, resize_position_embeddings)
     _drop_generation_settings(model, base_name)
@@ -258,6 +265,16 @@ def _reject_kernels(config: PreTrainedConfig, name: str) -> None:
     wanted = config._attn_implementation
     if wanted is not None and "/" in str(wanted):
         raise InputError(f"{name}/config.json: found attention code from {wanted!r}; allowed: eager, sdpa")
+
+
+def _four_bits(dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
+    """NF4 with doubly quantised scales, as in QLoRA (Dettmers et al., NeurIPS 2023)."""
+    if find_spec("bitsandbytes") is None:
+        raise InputError("--load_in_4bit: package bitsandbytes is not installed; pip install bitsandbytes")
+    layers = f"; --optim_target_modules stay in {str(dtype).removeprefix('torch.')}" if kept else ""
+    logger.info("the frozen linear layers are held in 4 bits (NF4)%s", layers)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[*kept, "lm_head"])  # fmt: skip
 
 
 def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
