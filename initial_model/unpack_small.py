@@ -36,7 +36,7 @@ logger = logging.getLogger("gorp")
 
 @entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logger.info("the model is in %s", unpack(parser.parse_args().model))

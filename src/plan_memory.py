@@ -296,7 +296,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> PlanArguments:
     Raises:
         InputError: an unknown option, a missing one, or a value out of range.
     """
-    return PlanArguments(**vars(Parser(PlanArguments, prog="plan_memory.py").parse_args(argv)))
+    return PlanArguments(**vars(Parser(PlanArguments, prog="plan_memory.py", description=__doc__).parse_args(argv)))
 
 
 @entry_point

@@ -397,7 +397,7 @@ def test_every_schedule_trains_or_is_rejected_before_the_model_is_read(kind, run
               "warmup_stable_decay": {"num_decay_steps": 1}}  # fmt: skip
     RUNS[kind] = f"--lr_scheduler_type {kind} --eval_strategy steps --eval_steps 1 --max_steps 3 "
     if kind in needed:
-        with pytest.raises(InputError, match=f"--lr_scheduler_type {kind}: found --lr_scheduler_kwargs None"):
+        with pytest.raises(InputError, match=f"--lr_scheduler_type {kind}, --lr_scheduler_kwargs: "):
             arguments("--lr_scheduler_type", kind)
         RUNS[kind] += "--lr_scheduler_kwargs " + json.dumps(needed[kind], separators=(",", ":"))
     assert runs(kind).state.global_step == 3

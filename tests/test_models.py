@@ -209,7 +209,8 @@ def same_answers(folder: Path, benchmark: Path) -> bool:
                                   max_target_length=50)  # fmt: skip
     rows = examples(benchmark)
     greedy = {"max_new_tokens": most, "do_sample": False}
-    starts = {name: getattr(ours.generation_config, name) for name in ("decoder_start_token_id", "forced_bos_token_id")}
+    own = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # the base's own are not used
+    starts = {name: getattr(ours.generation_config, name) for name in own}
     evaluated = Prediction(ours, collator, rows, Accelerator(cpu=True), greedy, most_rows=4, most_tokens=4000,
                            shares_beginnings=collator.decoder_only)  # fmt: skip
     prefixes, cache = [], evaluated._after_common_prefix
