@@ -150,10 +150,10 @@ def configure(folder, **changes):
 
 
 @pytest.mark.parametrize("config, said", [
-    (BertConfig(), "found model_type 'bert'; allowed: decoder-only models (llama, qwen3, mistral, ...) and encoder-deco"),
+    (BertConfig(), "found model_type 'bert'; allowed: decoder-only models"),
     (Gemma3Config(), "found model_type 'gemma3', a vision-language model; allowed: a model of text alone"),
     (WhisperConfig(), "found model_type 'whisper'; allowed: decoder-only"),
-    (xLSTMConfig(), "found model_type 'xlstm', whose xLSTMForCausalLM cannot compute the logits of some positions alone"),
+    (xLSTMConfig(), "found model_type 'xlstm', whose xLSTMForCausalLM cannot compute the logits of some"),
 ], ids=lambda value: getattr(value, "model_type", ""))  # fmt: skip
 def test_other_architectures_are_refused_before_weights_are_read(tmp_path, config, said):
     assert said in refusal(configure(make_t5(tmp_path / "model"), **config.to_dict()))
@@ -162,7 +162,7 @@ def test_other_architectures_are_refused_before_weights_are_read(tmp_path, confi
 @pytest.mark.parametrize("changes, said", [
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, "found weights quantised by bitsandbytes; allowed"),
     ({"vocab_size": 70}, "its tokenizer has a vocabulary of 73 tokens; config.json says vocab_size 70"),
-    ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "custom"}, "'custom'; allowed: the types of this Transform"),
+    ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "custom"}, "'custom'; allowed: the types of"),
     ({"model_type": None}, "found model_type None"),
 ], ids=["quantised", "another vocabulary", "own code", "no type"])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path, changes, said):

@@ -1,7 +1,7 @@
 """From `--model_name_or_path` to a base model and its tokenizer.
 
 What the folder holds, not its name, decides which: an adapter folder leads to the base model that it names; an
-encoder-decoder (T5, BART, ...) gets its own class, a decoder-only model its class with a cheaper loss (`answer_loss.py`).
+encoder-decoder (T5, BART, ...) gets its own class, a decoder-only model its own with a cheaper loss (`answer_loss.py`).
 Weights are read from safetensors only, after all other checks, and no code that comes with a model is run.
 """
 
@@ -37,7 +37,8 @@ FLAG = "--model_name_or_path"
 # In a generation config, but no settings of the base: the token ids are the tokenizer's, or those of training.
 NO_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_from_model_config",
                "transformers_version")
-SAME_LOSS = set("llama qwen2 qwen3 mistral gemma gemma2 gemma3_text olmo2 smollm3 granite phi3 mixtral qwen3_moe".split())
+SAME_LOSS = {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite",
+             "phi3", "mixtral", "qwen3_moe"}  # fmt: skip
 """Decoder-only types for which tests/test_models.py compares the loss; others are compared when they are loaded."""
 
 logger = logging.getLogger("gorp")
@@ -106,8 +107,8 @@ def load_model_and_tokenizer(
     own_class, decoder_only = model_class(config, base_name), not config.is_encoder_decoder
     kind, other = ("decoder-only", "scripts_llama/") if decoder_only else ("encoder-decoder", "scripts/")
     if family not in (None, kind):
-        raise InputError(f"{FLAG}: {base_name} is {kind} ({config.model_type}), and this command is for {family} models; "
-                         f"use {other}")  # fmt: skip
+        raise InputError(f"{FLAG}: {base_name} is {kind} ({config.model_type}), and this command is for {family} "
+                         f"models; use {other}")  # fmt: skip
     _reject_kernels(config, base_name)
     _reject_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
     _check_index(Path(base_name) / "model.safetensors.index.json")
@@ -134,8 +135,8 @@ def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
         InputError: the model does not map text to text.
     """
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise InputError(f"{name}/config.json: found model_type {config.model_type!r}, a vision-language model; allowed: "
-                         "a model of text alone")  # fmt: skip
+        raise InputError(f"{name}/config.json: found model_type {config.model_type!r}, a vision-language model; "
+                         "allowed: a model of text alone")  # fmt: skip
     if config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
     return LlamaForCausalLM_with_lossmask if config.model_type == "llama" else causal_class(config, name)
