@@ -167,7 +167,7 @@ class Method:
         """Turn what was trained into what is saved. Collective."""
 
     def save(self, folder: Path) -> None:
-        """Write what the next task needs to `folder`: here every changed full-rank weight, which PEFT does not know."""
+        """Write what the next task needs to `folder`: here every changed full-rank weight, unknown to PEFT."""
         if self.changed:
             full_rank.save_weights(self.changed_weights(), folder)
             config = read_json(folder / CONFIG_FILE)
