@@ -33,16 +33,19 @@ class ModelArguments:
     """Which model is trained."""
 
     model_name_or_path: str = HfArg(help="Base model (folder or hub id), or the adapter folder of the previous task.")
-    config_name: str | None = HfArg(default=None, help="Another config (seq2seq base models only).")
-    tokenizer_name: str | None = HfArg(default=None, help="Another tokenizer (seq2seq base models only).")
+    config_name: str | None = HfArg(default=None, help="Another config: folder or hub id.")
+    tokenizer_name: str | None = HfArg(default=None, help="Another tokenizer: folder or hub id.")
     cache_dir: str | None = HfArg(default=None, help="Where models from the hub are kept.")
-    use_fast_tokenizer: bool = HfArg(default=True, help="Use the fast tokenizer where there is one.")
+    use_fast_tokenizer: bool = HfArg(default=True, help="Published; false is ignored: Transformers 5 has one kind.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of a hub model.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub login of this machine.")
     family: str | None = HfArg(
         default=None,
         help="What the model must be; the scripts say what they are for.",
         metadata={"choices": ["encoder-decoder", "decoder-only"]},
+    )
+    load_in_4bit: bool = HfArg(
+        default=False, help="Hold the frozen base in 4 bits (NF4, as QLoRA), by bitsandbytes; full-rank weights stay."
     )
     resize_position_embeddings: bool | None = HfArg(
         default=None, help="Grow learned positions to max_source_length, where the model can."
@@ -219,7 +222,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
 
     @cached_property
     def _setup_devices(self) -> torch.device:
-        """The parent's device, for one GPU in this process: `DataParallel` over all would multiply a step's examples."""
+        """The parent's device, one GPU for this process: `DataParallel` over all would multiply a step's examples."""
         device = super()._setup_devices
         self._n_gpu = min(self._n_gpu, 1)
         return device

@@ -89,6 +89,10 @@ def parse_arguments(
         check(found == value, name, found, f"{value} with --preset {chosen.preset}")
     if deepspeed_file is not None:
         training.check_deepspeed(deepspeed_file)
+    if model.load_in_4bit:
+        file = deepspeed_file or training.deepspeed
+        check(file is None, "load_in_4bit", f"true with --deepspeed {file}", "only without DeepSpeed")
+        check(not getattr(method, "merge_old", False), "load_in_4bit", "true with --merge_old", "one of the two")
     _check_together(method_class, data, method, training, deepspeed_file or training.deepspeed)
     return model, data, method, training
 

@@ -23,7 +23,7 @@ from errors import InputError, entry_point
 from files import json_kind
 
 log = logging.getLogger("gorp")
-METRICS = ("exact_match", "rouge1", "rougeL")
+MEASURED = ("exact_match", "rouge1", "rougeL")
 GPT2_FOLDER = Path(__file__).resolve().parents[1] / "data" / "gpt2tokenizer"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

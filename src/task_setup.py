@@ -4,13 +4,13 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from datasets import Dataset, DatasetDict
 
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
-from compute_metrics import METRICS
+from compute_metrics import MEASURED
 from errors import InputError
 from methods import Method
 from model.loading import LoadedModel, load_model_and_tokenizer
@@ -68,10 +68,11 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
 def check_best_metric(validation: Dataset, training_args: UIETrainingArguments) -> None:
     """Reject a `--metric_for_best_model` that an evaluation of these examples does not have."""
     groups = dict.fromkeys([*validation["Dataset"], *validation["Task"]])
-    known = ["loss", "gen_len", *METRICS, *(f"{metric}_for_{group}" for metric in METRICS for group in groups)]
+    metrics = [*MEASURED, *["score"] * ("rougeL" in validation["Metric"])]
+    known = ["loss", "gen_len", *metrics, *(f"{metric}_for_{group}" for metric in metrics for group in groups)]
     name = (training_args.metric_for_best_model or "loss").removeprefix("eval_")
     check(name in known, "metric_for_best_model", name,
-          f"{', '.join(known[:5])}, the last three also as METRIC_for_DATASET and METRIC_for_TASK")
+          f"loss, gen_len, {', '.join(metrics)}, and METRIC_for_DATASET or METRIC_for_TASK of these")
 
 
 def read_task(config_dir, data_args: DataArguments, training_args: UIETrainingArguments) -> DatasetDict:
@@ -94,7 +95,7 @@ def _of_datasets(examples: Dataset, wanted: Callable[[str], bool]) -> Dataset:
 
 
 def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True,
-               dtype: torch.dtype = torch.float32) -> LoadedModel:
+               dtype: torch.dtype = torch.float32, not_in_4bit: Sequence[str] | None = None) -> LoadedModel:
     """The model that the arguments name; without `weights` only its shapes, for checks."""
     return load_model_and_tokenizer(
         model_args.model_name_or_path,
@@ -109,6 +110,7 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights:
         family=model_args.family,
         weights=weights,
         dtype=dtype,
+        not_in_4bit=not_in_4bit,
     )
 
 

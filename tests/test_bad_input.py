@@ -462,7 +462,7 @@ CASES: dict[str, list[Case]] = {
         Case("settings that are not JSON", flags("--lr_scheduler_kwargs", "{a"),
              "--lr_scheduler_kwargs: found {a; a JSON object"),
         Case("a metric that no evaluation has", flags("--metric_for_best_model", "f1"),
-             "--metric_for_best_model: found f1; loss, gen_len, exact_match, rouge1, rougeL, the last", by="run"),
+             "--metric_for_best_model: found f1; loss, gen_len, exact_match, rouge1, rougeL, and METRIC", by="run"),
         Case("a checkpoint that does not exist", flags("--resume_from_checkpoint", "checkpoint-9"),
              "--resume_from_checkpoint: checkpoint-9 is no complete checkpoint", by="run", needs_model=True),
         Case("a checkpoint of more steps", resumed("--max_steps", "1"), "is of step 2; at most 1, --max_steps", by="run",

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from arguments import DataArguments, ModelArguments, UIETrainingArguments
+from arguments import IGNORED, REJECTED, TRACKIO, DataArguments, ModelArguments, UIETrainingArguments
 from methods import find_method, method_names
 from transformers import Seq2SeqTrainingArguments
 
@@ -22,3 +22,10 @@ def test_every_flag_has_a_line():
     lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `--")]
     named = {flag for line in lines for flag in re.findall(r"`--(\w+)`", line.split(" | ")[0])}
     assert own_flags() - named == set()
+
+
+def test_what_is_rejected_or_ignored_stands_on_the_page():
+    page = PAGE.read_text(encoding="utf-8")
+    for reason, names in REJECTED.items():
+        assert f"| {', '.join(f'`--{name}`' for name in names.split())} | {reason} |" in page
+    assert f"ignored: {', '.join(f'`--{name}`' for name in IGNORED + TRACKIO)}." in " ".join(page.split())

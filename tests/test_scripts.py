@@ -270,6 +270,50 @@ def test_several_ranks_use_the_launcher():
     assert flags(command)["deepspeed"] == "configs/ds_configs/stage2_llama.config"
 
 
+def launch_with_gpus(**variables: str) -> subprocess.CompletedProcess:
+    """A dry run of order 1 on a machine whose GPUs are made up."""
+    run = "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order t5 order1"
+    return bash("-c", run, DRY_RUN="1", **variables)
+
+
+@pytest.mark.parametrize("variables, launcher", [
+    ({"CUDA_VISIBLE_DEVICES": "4"}, [sys.executable, "src/run_order.py"]),  # one process needs no launcher
+    ({"NPROC": "2", "CUDA_VISIBLE_DEVICES": "4,5,6"}, ["deepspeed", "--include", "localhost:4,5"]),
+    ({"NPROC": "2", "CUDA_VISIBLE_DEVICES": "GPU-a1,GPU-b2"}, ["torchrun", "--nnodes", "1"]),
+    ({"NPROC": "2"}, ["deepspeed", "--num_accelerators", "2"]),
+])
+def test_the_devices_that_the_user_named(variables, launcher):
+    command = shlex.split(launch_with_gpus(**variables).stdout)
+    if launcher[0] == sys.executable:
+        assert command[1] == launcher[1]
+    else:
+        assert command[: len(launcher)] == launcher and flags(command)["deepspeed"].endswith("stage2.config")
+
+
+def test_fewer_devices_than_processes():
+    done = launch_with_gpus(NPROC="3", CUDA_VISIBLE_DEVICES="4,5")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: NPROC=3: CUDA_VISIBLE_DEVICES=4,5 names fewer devices\n" in done.stderr
+
+
+def test_several_machines_share_the_examples_of_a_step(tmp_path):
+    nodes = {"NNODES": "2", "NPROC": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29501"}
+    done = bash("scripts/order_1.sh", DRY_RUN="1", NODE_RANK="1", **nodes)
+    command = shlex.split(done.stdout)
+    assert command[:11] == ["torchrun", "--nnodes", "2", "--node_rank", "1", "--nproc_per_node", "4", "--master_addr",
+                            "node0", "--master_port", "29501"]
+    assert "; 64 examples a step = 4 x 2 micro-batches on 8 processes of 2 machines" in done.stderr
+    assert flags(command)["gradient_accumulation_steps"] == "2"
+    assert flags(dry_run("scripts/order_1.sh", "--fresh", NODE_RANK="1", **nodes)[0])["fresh"].endswith(".node1.log")
+    put(tmp_path / "hosts", "# two machines\na slots=3\nb slots=5\n")
+    done = bash("scripts/order_1.sh", DRY_RUN="1", HOSTFILE=str(tmp_path / "hosts"))
+    command = shlex.split(done.stdout)
+    assert command[:5] == ["deepspeed", "--hostfile", str(tmp_path / "hosts"), "--master_port", "29500"]
+    assert "4 x 2 micro-batches on 8 processes of 2 machines" in done.stderr
+    [read_there] = shlex.split(flags(command)["lora_modules"])  # a shell of the other machine reads it once more
+    assert read_there == ".*SelfAttention.(q|v).*"
+
+
 @pytest.mark.parametrize("script, batches", [
     ("scripts/order_1.sh", {1: (4, 16), 2: (4, 8), 8: (4, 2), 32: (2, 1), 3: (4, 5)}),
     ("scripts/order_4.sh", {1: (4, 16), 2: (4, 8), 8: (4, 2)}),
@@ -364,6 +408,12 @@ def test_another_model_gets_what_suits_its_type(script, family):
     ("scripts/order.sh ds", {}, "order 'ds'"),
     ("scripts/order_1.sh --tiny", {"NPROC": "two"}, "NPROC=two"),
     ("scripts/order_1.sh --tiny", {"NPROC": "0"}, "NPROC=0"),
+    ("scripts/order_1.sh --tiny", {"NNODES": "2"}, "NODE_RANK=: 0 to 1 with NNODES=2"),
+    ("scripts/order_1.sh --tiny", {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: 0 to 1"),
+    ("scripts/order_1.sh --tiny", {"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR: missing with NNODES=2"),
+    ("scripts/order_1.sh --tiny", {"HOSTFILE": "none"}, "HOSTFILE=none: no such file"),
+    ("scripts/order_1.sh --tiny", {"HOSTFILE": "README.md"}, "HOSTFILE=README.md: found '"),
+    ("scripts/order_1.sh --tiny", {"HOSTFILE": "none", "NPROC": "2"}, "found with NPROC or NNODES"),
     ("scripts/order_1.sh --tiny", {"SAVE_STEPS": "often"}, "SAVE_STEPS=often"),
     ("scripts/order_1.sh --tiny", {"DS_CONFIG": "none.config"}, "DS_CONFIG=none.config"),
     ("scripts/order_1.sh --tiny", {"DATA_DIR": "none"}, "DATA_DIR=none"),
