@@ -283,7 +283,7 @@ def write_benchmark(out: Path, seed: int) -> None:
 
 @entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "mini_benchmark", help="folder to make")
     parser.add_argument("--seed", type=int, default=42)
     arguments = parser.parse_args()

@@ -153,7 +153,7 @@ class Meanings:
 
     def __init__(self, folder: Path, layer: int = 6):
         if not (folder / "config.json").exists():
-            raise InputError(f"--words_from: found no model in {folder}; python initial_model/unpack_small.py smollm2 puts "
+            raise InputError(f"--words_from: no model in {folder}; python initial_model/unpack_small.py smollm2 puts "
                              "SmolLM2 into its default")  # fmt: skip
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.pad_token, self.tokenizer.padding_side = self.tokenizer.eos_token, "right"

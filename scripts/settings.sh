@@ -29,8 +29,8 @@ common=(
 )
 
 # The tiny models: the same number of steps for every task, without lamda_2 and lamda_3. Steps, batch and learning rate
-# were chosen on dev examples of the mini benchmark by how well seqlora and multitask learn each task, whatever is kept of
-# it later: the fewest steps after which each of order 1 is at 80 % or more.
+# were chosen for T5 on dev examples of the mini benchmark by how well seqlora and multitask learn each task of order 1
+# (80 % or more), whatever is kept of it later.
 tiny=(
     --max_steps 150 --learning_rate 3e-3 --galore_lr 3e-3 --galore_rank 16 --galore_scale 1 --lr_scheduler_type cosine
     --lora_dropout 0 --per_device_eval_batch_size 64

@@ -26,22 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="answer", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a task's output folder, its adapter folder, or an exported model")
     parser.add_argument("--dataset", required=True, help="TASK/NAME, whose prompt is used, such as TC/dbpedia")
-    texts = parser.add_mutually_exclusive_group(required=True)
-    texts.add_argument("--text", help="the text to ask about, as it would stand in the benchmark")
-    texts.add_argument("--file", type=Path, help="a UTF-8 file with a text a line, \\n in it for a line break")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="the text to ask about, as it would stand in the benchmark")
+    source.add_argument("--file", type=Path, help="a UTF-8 file with a text a line, \\n in it for a line break")
     options = parser.parse_args(arguments)
-    texts = [options.text] if options.text is not None else read_lines(options.file)
-    for answer in answers(options.folder, options.dataset, texts):
-        print(answer)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The texts of a file, blank lines left out; InputError if it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--file: {path} cannot be read as UTF-8 text ({error})") from None
-    return [line.replace("\\n", "\n") for line in lines if line.strip()]
+    texts = [options.text]
+    if options.file is not None:
+        try:
+            lines = options.file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--file: {options.file} cannot be read as UTF-8 text ({error})") from None
+        texts = [line.replace("\\n", "\n") for line in lines if line.strip()]
+    if not all(text.strip() for text in texts):
+        raise InputError("--text: found a blank text")
+    print(*answers(options.folder, options.dataset, texts), sep="\n")
 
 
 @torch.no_grad()
@@ -49,14 +47,12 @@ def answers(run: Path, dataset: str, texts: Sequence[str]) -> list[str]:
     """The model's answers to texts, by greedy search.
 
     Raises:
-        InputError: the folder holds no model or no prompt for the dataset, or a text is blank.
+        InputError: the folder holds no model, or no prompt for the dataset.
     """
     folder, loaded = load_finished(run)
     prompts = read_prompts(folder)
     if dataset not in prompts["heads"]:
         raise InputError(f"--dataset: found {dataset}; allowed: {', '.join(prompts['heads'])}")
-    if not all(text.strip() for text in texts):
-        raise InputError("--text: found a blank text")
     collator = DataCollatorForUIE(
         loaded.tokenizer,
         decoder_only=loaded.decoder_only,

@@ -44,6 +44,9 @@ class ModelArguments:
         help="What the model must be; the scripts say what they are for.",
         metadata={"choices": ["encoder-decoder", "decoder-only"]},
     )
+    load_in_4bit: bool = HfArg(
+        default=False, help="Hold the frozen base in 4 bits (NF4, as QLoRA), by bitsandbytes; full-rank weights stay."
+    )
     resize_position_embeddings: bool | None = HfArg(
         default=None, help="Grow learned positions to max_source_length, where the model can."
     )
@@ -220,7 +223,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
 
     @cached_property
     def _setup_devices(self) -> torch.device:
-        """The parent's device, for one GPU in this process: `DataParallel` over all would multiply a step's examples."""
+        """The parent's device, one GPU for this process: `DataParallel` over all would multiply a step's examples."""
         device = super()._setup_devices
         self._n_gpu = min(self._n_gpu, 1)
         return device

@@ -67,8 +67,8 @@ def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | 
         InputError: a flag, the DeepSpeed file, the model, the adapter, a module name or a rank is invalid.
     """
     # --deepspeed is parsed separately: the file is checked, but DeepSpeed is not started.
-    parser = Parser()
-    parser.add_argument("--deepspeed")
+    parser = Parser(usage="check.py [ORDER ...] [flags of run_uie_lora.py]", description=__doc__)
+    parser.add_argument("--deepspeed", help="a DeepSpeed file to check")
     launch, flags = parser.parse_known_args(flags)
     with_model = any(flag.split("=")[0] == "--model_name_or_path" for flag in flags)
     stand_in = [] if with_model else ["--model_name_or_path", "none", "--lora_modules", ".*"]

@@ -3,11 +3,12 @@
 Everything that the command line and the DeepSpeed file alone decide is checked here, before data or a model is read.
 """
 
+import argparse
 import dataclasses
 import json
 import sys
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
 from errors import InputError, nearest
@@ -16,11 +17,29 @@ from methods import Method, find_method, method_names
 from methods.base_options import MethodArguments
 
 
+DESCRIPTION = """One task of an order: data, model, method, training, saving, evaluation. For a complete order:
+src/run_order.py; for the published ones: scripts/.
+
+    python src/run_uie_lora.py --model_name_or_path initial_model/t5-large --task_config_dir
+        configs/order1_configs/dbpedia --output_dir outputs/1-dbpedia --lora_modules '.*SelfAttention.(q|v).*'
+        --method olora --do_train --do_predict --predict_with_generate
+
+The options of this project and of the method come first, those of Hugging Face's Seq2SeqTrainingArguments last."""
+
+
 class Parser(HfArgumentParser):
     """Flags by their complete names; an error is an InputError and prints no usage."""
 
     def __init__(self, *groups: type, **options):
-        super().__init__(groups, allow_abbrev=False, **options)
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(groups, allow_abbrev=False, formatter_class=form, **options)
+
+    def format_help(self) -> str:
+        """Put this project's options before Hugging Face's."""
+        theirs = {option.name for option in dataclasses.fields(Seq2SeqTrainingArguments)} - {"output_dir"}
+        for group in self._action_groups:
+            group._group_actions.sort(key=lambda action: action.dest in theirs)
+        return super().format_help()
 
     def error(self, message: str):
         raise InputError(f"command line: {message}")
@@ -47,7 +66,8 @@ def parse_arguments(
     method_class = find_method(chosen.method)
     fixed = method_class.fixed_by(chosen.preset)
     parser = Parser(
-        ModelArguments, DataArguments, method_class.Arguments, UIETrainingArguments, _others(method_class.Arguments)
+        ModelArguments, DataArguments, method_class.Arguments, UIETrainingArguments, _others(method_class.Arguments),
+        usage="run_uie_lora.py --FLAG VALUE ...", description=DESCRIPTION,
     )
     parser.set_defaults(**fixed)
     try:
@@ -69,6 +89,10 @@ def parse_arguments(
         check(found == value, name, found, f"{value} with --preset {chosen.preset}")
     if deepspeed_file is not None:
         training.check_deepspeed(deepspeed_file)
+    if model.load_in_4bit:
+        file = deepspeed_file or training.deepspeed
+        check(file is None, "load_in_4bit", f"true with --deepspeed {file}", "only without DeepSpeed")
+        check(not getattr(method, "merge_old", False), "load_in_4bit", "true with --merge_old", "one of the two")
     _check_together(method_class, data, method, training, deepspeed_file or training.deepspeed)
     return model, data, method, training
 

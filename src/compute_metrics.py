@@ -211,7 +211,7 @@ def _gpt2_folder() -> Path:
 
 @entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Exact match and ROUGE of a predictions file, as JSON.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predictions", required=True, type=Path, help="predict_eval_predictions.jsonl of a run")
     parser.add_argument("--multilingual", action="store_true", help="ROUGE over GPT-2 tokens instead of words")
     options = parser.parse_args(arguments)

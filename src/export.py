@@ -31,7 +31,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a task's output folder, or the adapter folder in it")
     parser.add_argument("--to", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--as", dest="form", choices=["model", "adapter"], default="model", help="what to write")

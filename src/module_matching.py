@@ -77,6 +77,6 @@ def check_unshared(model: nn.Module, layers: Mapping[str, nn.Linear], where: str
 def check_rank(layers: Mapping[str, nn.Linear], rank: int, where: str) -> None:
     """Reject a rank above the smaller side of a weight."""
     for name, layer in layers.items():
-        out, inp = layer.weight.shape
+        out, inp = layer.out_features, layer.in_features  # a weight in 4 bits has another shape
         if rank > min(out, inp):
             raise InputError(f"{where}: found {rank}; at most {min(out, inp)} for {name}, a {out} x {inp} matrix")

@@ -131,7 +131,7 @@ def make_plan(options: PlanArguments) -> Plan:
     weights, largest = (of(out * inp for out, inp in shapes.values()) for of in (sum, max))
     old, in_model = options.tasks_before * lora, lora + core * cores
 
-    masters = 2 if stage is None or (stage, number) == (0, 4) else 3  # the model's float32 parameters may be the masters
+    masters = 2 if stage is None or (stage, number) == (0, 4) else 3  # float32 parameters are the masters
     state = options.share(4 * masters * (lora + core), 1)
     buffers = {  # stages 1 and 2 hold two, as communication overlaps with the backward pass; stage 1 sums in float32
         1: 2 * BUCKET * 4,
@@ -296,7 +296,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> PlanArguments:
     Raises:
         InputError: an unknown option, a missing one, or a value out of range.
     """
-    return PlanArguments(**vars(Parser(PlanArguments, prog="plan_memory.py").parse_args(argv)))
+    return PlanArguments(**vars(Parser(PlanArguments, prog="plan_memory.py", description=__doc__).parse_args(argv)))
 
 
 @entry_point

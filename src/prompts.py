@@ -22,14 +22,9 @@ tags: [gorp, lora, continual-learning]
 
 Trained with GORP, method {method}, on {base}. The folder holds {content}.
 
-| to | run, in a checkout of GORP |
-|---|---|
-| ask it | `python src/answer.py FOLDER --dataset {last} --text "..."` |
-| get a plain Transformers model | `python src/export.py FOLDER --to NEW_FOLDER` |
-| train the next task | `--model_name_or_path FOLDER` |
-
-Texts are asked about as in training. For {last} the prompt is this, with the text in place of TEXT; other datasets'
-are in `{prompts}`.
+In a checkout of GORP, `python src/answer.py FOLDER --dataset {last} --text "..."` asks it, and
+`python src/export.py FOLDER --to NEW_FOLDER` makes a plain Transformers model of it. The prompt of {last} is the
+following, with a text in place of TEXT; those of other datasets are in `{prompts}`.
 
 ```
 {head}TEXT{tail}
@@ -65,7 +60,7 @@ def save_card(folder: Path, method: str, base: str) -> None:
     prompts = read_prompts(folder)
     last, content = list(prompts["heads"])[-1], "the LoRA of all tasks, their ranks one after the other"
     if (folder / FILE_NAME).exists():
-        content = f"LoRA, if any, and in `{FILE_NAME}` weights of the base model that changed: PEFT alone cannot load it"
+        content = f"LoRA, if any, and in `{FILE_NAME}` weights of the base model that changed, which PEFT cannot load"
     card = CARD.format(base=base, datasets=", ".join(prompts["heads"]), method=method, content=content, last=last,
                        prompts=PROMPTS, head=prompts["heads"][last], tail=prompts["tail"])  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")

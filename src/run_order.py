@@ -72,7 +72,8 @@ def parse_order(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         InputError: one of the order's own options is missing, or its value is not allowed.
     """
-    parser = Parser(prog="run_order.py", usage="run_order.py ORDER [flags of run_uie_lora.py]")
+    parser = Parser(prog="run_order.py", usage="run_order.py ORDER [flags of run_uie_lora.py]",
+                    description=__doc__)
     parser.add_argument("order", type=Path, help="folder of the order, for instance configs/order1_configs")
     parser.add_argument("--model_name_or_path", required=True, help="base model of the first task")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets a folder for each task")

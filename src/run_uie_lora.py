@@ -117,7 +117,12 @@ def run(
     # ZeRO-3 must not shard the model while it is read, but when training begins, after the method is attached.
     unset_hf_deepspeed_config()
     narrow = training_args.bf16 and not method.float32_base  # what trains is float32 all the same
-    loaded = load_model(model_args, data_args, dtype=torch.bfloat16 if narrow else torch.float32)
+    not_in_4bit = None
+    if model_args.load_in_4bit:  # what trains at full rank must be known before weights are read
+        choose_modules(method_args, load_model(model_args, data_args, weights=False).model)
+        not_in_4bit = getattr(method_args, "optim_target_modules", [])
+    dtype = torch.bfloat16 if narrow else torch.float32
+    loaded = load_model(model_args, data_args, dtype=dtype, not_in_4bit=not_in_4bit)
     choose_modules(method_args, loaded.model)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)

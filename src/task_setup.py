@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -95,7 +95,7 @@ def _of_datasets(examples: Dataset, wanted: Callable[[str], bool]) -> Dataset:
 
 
 def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights: bool = True,
-               dtype: torch.dtype = torch.float32) -> LoadedModel:
+               dtype: torch.dtype = torch.float32, not_in_4bit: Sequence[str] | None = None) -> LoadedModel:
     """The model that the arguments name; without `weights` only its shapes, for checks."""
     return load_model_and_tokenizer(
         model_args.model_name_or_path,
@@ -110,6 +110,7 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, *, weights:
         family=model_args.family,
         weights=weights,
         dtype=dtype,
+        not_in_4bit=not_in_4bit,
     )
 
 

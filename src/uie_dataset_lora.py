@@ -112,7 +112,7 @@ class _Source:
         return self.folder / f"{name}.json"
 
     def files(self, options: ExampleOptions) -> list[Path]:
-        """What is read of this dataset: examples, labels unless answers are free text, few-shot the examples to show."""
+        """What is read of this dataset: examples, labels (none for free text) and, few-shot, the examples to show."""
         names = [self.subset] + ["labels"] * (self.metric == "exact_match") + ["train"] * (options.num_examples > 0)
         return [self.file(name) for name in names]
 

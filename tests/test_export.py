@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+import answer
 import export
 import run_uie_lora
 from helpers import PREFIX, ROOT, arguments, predictions
@@ -70,6 +71,43 @@ def test_exported_adapter_is_a_plain_lora_that_equals_the_model(run, tmp_path, c
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     merged = KIND[family].from_pretrained(tmp_path / "model")
     torch.testing.assert_close(logits(adapted, tokenizer), logits(merged, tokenizer), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_folder_says_what_it_is_and_plain_peft_loads_no_incomplete_one(run, tmp_path):
+    family, method, folder = run
+    card = (folder / family / "README.md").read_text()
+    prompts = json.loads((folder / family / "prompts.json").read_text())
+    assert list(prompts["heads"]) == ["TC/dbpedia", "SC/amazon"]
+    assert f"method {method}, on {PREFIX[family][0]}" in card and "More Information Needed" not in card
+    assert f"{prompts['heads']['SC/amazon']}TEXT{prompts['tail']}" in card
+    base = KIND[family].from_pretrained(PREFIX[family][0])
+    if method == "gorp":
+        assert "weights of the base model that changed" in card
+        with pytest.raises(KeyError, match="LORA with full-rank weights, which README.md explains"):
+            PeftModel.from_pretrained(base, folder / family)
+
+
+def test_answers_are_those_of_the_run(run, tmp_path, capfd):
+    family, _, folder = run
+    rows = [row for row in predictions(folder) if row["Dataset"] == "amazon"][:4]
+    texts = [row["Instance"]["sentence"] for row in rows]
+    (tmp_path / "texts").write_text("\n\n".join(text.replace("\n", "\\n") for text in texts))
+    assert answer.main([str(folder / family), "--dataset", "SC/amazon", "--file", str(tmp_path / "texts")]) == 0
+    assert capfd.readouterr().out.splitlines()[-4:] == [row["Prediction"] for row in rows]
+
+
+@pytest.mark.parametrize("words, fault", [
+    (["--dataset", "TC/cnn", "--text", "x"], "--dataset: found TC/cnn; allowed: TC/dbpedia, SC/amazon"),
+    (["--dataset", "SC/amazon", "--text", " "], "--text: found a blank text"),
+    (["--dataset", "SC/amazon", "--file", "nowhere"], "--file: nowhere cannot be read"),
+])
+def test_what_cannot_be_asked_is_refused(words, fault, tmp_path, capfd):
+    shutil.copytree(PREFIX["t5_adapter"][0], tmp_path / "model")
+    heads = dict.fromkeys(["TC/dbpedia", "SC/amazon"], "Option: a, b \n")
+    lengths = {"max_source_length": 64, "max_target_length": 8}
+    (tmp_path / "model" / "prompts.json").write_text(json.dumps({"heads": heads, "tail": "\nAnswer:"} | lengths))
+    assert answer.main([str(tmp_path / "model"), *words]) == 2
+    assert fault in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words, fault", [

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from transformers import (
 
 from errors import InputError
 from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew
+from methods.base_modules import choose_modules
 from model.llama import LlamaForCausalLM_with_lossmask
 from model.loading import load_model_and_tokenizer
 
@@ -148,10 +150,10 @@ def configure(folder, **changes):
 
 
 @pytest.mark.parametrize("config, said", [
-    (BertConfig(), "found model_type 'bert'; allowed: decoder-only models (llama, qwen3, mistral, ...) and encoder-deco"),
+    (BertConfig(), "found model_type 'bert'; allowed: decoder-only models"),
     (Gemma3Config(), "found model_type 'gemma3', a vision-language model; allowed: a model of text alone"),
     (WhisperConfig(), "found model_type 'whisper'; allowed: decoder-only"),
-    (xLSTMConfig(), "found model_type 'xlstm', whose xLSTMForCausalLM cannot compute the logits of some positions alone"),
+    (xLSTMConfig(), "found model_type 'xlstm', whose xLSTMForCausalLM cannot compute the logits of some"),
 ], ids=lambda value: getattr(value, "model_type", ""))  # fmt: skip
 def test_other_architectures_are_refused_before_weights_are_read(tmp_path, config, said):
     assert said in refusal(configure(make_t5(tmp_path / "model"), **config.to_dict()))
@@ -160,7 +162,7 @@ def test_other_architectures_are_refused_before_weights_are_read(tmp_path, confi
 @pytest.mark.parametrize("changes, said", [
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, "found weights quantised by bitsandbytes; allowed"),
     ({"vocab_size": 70}, "its tokenizer has a vocabulary of 73 tokens; config.json says vocab_size 70"),
-    ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "custom"}, "'custom'; allowed: the types of this Transform"),
+    ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "custom"}, "'custom'; allowed: the types of"),
     ({"model_type": None}, "found model_type None"),
 ], ids=["quantised", "another vocabulary", "own code", "no type"])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path, changes, said):
@@ -189,6 +191,32 @@ def test_a_type_that_no_test_compares_is_compared_when_it_is_loaded(tmp_path):
     folder = save(tmp_path / "gpt2", model, llama_tokenizer())
     assert "a left-padded batch has a loss of" in refusal(folder)
     assert load_model_and_tokenizer(str(folder), weights=False).decoder_only
+
+
+def chosen(folder, **given) -> tuple:
+    options = SimpleNamespace(lora_modules="auto", optim_target_modules=["auto"], proj_lora_modules="auto")
+    vars(options).update(given)
+    choose_modules(options, load_model_and_tokenizer(str(folder)).model)
+    return options.lora_modules, options.optim_target_modules, options.proj_lora_modules
+
+
+def test_modules_are_chosen_by_type_and_flags_win(tmp_path, caplog):
+    folder, ordinary = make_llama(tmp_path / "llama"), (".*self_attn.(q_proj|v_proj).*", [".*mlp.gate_proj.*"])
+    with caplog.at_level(logging.INFO, "gorp"):
+        assert chosen(folder) == (*ordinary, ".*loranew_A.*")
+    assert "model_type llama: --lora_modules .*self_attn.(q_proj|v_proj).*, --optim_target_modules .*mlp" in caplog.text
+    assert chosen(folder, optim_target_modules=[".*up_proj"]) == (ordinary[0], [".*up_proj"], ".*loranew_A.*")
+    assert chosen(folder, lora_modules=".*k_proj", proj_lora_modules=None)[::2] == (".*k_proj", None)
+
+
+def test_an_unknown_type_lists_its_linear_layers(tmp_path):
+    folder = tmp_path / "cohere"
+    save(folder, CohereForCausalLM(CohereConfig(intermediate_size=24, **TINY)), llama_tokenizer())
+    with pytest.raises(InputError, match="found auto, which does not know model_type 'cohere'.* such as '.*ENDING'; .*"
+                                         "1 x self_attn.q_proj, .*1 x mlp.gate_proj"):
+        chosen(folder)
+    given = {"lora_modules": ".*q_proj", "optim_target_modules": [".*up_proj"]}
+    assert chosen(folder, **given) == (".*q_proj", [".*up_proj"], ".*loranew_A.*")
 
 
 # Places

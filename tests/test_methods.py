@@ -113,7 +113,7 @@ def test_multitask_trains_all_tasks_first_and_passes_its_folder_on(mini_benchmar
     assert (results["train_samples"], results["train_runtime"]) == (0, 0.0)
     late = arguments(mini_benchmark, tmp_path / "late", "amazon", T5, T5_MODULES, *method)
     assert run_uie_lora.main(late) == 2
-    assert "multitask goes on from its first step's folder" in capfd.readouterr().err
+    assert "multitask continues from its first step's folder" in capfd.readouterr().err
 
 
 # What a method trains on
@@ -354,7 +354,7 @@ def test_cores_protect_the_lora_alone_where_no_full_rank_weight_trains(mini_benc
     assert run_uie_lora.main(
         arguments(mini_benchmark, second, "amazon", first / "t5_adapter", T5_MODULES, *none)
     ) == 0
-    assert "8 LoRA factors and 0 weights" in capfd.readouterr().out
+    assert "directions in 8 bases" in capfd.readouterr().out
     assert load_file(second / "t5_adapter" / "gradient_space.safetensors")
 
 
@@ -440,6 +440,6 @@ def test_tensorboard_gets_loss_and_penalty(mini_benchmark, tmp_path):
     flags = ["--method", "olora", "--lamda_2", "0.1", *SHORT, "--report_to", "tensorboard"]
     command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *flags)
     assert run_uie_lora.main(command) == 0
-    (events,) = (tmp_path / "out" / "runs").glob("*/events.*")
-    tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
-    assert {"train/loss", "train/penalty", "train/learning_rate"} <= set(tags)
+    files = (tmp_path / "out" / "runs").glob("*/events.*")  # of training, and of the accuracies after it
+    tags = {tag for events in files for tag in EventAccumulator(str(events)).Reload().Tags()["scalars"]}
+    assert {"train/loss", "train/penalty", "train/learning_rate"} <= tags

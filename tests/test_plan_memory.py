@@ -117,7 +117,8 @@ def test_llama_7b_in_16_bits_fits_one_gpu_of_24_gib_without_deepspeed():
     assert plan.moments[STEP]["16-bit copies of weights"] == 0
     assert verdict(plan, options).startswith("verdict: fits in 1 x 24 GiB: 17.")
     accumulated, options = plan_of(*LLAMA, "--gradient_accumulation_steps", "64")  # as the scripts run it
-    assert accumulated.moments[STEP]["gradients collected"] == 4 * GATES and "too close" in verdict(accumulated, options)
+    assert accumulated.moments[STEP]["gradients collected"] == 4 * GATES
+    assert "too close" in verdict(accumulated, options)
     sketched, options = plan_of(*LLAMA, "--gpu_gib", "16")
     assert verdict(sketched, options).startswith("verdict: does not fit in 1 x 16 GiB")
 

@@ -12,6 +12,7 @@ from full_rank import exact, load_weights, save_weights
 from helpers import LLAMA, LLAMA_MODULES, arguments
 from model.loading import load_model_and_tokenizer
 from module_matching import match_linear
+from Proj_torch.plan import Plan
 from Proj_torch.zero_core import CoreEngine
 
 GATES = ".*mlp.gate_proj.*"
@@ -80,7 +81,8 @@ def test_a_16_bit_weight_continues_from_the_float32_value_that_was_saved(tmp_pat
     saved = {name: layer.weight.float() + 1e-5 * torch.randn(layer.weight.shape) for name, layer in layers.items()}
     save_weights(saved, tmp_path)
     loaded = load_weights(model, tmp_path)
-    engine = CoreEngine(model, loaded, rank=8, update_proj_gap=4, lr=1e-3)
+    projection = {"rank": 8, "update_proj_gap": 4, "scale": 1.0, "proj_type": "std", "svd": "exact", "lr": 1e-3}
+    engine = CoreEngine(model, Plan(loaded, projection))
     for name, layer in engine.layers.items():
         tolerance = 2.0**-16 * saved[name].abs()
         assert layer.weight.dtype == torch.bfloat16

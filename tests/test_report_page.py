@@ -198,7 +198,7 @@ def test_command_writes_pages_pictures_and_tables(runs, tmp_path):
     assert not re.search('href="(?!#)', html)
     assert 'name="viewport"' in html and "color-scheme: light dark" in html and "@media print" in html
     figures = list((out / "figures").glob("*.svg"))
-    assert len(figures) == 2 + 2 + 2 * 3  # methods; costs; curves of two orders; a matrix for each finished method, order
+    assert len(figures) == 2 + 2 + 2 * 3  # methods; costs; curves of two orders; matrices of methods and orders
     for figure in figures:
         ElementTree.parse(figure)
         assert f"figures/{figure.name}" in text

@@ -4,9 +4,12 @@ Whole orders run in a small checkout of their own whose entry is a stand-in that
 behind the real scripts in the recipe tests.
 """
 
+import importlib
+import inspect
 import io
 import os
 import pty
+import re
 import shlex
 import shutil
 import signal
@@ -20,6 +23,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import command_line
 from helpers import ROOT, VARIABLES, bash, order_1, put
 from scripts.terminal import Terminal
 
@@ -266,6 +270,50 @@ def test_several_ranks_use_the_launcher():
     assert flags(command)["deepspeed"] == "configs/ds_configs/stage2_llama.config"
 
 
+def launch_with_gpus(**variables: str) -> subprocess.CompletedProcess:
+    """A dry run of order 1 on a machine whose GPUs are made up."""
+    run = "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order t5 order1"
+    return bash("-c", run, DRY_RUN="1", **variables)
+
+
+@pytest.mark.parametrize("variables, launcher", [
+    ({"CUDA_VISIBLE_DEVICES": "4"}, [sys.executable, "src/run_order.py"]),  # one process needs no launcher
+    ({"NPROC": "2", "CUDA_VISIBLE_DEVICES": "4,5,6"}, ["deepspeed", "--include", "localhost:4,5"]),
+    ({"NPROC": "2", "CUDA_VISIBLE_DEVICES": "GPU-a1,GPU-b2"}, ["torchrun", "--nnodes", "1"]),
+    ({"NPROC": "2"}, ["deepspeed", "--num_accelerators", "2"]),
+])
+def test_the_devices_that_the_user_named(variables, launcher):
+    command = shlex.split(launch_with_gpus(**variables).stdout)
+    if launcher[0] == sys.executable:
+        assert command[1] == launcher[1]
+    else:
+        assert command[: len(launcher)] == launcher and flags(command)["deepspeed"].endswith("stage2.config")
+
+
+def test_fewer_devices_than_processes():
+    done = launch_with_gpus(NPROC="3", CUDA_VISIBLE_DEVICES="4,5")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: NPROC=3: CUDA_VISIBLE_DEVICES=4,5 names fewer devices\n" in done.stderr
+
+
+def test_several_machines_share_the_examples_of_a_step(tmp_path):
+    nodes = {"NNODES": "2", "NPROC": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29501"}
+    done = bash("scripts/order_1.sh", DRY_RUN="1", NODE_RANK="1", **nodes)
+    command = shlex.split(done.stdout)
+    assert command[:11] == ["torchrun", "--nnodes", "2", "--node_rank", "1", "--nproc_per_node", "4", "--master_addr",
+                            "node0", "--master_port", "29501"]
+    assert "; 64 examples a step = 4 x 2 micro-batches on 8 processes of 2 machines" in done.stderr
+    assert flags(command)["gradient_accumulation_steps"] == "2"
+    assert flags(dry_run("scripts/order_1.sh", "--fresh", NODE_RANK="1", **nodes)[0])["fresh"].endswith(".node1.log")
+    put(tmp_path / "hosts", "# two machines\na slots=3\nb slots=5\n")
+    done = bash("scripts/order_1.sh", DRY_RUN="1", HOSTFILE=str(tmp_path / "hosts"))
+    command = shlex.split(done.stdout)
+    assert command[:5] == ["deepspeed", "--hostfile", str(tmp_path / "hosts"), "--master_port", "29500"]
+    assert "4 x 2 micro-batches on 8 processes of 2 machines" in done.stderr
+    [read_there] = shlex.split(flags(command)["lora_modules"])  # a shell of the other machine reads it once more
+    assert read_there == ".*SelfAttention.(q|v).*"
+
+
 @pytest.mark.parametrize("script, batches", [
     ("scripts/order_1.sh", {1: (4, 16), 2: (4, 8), 8: (4, 2), 32: (2, 1), 3: (4, 5)}),
     ("scripts/order_4.sh", {1: (4, 16), 2: (4, 8), 8: (4, 2)}),
@@ -360,6 +408,12 @@ def test_another_model_gets_what_suits_its_type(script, family):
     ("scripts/order.sh ds", {}, "order 'ds'"),
     ("scripts/order_1.sh --tiny", {"NPROC": "two"}, "NPROC=two"),
     ("scripts/order_1.sh --tiny", {"NPROC": "0"}, "NPROC=0"),
+    ("scripts/order_1.sh --tiny", {"NNODES": "2"}, "NODE_RANK=: 0 to 1 with NNODES=2"),
+    ("scripts/order_1.sh --tiny", {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: 0 to 1"),
+    ("scripts/order_1.sh --tiny", {"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR: missing with NNODES=2"),
+    ("scripts/order_1.sh --tiny", {"HOSTFILE": "none"}, "HOSTFILE=none: no such file"),
+    ("scripts/order_1.sh --tiny", {"HOSTFILE": "README.md"}, "HOSTFILE=README.md: found '"),
+    ("scripts/order_1.sh --tiny", {"HOSTFILE": "none", "NPROC": "2"}, "found with NPROC or NNODES"),
     ("scripts/order_1.sh --tiny", {"SAVE_STEPS": "often"}, "SAVE_STEPS=often"),
     ("scripts/order_1.sh --tiny", {"DS_CONFIG": "none.config"}, "DS_CONFIG=none.config"),
     ("scripts/order_1.sh --tiny", {"DATA_DIR": "none"}, "DATA_DIR=none"),
@@ -400,6 +454,31 @@ def test_sh_starts_bash_and_flags_may_stand_anywhere(words):
                           env=os.environ | {"DRY_RUN": "1"})
     assert done.returncode == 0, done.stderr
     assert shlex.split(done.stdout) == dry_run("scripts/order_1.sh", "--tiny")[0]
+
+
+@pytest.mark.parametrize("name", [
+    "run_uie_lora", "run_order", "check", "export", "plan_memory", "compute_metrics", "report.__main__",
+    "data.make_order", "data.generate_labels", "data.prepare_benchmark", "data.mini_benchmark",
+])
+def test_help_says_what_a_program_is_with_an_example(name, capsys, monkeypatch):
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])  # of programs whose main takes nothing
+    with pytest.raises(SystemExit) as ended:
+        module.main(*[["--help"]] * bool(inspect.signature(module.main).parameters))
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and said.startswith("usage: ")
+    purpose = (module.__doc__ if name != "run_uie_lora" else command_line.DESCRIPTION).splitlines()[0]
+    assert purpose in said
+    assert re.search(r"python (src|data)/\S+", said)
+
+
+def test_help_of_a_task_shows_this_projects_options_first(capsys):
+    with pytest.raises(SystemExit):
+        command_line.parse_arguments(["--help", "--method", "gorp"])
+    said = capsys.readouterr().out
+    places = [said.index(f"  --{flag} ") for flag in ("data_dir", "lora_dim", "galore_rank", "max_non_finite_steps",
+                                                      "per_device_train_batch_size", "learning_rate")]
+    assert places[:4] == sorted(places[:4]) and max(places[:4]) < min(places[4:])
 
 
 # --- default folders ---
@@ -457,7 +536,7 @@ def test_bad_input_is_said_once(checkout):
 @pytest.mark.parametrize("flag", ["--hub_token hf_secret", "--hub_token=hf_secret", "--hub-token 'hf_secret'"])
 def test_a_secret_reaches_no_log(flag, checkout):
     done = order_1(checkout, EXTRA=flag)
-    log = (checkout / "logs" / "order_1.log").read_text()
+    [log] = [path.read_text() for path in (checkout / "logs").glob("*.log")]
     assert "hf_secret" not in log + done.stdout + done.stderr
     assert "***" in log and "EXTRA override these" in done.stdout
 
@@ -642,7 +721,8 @@ def test_an_environment_that_others_made_is_left_alone(made, needs_a_package):
     checkout, pip = needs_a_package
     place = checkout.parent / "elsewhere" if made == "link" else checkout / ".venv"
     if made.startswith("venv") or made == "link":
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", *["--clear"] * (made == "link"), place], check=True)
+        clear = ["--clear"] * (made == "link")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", *clear, place], check=True)
         (place / "mine").touch()
     if made == "venv":
         (place / "bin" / "pip").touch()

@@ -1,4 +1,4 @@
-"""Two machines, here two launchers that reach each other by loopback: one folder for both, or one each; a node killed."""
+"""Two machines, here two launchers that reach each other by loopback: one folder, or one each; a node killed."""
 
 import subprocess
 import sys
@@ -58,7 +58,8 @@ def test_a_folder_of_its_own_is_rejected_and_the_node_named(start, tmp_path):
     text = said(nodes)
     assert all(node.returncode for node in nodes), "\n=====\n".join(text)
     [line] = [line for line in "".join(text).splitlines() if line.startswith("error: ")]
-    assert line.startswith(f"error: --output_dir: {tmp_path}/zero/1-dbpedia is not the folder of the first node on node 1 (")
+    folder = tmp_path / "zero" / "1-dbpedia"
+    assert line.startswith(f"error: --output_dir: {folder} is not the folder of the first node on node 1 (")
     assert not list(tmp_path.glob("*/*/run_record.json")) and not list(tmp_path.rglob("*.partial"))
 
 

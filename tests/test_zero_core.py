@@ -175,7 +175,7 @@ def test_finish_gives_back_linear_layers_with_the_same_function():
 def test_trained_weights_are_those_that_finish_leaves():
     one = Run(Case("trained", weight_decay=0.1))
     one.train(0, 6)
-    one.cores.finish(in_pieces=True)
+    one.cores.finish(partitioned=True)
     weights = one.cores.trained_weights
     assert all(torch.equal(weights[name], layer.weight) for name, layer in one.cores.layers.items())
 

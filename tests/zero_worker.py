@@ -296,7 +296,7 @@ class Run:
     def result(self, losses: list[float]) -> dict:
         moments = {name: product(factors) for name, factors in self.cores.first_moments().items()}
         result = {"losses": losses, "moments": moments}
-        self.cores.finish(in_pieces=True)
+        self.cores.finish(partitioned=True)
         return result | {"weights": dict(self.cores.trained_weights), "report": self.cores.report().weights}
 
 

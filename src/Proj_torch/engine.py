@@ -14,7 +14,7 @@ A method describes what it keeps in a `Plan` and does not ask which engine it ge
     engine.state_dict(), engine.load_state_dict(state) # between two steps
     engine.first_moments()                             # after the last step; by name, one matrix or two to multiply
     engine.report()
-    engine.finish(in_pieces)                           # the weights then hold what was trained
+    engine.finish(partitioned)                         # the weights then hold what was trained
     engine.trained_weights                             # where the engine has them more exactly than the model
 """
 
@@ -57,7 +57,7 @@ class DenseEngine:
     """`ProjAdamW` on complete weights; its methods are described at the head of this file.
 
     Attributes:
-        own_state: whether what trains is kept elsewhere than in the model's own parameters and the optimizer.
+        own_state: whether it trains other parameters than the model's own, which need `state_dict` in a checkpoint.
         trained_weights: module name -> (out, in), float32 on the CPU, after `finish`; empty where the model has them.
     """
 
@@ -101,7 +101,7 @@ class DenseEngine:
     def report(self) -> ProjectionReport:
         return self.optimizer.projection_report()
 
-    def finish(self, in_pieces: bool) -> None:
+    def finish(self, partitioned: bool) -> None:
         pass
 
     def state_dict(self) -> dict[str, Tensor]:

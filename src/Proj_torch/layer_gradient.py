@@ -36,7 +36,7 @@ class LayerGradient:
             self._matrix, self._factors = self.matrix(), []
 
     def add_matrix(self, G: Tensor) -> None:
-        """Add a gradient that comes as a matrix (out, in), as a penalty on the weight gives it."""
+        """Add a gradient G (out, in), such as that of a penalty on the weight."""
         self._matrix = G.float() if self._matrix is None and not self._factors else self.matrix() + G.float()
         self._factors = []
 

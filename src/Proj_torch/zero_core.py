@@ -134,15 +134,15 @@ class CoreEngine:
         self._is_last = is_last
 
     @torch.no_grad()
-    def finish(self, in_pieces: bool = False) -> None:
-        """Fold the cores, and put plain linear layers into the model again unless stage 3 has its weights `in_pieces`.
+    def finish(self, partitioned: bool = False) -> None:
+        """Fold the cores, and put plain linear layers into the model again unless stage 3 has it `partitioned`.
 
         Then `trained_weights` has each target's weight without the rounding of a 16-bit weight in the model.
         """
         self._settle()
         for name, layer in self.layers.items():
             self._fold(layer, keep_as=name)
-            if not in_pieces:
+            if not partitioned:
                 linear = nn.Linear(*layer.shape[::-1], bias=layer.bias is not None, device="meta")
                 linear.weight, linear.bias = layer.weight, layer.bias
                 linear.weight.requires_grad_(layer.trainable_before)

@@ -51,7 +51,7 @@ class Method:
         Arguments: the method's group of command-line options; all of them, and no others, are read.
         zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
         step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_rows` may set it.
-        shown_rows: how many of the task's rows `begin_task` and `revisit` may see; None for all.
+        shown_rows: how many of the task's examples `begin_task` and `revisit` may see; None for all.
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
@@ -103,7 +103,7 @@ class Method:
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
     ) -> nn.Module:
-        """Attach what trains to `model`, load what the task before left in `previous`, freeze everything else.
+        """Add the trainable parameters to `model`, load the previous task's folder, freeze everything else.
 
         `sharded` says that DeepSpeed will train the model, so that the optimizer sees flat pieces of the parameters.
 
@@ -116,8 +116,8 @@ class Method:
     # Training
 
     def begin_task(self, model: nn.Module, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        """Called before training, and before it resumes, with the complete model and batches of the task's rows, made
-        when asked for; under DeepSpeed before it has the model, on every rank alike."""
+        """Called before training, and before it resumes, with the complete model and batches of the task's examples,
+        which are made on demand; under DeepSpeed before it has the model, on every rank alike."""
 
     def create_optimizer(self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         """Optimizer of everything that trains."""
@@ -167,7 +167,7 @@ class Method:
         """Turn what was trained into what is saved. Collective."""
 
     def save(self, folder: Path) -> None:
-        """Write what the next task needs to `folder`: here every changed full-rank weight, of which PEFT knows nothing."""
+        """Write what the next task needs to `folder`: here every changed full-rank weight, unknown to PEFT."""
         if self.changed:
             full_rank.save_weights(self.changed_weights(), folder)
             config = read_json(folder / CONFIG_FILE)
@@ -243,7 +243,7 @@ class LoraMethod(Method):
             if self.keeps_changes():
                 self.changed |= full_rank.load_weights(model, previous)
             self.model = load_loranew(model, previous)
-            self._refuse_other_kind(previous, self.lora_config(decoder_only).save_loranew)
+            self._reject_other_kind(previous, self.lora_config(decoder_only).save_loranew)
             self._say_what_stays(previous, layers.keys())
         if self.options.merge_old:
             self._merge_old()
@@ -253,7 +253,7 @@ class LoraMethod(Method):
         """Whether the full-rank changes in the folder to load stay."""
         return True
 
-    def _refuse_other_kind(self, previous: Path, one_for_all: bool) -> None:
+    def _reject_other_kind(self, previous: Path, one_for_all: bool) -> None:
         if self.model.peft_config[self.model.active_adapter].save_loranew != one_for_all:
             kinds = {True: "trains one LoRA through all tasks", False: "adds a LoRA for each task"}
             raise InputError(
@@ -416,7 +416,7 @@ class FullRankMethod(Method):
 
     Arguments: type[TargetArguments] = TargetArguments
     float32_base = True
-    zero_stage = None  # the optimizer, or the hooks on gradients, need whole weights
+    zero_stage = None  # the optimizer, or the hooks on gradients, need complete weights
 
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
@@ -439,7 +439,7 @@ class FullRankMethod(Method):
         return model
 
     def save(self, folder: Path) -> None:
-        """Write the changed weights, and a file that makes the folder one to go on from: it names the base model."""
+        """Write the changed weights, and a file that names the base model, by which the next task knows the folder."""
         about = {"base_model_name_or_path": self.base_name, "peft_type": None, "method": self.options.method}
         write_json(folder / CONFIG_FILE, about)
         super().save(folder)

@@ -42,7 +42,7 @@ class LoraArguments(MethodArguments):
 
     lora_modules: str = field(
         default=None,
-        metadata={"help": "Where LoRA goes: a regular expression for complete module names; auto: by the model's type."},
+        metadata={"help": "Where LoRA goes: a regular expression for complete module names; auto: by the model type."},
     )
     lora_dim: int = field(default=8, metadata={"help": "Rank of the LoRA that a task adds."})
     lora_alpha: float = field(default=32, metadata={"help": "LoRA scale times rank: s = lora_alpha / lora_dim."})

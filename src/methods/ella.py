@@ -39,7 +39,7 @@ class Ella(LoraMethod):
     """The base method with a penalty where the new change meets the old ones."""
 
     Arguments = EllaArguments
-    zero_stage = 2  # a rank has no whole factor at stage 3
+    zero_stage = 2  # no rank has a complete factor at stage 3
 
     def penalty(self):
         adapter = self.model.active_adapter

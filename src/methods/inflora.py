@@ -1,7 +1,7 @@
 """InfLoRA (Liang and Li, CVPR 2024, https://arxiv.org/abs/2404.00228): LoRA in directions that old inputs do not have.
 
 For each LoRA layer, M (in, c) is an orthonormal basis of the inputs that earlier tasks gave it, and C (in, in) the sum
-of x x^T over the inputs x that this task's rows give it.
+of x x^T over the inputs x that this task's examples give it.
 
 1. Before task t, C <- C - M M^T C; A_t has the first r left singular vectors of C as rows, divided by sqrt 3, and is
    frozen. B_t begins at zero and trains, so that a change s B_t A_t does not touch what lies in M.

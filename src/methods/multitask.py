@@ -1,9 +1,9 @@
 """Multi-task training: all tasks of the order at once, the ceiling of what training them in sequence could reach.
 
-The order's first step trains one LoRA on the rows of all T tasks, shuffled together, with equal steps per task: T
-times `--max_steps`, every task's rows repeated up to the largest task's number. Without `--max_steps` each row counts
-once an epoch, and a task gets the steps that it would have got alone. The later steps train nothing: they pass the
-first one's folder on and evaluate, so that the same scripts and the same report serve.
+The order's first step trains one LoRA on the examples of all T tasks, shuffled together, with equal steps per task: T
+times `--max_steps`, every task's examples repeated up to the largest task's number. Without `--max_steps` each example
+counts once an epoch, and a task gets the steps that it would have had alone. The later steps train nothing: they pass
+the first one's folder on and evaluate, so that the same scripts and the same report can be used.
 """
 
 from datasets import concatenate_datasets
@@ -29,5 +29,6 @@ class Multitask(Seqlora):
 
     def prepare(self, model, previous, *, decoder_only, sharded=False):
         if not self.is_first and previous is None:
-            raise InputError("--model_name_or_path: found a base model; multitask goes on from its first step's folder")
+            raise InputError("--model_name_or_path: found a base model; multitask continues from its first step's "
+                             "folder")
         return super().prepare(model, previous, decoder_only=decoder_only, sharded=sharded)

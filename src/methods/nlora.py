@@ -43,7 +43,7 @@ class Nlora(LoraMethod):
     """The base method with an l1 penalty on each layer's factors, taken without the LoRA scale."""
 
     Arguments = NloraArguments
-    zero_stage = 2  # a rank has no whole factor at stage 3
+    zero_stage = 2  # no rank has a complete factor at stage 3
 
     def prepare(self, model, previous, **kind):
         model = super().prepare(model, previous, **kind)

@@ -1,4 +1,4 @@
-"""Experience replay: one LoRA trained through all tasks, on each task's rows and a buffer of earlier tasks' rows.
+"""Experience replay: one LoRA trained through all tasks, on each task's examples and a buffer of earlier ones.
 
 The buffer: of every earlier task, `--replay_rows` of the rows that it trained on, drawn without replacement by the
 run's seed and the task's place in the order, so that every later task meets the same ones (all of them where a task

@@ -12,7 +12,7 @@ class SeqloraArguments(OptimizerArguments, LoraArguments):
 
 
 class Seqlora(LoraMethod):
-    """The new LoRA never joins a memory; the next task takes it over as it is and goes on training it."""
+    """The new LoRA never joins a memory; the next task continues to train it."""
 
     Arguments = SeqloraArguments
     zero_stage = 2  # what is gathered from stage 3 is a folded memory

@@ -47,7 +47,7 @@ class SgorpArguments(GorpArguments):
     def check_with(self, training, zero_stage):
         super().check_with(training, zero_stage)
         check(self.protect != "step" or zero_stage is None, "protect", "step",
-              "structural under DeepSpeed, which keeps the factors' float32 values in pieces")
+              "structural under DeepSpeed, which partitions the factors' float32 values")
 
 
 class Sgorp(Gorp):

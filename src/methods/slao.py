@@ -1,6 +1,6 @@
 """SLAO (Qiao and Mahdavi, ICLR 2026, https://arxiv.org/abs/2512.23017): one LoRA is merged after each task.
 
-Two pairs of factors: the fine-tuned A_i, B_i of the last task, from which training goes on, and the merged A_m, B_m,
+Two pairs of factors: the fine-tuned A_i, B_i of the last task, from which training continues, and the merged A_m, B_m,
 which are evaluated.
 
 1. Task i > 1 starts from B = B_{i-1} and A = Q^T, where A_{i-1}^T = Q R with R's diagonal positive: A's rows are

@@ -1,14 +1,15 @@
 """From `--model_name_or_path` to a base model and its tokenizer.
 
 What the folder holds, not its name, decides which: an adapter folder leads to the base model that it names; an
-encoder-decoder (T5, BART, ...) gets its own class, a decoder-only model its class with a cheaper loss (`answer_loss.py`).
+encoder-decoder (T5, BART, ...) gets its own class, a decoder-only model its own with a cheaper loss (`answer_loss.py`).
 Weights are read from safetensors only, after all other checks, and no code that comes with a model is run.
 """
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -35,7 +37,8 @@ FLAG = "--model_name_or_path"
 # In a generation config, but no settings of the base: the token ids are the tokenizer's, or those of training.
 NO_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_from_model_config",
                "transformers_version")
-SAME_LOSS = set("llama qwen2 qwen3 mistral gemma gemma2 gemma3_text olmo2 smollm3 granite phi3 mixtral qwen3_moe".split())
+SAME_LOSS = {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite",
+             "phi3", "mixtral", "qwen3_moe"}  # fmt: skip
 """Decoder-only types for which tests/test_models.py compares the loss; others are compared when they are loaded."""
 
 logger = logging.getLogger("gorp")
@@ -73,6 +76,7 @@ def load_model_and_tokenizer(
     family: str | None = None,
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
+    not_in_4bit: Sequence[str] | None = None,
 ) -> LoadedModel:
     """Load the base model that is named, or that the named adapter folder was trained on.
 
@@ -83,6 +87,8 @@ def load_model_and_tokenizer(
         resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
             warning. Only some models can (Pegasus can, BART and LLaMA cannot).
         family: "encoder-decoder" or "decoder-only", if it must be one of them.
+        not_in_4bit: None, or regular expressions for the linear layers that keep `dtype` while all others are held in 4
+            bits, but for the output embedding.
         weights: False leaves the model on the meta device: files and shapes are checked, no values are read.
 
     Raises:
@@ -101,8 +107,8 @@ def load_model_and_tokenizer(
     own_class, decoder_only = model_class(config, base_name), not config.is_encoder_decoder
     kind, other = ("decoder-only", "scripts_llama/") if decoder_only else ("encoder-decoder", "scripts/")
     if family not in (None, kind):
-        raise InputError(f"{FLAG}: {base_name} is {kind} ({config.model_type}), and this command is for {family} models; "
-                         f"use {other}")  # fmt: skip
+        raise InputError(f"{FLAG}: {base_name} is {kind} ({config.model_type}), and this command is for {family} "
+                         f"models; use {other}")  # fmt: skip
     _reject_kernels(config, base_name)
     _reject_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
     _check_index(Path(base_name) / "model.safetensors.index.json")
@@ -110,6 +116,8 @@ def load_model_and_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **hub)
     _complete_tokenizer(tokenizer, config, base_name)
     place = {} if weights else {"device_map": "meta"}
+    if not_in_4bit is not None and weights:
+        place["quantization_config"] = _four_bits(dtype, not_in_4bit)
     model = _load_weights(own_class, base_name, config=config, dtype=dtype, **place, **hub)
     _grow_positions(model, max_source_length, resize_position_embeddings)
     _drop_generation_settings(model, base_name)
@@ -127,8 +135,8 @@ def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
         InputError: the model does not map text to text.
     """
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise InputError(f"{name}/config.json: found model_type {config.model_type!r}, a vision-language model; allowed: "
-                         "a model of text alone")  # fmt: skip
+        raise InputError(f"{name}/config.json: found model_type {config.model_type!r}, a vision-language model; "
+                         "allowed: a model of text alone")  # fmt: skip
     if config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
     return LlamaForCausalLM_with_lossmask if config.model_type == "llama" else causal_class(config, name)
@@ -258,6 +266,16 @@ def _reject_kernels(config: PreTrainedConfig, name: str) -> None:
     wanted = config._attn_implementation
     if wanted is not None and "/" in str(wanted):
         raise InputError(f"{name}/config.json: found attention code from {wanted!r}; allowed: eager, sdpa")
+
+
+def _four_bits(dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
+    """NF4 with doubly quantised scales, as in QLoRA (Dettmers et al., NeurIPS 2023)."""
+    if find_spec("bitsandbytes") is None:
+        raise InputError("--load_in_4bit: package bitsandbytes is not installed; pip install bitsandbytes")
+    layers = f"; --optim_target_modules stay in {str(dtype).removeprefix('torch.')}" if kept else ""
+    logger.info("the frozen linear layers are held in 4 bits (NF4)%s", layers)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[*kept, "lm_head"])  # fmt: skip
 
 
 def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:

@@ -1,8 +1,8 @@
 """The accuracy of every task after every task, and the measures of continual learning taken from it.
 
 Row i, column j of the matrix is a[i][j], the exact match (ROUGE-L where answers are free text) in per cent on task j
-after training on task i, None where it was not measured; b[i][j], j >= i, is the same before training on task i (`--zero_shot`). With T tasks, T also
-being the last row, and n[j] test examples of task j:
+after training on task i, None where it was not measured; b[i][j], j >= i, is the same before training on task i
+(`--zero_shot`). With T tasks, T also being the last row, and n[j] test examples of task j:
 
     average performance        AP  = 1/T sum_j a[T][j]                       (Lopez-Paz & Ranzato, 2017, there ACC;
                                                                               Chaudhry et al., 2018, there A_T)

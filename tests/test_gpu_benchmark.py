@@ -1,0 +1,48 @@
+"""`benchmarks/gpu.sh` runs to its end, on a CPU and tiny shapes; its figures mean nothing here."""
+
+import json
+
+import pytest
+import torch
+
+from helpers import bash
+
+CONTENDERS = ("gorp", "sgorp", "lora", "gorp, sketch", "galore-torch")
+
+
+def rows(tmp_path, *sections: str) -> dict[str, dict]:
+    pytest.importorskip("galore_torch")
+    done = bash("benchmarks/gpu.sh", "--tiny", *sections, OUT=str(tmp_path / "rows.jsonl"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["what"] for row in found] == [line.split(" | ")[0][2:] for line in done.stdout.splitlines()
+                                              if line.startswith("| ") and not line.startswith("| what")]  # fmt: skip
+    return {row["what"]: row for row in found}
+
+
+def test_every_contender_steps(tmp_path):
+    found = rows(tmp_path, "step")
+    for model in ("llama", "t5"):
+        assert all(found[f"{model}: {name}, tokens a second"]["value"] > 0 for name in CONTENDERS)
+        for name in ("gorp", "sgorp", "gorp, sketch"):
+            assert found[f"{model}: {name}, a task's end without saving"]["value"] > 0
+        assert found[f"{model}: gorp / lora, time"]["target"] == "at most 1.1 x"
+        assert found[f"{model}: gorp / lora, time"]["met"] is (found[f"{model}: gorp / lora, time"]["value"] <= 1.1)
+
+
+@pytest.mark.recipe
+def test_the_other_sections(tmp_path):
+    found = rows(tmp_path, "zero", "agree", "resume")
+    assert found["llama: a step under ZeRO-2 on one rank / without DeepSpeed"]["value"] > 0
+    [agree] = [row for what, row in found.items() if "GPU and CPU" in what]
+    [resume] = [row for what, row in found.items() if "resumed" in what]
+    assert agree["met"] and resume["met"] and resume["value"] == 0
+
+
+@pytest.mark.parametrize("words, said", [(["steps", "--tiny"], "SECTION: found steps; step, zero, agree, resume"),
+                                         ([], "no GPU was found; --tiny runs on a CPU")])
+def test_what_it_does_not_run(words, said, tmp_path):
+    if not words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = bash("benchmarks/gpu.sh", *words, OUT=str(tmp_path / "rows"))
+    assert done.returncode == 2 and said in done.stderr and not list(tmp_path.iterdir())
