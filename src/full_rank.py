@@ -28,7 +28,7 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
 def exact(layer: nn.Linear) -> torch.Tensor:
     """The weight (out, in), with what 16-bit rounding left out when it was loaded."""
     rounding = getattr(layer, "rounding", None)
-    return layer.weight if rounding is None else layer.weight.float() + rounding
+    return layer.weight if rounding is None else layer.weight.float() + rounding.to(layer.weight.device)
 
 
 @torch.no_grad()
