@@ -47,8 +47,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "data")]
 from errors import InputError  # noqa: E402
 from files import digest, read_json, write_json  # noqa: E402
 from make_order import make_order  # noqa: E402
-from order_config import is_complete  # noqa: E402
 from methods import find_method  # noqa: E402
+from order_config import is_complete  # noqa: E402
 from report.bootstrap import paired_interval  # noqa: E402
 from report.matrix import Matrix, average_performance, backward_transfer  # noqa: E402
 from report.runs import read_run  # noqa: E402
