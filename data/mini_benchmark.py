@@ -2,9 +2,9 @@
 
     python data/mini_benchmark.py [--out data/mini_benchmark] [--seed 42]
 
-Every maker below turns a label into one sentence field of its dataset, in the shape that the real rows have. The words
-come from `mini_lexicon.json`. A share of the rows carries a misleading word, and the pair tasks cannot be read off
-single words, so that counting words neither fails nor suffices (`tests/test_mini_benchmark.py` holds the bands).
+Every maker below turns a label into one sentence field of its dataset, in the form of the real examples. The words
+come from `mini_lexicon.json`. Some examples have a misleading word, and the pair tasks cannot be solved from single
+words, so that counting words neither fails nor suffices (`tests/test_mini_benchmark.py` holds the bands).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from errors import InputError, entry_point  # noqa: E402
 from files import read_json, whole_folder, write_json  # noqa: E402
 
 LEXICON = json.loads(Path(__file__).with_name("mini_lexicon.json").read_text(encoding="utf-8"))
-EVAL_ROWS = 100  # rows of dev.json and of test.json
+EVAL_ROWS = 100  # examples in dev.json and in test.json
 LEVELS = ["very negative", "negative", "neutral", "positive", "very positive"]
 logger = logging.getLogger("gorp")
 
@@ -247,7 +247,7 @@ DATASETS: dict[tuple[str, str], tuple[Maker, int]] = {
 
 
 def make_rows(make: Maker, labels: list[str], count: int, rng: random.Random, seen: set[str]) -> list[dict[str, str]]:
-    """`count` rows in random order, their labels as even as the count allows, none of their sentences in `seen`."""
+    """`count` examples in random order, their labels as even as the count allows, none of their sentences in `seen`."""
     rows = []
     for index in range(count):
         label = labels[index % len(labels)]

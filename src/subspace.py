@@ -22,7 +22,7 @@ from files import read_tensors, whole_file
 from Proj_torch.proj_projector import SIDES, check_space
 from Proj_torch.svd import at_least_float32, truncated_svd
 
-log = logging.getLogger("gorp")
+log, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 
 FORMAT = "gorp-gradient-space"
 VERSION = "1"
@@ -118,7 +118,8 @@ class GradientSpace:
         """Extend the basis of every weight by its moment (out, in), or by a sample of its inputs (n, in).
 
         The SVDs run where the moments are, and on the first of several ranks only, as that one saves the space. A
-        moment that is zero or not finite, or whose singular vectors no method finds, is skipped with a warning.
+        moment that is zero or not finite, or whose singular vectors no method finds, is skipped with a warning, or for a
+        zero one with a line in the log.
 
         Raises:
             InputError: a moment's shape does not fit its basis.
@@ -127,7 +128,9 @@ class GradientSpace:
         for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1) if first else ():
             M = columns_of(moment, self.side)
             if not M.any() or not M.isfinite().all():
-                log.warning("%s: the moment is zero or not finite; its gradient space does not change", name)
+                # Where S is full, the moment is zero in every later task: nothing that a user must act on.
+                (detail.info if M.isfinite().all() else log.warning)(
+                    "%s: the moment is zero or not finite; its gradient space does not change", name)
                 continue
             try:
                 self.bases[_key(name)] = extend_basis(self.get(name), M, self.energy)

@@ -13,7 +13,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench
 NAMED = re.compile(r"`([\w/]+\.py): ([\w.]+)`")
 # What a run, a download or a reader makes.
 MADE = ("initial_model/t5-large", "initial_model/llama", "initial_model/smollm2-135m", "initial_model/small-t5",
-        "data/mini_benchmark", "configs/mine_configs", "src/methods/pull.py")  # fmt: skip
+        "data/mini_benchmark", "configs/mine_configs", "configs/NAME_configs", "src/methods/pull.py")  # fmt: skip
 FOLDERS = "src|docs|tests|scripts|scripts_llama|configs|benchmarks|data|initial_model|examples"
 PATH = re.compile(rf"(?:{FOLDERS})/[\w./*-]*")
 

