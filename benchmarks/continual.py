@@ -48,6 +48,7 @@ from errors import InputError  # noqa: E402
 from files import digest, read_json, write_json  # noqa: E402
 from make_order import make_order  # noqa: E402
 from methods import find_method  # noqa: E402
+from order_config import is_complete  # noqa: E402
 from report.bootstrap import paired_interval  # noqa: E402
 from report.matrix import Matrix, average_performance, backward_transfer  # noqa: E402
 from report.runs import read_run  # noqa: E402
@@ -247,8 +248,8 @@ class Bench:
         self.family()
         for order, tasks in self.orders.items():
             where = {"configs_dir": self.out / "configs", "data_dir": self.data_dir}
-            _, missing = make_order(order, tasks, **where, overwrite=True)
-            if missing:
+            _, chosen = make_order(order, tasks, **where, overwrite=True)
+            if missing := [task for task in chosen if not is_complete(self.data_dir / task)]:
                 raise InputError(f"--data_dir: {self.data_dir} has no rows of {', '.join(missing)}")
         self._refuse_others()
         for task in self.tasks():

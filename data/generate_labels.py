@@ -37,10 +37,14 @@ def generate_labels(folder: str | Path, *, sort: bool = False, overwrite: bool =
 
     Args:
         sort: sort the labels; otherwise they come in the order in which train.json first uses them.
-        overwrite: make labels.json anew even if it exists.
+        overwrite: replace labels.json if it exists.
 
     Raises:
+<<<<<<< HEAD
         InputError: an unreadable file, a malformed example, or one whose label is not in the list. Nothing is written.
+=======
+        InputError: an unreadable file, an invalid example, or a label that is not in the list. Nothing is written.
+>>>>>>> main
     """
     folder = Path(folder)
     path = folder / "labels.json"

@@ -2,9 +2,15 @@
 
     python data/mini_benchmark.py [--out data/mini_benchmark] [--seed 42]
 
+<<<<<<< HEAD
 Every maker below turns a label into one sentence field of its dataset, in the shape of the real examples. The words
 come from `mini_lexicon.json`. A share of the examples carries a misleading word, and the pair tasks cannot be read off
 single words, so that counting words neither fails nor suffices (`tests/test_mini_benchmark.py` holds the bands).
+=======
+Every maker below turns a label into one sentence field of its dataset, in the form of the real examples. The words
+come from `mini_lexicon.json`. Some examples have a misleading word, and the pair tasks cannot be solved from single
+words, so that counting words neither fails nor suffices (`tests/test_mini_benchmark.py` holds the bands).
+>>>>>>> main
 """
 
 import argparse
@@ -22,7 +28,11 @@ from errors import InputError, entry_point  # noqa: E402
 from files import read_json, whole_folder, write_json  # noqa: E402
 
 LEXICON = json.loads(Path(__file__).with_name("mini_lexicon.json").read_text(encoding="utf-8"))
+<<<<<<< HEAD
 EVAL_ROWS = 100  # examples of dev.json and of test.json
+=======
+EVAL_ROWS = 100  # examples in dev.json and in test.json
+>>>>>>> main
 LEVELS = ["very negative", "negative", "neutral", "positive", "very positive"]
 logger = logging.getLogger("gorp")
 

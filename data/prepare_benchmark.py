@@ -1,9 +1,16 @@
 """Fill the benchmark folder with its 15 datasets, from the public hub or from a folder that has the layout already.
 
+<<<<<<< HEAD
 From the hub, a dataset gets up to 1,000 training examples a class and a test set of the published size, both drawn with
 --seed; labels.json is the one in this repository. Unlike the published files, dev.json is not a copy of test.json: it
 holds training examples that train.json does not use, as many as test.json where there are so many. Only CB and COPA,
 which use all their training examples, have dev = test. Finished datasets are skipped, so an interrupted run resumes.
+=======
+From the hub, a dataset gets up to 1,000 training examples per class and a test set of the published size, both drawn
+with --seed; labels.json is the one in this repository. Unlike the published files, dev.json is not a copy of test.json: it
+holds training examples that train.json does not use, as many as test.json if there are enough. Only CB and COPA, which
+use all their training examples, have dev = test. Finished datasets are skipped, so that an interrupted run resumes.
+>>>>>>> main
 
 Examples: python data/prepare_benchmark.py
           python data/prepare_benchmark.py --datasets SC/amazon TC/dbpedia
@@ -175,16 +182,24 @@ def prepare_from_hub(
     overwrite: bool = False,
     load: Load = load_dataset,
 ) -> None:
-    """Fill `data_dir` from the hub, one dataset after the other, each written whole or not at all.
+    """Fill `data_dir` from the hub, one dataset after the other, each written completely or not at all.
 
     Args:
         names: ``TASK/DATASET`` keys of `SOURCES`; None is all of them.
         seed: decides which examples are drawn, and their order.
+<<<<<<< HEAD
         overwrite: make finished datasets anew.
         load: ``datasets.load_dataset``, or a function that is called like it.
 
     Raises:
         InputError: an unknown name, a folder that cannot be written, a download that fails, or a bad example.
+=======
+        overwrite: replace finished datasets.
+        load: ``datasets.load_dataset``, or a function that is called like it.
+
+    Raises:
+        InputError: an unknown name, a folder that cannot be written, a download that fails, or an invalid example.
+>>>>>>> main
     """
     for name in names or ():
         if name not in SOURCES:

@@ -197,8 +197,9 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         check(self.train_sampling_strategy in ("random", "sequential"), "train_sampling_strategy",
               self.train_sampling_strategy, "random or sequential")
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            given = getattr(self, name)
-            check(given is None or isinstance(given, dict) or _is_object(given), name, given, "a JSON object")
+            if isinstance(given := getattr(self, name), str):
+                with _tried(f"--{name}: found {given}, which is no JSON object"):
+                    dict(json.loads(given))
 
     def _check_schedule(self) -> None:
         """Reject settings that the learning-rate schedule would not read."""
@@ -241,25 +242,16 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         check_deepspeed_file(path, bf16=bool(self.bf16), fp16=bool(self.fp16), numbers=numbers)
 
     def _check_numbers(self) -> None:
-        for name in ABOVE_0:
-            if getattr(self, name) is not None:
-                check_number(self, name, above=0)
-        for name in AT_LEAST_0:
-            if getattr(self, name) is not None:
-                check_number(self, name, least=0)
+        for names, bound in ((ABOVE_0, {"above": 0}), (AT_LEAST_0, {"least": 0})):
+            for name in names:
+                if getattr(self, name) is not None:
+                    check_number(self, name, **bound)
         for name in ("seed", "data_seed"):
             check((getattr(self, name) or 0) < 2**32, name, getattr(self, name), "less than 2^32")
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 up to, not including, 1")
         if self.max_steps <= 0:
             check_number(self, "num_train_epochs", above=0)
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
 
 
 @contextlib.contextmanager

@@ -47,8 +47,8 @@ class DataCollatorForUIE:
         add_task_name, add_dataset_name: prompt prefixes, see `prompt_parts`.
         pad_to_multiple_of: round every width up to a multiple of this.
         label_pad_token_id: the label that the loss ignores.
-        name_rows: add the examples' names to a training batch, as a list `rows` of strings.
-        input_record_file: append each batch to this file, a JSON object {"source", "label"} a line; rank 0 only.
+        name_rows: add the examples' names to a training batch, as the list `rows`.
+        input_record_file: append each batch to this file, one JSON object {"source", "label"} per line; rank 0 only.
 
     Attributes:
         kept: the ids of the texts tokenised so far, shared by collators of the same tokenizer and lengths.

@@ -1,8 +1,8 @@
 """The benchmark as instruction examples: `<data_dir>/<TASK>/<DATASET>/{train,dev,test,labels}.json` -> `DatasetDict`.
 
 `load_uie_dataset` reads the datasets that a step's task files name, checks every example and caches the result. The
-cache key covers the contents of the files, so an edited file is never answered with old examples. `prompt_parts` lays
-an example out as text, which the collator tokenises.
+cache key covers the contents of the files, so that an edited file is read again. `prompt_parts` splits an example into
+the parts of its prompt, which the collator tokenises.
 """
 
 import dataclasses

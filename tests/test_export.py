@@ -135,6 +135,21 @@ def test_a_model_of_few_positions_is_exported_as_it_is(mini_benchmark, tmp_path)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["max_position_embeddings"] == 256
 
 
+def test_a_base_whose_generation_config_contradicts_itself_is_exported_with_every_eos(mini_benchmark, tmp_path):
+    base, modules = PREFIX["llama_adapter"]
+    odd = tmp_path / "odd"
+    shutil.copytree(base, odd)
+    given = {"eos_token_id": [1, 2], "temperature": 0.6, "top_p": 0.9, "do_sample": False}
+    (odd / "generation_config.json").write_text(json.dumps(given))
+    command = arguments(mini_benchmark, tmp_path / "run", "dbpedia", odd, modules, "--method", "inclora", *SHORT)
+    assert run_uie_lora.main(command) == 0
+    assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "model")]) == 0
+    exported = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert exported["eos_token_id"] == [2, 1] and "temperature" not in exported
+    assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "adapter"), "--as", "adapter"]) == 0
+    assert (tmp_path / "adapter" / "prompts.json").is_file()
+
+
 def test_an_adapter_keeps_its_precision(tmp_path, capfd):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert export.main([str(tmp_path), "--to", str(tmp_path / "new"), "--as", "adapter", "--dtype", "bfloat16"]) == 2

@@ -172,8 +172,8 @@ def test_loss(name, make):
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, atol=1e-5, rtol=1e-4)
     if getattr(ours, "aux_loss", None) is None:  # the balance of experts is a batch's
-        alone = [pair.stock(input_ids=i[None, m == 1], labels=l[None, m == 1]).loss * (l != -100).sum()
-                 for i, m, l in zip(ids, mask, labels)]  # fmt: skip
+        alone = [pair.stock(input_ids=row[None, seen], labels=wanted[None, seen]).loss * (wanted != -100).sum()
+                 for row, seen, wanted in zip(ids, mask.bool(), labels)]  # fmt: skip
         torch.testing.assert_close(ours.loss, sum(alone) / 9, atol=1e-4, rtol=1e-4)
 
 

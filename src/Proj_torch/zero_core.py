@@ -260,32 +260,29 @@ class CoreEngine:
 
 
 def _refresh(layer: CoreLinear, svd: str, seed: int) -> None:
-    """Give `layer` the bases of its gradient summed over the ranks, or the previous ones where it has none.
+    """Give `layer` the bases of its gradient summed over the ranks; rank 0 decides and sends them to the others.
 
-    Rank 0 decides, and sends what it has to the others.
+    Where the gradient has none, the previous bases stay, and the share that is sent is NaN.
     """
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    found = None
+    if not any(layer.ranks):  # full rank: plain AdamW
+        layer.bases, layer.share = (None, None), 1.0
+        return
+    ranks, found = dist.get_world_size() if dist.is_initialized() else 1, None
     try:
-        if not any(layer.ranks):  # full rank: plain AdamW
-            found = (None, None), torch.ones(())
-        elif svd == "sketch":
-            found = _sketch(layer, seed, ranks)
-        else:
-            found = _decompose(layer, svd, ranks)
+        found = _sketch(layer, seed, ranks) if svd == "sketch" else _decompose(layer, svd, ranks)
     except torch.linalg.LinAlgError as error:
         warn_once(f"{error}; the previous basis stays")
-    bases, share = found or (kept_bases(layer.weight.new_empty(()).expand(layer.shape), layer.ranks, layer.bases), None)
+    kept = kept_bases(layer.core.new_empty(()).expand(layer.shape), layer.ranks, layer.bases)
+    bases, share = found or (kept, layer.core.new_full((), torch.nan))
     layer.fell_back = found is None
-    if ranks > 1 and any(layer.ranks):
+    if ranks > 1:
+        share = share.float()
         bases = tuple(None if basis is None else basis.clone(memory_format=torch.contiguous_format) for basis in bases)
-        told = torch.full((), torch.nan, device=layer.core.device) if share is None else share.float()
-        for tensor in (*bases, told):
+        for tensor in (*bases, share):
             if tensor is not None:
                 dist.broadcast(tensor, src=0)
-        share = told
         if dist.get_rank() > 0:
-            layer.fell_back = bool(told.isnan())
+            layer.fell_back = bool(share.isnan())
     layer.bases = bases
     layer.share = layer.share if layer.fell_back else share
 
