@@ -1,4 +1,4 @@
-"""Write the JSON files of an order of your own, ready for ``bash scripts/order.sh NAME``; docs/ORDERS.md describes them.
+"""Write the JSON files of an order of your own, for ``bash scripts/order.sh NAME``; docs/ORDERS.md describes them.
 
     python data/make_order.py --name mine --tasks TC/dbpedia SC/amazon TC/agnews
     python data/make_order.py --name short --from order4 --drop WiC MultiRC

@@ -118,8 +118,8 @@ class GradientSpace:
         """Extend the basis of every weight by its moment (out, in), or by a sample of its inputs (n, in).
 
         The SVDs run where the moments are, and on the first of several ranks only, as that one saves the space. A
-        moment that is zero or not finite, or whose singular vectors no method finds, is skipped with a warning, or for a
-        zero one with a line in the log.
+        moment that is not finite, or whose singular vectors no method finds, is skipped with a warning, a zero one
+        with a line in the log.
 
         Raises:
             InputError: a moment's shape does not fit its basis.

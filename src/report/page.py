@@ -13,11 +13,10 @@ from pathlib import Path
 import markdown
 from matplotlib.figure import Figure
 
-from files import whole_folder
+from files import read_object, whole_folder
 from report import figures as draw
 from report.bootstrap import Interval
 from report.matrix import MEASURES
-from report.published import RESULTS, SIZES
 from report.runs import (
     Run,
     base_method,
@@ -34,19 +33,10 @@ from report.runs import (
 )
 
 TITLE = "Continual learning: methods side by side"
-STYLE = """
-:root { color-scheme: light dark }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
-div { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 }
-td, th { padding: .25rem .7rem; border-bottom: 1px solid #8886; white-space: nowrap }
-td:first-child, th:first-child { white-space: normal; min-width: 8rem; text-align: left }
-figure { display: inline-block; vertical-align: top; margin: .5rem 1.5rem .5rem 0; max-width: 100%; overflow-x: auto }
-@media print {
-  @page { size: A4 landscape; margin: 12mm } body { font-size: 10px; margin: 0; max-width: none }
-  div { overflow: visible } td, th { padding: .15rem .3rem; white-space: normal } td:first-child { min-width: 0 }
-  figure, tr { break-inside: avoid } svg { max-width: 100%; height: auto } h2, h3 { break-after: avoid }
-}
-"""
+HERE = Path(__file__).parent
+STYLE = (HERE / "page.css").read_text(encoding="utf-8")
+PUBLISHED = read_object(HERE / "published.json")
+"""Results by model, read in secondary summaries, not in the papers' own tables; means over the orders."""
 NOTE = (
     "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
     "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
@@ -74,8 +64,8 @@ def write_report(runs: Sequence[Run], folder: Path, pdf_folder: Path | None = No
             (partial / "figures" / f"{name}.svg").write_text(picture, encoding="utf-8")
         (partial / "report.md").write_text(text, encoding="utf-8")
         (partial / "report.html").write_text(html(text, pictures), encoding="utf-8")
-        write_csv(partial / "measures.csv", [_measures(run) for run in runs])
-        write_csv(partial / "accuracy.csv", [cell for run in runs for cell in _cells(run)])
+        write_csv(partial / "measures.csv", [(run, _measures(run)) for run in runs])
+        write_csv(partial / "accuracy.csv", [(run, cell) for run in runs for cell in _cells(run)])
     if pdf_folder is not None:
         pdf_folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
@@ -86,7 +76,8 @@ def html(text: str, pictures: Mapping[str, str]) -> str:
     """The Markdown page as one HTML file with its pictures."""
     body = markdown.markdown(text, extensions=["tables"])
     body = body.replace("<table>", "<div><table>").replace("</table>", "</table></div>")
-    body = re.sub(r'<p><img alt="" src="figures/(.+?)\.svg" /></p>', lambda m: f"<figure>{pictures[m[1]]}</figure>", body)
+    shown = r'<p><img alt="" src="figures/(.+?)\.svg" /></p>'
+    body = re.sub(shown, lambda found: f"<figure>{pictures[found[1]]}</figure>", body)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -110,7 +101,10 @@ def answer(runs: Sequence[Run]) -> str:
     others = [method for method in sequential if base_method(method) != base_method(best)]
     rivals = dict.fromkeys([*sequential[1:2], *others[:1]])  # the next may be a variant of the best
     said += [_lead(own, select(runs, method=rival), rival) for rival in rivals]
-    said.append(f"Cost: {_cost(own)}.")
+    seconds, trained, stored = _costs(own)
+    share = f" ({100 * own[0].trained_values / own[0].values:.2g} % of the model)" if own[0].values else ""
+    said.append(f"Cost: {seconds} of training per order, {trained} trainable parameters{share}, {stored} saved between "
+                "tasks.")
     for ceiling in [method for method in methods if method not in sequential][:1]:
         if gap := paired_difference(own, select(runs, method=ceiling)):
             said.append(f"Against {ceiling}, all tasks at once: {gap} points{_caution(gap)}.")
@@ -140,20 +134,12 @@ def _mean_cost(runs: Sequence[Run], name: str) -> float | None:
     return None if None in values else statistics.mean(values)
 
 
-def _costs(runs: Sequence[Run]) -> tuple[str, str, str]:
+def _costs(runs: Sequence[Run]) -> list[str]:
     """Mean training time, trainable parameters and stored bytes, as text."""
-    seconds, trained, stored = (_mean_cost(runs, name) for name in ("seconds", "trained_values", "stored_bytes"))
-    return (
-        "-" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min",
-        "-" if trained is None else f"{trained:,.0f}",
-        "-" if stored is None else f"{stored / 1e6:.2f} MB",
-    )
-
-
-def _cost(runs: Sequence[Run]) -> str:
-    seconds, trained, stored = _costs(runs)
-    share = f" ({100 * runs[0].trained_values / runs[0].values:.2g} % of the model)" if runs[0].values else ""
-    return f"{seconds} of training per order, {trained} trainable parameters{share}, {stored} saved between tasks"
+    forms = {"seconds": lambda s: f"{s:.0f} s" if s < 600 else f"{s / 60:.0f} min",
+             "trained_values": "{:,.0f}".format, "stored_bytes": lambda stored: f"{stored / 1e6:.2f} MB"}
+    means = {name: _mean_cost(runs, name) for name in forms}
+    return ["-" if means[name] is None else form(means[name]) for name, form in forms.items()]
 
 
 def _model_lines(runs: Sequence[Run], figures: dict[str, Figure], look: draw.Styles) -> list[str]:
@@ -175,19 +161,20 @@ def _model_lines(runs: Sequence[Run], figures: dict[str, Figure], look: draw.Sty
     if len(points) > 1:
         lines.append(_figure(figures, f"{model}-costs", draw.costs(points, look, f"{model}: what accuracy costs")))
     orders = sorted(distinct(runs, "order"), key=natural)
-    by_order = [[summarise(select(mine, order=order), "average_performance") for order in orders] for mine in own.values()]
-    lines += [f"### {_plain(model)}: AP of each order", _table(["method", *orders], [
-        [method, *(str(result or "-") for result in results)] for method, results in zip(methods, by_order)])]
+    rows = [[method, *(str(summarise(select(mine, order=order), "average_performance") or "-") for order in orders)]
+            for method, mine in own.items()]
+    lines += [f"### {_plain(model)}: AP of each order", _table(["method", *orders], rows)]
     for order in orders:
         lines += _order_lines(select(runs, order=order), methods, figures, look)
     unfinished = [f"{run.method}, {run.order}, seed {run.seed} (without {', '.join(run.unfinished)})"
                   for run in runs if run.unfinished]
     lines += [_plain(f"Unfinished, and so not compared: {'; '.join(unfinished)}")] * bool(unfinished)
-    if published := [row[1:] for row in RESULTS if runs[0].values and abs(runs[0].values / SIZES[row[0]] - 1) < 0.05]:
-        lines += ["### Published results of this size", "Not measured here, and read in secondary summaries, not in the "
-                  "papers' own tables.", _table(["orders", "method", "AP", "BWT"], [
-                      [orders, method, f"{performance:.1f}", "-" if transfer is None else f"{transfer:+.1f}"]
-                      for orders, method, performance, transfer in published])]
+    for published in PUBLISHED.values():
+        if abs((runs[0].values or 0) / published["parameters"] - 1) < 0.05:
+            rows = [[orders, method, f"{performance:.1f}", "-" if transfer is None else f"{transfer:+.1f}"]
+                    for orders, method, performance, transfer in published["orders, method, AP, BWT"]]
+            note = "Not measured here, and read in secondary summaries, not in the papers' own tables."
+            lines += ["### Published results of this size", note, _table(["orders", "method", "AP", "BWT"], rows)]
     return lines
 
 
@@ -201,13 +188,16 @@ def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> str:
         gap = None if method == best else paired_difference(own, select(runs, method=best))
         average, *shown = [str(summarise(own, name) or "-") for name in (
             "average_performance", "backward_transfer", "forgetting", *optional)]
-        rows.append([f"{method} (ceiling)" if is_ceiling(method) else method, average, *[str(gap or "-")] * len(against),
-                     *shown, *_costs(own), str(sum(not run.unfinished for run in own))])
+        name = f"{method} (ceiling)" if is_ceiling(method) else method
+        rows.append([name, average, *[str(gap or "-")] * len(against), *shown, *_costs(own),
+                     str(sum(not run.unfinished for run in own))])
     names = [OPTIONAL[name] for name in optional]
     return _table(["method", "AP", *against, "BWT", "F", *names, "training", "trained", "stored", "runs"], rows)
 
 
-def _order_lines(runs: Sequence[Run], methods: Sequence[str], figures: dict[str, Figure], look: draw.Styles) -> list[str]:
+def _order_lines(
+    runs: Sequence[Run], methods: Sequence[str], figures: dict[str, Figure], look: draw.Styles
+) -> list[str]:
     """Curves and heat maps of one order's finished runs; runs over fewer or other tasks are left out."""
     runs = finished(runs)
     model, order, tasks = runs[0].model, runs[0].order, max((run.tasks for run in runs), key=len)
@@ -231,7 +221,8 @@ def _foot(runs: Sequence[Run]) -> list[str]:
         own = select(runs, model=model)
         shared = {key: value for key, value in own[0].options.items()
                   if all(run.options.get(key) == value for run in own) and value not in (None, [])}
-        lines.append(_plain(f"{model}, settings of all runs: {', '.join(f'{k}={v}' for k, v in shared.items()) or '-'}."))
+        settings = ", ".join(f"{key}={value}" for key, value in shared.items())
+        lines.append(_plain(f"{model}, settings of all runs: {settings or '-'}."))
     return lines
 
 
@@ -253,26 +244,22 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _measures(run: Run) -> dict:
     """A run's measures and costs in full precision, None where there is none."""
     costs = {name: getattr(run, name) for name in ("seconds", "trained_values", "values", "stored_bytes")}
-    measures = {name: run.measures.get(name) for name in MEASURES}
-    return _about(run) | measures | costs | {"unfinished": " ".join(run.unfinished)}
+    return {name: run.measures.get(name) for name in MEASURES} | costs | {"unfinished": " ".join(run.unfinished)}
 
 
 def _cells(run: Run) -> list[dict]:
     """The measured cells of a run's accuracy matrix."""
-    return [_about(run) | {"step": i + 1, "after": run.tasks[i], "task": task, "accuracy": value}
+    return [{"step": i + 1, "after": run.tasks[i], "task": task, "accuracy": value}
             for i, row in enumerate(run.matrix) for task, value in zip(run.tasks, row) if value is not None]
 
 
-def _about(run: Run) -> dict:
-    return {name: getattr(run, name) for name in ("model", "method", "order", "seed")}
-
-
-def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
-    """Write rows, all with the first one's keys, as a table with a head."""
+def write_csv(path: Path, rows: Sequence[tuple[Run, dict]]) -> None:
+    """Write a table: for each row what identifies its run, then the values, under the names of the first row."""
+    table = [{name: getattr(run, name) for name in ("model", "method", "order", "seed")} | row for run, row in rows]
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, table[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(table)
 
 
 def _plain(text: str) -> str:
