@@ -303,7 +303,7 @@ def test_bad_input_is_one_line_and_exit_code_2(more, said, capsys, monkeypatch):
 
 
 def test_a_config_of_another_kind_is_rejected(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     code = plan_memory.main(["--model_name_or_path", str(tmp_path), "--lora_modules", "x",
                              "--optim_target_modules", "x"])
-    assert code == 2 and "found model_type 'gpt2'" in capsys.readouterr().err
+    assert code == 2 and "found model_type 'vit'" in capsys.readouterr().err

@@ -125,9 +125,11 @@ def test_summary_says_what_trains_and_is_protected(two_tasks, mini_benchmark, tm
     _, modules = PREFIX[adapter_name]
     command = arguments(mini_benchmark, tmp_path / "out", "amazon", first / adapter_name, modules, "--max_steps", "1")
     assert run_uie_lora.main(command) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[gorp] ")]
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.startswith("[gorp] ")]
     layers = len(load_file(first / adapter_name / "full_rank_weights.safetensors"))
-    assert any(f"of {layers} weights train, projected (std) to rank 8 every 4 steps" in line for line in said)
+    assert any(f"in {layers} full-rank weights (gradients projected to rank 8)" in line for line in said)
+    assert any("projection std, new bases every 4 steps" in line for line in lines)
     space = load_file(first / adapter_name / "gradient_space.safetensors")
     directions = sum(basis.shape[1] for basis in space.values())
     assert any(f"{directions} directions of earlier tasks" in line for line in said)
