@@ -19,9 +19,9 @@ from typing import Any
 import datasets
 
 from compute_metrics import normalise
-from errors import InputError
+from errors import InputError, nearest
 from files import check_writable, digest, json_kind, locked, read_json, read_object, whole_folder, write_json
-from order_config import SUBSETS, benchmark_datasets, read_task_config
+from order_config import SUBSETS, TASKS, benchmark_datasets, read_task_config
 
 logger = logging.getLogger("gorp")
 
@@ -328,6 +328,9 @@ def _sources(task_config_dir: str | os.PathLike, options: ExampleOptions) -> lis
     for subset in SUBSETS:
         config = Path(task_config_dir) / f"{subset}_tasks.json"
         for task, listed in read_task_config(config).items():
+            if task not in (known := {*TASKS, *metrics}):
+                raise InputError(f"{config}: unknown task {task!r}; allowed: the published ones, and those in "
+                                 f"{options.instruction_file}{nearest(task, known)}")
             for entry in listed:
                 name = entry["dataset name"]
                 source = _Source(subset, task, name, entry["sampling strategy"], data_dir / task / name,

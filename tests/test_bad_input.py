@@ -343,7 +343,7 @@ CASES: dict[str, list[Case]] = {
         Case("a key too many", tasks("test", lambda content: content["TC"][0].update({"limit": 3})),
              "test_tasks.json, TC[0]: unknown key 'limit'; allowed: sampling strategy, dataset name"),
         Case("a misspelt task", tasks("train", lambda content: content.update(Multirc=[])),
-             "unknown task 'Multirc'; allowed: SC, TC, NLI, QQP, WiC, MultiRC, COPA, BoolQA; did you mean 'MultiRC'?"),
+             "unknown task 'Multirc'; allowed: the published ones, and those in"),
         Case("a dataset twice", tasks("test", lambda content: content["TC"].append(content["TC"][0])),
              "dataset 'dbpedia' is listed 2 times; allowed: once"),
         Case("a step that trains two datasets", tasks("train", lambda content: content["SC"].append(
@@ -512,7 +512,7 @@ CASES: dict[str, list[Case]] = {
         Case("cores with a method that has none", flags("--galore_engine", "cores", "--method", "galore"),
              "--galore_engine: found cores; auto or dense with --method galore", needs_model=True),
         Case("fp16 at stage 0", deepspeed({"zero_optimization": {"stage": 0}, "fp16": {"enabled": True}}, "--fp16"),
-             "key zero_optimization.stage: found 0 with --fp16"),
+             "key zero_optimization.stage: found 0 with --fp16", by="run"),
         Case("S out of the first moment under DeepSpeed",
              deepspeed({"zero_optimization": {"stage": 2}}, "--protect", "gp_second"),
              "--protect: found gp_second with DeepSpeed; it needs ProjAdamW"),
@@ -671,7 +671,7 @@ def test_bad_input_is_one_line_and_costs_nothing(case, place, capfd, monkeypatch
         said.append(errors_of(run_uie_lora.main, command, capfd))
         assert case.needs_model or not loads
     assert contents(place.folder) == before
-    assert all(lines == said[0] for lines in said)
+    assert all(lines == said[0] for lines in said), said
     [line] = said[0]
     assert case.says in line and line.isprintable() and len(line) < 2100
 
