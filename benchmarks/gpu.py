@@ -29,8 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -40,6 +39,7 @@ import plan_memory
 from methods import Method, make_method
 from model.loading import model_class
 
+ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("step", "zero", "agree", "resume")
 STEPS, WARM_UP = 5, 2
 SOURCE, ANSWER = 512, 50
@@ -263,25 +263,26 @@ def section_zero(table: Table, configs: dict) -> None:
         free.bind(("", 0))
         port = free.getsockname()[1]
     os.environ |= ALONE | {"MASTER_PORT": str(port)}
-    kind, times = "llama", []
-    for sharded in (False, True):
-        clean()
-        training, arguments = Training(kind, "gorp, sketch", configs[kind]), {}
-        if sharded:
-            config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
-                      "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}  # fmt: skip
-            engine = deepspeed.initialize(model=training.model, optimizer=training.optimizer, config=config)[0]
-            training.method.begin_training(engine)
-            arguments = {"model": engine, "backward": engine.backward, "update": engine.step}
-        else:
-            training.method.begin_training()
-        for _ in range(1 + WARM_UP):
-            training.step(**arguments)
-        times.append(sorted(seconds(lambda: training.step(**arguments)) for _ in range(STEPS))[STEPS // 2])
-        if sharded:
-            engine.destroy()
-        del training, arguments
-    table.add(f"{kind}: a step under ZeRO-2 on one rank / without DeepSpeed", times[1] / times[0], "x")
+    times = [zero_step(configs["llama"], None), zero_step(configs["llama"], deepspeed.initialize)]
+    table.add("llama: a step under ZeRO-2 on one rank / without DeepSpeed", times[1] / times[0], "x")
+
+
+def zero_step(config, initialize: Callable | None) -> float:
+    """Median seconds of an ordinary step, under ZeRO-2 where DeepSpeed's `initialize` is given."""
+    clean()
+    training, engine, arguments = Training("llama", "gorp, sketch", config), None, {}
+    if initialize is not None:
+        settings = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2},
+                    "zero_allow_untested_optimizer": True}  # fmt: skip
+        engine = initialize(model=training.model, optimizer=training.optimizer, config=settings)[0]
+        arguments = {"model": engine, "backward": engine.backward, "update": engine.step}
+    training.method.begin_training(engine)
+    for _ in range(1 + WARM_UP):
+        training.step(**arguments)
+    found = sorted(seconds(lambda: training.step(**arguments)) for _ in range(STEPS))[STEPS // 2]
+    if engine is not None:
+        engine.destroy()
+    return found
 
 
 def train(folder: Path, name: str, *extra: str) -> Path:

@@ -150,7 +150,8 @@ def make_plan(options: PlanArguments) -> Plan:
         "CUDA context (assumed)": CONTEXT,
     }
     step, tokens = forward_pass(method, options)
-    step["one SVD"] = max(_decomposition(shapes[name], ranks[name], options) for name in shapes)
+    thin = 4 * max(map(sum, shapes.values())) * (options.galore_rank + OVERSAMPLING)  # a sketch, or of float32 matrices
+    step["one SVD"] = 4 * (thin if options.galore_svd == "sketch" else (3 + (options.gpus > 1)) * largest)
     step["gradients collected"] = cores * sum(
         collected(shape, options.gradient_accumulation_steps * tokens[name], number) for name, shape in shapes.items()
     )
@@ -229,16 +230,6 @@ def collected(shape: tuple[int, int], tokens: int, number: int) -> int:
     """Bytes of a target's gradient (out, in) after so many tokens, in the form that `LayerGradient` keeps."""
     numbers, matrix = tokens * sum(shape), math.prod(shape)
     return 4 * matrix if numbers > matrix else numbers * number
-
-
-def _decomposition(shape: tuple[int, int], ranks: tuple[int | None, int | None], options: PlanArguments) -> int:
-    """Bytes to compute one target's bases, in float32: its gradient and copies of it, or thin products alone."""
-    sides, small, weight = sum(shape), min(shape), shape[0] * shape[1]
-    width = min(max(rank or 0 for rank in ranks) + OVERSAMPLING, small)
-    copies = 2 + (options.gpus > 1)  # the gradient, one scaled and, with several ranks, one to sum
-    numbers = {"sketch": 4 * sides * width, "lowrank": copies * weight + 3 * sides * width,
-               "exact": (copies + 1) * weight + sides * small}  # fmt: skip
-    return 4 * numbers[options.galore_svd]
 
 
 def build_on_meta(name: str) -> nn.Module:

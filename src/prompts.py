@@ -20,7 +20,7 @@ tags: [gorp, lora, continual-learning]
 
 # Adapter after {datasets}
 
-Trained with GORP, method {method}, on {base}. The folder holds {content}.
+Trained with GORP, method {method}, on {base}. The folder holds {holds}.
 
 In a checkout of GORP, `python src/answer.py FOLDER --dataset {last} --text "..."` asks it, and
 `python src/export.py FOLDER --to NEW_FOLDER` makes a plain Transformers model of it. The prompt of {last} is the
@@ -58,9 +58,11 @@ def read_prompts(folder: Path) -> dict:
 def save_card(folder: Path, method: str, base: str) -> None:
     """Write README.md, in place of the model card that PEFT leaves to be filled in."""
     prompts = read_prompts(folder)
-    last, content = list(prompts["heads"])[-1], "the LoRA of all tasks, their ranks one after the other"
+    last, holds = list(prompts["heads"])[-1], []
+    if (folder / "adapter_model.safetensors").exists():
+        holds.append("the LoRA of all tasks, their ranks one after the other")
     if (folder / FILE_NAME).exists():
-        content = f"LoRA, if any, and in `{FILE_NAME}` weights of the base model that changed, which PEFT cannot load"
-    card = CARD.format(base=base, datasets=", ".join(prompts["heads"]), method=method, content=content, last=last,
-                       prompts=PROMPTS, head=prompts["heads"][last], tail=prompts["tail"])  # fmt: skip
+        holds.append(f"in `{FILE_NAME}` the weights of the base model that changed, which PEFT alone leaves out")
+    card = CARD.format(base=base, method=method, datasets=", ".join(prompts["heads"]), holds=" and ".join(holds),
+                       last=last, head=prompts["heads"][last], tail=prompts["tail"], prompts=PROMPTS)  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -365,7 +365,7 @@ class LoraMethod(Method):
         super().save(folder)
 
     def changed_weights(self) -> dict[str, torch.Tensor]:
-        return super().changed_weights() | self.weights_to_save
+        return self.weights_to_save if self.partitioned else super().changed_weights()
 
     def describe(self) -> str:
         new = sum(factor.numel() for factor in self._trained_factors().values())

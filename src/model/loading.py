@@ -328,7 +328,8 @@ def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
     """
     if not config.is_encoder_decoder:
         for kind in ("bos", "eos"):
-            if getattr(tokenizer, f"{kind}_token") is None and (ids := _as_list(getattr(config, f"{kind}_token_id"))):
+            ids = _as_list(getattr(config, f"{kind}_token_id", None))
+            if getattr(tokenizer, f"{kind}_token") is None and ids:
                 setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(ids[0]))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
         tokenizer.padding_side = "left"
@@ -337,9 +338,10 @@ def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
     for kind in ("eos", "pad"):
         if getattr(tokenizer, f"{kind}_token") is None:
             raise InputError(f"{name}: neither the tokenizer nor config.json defines {kind}_token")
-    if tokenizer.vocab_size > config.vocab_size:  # added tokens get new rows
+    rows = getattr(config, "vocab_size", None) or tokenizer.vocab_size
+    if tokenizer.vocab_size > rows:  # added tokens get new rows
         raise InputError(f"{name}: its tokenizer has a vocabulary of {tokenizer.vocab_size} tokens; config.json says "
-                         f"vocab_size {config.vocab_size}, so they belong to different models")  # fmt: skip
+                         f"vocab_size {rows}, so they belong to different models")  # fmt: skip
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
