@@ -40,11 +40,7 @@ def generate_labels(folder: str | Path, *, sort: bool = False, overwrite: bool =
         overwrite: replace labels.json if it exists.
 
     Raises:
-<<<<<<< HEAD
-        InputError: an unreadable file, a malformed example, or one whose label is not in the list. Nothing is written.
-=======
         InputError: an unreadable file, an invalid example, or a label that is not in the list. Nothing is written.
->>>>>>> main
     """
     folder = Path(folder)
     path = folder / "labels.json"
@@ -58,7 +54,7 @@ def generate_labels(folder: str | Path, *, sort: bool = False, overwrite: bool =
 
 
 def _used_labels(path: Path, sort: bool) -> list[str]:
-    """The distinct labels of a file. Malformed examples are left to `read_rows`, which names them."""
+    """The distinct labels of a file. Rows that are not well formed are left to `read_rows`, which names them."""
     content = read_json(path)
     used = [row.get("label") for row in content if isinstance(row, dict)] if isinstance(content, list) else []
     labels = list(dict.fromkeys(label for label in used if isinstance(label, str) and label != UNLABELLED))

@@ -2,15 +2,9 @@
 
     python data/mini_benchmark.py [--out data/mini_benchmark] [--seed 42]
 
-<<<<<<< HEAD
-Every maker below turns a label into one sentence field of its dataset, in the shape of the real examples. The words
-come from `mini_lexicon.json`. A share of the examples carries a misleading word, and the pair tasks cannot be read off
-single words, so that counting words neither fails nor suffices (`tests/test_mini_benchmark.py` holds the bands).
-=======
 Every maker below turns a label into one sentence field of its dataset, in the form of the real examples. The words
 come from `mini_lexicon.json`. Some examples have a misleading word, and the pair tasks cannot be solved from single
 words, so that counting words neither fails nor suffices (`tests/test_mini_benchmark.py` holds the bands).
->>>>>>> main
 """
 
 import argparse
@@ -28,11 +22,7 @@ from errors import InputError, entry_point  # noqa: E402
 from files import read_json, whole_folder, write_json  # noqa: E402
 
 LEXICON = json.loads(Path(__file__).with_name("mini_lexicon.json").read_text(encoding="utf-8"))
-<<<<<<< HEAD
-EVAL_ROWS = 100  # examples of dev.json and of test.json
-=======
 EVAL_ROWS = 100  # examples in dev.json and in test.json
->>>>>>> main
 LEVELS = ["very negative", "negative", "neutral", "positive", "very positive"]
 logger = logging.getLogger("gorp")
 
@@ -245,7 +235,7 @@ def copa(label: str, rng: random.Random) -> str:
     return f"{question}\nA: {first}\nB: {second}"
 
 
-# (task, dataset) -> what makes an example of it, and how many its train.json has
+# (task, dataset) -> what makes a row of it, and how many rows its train.json has
 DATASETS: dict[tuple[str, str], tuple[Maker, int]] = {
     ("SC", "yelp"): (yelp, 400), ("SC", "amazon"): (amazon, 400), ("SC", "IMDB"): (imdb, 300),
     ("SC", "SST-2"): (sst2, 300),
@@ -279,7 +269,7 @@ def write_benchmark(out: Path, seed: int) -> None:
     if out.exists():
         raise InputError(f"{out}: already there; remove it to make it anew")
     try:
-        with whole_folder(out) as partial:  # two orders may make it at once; the examples are the same
+        with whole_folder(out) as partial:  # two orders may make it at once; the rows are the same
             for (task, dataset), (make, train_rows) in DATASETS.items():
                 labels = read_json(ROOT / "CL_Benchmark" / task / dataset / "labels.json")
                 folder = partial / task / dataset

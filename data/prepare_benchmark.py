@@ -1,16 +1,9 @@
 """Fill the benchmark folder with its 15 datasets, from the public hub or from a folder that has the layout already.
 
-<<<<<<< HEAD
-From the hub, a dataset gets up to 1,000 training examples a class and a test set of the published size, both drawn with
---seed; labels.json is the one in this repository. Unlike the published files, dev.json is not a copy of test.json: it
-holds training examples that train.json does not use, as many as test.json where there are so many. Only CB and COPA,
-which use all their training examples, have dev = test. Finished datasets are skipped, so an interrupted run resumes.
-=======
 From the hub, a dataset gets up to 1,000 training examples per class and a test set of the published size, both drawn
 with --seed; labels.json is the one in this repository. Unlike the published files, dev.json is not a copy of test.json: it
 holds training examples that train.json does not use, as many as test.json if there are enough. Only CB and COPA, which
 use all their training examples, have dev = test. Finished datasets are skipped, so that an interrupted run resumes.
->>>>>>> main
 
 Examples: python data/prepare_benchmark.py
           python data/prepare_benchmark.py --datasets SC/amazon TC/dbpedia
@@ -47,7 +40,7 @@ Load = Callable[..., Any]
 
 
 def _fields(columns: dict[str, str], end: str = "") -> Callable[[dict], str]:
-    """A function that writes a hub example as lines ``marker: value``, given marker -> column, closed by `end`."""
+    """A function that writes a hub row as lines ``marker: value``, given marker -> column, closed by `end`."""
     return lambda row: "\n".join(f"{marker}: {_line(row[column])}" for marker, column in columns.items()) + end
 
 
@@ -80,14 +73,14 @@ def _wic(row: dict) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the hub has a dataset, and how its examples become the benchmark's.
+    """Where the hub has a dataset, and how its rows become the benchmark's.
 
     Attributes:
-        repo, config, test_split: the arguments for ``datasets.load_dataset``; training examples come from "train".
+        repo, config, test_split: the arguments for ``datasets.load_dataset``; training rows come from "train".
         train_rows, test_rows: the published sizes.
-        sentence: hub example -> sentence.
+        sentence: hub row -> sentence.
         classes: labels in the order of the hub's class numbers, comma-separated.
-        label_column, first_class: where an example has its class number, and the lowest one.
+        label_column, first_class: where a row has its class number, and the lowest one.
     """
 
     repo: str
@@ -106,7 +99,7 @@ class Source:
         return dict(enumerate(self.classes.split(", "), self.first_class))
 
     def row(self, hub_row: dict) -> Row:
-        """A hub example in the benchmark's form."""
+        """A hub row in the benchmark's form."""
         number = int(hub_row[self.label_column])
         if number not in self.labels:
             allowed = f"{min(self.labels)} to {max(self.labels)}"
@@ -187,19 +180,11 @@ def prepare_from_hub(
     Args:
         names: ``TASK/DATASET`` keys of `SOURCES`; None is all of them.
         seed: decides which examples are drawn, and their order.
-<<<<<<< HEAD
-        overwrite: make finished datasets anew.
-        load: ``datasets.load_dataset``, or a function that is called like it.
-
-    Raises:
-        InputError: an unknown name, a folder that cannot be written, a download that fails, or a bad example.
-=======
         overwrite: replace finished datasets.
         load: ``datasets.load_dataset``, or a function that is called like it.
 
     Raises:
         InputError: an unknown name, a folder that cannot be written, a download that fails, or an invalid example.
->>>>>>> main
     """
     for name in names or ():
         if name not in SOURCES:
@@ -249,11 +234,11 @@ def hub_subsets(name: str, *, seed: int, load: Load) -> dict[str, list[Row]]:
 
 
 def _hub_rows(name: str, split: str, load: Load) -> Iterator[Row]:
-    """The examples of one hub split in the benchmark's form, streamed, under a progress bar."""
+    """The rows of one hub split in the benchmark's form, streamed, under a progress bar."""
     source = SOURCES[name]
     try:
         hub_rows = load(source.repo, source.config, split=split, streaming=True)
-        for hub_row in tqdm(hub_rows, desc=f"{name} {split}", unit=" examples", unit_scale=True):
+        for hub_row in tqdm(hub_rows, desc=f"{name} {split}", unit=" rows", unit_scale=True):
             yield source.row(hub_row)
     except InputError:
         raise
@@ -267,13 +252,13 @@ def _hub_rows(name: str, split: str, load: Load) -> Iterator[Row]:
 def prepare_from_folder(
     data_dir: str | Path, folder: str | Path, names: Sequence[str] | None = None, *, overwrite: bool = False
 ) -> None:
-    """Copy datasets from a folder of the same layout, after every example of all of them has been checked.
+    """Copy datasets from a folder of the same layout, after every row of all of them has been checked.
 
     Args:
         names: ``TASK/DATASET`` to copy; None is all that the folder has complete, and the log says what it lacks.
 
     Raises:
-        InputError: a dataset asked for is not there, nothing is there, or a file or example is bad.
+        InputError: a dataset asked for is not there, nothing is there, or a file or row is bad.
     """
     present = benchmark_datasets(folder)
     complete = [name for name in present if is_complete(Path(folder) / name)]
@@ -314,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="CL_Benchmark", help="folder to fill (default: %(default)s)")
     parser.add_argument("--datasets", nargs="+", metavar="TASK/DATASET", help="only these (default: all)")
     parser.add_argument("--from", dest="folder", metavar="FOLDER", help="copy from here instead of the hub")
-    parser.add_argument("--seed", type=int, default=42, help="decides which examples are drawn (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="decides which hub rows are drawn (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="make finished datasets anew")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -46,7 +46,8 @@ set_up() {  # REQUIREMENTS_FILE ...
 compare() {  # INTERPRETER REQUIREMENTS_FILE ...
     local status=0 said
     said=$("$1" scripts/satisfied.py "${@:2}" 2>/dev/null) || status=$?
-    PYTHON=${said%%$'\n'*} differences=${said#*$'\n'}
+    PYTHON=${said%%$'\n'*} differences=${said#"$PYTHON"}
+    differences=${differences#$'\n'}
     [ -n "$said" ] || PYTHON=$1 differences='no usable Python'
     return $status
 }

@@ -694,13 +694,16 @@ def test_set_up_installs_once_mends_what_was_interrupted_and_says_what_failed(ne
     active = {"VIRTUAL_ENV": str(checkout / ".venv"), **nothing_to_install}
     assert bash("-c", SET_UP, cwd=checkout, **active).stdout == f"{python}\n"
 
+    path = f"{checkout}/.venv/bin{os.pathsep}{os.environ['PATH']}"
+    inside = bash("-c", f"PATH={shlex.quote(path)}; {SET_UP}", cwd=checkout, GORP_ENV="active", **active)
+    assert inside.stdout == f"{python}\n", inside.stderr  # nothing differs, nothing is said
+
     next((checkout / ".venv").rglob("gorp_test_package-1.0.dist-info/INSTALLER")).unlink()
     again = bash("-c", SET_UP, cwd=checkout, **pip)
     assert again.returncode == 0, again.stderr
     assert "[gorp] setting up .venv" in again.stdout and again.stdout.endswith(f"{python}\n")
 
     require(checkout, "2.0")
-    path = f"{checkout}/.venv/bin{os.pathsep}{os.environ['PATH']}"
     inside = bash("-c", f"PATH={shlex.quote(path)}; {SET_UP}", cwd=checkout, GORP_ENV="active", **active)
     assert inside.returncode == 0, inside.stderr
     assert inside.stdout.splitlines() == [
