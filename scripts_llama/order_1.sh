@@ -2,7 +2,7 @@
 # Order 1 on LLaMA-2-7B: dbpedia, amazon, yahoo, agnews.
 #
 #   Model     pip install huggingface_hub && hf download meta-llama/Llama-2-7b-hf --local-dir initial_model/llama
-#             (once `hf auth login` knows you and access is granted; any LLaMA will do)
+#             (once `hf auth login` knows you and access is granted; MODEL= takes any decoder-only model)
 #   Launch    NPROC=8 bash scripts_llama/order_1.sh     (published on 8 GPUs; 1, 2 or 4 see the same 64 examples a step)
 #             --small: SmolLM2-135M instead; --tiny: a tiny LLaMA and made-up data, minutes on a CPU
 #   Override  EXTRA="--max_source_length 384" bash scripts_llama/order_1.sh     (less memory)

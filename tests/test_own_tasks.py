@@ -64,7 +64,7 @@ def test_the_instruction_file_says_which_tasks_there_are_and_how_they_are_scored
     (lambda place: (place / "data/TC/counts/labels.json").unlink(), "TC/counts/labels.json: no such file"),
     (lambda place: put(place / "data/Short/news/test.json", [{"sentence": "a", "label": " "}]), "label is blank"),
     (lambda place: put(place / "instructions.json", {"Short": {"metric": "rougeL", "instructions": []}}),
-     "no zero-shot instruction for task TC"),
+     "unknown task .Colour.; allowed: the published ones"),
     (lambda place: put(place / "instructions.json", {"Short": {"metric": "bleu", "instructions": []}}),
      "instructions.json, Short: metric 'bleu'; allowed: exact_match, rougeL"),
     (lambda place: put(place / "instructions.json", {"Short": {"metric": "rougeL"}}), "Short: found object; allowed"),
