@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from arguments import UIETrainingArguments
 from helpers import ENVIRONMENT, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, free_port, put
 from order_config import write_order
 from simulated_gpu import FAULTS
@@ -76,6 +78,14 @@ def test_no_operation_mixes_places_and_no_collective_is_of_a_cpu_tensor(name, mi
     waits = [event for event in found if event[:2] == ["step 2", "wait"] and event[2].startswith("src/")]
     own = [event for event in waits if " via " not in event[2] and "src/model/" not in event[2]]
     assert sum(event[3] for event in own) <= OWN_WAITS * 2 * ranks, own  # two tasks
+
+
+def test_one_process_uses_one_of_several_gpus(monkeypatch, tmp_path):
+    """Hugging Face would train by DataParallel, with twice the examples a step."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    args = UIETrainingArguments(output_dir=str(tmp_path), do_train=True, per_device_train_batch_size=8)
+    assert (args.n_gpu, args.train_batch_size, args.idle_gpus()) == (1, 8, 1)
+    assert UIETrainingArguments(output_dir=str(tmp_path), do_train=True, use_cpu=True).idle_gpus() == 0
 
 
 PLANTED = """\
