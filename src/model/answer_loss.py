@@ -72,8 +72,9 @@ class AnswerLoss:
         scored = weights != 0
         columns = scored.any(0).nonzero().flatten()
         outputs = stock(logits_to_keep=columns)
-        logits = outputs.logits[scored[:, columns].to(outputs.logits.device)]
-        targets, weights = labels[:, 1:][scored].to(logits.device), weights[scored].to(logits.device)
+        places = scored[:, columns].nonzero(as_tuple=True)  # read once: an index by a mask waits for the device
+        logits = outputs.logits[places]
+        targets, weights = (of[:, columns][places].to(logits.device) for of in (labels[:, 1:], weights))
         total = (cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
         count = num_items_in_batch if num_items_in_batch is not None else scored.sum()
         # Without a target: an empty sum over one token, which is 0 with a graph, not 0 / 0.
