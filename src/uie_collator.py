@@ -200,7 +200,8 @@ class DataCollatorForUIE:
 
         answers = self.kept.look_up([f"answer {label}" for label in labels], encode)
         for ids, label, example in zip(answers, labels, examples):
-            if spelled := self._special.intersection(ids[self._before : -self._after]):  # generation would stop inside such an answer
+            # Generation would stop inside an answer with a special token.
+            if spelled := self._special.intersection(ids[self._before : -self._after]):
                 token = self.tokenizer.convert_ids_to_tokens(min(spelled))
                 raise InputError(
                     f"{_name(example)}: the answer {label!r} spells {token}; allowed: labels without special tokens"

@@ -527,8 +527,8 @@ CASES: dict[str, list[Case]] = {
              "config cannot be loaded",
              needs_model=True),
         Case("an architecture that is not supported", lambda place: put(
-            place.model / "config.json", BertConfig().to_json_string()), "found model_type 'bert'; allowed: decoder-only",
-            needs_model=True),
+            place.model / "config.json", BertConfig().to_json_string()),
+             "found model_type 'bert'; allowed: decoder-only", needs_model=True),
         Case("a vision-language model", lambda place: put(
             place.model / "config.json", Gemma3Config().to_json_string()), "'gemma3', a vision-language model; allowed",
             needs_model=True),
@@ -540,8 +540,8 @@ CASES: dict[str, list[Case]] = {
         Case("a smaller vocabulary than the tokenizer's", config(vocab_size=100),
              "config.json says vocab_size 100, so they belong to different models", needs_model=True),
         Case("a model that comes with its own code", config(model_type="own", auto_map={"AutoConfig": "code.Config"}),
-             "found model_type 'own'; allowed: the types of this Transformers version (the code that comes with the model "
-             "is not run)", needs_model=True),
+             "found model_type 'own'; allowed: the types of this Transformers version (the code that comes with the "
+             "model is not run)", needs_model=True),
         Case("attention kernels from the hub", config(_attn_implementation="someone/kernel"),
              "config.json: found attention code from 'someone/kernel'", needs_model=True),
         Case("no weights", lambda place: (place.model / "model.safetensors").unlink(), "holds no weights",
