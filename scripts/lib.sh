@@ -14,6 +14,7 @@ source scripts/settings.sh
 
 say() { echo "[gorp] $*"; }
 fail() { echo "error: $*" >&2; exit 2; }
+masked() { sed -E 's/(--hub[_-]token[= ])[^ )]+/\1***/g'; }   # as terminal.py masks what a run prints
 
 # --- set-up ---
 
@@ -235,8 +236,8 @@ run_order() {  # FAMILY NAME
     if [ -n "${DRY_RUN:-}" ]; then
         find_environment "${requirements[@]}" || find_python
         set_command
-        describe >&2
-        printf '%q ' "${command[@]}" && echo
+        describe | masked >&2
+        printf '%q ' "${command[@]}" | masked && echo
     else
         check_model
         one_at_a_time set_up "${requirements[@]}"
@@ -412,7 +413,7 @@ run_tasks() {
     # On a busy machine, threads that wait for one another made a tiny task of one minute take five.
     [ "$mode" != tiny ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     {
-        printf '%q ' "${command[@]}" && echo
+        printf '%q ' "${command[@]}" | sed -E 's/(--hub[_-]token[= ])[^ ]+/\1***/' && echo
         describe
         say "checking $name: data, flags and model"
         exec "${command[@]}"

@@ -8,7 +8,6 @@ protects, and its scores.
 """
 
 import contextlib
-import functools
 import json
 import logging
 import shutil
@@ -134,15 +133,20 @@ def run(
     checkpoint = of_first_rank(lambda: find_checkpoint(trainer, progress)) if trains else None
     if trains:
         draw_first_batch(trainer)
-    claim = functools.partial(claim_output_dir, trainer, run_record, progress)
-    if trains and "zero_shot" not in examples:
+    zero_shot = {}
+    if "zero_shot" in examples:
+        with torch.random.fork_rng():  # so that evaluation does not change training
+            zero_shot = score(trainer, examples["zero_shot"], "zero_shot")
+
+    def claim() -> None:
+        claim_output_dir(trainer, run_record, progress)
+        if zero_shot:
+            record(output_dir, "zero_shot", zero_shot, trainer)
+
+    if trains:
         trainer.when_prepared = claim  # no earlier: a run that cannot begin must not delete results
     else:
         claim()
-
-    if "zero_shot" in examples:
-        with torch.random.fork_rng():  # so that evaluation does not change training
-            score(trainer, examples["zero_shot"], output_dir, "zero_shot")
     if training_args.do_train:
         first, *others = method.summary()
         logger.info(first)
@@ -162,7 +166,7 @@ def run(
     if training_args.do_predict:
         predict(trainer, examples["test"], output_dir, data_args, started)
     if "unseen" in examples:
-        score(trainer, examples["unseen"], output_dir, "unseen")
+        record(output_dir, "unseen", score(trainer, examples["unseen"], "unseen"), trainer)
     if trainer.is_world_process_zero():
         complete(output_dir)
     trainer.release()
@@ -297,13 +301,13 @@ def track(trainer: UIETrainer, metrics: dict, tested: list[str], task: int) -> N
         sys.modules["wandb"].finish()
 
 
-def score(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path, part: str) -> None:
-    """Write the scores, without predictions, on examples beyond those of the tasks so far."""
+def score(trainer: UIETrainer, examples: datasets.Dataset, part: str) -> dict:
+    """The scores, without predictions, on examples beyond those of the tasks so far."""
     datasets_tested = list(dict.fromkeys(examples["Dataset"]))
     counted = {f"{part}_samples": len(examples), f"{part}_datasets": datasets_tested}
     metrics = trainer.predict(examples, metric_key_prefix=part).metrics | counted
-    record(output_dir, part, metrics, trainer)
     logger.info("%s: %s", part.replace("_", "-"), accuracy_line(metrics, datasets_tested, prefix=f"{part}_"))
+    return metrics
 
 
 def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) -> dict:

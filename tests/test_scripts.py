@@ -539,6 +539,8 @@ def test_a_secret_reaches_no_log(flag, checkout):
     [log] = [path.read_text() for path in (checkout / "logs").glob("*.log")]
     assert "hf_secret" not in log + done.stdout + done.stderr
     assert "***" in log and "EXTRA override these" in done.stdout
+    dry = order_1(checkout, EXTRA=flag, DRY_RUN="1")
+    assert "***" in dry.stdout and "hf_secret" not in dry.stdout + dry.stderr
 
 
 def test_fresh_is_passed_on_with_the_log_that_goes_too():
