@@ -77,4 +77,4 @@ def main(name="sgorp", data=ROOT / "data/mini_benchmark", out=ROOT / "logs_and_o
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    print(__doc__) if {"-h", "--help"} & {*sys.argv} else main(*sys.argv[1:2])

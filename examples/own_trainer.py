@@ -5,6 +5,7 @@
 With TRL: `class MethodSFTTrainer(MethodHooks, SFTTrainer)`, see docs/METHODS.md.
 """
 
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -86,5 +87,4 @@ def main(name, out=ROOT / "logs_and_outputs" / "own_trainer", epochs=20):
 
 
 if __name__ == "__main__":
-    main("sgorp")
-    main("olora")
+    print(__doc__) if sys.argv[1:] else (main("sgorp"), main("olora"))
