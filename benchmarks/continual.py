@@ -182,7 +182,7 @@ class Outcome:
         run = read_run(trial.folder(out))
         if not run.right:
             raise InputError(f"{run.folder}: the last task's predictions are not there")
-        right = {dataset: "".join(map(str, hits)) for dataset, hits in run.right.items()}
+        right = {dataset: "".join(str(int(hit)) for hit in hits) for dataset, hits in run.right.items()}
         record = read_json(run.folder / "outputs" / f"{len(run.tasks)}-{run.tasks[-1]}" / RECORD)
         return cls(trial, run.matrix, right, run.seconds, run.trained_values, run.stored_bytes, record["git_revision"])
 
