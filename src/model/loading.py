@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from errors import InputError
-from files import read_object
+from files import json_kind, read_object
 from model.answer_loss import causal_class, check_loss
 from model.llama import LlamaForCausalLM_with_lossmask
 
@@ -252,8 +252,11 @@ def _check_index(path: Path) -> None:
 
 def _reject_foreign(config: dict, name: str) -> None:
     """Reject a model that Transformers has no code for, or whose weights are quantised."""
-    kind, found = config.get("model_type"), f"{name}/config.json: found"
-    if kind not in CONFIG_MAPPING:
+    found = f"{name}/config.json: found"
+    if not isinstance(config, dict):
+        raise InputError(f"{found} {json_kind(config)}; allowed: an object")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         own = " (the code that comes with the model is not run)" if "auto_map" in config else ""
         raise InputError(f"{found} model_type {kind!r}; allowed: the types of this Transformers version{own}")
     if quantised := config.get("quantization_config"):
