@@ -78,6 +78,8 @@ def test_no_operation_mixes_places_and_no_collective_is_of_a_cpu_tensor(name, mi
     waits = [event for event in found if event[:2] == ["step 2", "wait"] and event[2].startswith("src/")]
     own = [event for event in waits if " via " not in event[2] and "src/model/" not in event[2]]
     assert sum(event[3] for event in own) <= OWN_WAITS * 2 * ranks, own  # two tasks
+    copies = [event for event in found if event[:2] == ["step 2", "copy"] and " via " not in event[2]]
+    assert copies == [], "what a step needs, spaces and bases among it, has moved before"
 
 
 def test_one_process_uses_one_of_several_gpus(monkeypatch, tmp_path):
