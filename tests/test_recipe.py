@@ -38,7 +38,7 @@ def test_every_task_of_order_1_is_learned(first_orders, family):
     for number, dataset in enumerate(("dbpedia", "amazon", "yahoo", "agnews"), start=1):
         results = json.loads((folder / "outputs" / f"{number}-{dataset}" / "predict_results.json").read_text())
         learned[dataset] = results[f"predict_exact_match_for_{dataset}"]
-    assert all(score >= 85 for score in learned.values()), learned
+    assert all(score >= 80 for score in learned.values()), learned
     order = json.loads((folder / "order_results.json").read_text())
     assert f"{order['average_performance']:.2f}" in shown
 

@@ -41,7 +41,7 @@ def test_two_ranks_under_zero_train_what_one_process_trains(adapter_name, stage,
     """
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, adapter_name, mini_benchmark)
-    assert "engine trainable cores under DeepSpeed" in train(two, adapter_name, mini_benchmark, ranks=2, stage=stage)
+    assert "engine trainable cores" in train(two, adapter_name, mini_benchmark, ranks=2, stage=stage)
     assert losses(two) == pytest.approx(losses(one), rel=2e-4)
     assert len(predictions(two)) == len(predictions(one))
     factors = [load_file(folder / adapter_name / "adapter_model.safetensors") for folder in (one, two)]

@@ -107,8 +107,6 @@ class CoreEngine:
                 there a skipped step looks like one that was taken.
             deepspeed: what `deepspeed.initialize` returned, if DeepSpeed trains the model.
         """
-        if deepspeed is not None:
-            self.name = "trainable cores under DeepSpeed, AdamW"
         self.optimizer_state = optimizer_state_of(optimizer, deepspeed)
         optimizer.register_step_post_hook(self._on_step)
         for layer in self.layers.values():
