@@ -91,9 +91,15 @@ def evaluate_predictions(
     }
 
 
-def score_of(metrics: Mapping[str, float], dataset: str, prefix: str = "") -> float | None:
-    """A dataset's score in the results of `evaluate_predictions`: exact match, or ROUGE-L of free-text answers."""
-    return metrics.get(f"{prefix}score_for_{dataset}", metrics.get(f"{prefix}exact_match_for_{dataset}"))
+def score_key(metrics: Mapping[str, float], dataset: str = "", prefix: str = "") -> str:
+    """The key of the score in the results of `evaluate_predictions`: exact match, or ROUGE-L of free-text answers.
+
+    Args:
+        dataset: by default the key is that of the score over all examples.
+    """
+    ending = f"_for_{dataset}" if dataset else ""
+    score = f"{prefix}score{ending}"
+    return score if score in metrics else f"{prefix}exact_match{ending}"
 
 
 def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: str = "", *, prefix: str = "") -> str:
@@ -104,7 +110,7 @@ def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: s
         datasets: the evaluated datasets, in the order to show them; the mean is over datasets.
         step: what the values were measured after; without it the line begins with the first dataset.
     """
-    values = {dataset: score_of(metrics, dataset, prefix) for dataset in datasets}
+    values = {dataset: metrics.get(score_key(metrics, dataset, prefix)) for dataset in datasets}
     each = ", ".join(f"{dataset} {round(value, 2):g}" for dataset, value in values.items())
     return f"{f'after {step}: ' if step else ''}{each} (mean {round(sum(values.values()) / len(values), 2):g})"
 

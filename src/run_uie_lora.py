@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check_data_arguments
 from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
-from compute_metrics import accuracy_line, score_of
+from compute_metrics import accuracy_line, score_key
 from errors import InputError, RunStopped, is_disk_full
 from files import locked, whole_file, whole_folder, write_json
 from methods import find_method
@@ -286,7 +286,7 @@ def track(trainer: UIETrainer, metrics: dict, tested: list[str], task: int) -> N
     args = trainer.args
     if not trainer.is_world_process_zero():
         return
-    scores = {f"test_accuracy_{dataset}": score_of(metrics, dataset, "predict_") for dataset in tested}
+    scores = {f"test_accuracy_{dataset}": metrics[score_key(metrics, dataset, "predict_")] for dataset in tested}
     with contextlib.suppress(InputError):  # a folder of one's own, not an order's
         _, matrix = accuracy_matrix(Path(args.output_dir).parents[1])
         measures = {"AP": average_performance(matrix), "BWT": backward_transfer(matrix)}

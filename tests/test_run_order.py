@@ -98,7 +98,7 @@ def test_a_chain_on_two_ranks_gives_what_two_processes_a_task_give(order, mini_b
 @pytest.mark.recipe
 @pytest.mark.parametrize("method", ["nlora", "inflora", "ella", "slao", "magmax", "ewc"])
 def test_other_methods_train_on_two_ranks_what_they_train_in_one_process(method, order, mini_benchmark, tmp_path):
-    """Both tasks, so that what a method hands on is read under DeepSpeed too."""
+    """Both tasks, so that what a method passes on is read under DeepSpeed too."""
     exact = ["--method", method, "--lora_dropout", "0", "--learning_rate", "1e-4", "--adam_epsilon", "1e-4",
              "--max_steps", "6", "--logging_steps", "1", "--max_train_samples", "48", "--max_predict_samples", "4"]
     ranks = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]

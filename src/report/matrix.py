@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from compute_metrics import score_key
 from errors import InputError
 from files import read_object
 
@@ -106,12 +107,15 @@ def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) 
     last = last_finished(matrix)
     folder = Path(order_dir) / "outputs" / step_name(last + 1, tasks[last])
     path = folder / "predict_results.json"
+    results = _results(path)
     unseen = unseen_accuracy(folder).values()
     average = average_performance(matrix)
     return {
         "average_performance": average,
         # `--predict_tasks ends` may have tested the latest task alone, and then there is no AP either.
-        "average_over_rows": None if average is None else _score(_results(path), path, "predict"),
+        "average_over_rows": None if average is None else number(
+            results, score_key(results, prefix="predict_"), path, 100
+        ),
         "backward_transfer": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
         "forward_transfer": forward_transfer(zero_shot_matrix(order_dir, tasks), last + 1),
@@ -175,13 +179,7 @@ def _step_folders(outputs: Path) -> list[Path]:
 def _row(path: Path, tasks: Sequence[str], part: str = "predict") -> list[float | None]:
     """The score on every task in a step's results file; None where the file, or its value, is missing."""
     results = _results(path)
-    return [_score(results, path, part, f"_for_{task}") for task in tasks]
-
-
-def _score(results: Mapping, path: Path, part: str, ending: str = "") -> float | None:
-    """ROUGE-L where it counts in place of exact match, otherwise exact match."""
-    score, exact_match = f"{part}_score{ending}", f"{part}_exact_match{ending}"
-    return number(results, score if score in results else exact_match, path, most=100)
+    return [number(results, score_key(results, task, f"{part}_"), path, most=100) for task in tasks]
 
 
 def number(content: Mapping, key: str, path: Path, most: float = math.inf) -> float | None:
