@@ -133,11 +133,13 @@ GENERATION = {"max_new_tokens": NEW_TOKENS, "num_beams": 1, "repetition_penalty"
 
 def prediction(subject: Subject, rows: list[dict], *, bounded: bool = True, shared: bool = True,
                **generation) -> Prediction:
-    return Prediction(
+    made = Prediction(
         subject.model, subject.collator, rows, Accelerator(cpu=True), GENERATION | generation,
         most_rows=subject.batch_rows, most_tokens=subject.batch_rows * subject.collator.max_source_length,
-        bounded=bounded, shares_beginnings=shared and subject.collator.decoder_only,
+        shares_beginnings=shared and subject.collator.decoder_only,
     )  # fmt: skip
+    made.bounded = made.bounded and bounded
+    return made
 
 
 def ours(subject: Subject, *, with_loss: bool = False, **options) -> list[list[int]]:

@@ -64,7 +64,7 @@ class DataArguments:
     instruction_strategy: str = HfArg(
         default="single", help="single: the first instruction; multiple: a random one for each example."
     )
-    overwrite_cache: bool = HfArg(default=False, help="Build the cached examples anew.")
+    overwrite_cache: bool = HfArg(default=False, help="Published, and ignored: examples are not cached.")
     input_record_file: str | None = HfArg(default=None, help="Append every batch to this file as text.")
     max_source_length: int = HfArg(default=512, help="Most tokens of a prompt; the text is cut to fit.")
     max_target_length: int = HfArg(default=50, help="Most tokens of an answer; a longer one is an error.")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import TrainerState, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -29,7 +29,7 @@ from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line, score_key
 from errors import InputError, RunStopped, is_disk_full
-from files import locked, whole_file, whole_folder, write_json
+from files import whole_file, whole_folder, write_json
 from methods import find_method
 from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
@@ -198,9 +198,11 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
 
         def lock() -> None:
             try:
-                held.enter_context(locked(folder / ".lock", timeout=0))
+                held.enter_context(FileLock(folder / ".lock", timeout=0))
             except Timeout:
                 raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+            except OSError as error:  # perhaps it is another user's
+                raise InputError(f"{folder / '.lock'}: cannot be locked ({error.strerror})") from None
 
         of_first_rank(lock)
         check_shared(folder)

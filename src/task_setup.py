@@ -14,6 +14,7 @@ from compute_metrics import MEASURED
 from errors import InputError
 from methods import Method
 from model.loading import LoadedModel, load_model_and_tokenizer
+from order_config import SUBSETS
 from task_examples import OrderExamples, first_examples, first_examples_of_each, place_in_order
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import ExampleOptions, load_uie_dataset
@@ -40,7 +41,7 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
     examples["test"] = first_examples_of_each(examples["test"], data_args.max_predict_samples)
     order = OrderExamples(
         data_args.task_config_dir,
-        lambda folder: read_task(folder, data_args, training_args)["train"],
+        lambda folder: read_task(folder, data_args, training_args, ["train"])["train"],
         seed=training_args.seed,
         fixed_steps=training_args.max_steps > 0,
     )
@@ -75,18 +76,19 @@ def check_best_metric(validation: Dataset, training_args: UIETrainingArguments) 
           f"loss, gen_len, {', '.join(metrics)}, and METRIC_for_DATASET or METRIC_for_TASK of these")
 
 
-def read_task(config_dir, data_args: DataArguments, training_args: UIETrainingArguments) -> DatasetDict:
+def read_task(config_dir, data_args: DataArguments, training_args: UIETrainingArguments,
+              subsets: Sequence[str] = SUBSETS) -> DatasetDict:
     """The examples of the task of `config_dir`, with at most `--max_train_samples` to train on."""
-    options = example_options(data_args, training_args)
-    examples = load_uie_dataset(config_dir, options, overwrite_cache=data_args.overwrite_cache)
-    examples["train"] = first_examples(examples["train"], data_args.max_train_samples)
+    examples = load_uie_dataset(config_dir, example_options(data_args, training_args), subsets)
+    if "train" in examples:
+        examples["train"] = first_examples(examples["train"], data_args.max_train_samples)
     return examples
 
 
 def read_tests(config_dir, wanted: Callable[[str], bool], data_args: DataArguments,
                training_args: UIETrainingArguments) -> Dataset:
     """The test examples of a task from the wanted datasets, up to `--max_predict_samples` each."""
-    tests = _of_datasets(read_task(config_dir, data_args, training_args)["test"], wanted)
+    tests = _of_datasets(read_task(config_dir, data_args, training_args, ["test"])["test"], wanted)
     return first_examples_of_each(tests, data_args.max_predict_samples)
 
 

@@ -622,7 +622,7 @@ ALL = [pytest.param(case, id=f"{area}: {case.what}") for area, cases in CASES.it
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """The adapter folder that one task leaves, and the cache of examples that all cases share."""
+    """The adapter folder that one task leaves."""
     import run_uie_lora
 
     folder = tmp_path_factory.mktemp("made")
@@ -634,7 +634,6 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(made, tmp_path, monkeypatch) -> Place:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", made.parent / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return Place(tmp_path, made)
 

@@ -270,11 +270,6 @@ def test_a_tokenizer_without_eos():
     assert str(error.value) == "--model_name_or_path: found a tokenizer without an EOS token; allowed: one with it"
 
 
-def test_training_and_evaluation_rows_do_not_mix(tokenizers):
-    with pytest.raises(ValueError, match="mixes examples of train with examples of dev or test"):
-        collator(tokenizers[llama], True)([example("x"), example("x", subset="test")])
-
-
 # The record
 
 
