@@ -74,23 +74,14 @@ class CoreLinear(nn.Linear):
             raise InputError("DeepSpeed stage 3: a penalty on a partitioned weight; allowed are stages 0 to 2")
         return _EffectiveWeight.apply(self.core, self)
 
-    def removed(self, from_update: bool) -> tuple:
-        """(S, side) for the gradient or for the update; empty where nothing is removed.
+    def from_update(self) -> Tensor | None:
+        """S if it is removed from the update: as `orthogonal`, or with the basis of a projected side."""
+        return self.space if self.orthogonal or self.ranks[SIDES.index(self.side)] is not None else None
 
-        S is removed from the basis of a projected side, and so from the update too.
-        """
-        applies = self.orthogonal or not from_update or self.ranks[SIDES.index(self.side)] is not None
-        return (self.space, self.side) if self.space is not None and applies else ()
-
-    def removed_before_bases(self) -> tuple:
-        """(S, side) for the gradient that the bases are taken from; empty with `gp_first`, which takes all of it."""
-        return self.removed(from_update=False) if self.orthogonal else ()
-
-    def factors(self, from_update: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Left and right basis in `dtype` without S, and S in float32 if it has yet to be removed from the core, for
-        the gradient or for the update; see `remove_from_bases`."""
-        S, side = self.removed(from_update) or (None, self.side)
-        left, right, space = remove_from_bases(*self.bases, S, side)
+    def factors(self, S: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Left and right basis in `dtype` without S, and S in float32 if it has yet to be removed from the core; see
+        `remove_from_bases`."""
+        left, right, space = remove_from_bases(*self.bases, S, self.side)
         return *(None if X is None else X.to(dtype) for X in (left, right)), space
 
     def prepare_refresh(self) -> None:
@@ -129,7 +120,7 @@ class CoreLinear(nn.Linear):
         """W <- d W + L C R^T, in place."""
         if self.bases is None:
             return W.mul_(self.decay)
-        factors = back_factors(core, *self.bases, *self.removed(from_update=True))
+        factors = back_factors(core, *self.bases, self.from_update(), self.side)
         return W.addmm_(*factors, beta=self.decay) if len(factors) == 2 else W.mul_(self.decay).add_(*factors)
 
 
@@ -155,10 +146,9 @@ class _CoreTerm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, core: Tensor, layer: CoreLinear) -> Tensor:
-        left, right, space = layer.factors(from_update=True, dtype=x.dtype)
-        z = x if right is None else times_thin(x, right)
-        C = core.to(x.dtype) if space is None else remove(core, space, layer.side).to(x.dtype)
-        h = F.linear(z, C)
+        left, right, space = layer.factors(layer.from_update(), x.dtype)
+        z = times_thin(x, right)
+        h = F.linear(z, remove(core, space, layer.side).to(x.dtype))
         # S is removed from the right basis for the gradient and for the update alike, so z serves both.
         ctx.layer = layer
         ctx.save_for_backward(z, core)
@@ -169,15 +159,12 @@ class _CoreTerm(torch.autograd.Function):
         z, core = ctx.saved_tensors
         layer, grad_x = ctx.layer, None
         if ctx.needs_input_grad[0]:
-            left, right, space = layer.factors(from_update=True, dtype=grad_y.dtype)
-            C = core.to(grad_y.dtype) if space is None else remove(core, space, layer.side).to(grad_y.dtype)
-            grad_x = (grad_y if left is None else times_thin(grad_y, left)) @ C
+            left, right, space = layer.factors(layer.from_update(), grad_y.dtype)
+            grad_x = times_thin(grad_y, left) @ remove(core, space, layer.side).to(grad_y.dtype)
             grad_x = grad_x if right is None else F.linear(grad_x, right)
-        left, _, space = layer.factors(from_update=False, dtype=grad_y.dtype)
-        grad_h = grad_y if left is None else times_thin(grad_y, left)
-        grad_core = grad_h.flatten(0, -2).mT @ z.flatten(0, -2)
-        grad_core = grad_core if space is None else remove(grad_core, space, layer.side)
-        return grad_x, grad_core.to(core.dtype), None
+        left, _, space = layer.factors(layer.space, grad_y.dtype)
+        grad_core = times_thin(grad_y, left).flatten(0, -2).mT @ z.flatten(0, -2)
+        return grad_x, remove(grad_core, space, layer.side).to(core.dtype), None
 
 
 class _EffectiveWeight(torch.autograd.Function):
@@ -192,6 +179,6 @@ class _EffectiveWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         layer = ctx.layer
         if layer.gradient is None:
-            return project(grad, *layer.bases, *layer.removed(from_update=False)).to(ctx.core_dtype), None
+            return project(grad, *layer.bases, layer.space, layer.side).to(ctx.core_dtype), None
         layer.gradient.add_matrix(grad)
         return torch.zeros(layer.core_shape, dtype=ctx.core_dtype, device=grad.device), None

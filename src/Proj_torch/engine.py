@@ -13,7 +13,7 @@ A method describes what it keeps in a `Plan` and does not ask which engine it ge
     engine.effective_weights()                         # by name, (out, in), differentiable: in a penalty
     engine.state_dict(), engine.load_state_dict(state) # between two steps
     engine.first_moments()                             # after the last step; by name, one matrix or two to multiply
-    engine.report()
+    engine.report()                                    # see `ProjAdamW.projection_report`
     engine.finish(partitioned)                         # the weights then hold what was trained
     engine.trained_weights                             # where the engine has them more exactly than the model
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from errors import InputError
-from Proj_torch.adamw import ProjAdamW, ProjectionReport
+from Proj_torch.adamw import ProjAdamW
 from Proj_torch.plan import Plan
 from Proj_torch.zero_core import CoreEngine
 
@@ -98,7 +98,7 @@ class DenseEngine:
         params = {**self.plan.factors, **self.weights}
         return {name: self.optimizer.first_moment_factors(param) for name, param in params.items()}
 
-    def report(self) -> ProjectionReport:
+    def report(self) -> dict[str, dict[str, float]]:
         return self.optimizer.projection_report()
 
     def finish(self, partitioned: bool) -> None:

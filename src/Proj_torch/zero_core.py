@@ -39,7 +39,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from Proj_torch.adamw import ProjectionReport
 from Proj_torch.core_linear import CoreLinear
 from Proj_torch.layer_gradient import sketched_bases
 from Proj_torch.optimizer_state import optimizer_state_of, read_parameters, write_parameters
@@ -78,7 +77,7 @@ class CoreEngine:
             ranks = mode_ranks(linear.weight.shape, plan.projection["rank"], plan.projection["proj_type"])
             layer = CoreLinear(linear, ranks, self.spaces.get(name), plan.side, plan.way == "orthogonal")
             layer.core.register_hook(lambda grad, layer=layer, index=index: self._on_core_gradient(layer, index, grad))
-            _replace(model, name, layer)
+            model.set_submodule(name, layer)
             self.layers[name] = layer
         for name in plan.factors.keys() & self.spaces.keys():
             plan.factors[name].register_hook(lambda grad, name=name: self._on_factor_gradient(name, grad))
@@ -141,10 +140,8 @@ class CoreEngine:
         for name, layer in self.layers.items():
             self._fold(layer, keep_as=name)
             if not partitioned:
-                linear = nn.Linear(*layer.shape[::-1], bias=layer.bias is not None, device="meta")
-                linear.weight, linear.bias = layer.weight, layer.bias
-                linear.weight.requires_grad_(layer.trainable_before)
-                _replace(self.model, name, linear.train(layer.training))
+                layer.weight.requires_grad_(layer.trainable_before)
+                self.model.set_submodule(name, self.plan.targets[name].train(layer.training))
 
     def _fold(self, layer: CoreLinear, keep_as: str | None = None) -> None:
         """Fold the layer's core into its weight; under `keep_as`, keep the result in `trained_weights`."""
@@ -185,10 +182,10 @@ class CoreEngine:
         if layer.gradient is None or not self._is_last:
             return grad
         _refresh(layer, self.plan.projection["svd"], seed=index + len(self.layers) * self.step)
-        left, right, space = layer.factors(from_update=False, dtype=torch.float32)
-        core_gradient = layer.gradient.projected(left, right)
+        left, right, space = layer.factors(layer.space, torch.float32)
+        core_gradient = remove(layer.gradient.projected(left, right), space, layer.side)
         layer.gradient.clear()  # before backward reaches the next layer, so that one at a time is in memory
-        return (core_gradient if space is None else remove(core_gradient, space, layer.side)).to(grad.dtype)
+        return core_gradient.to(grad.dtype)
 
     # ------------------------------------------------------------------------------- after the last step
 
@@ -201,9 +198,9 @@ class CoreEngine:
         read = self.optimizer_state.read_moment
         moments = {name: (read(factor, "exp_avg"),) for name, factor in self.plan.factors.items()}
         for name, layer in self.layers.items():
-            moment, back = read(layer.core, "exp_avg"), layer.removed(from_update=True)
+            moment, removed = read(layer.core, "exp_avg"), (layer.from_update(), layer.side)
             taken = layer.bases is not None
-            moments[name] = back_factors(moment, *layer.bases, *back) if taken else (moment.new_zeros(layer.shape),)
+            moments[name] = back_factors(moment, *layer.bases, *removed) if taken else (moment.new_zeros(layer.shape),)
         return moments
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -211,11 +208,10 @@ class CoreEngine:
         for name, layer in self.layers.items():
             yield name, layer.effective_weight()
 
-    def report(self) -> ProjectionReport:
-        """What the projection has done so far, by module name."""
-        return ProjectionReport({
-            name: {"shape": layer.shape, "ranks": layer.ranks, "steps": self.step, "refreshes": layer.refreshes,
-                   "energy": float(layer.share)} for name, layer in self.layers.items()})  # fmt: skip
+    def report(self) -> dict[str, dict[str, float]]:
+        """What the projection has done so far, by module name; see `ProjAdamW.projection_report`."""
+        return {name: {"steps": self.step, "refreshes": layer.refreshes, "energy": float(layer.share)}
+                for name, layer in self.layers.items()}  # fmt: skip
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
@@ -293,17 +289,16 @@ def _decompose(layer: CoreLinear, svd: str, ranks: int) -> tuple[Bases, Tensor] 
         dist.reduce(G, dst=0)
         if dist.get_rank() > 0:
             return None
-    G = remove(G, *layer.removed_before_bases()) if layer.removed_before_bases() else G
+    G = remove(G, layer.space if layer.orthogonal else None, layer.side)
     bases = matrix_bases(G, layer.ranks, svd)
     return bases, energy_share(project(G, *bases), G)
 
 
 def _sketch(layer: CoreLinear, seed: int, ranks: int) -> tuple[Bases, Tensor]:
     """Bases from products with the gradient, which are summed over the ranks in its place, and their energy share."""
-    S, side = layer.removed_before_bases() or (None, None)
 
-    def clear(M: Tensor, its_side: str) -> Tensor:
-        return remove(M, S, "output") if side == its_side else M
+    def clear(M: Tensor, side: str) -> Tensor:
+        return remove(M, layer.space, "output") if layer.orthogonal and layer.side == side else M
 
     def summed(M: Tensor) -> Tensor:
         M = M.contiguous()
@@ -318,8 +313,3 @@ def _sketch(layer: CoreLinear, seed: int, ranks: int) -> tuple[Bases, Tensor]:
         return clear(summed(layer.gradient.transposed_times(clear(M, "output"))), "input")
 
     return sketched_bases(times, transposed_times, layer.shape, layer.ranks, layer.bases, seed, layer.core.device)
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)

@@ -25,6 +25,7 @@ from loranew import set_shared_dropout
 from methods.base import LoraMethod
 from methods.base_options import ChangePenaltyArguments, LoraArguments, ProjectionArguments, SpaceArguments
 from module_matching import check_rank, match_linear, match_names
+from Proj_torch.adamw import report_line
 from Proj_torch.engine import Plan, make_engine
 from subspace import GradientSpace, layer_inputs
 
@@ -186,4 +187,4 @@ class Gorp(LoraMethod):
                 f"rank {self.options.galore_rank}); {space}")
 
     def closing_summary(self) -> list[str]:
-        return [self.projection.line(), *([self.space.line()] if self.protects else [])]
+        return [report_line(self.projection), *([self.space.line()] if self.protects else [])]
