@@ -370,10 +370,3 @@ def test_a_flat_piece_of_a_weight_is_refused():
         ProjAdamW([{"params": [parameter(84)]} | PROJECTION])
     with pytest.raises(InputError, match="only a matrix can be protected"):
         ProjAdamW([{"params": [parameter(84)], "scale_mats": [orthonormal(84)], "gp_second": True}])
-
-
-def test_a_refused_group_is_not_added():
-    optimizer = ProjAdamW([parameter(3)])
-    with pytest.raises(InputError):
-        optimizer.add_param_group({"params": [parameter(12, 7)], "rank": 3})
-    assert len(optimizer.param_groups) == 1

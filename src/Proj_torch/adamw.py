@@ -94,13 +94,9 @@ class ProjAdamW(Optimizer):
         })  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, unless it is rejected with InputError as in the constructor."""
+        """Add a group; raises InputError as the constructor does."""
         super().add_param_group(param_group)
-        try:
-            _check(self.param_groups[-1])
-        except InputError:
-            self.param_groups.pop()
-            raise
+        _check(self.param_groups[-1])
         _place_spaces(self.param_groups[-1])
 
     @torch.no_grad()
@@ -195,10 +191,9 @@ class ProjAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, each tensor in the dtype it was saved in, so that a run resumes bitwise."""
         super().load_state_dict(state_dict)
-        saved_ids, params = ([p for group in groups for p in group["params"]]
-                             for groups in (state_dict["param_groups"], self.param_groups))  # fmt: skip
-        for saved_id, p in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
+        params = (p for group in self.param_groups for p in group["params"])
+        for number, p in enumerate(params):  # by which `state_dict` calls it
+            for key, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor) and key != "step":  # the base class casts to the parameter's dtype
                     self.state[p][key] = value.to(p.device)
         for group in self.param_groups:

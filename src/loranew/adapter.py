@@ -13,15 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from errors import InputError
-from files import check_values, read_json, read_tensors
+from files import check_values, read_object, read_tensors
 from full_rank import PEFT_TYPE
 from loranew.layer import LoraNewConfig, LoraNewLinear
 from module_matching import check_linear, check_rank
-from Proj_torch.proj_projector import check_space
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
 
 detail = logging.getLogger("gorp.detail")
 
@@ -53,15 +51,14 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
             model.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    tensors = read_factors(folder)
+    config, tensors = read_config(folder), read_factors(folder)
     _check_memory(config, tensors, folder / WEIGHTS_FILE)
     config.inference_mode = not trainable
     # The name in the file may be outdated: the base may have moved since.
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     try:
         peft_model = add_loranew(model, config)
-    except (InputError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own checks
+    except (InputError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's, PyTorch's
         raise InputError(f"{folder / CONFIG_FILE}: does not fit the base model: {error}") from None
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     # PEFT also stores embeddings that have grown.
@@ -85,16 +82,6 @@ def fold_loranew(peft_model: PeftModel) -> None:
     for layer in loranew_layers(peft_model).values():
         layer.fold(name)
     config.r_sum += config.r
-
-
-def merge_old(peft_model: PeftModel) -> None:
-    """Add the memory to the base weights in this process; what is saved later does not change.
-
-    Raises:
-        ValueError: a base weight is not in float32, or is sharded.
-    """
-    for layer in loranew_layers(peft_model).values():
-        layer.merge_old(peft_model.active_adapter)
 
 
 @torch.no_grad()
@@ -122,28 +109,14 @@ def save_folded(peft_model: PeftModel, factors: dict[str, torch.Tensor], folder:
     save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def set_shared_dropout(peft_model: PeftModel, shared: bool) -> None:
-    """Set whether dropout also acts on the memory, with the mask of the new pair, as in O-LoRA's code."""
-    for layer in loranew_layers(peft_model).values():
-        layer.shared_dropout = shared
-
-
 def set_input_space(peft_model: PeftModel, spaces: Mapping[str, torch.Tensor | None]) -> None:
     """Keep the new pair's change of W orthogonal to S (in, c), for layers named as in `loranew_layers`.
 
-    S is not saved with the adapter; None, or an S without columns, removes it.
-
-    Raises:
-        InputError: the model has no LoRA layer of that name, or S is no orthonormal basis for its input.
+    S has orthonormal columns and is not saved with the adapter; None removes it.
     """
     layers = loranew_layers(peft_model)
     for name, S in spaces.items():
-        if name not in layers:
-            raise InputError(f"{name}: no LoRA layer of that name")
-        if S is not None:
-            check_space(S, layers[name].in_features, f"input space of {name}")
-        projected = layers[name].loranew_A[peft_model.active_adapter]
-        projected.space = S.detach().float().clone() if S is not None and S.shape[1] else None
+        layers[name].loranew_A[peft_model.active_adapter].space = None if S is None else S.float()
 
 
 def loranew_layers(peft_model: PeftModel) -> dict[str, LoraNewLinear]:
@@ -159,10 +132,9 @@ def read_config(folder: Path) -> LoraNewConfig:
         InputError: the file is missing, or describes an adapter that is not supported.
     """
     path = folder / CONFIG_FILE
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("peft_type") not in ("LORA", PEFT_TYPE):
-        found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
-        raise InputError(f"{path}: found peft_type {found}; only LORA is loaded")
+    content = read_object(path)
+    if (kind := content.get("peft_type")) not in ("LORA", PEFT_TYPE):
+        raise InputError(f"{path}: found peft_type {kind}; only LORA is loaded")
     for key in ("r", "target_modules"):
         if key not in content:
             raise InputError(f"{path}: has no {key!r}")
@@ -178,16 +150,13 @@ def read_factors(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the file is missing, damaged or a pickle.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickle = folder / PICKLE_FILE
-        if pickle.is_file():
-            raise InputError(
-                f"{pickle}: a pickle, which is not loaded; convert it once, if you trust its source: "
-                'python -c "import torch, safetensors.torch as s; s.save_file('
-                f"torch.load('{pickle}', map_location='cpu', weights_only=True), '{path}')\""
-            )
-        raise InputError(f"{path}: no such file")
+    path, pickle = folder / WEIGHTS_FILE, folder / "adapter_model.bin"
+    if pickle.is_file() and not path.is_file():
+        raise InputError(
+            f"{pickle}: a pickle, which is not loaded; convert it once, if you trust its source: "
+            'python -c "import torch, safetensors.torch as s; s.save_file('
+            f"torch.load('{pickle}', map_location='cpu', weights_only=True), '{path}')\""
+        )
     tensors, _ = read_tensors(path)
     # O-LoRA may store empty factors for its first memory (r_sum = 0); here such a layer has none.
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}

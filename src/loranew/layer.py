@@ -84,7 +84,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.loranew_A = nn.ModuleDict()
         self.loranew_B = nn.ModuleDict()
-        self.shared_dropout = False  # whether dropout also acts on the old pair
+        self.shared_dropout = False  # whether dropout also acts on the old pair, with the new one's mask, as in O-LoRA
         self.ranks_in_weight: dict[str, int] = {}  # by adapter: how many leading ranks of the old pair W contains
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
@@ -126,16 +126,14 @@ class LoraNewLinear(nn.Module, LoraLayer):
     def merge_old(self, adapter: str) -> None:
         """Add the part of the old pair that W does not contain yet to W; the function stays the same up to rounding.
 
-        W must be float32, as in 16 bits most of the small change would be lost, and not sharded by ZeRO-3.
+        W must be float32, as in 16 bits most of the small change would be lost, and not sharded by ZeRO-3. What is
+        saved later does not change.
         """
-        if not self.has_old_branch(adapter):
-            return
-        weight = self.get_base_layer().weight
-        if weight.dtype != torch.float32 or weight.shape != (self.out_features, self.in_features):
-            raise ValueError(f"merging into a weight of {weight.dtype} and shape {tuple(weight.shape)} is not exact")
-        A, B = self._old_branch(adapter)
-        weight += self.scaling[adapter] * (B @ A)
-        self.ranks_in_weight[adapter] = len(self.lora_A[adapter].weight)
+        if self.has_old_branch(adapter):
+            A, B = self._old_branch(adapter)
+            weight = self.get_base_layer().weight
+            weight += self.scaling[adapter] * (B @ A)
+            self.ranks_in_weight[adapter] = len(self.lora_A[adapter].weight)
 
     def has_old_branch(self, adapter: str) -> bool:
         """Whether earlier tasks have ranks that W does not contain."""
@@ -192,7 +190,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
             A, B = self._old_branch(adapter)
             delta += B.float() @ A.float()
         if adapter in self.loranew_A:
-            delta += self.loranew_B[adapter].weight.float() @ self.effective_new_A(adapter).float()
+            delta += self.loranew_B[adapter].weight.float() @ self.loranew_A[adapter].effective().float()
         return self.scaling[adapter] * delta
 
     @torch.no_grad()
@@ -218,10 +216,6 @@ class LoraNewLinear(nn.Module, LoraLayer):
         weight = self.get_base_layer().weight
         while self.merged_adapters:
             weight -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
-
-    def effective_new_A(self, adapter: str) -> torch.Tensor:
-        """A_new - A_new S S^T, (r, in)."""
-        return self.loranew_A[adapter].effective()
 
 
 class InputProjected(nn.Linear):
