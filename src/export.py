@@ -26,8 +26,6 @@ from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_factors
 from model.loading import LoadedModel, load_model_and_tokenizer
 from prompts import PROMPTS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a task's output folder, or the adapter folder in it")
     parser.add_argument("--to", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--as", dest="form", choices=["model", "adapter"], default="model", help="what to write")
-    parser.add_argument("--dtype", choices=[*DTYPES], help="precision of a model's weights (float32)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        help="precision of a model's weights (float32)")  # fmt: skip
     options = parser.parse_args(arguments)
     adapter = adapter_folder(options.run)
     if options.to.exists():
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.form == "adapter" and options.dtype:
         raise InputError("--dtype: an adapter keeps the precision of its factors; allowed: only with --as model")
     if options.form == "model":
-        export_model(adapter, options.to, DTYPES[options.dtype or "float32"])
+        export_model(adapter, options.to, getattr(torch, options.dtype or "float32"))
     else:
         export_adapter(adapter, options.to)
     print(f"{options.form} written to {options.to}")
@@ -78,7 +77,7 @@ def load_finished(run: Path) -> tuple[Path, LoadedModel]:
     return folder, loaded
 
 
-def export_model(adapter: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def export_model(adapter: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write base, LoRA and full-rank changes as one model with its tokenizer and its prompts.
 
     Raises:
@@ -95,7 +94,7 @@ def export_model(adapter: Path, folder: Path, dtype: torch.dtype = torch.float32
 
 
 def _copy_prompts(adapter: Path, folder: Path) -> None:
-    if (adapter / PROMPTS).exists():  # earlier versions saved none
+    if (adapter / PROMPTS).exists():  # a method alone, without the entry, saves none
         shutil.copy(adapter / PROMPTS, folder)
 
 
@@ -103,13 +102,11 @@ def export_adapter(adapter: Path, folder: Path) -> None:
     """Write the LoRA of all tasks as one plain LoRA of their summed rank, with the same scale.
 
     Raises:
-        InputError: full-rank weights have changed, which a LoRA cannot hold, or there is no LoRA.
+        InputError: full-rank weights have changed, which a LoRA cannot hold.
     """
     if (adapter / full_rank.FILE_NAME).exists():
         raise InputError(f"--as adapter: {adapter} holds changed full-rank weights; allowed: --as model")
     config, factors = read_config(adapter), plain_factors(read_factors(adapter))
-    if not factors:
-        raise InputError(f"{adapter / WEIGHTS_FILE}: holds no LoRA factor")
     rank = len(next(tensor for name, tensor in factors.items() if ".lora_A." in name))
     plain = LoraConfig(
         r=rank,

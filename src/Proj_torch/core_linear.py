@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 from Proj_torch.layer_gradient import LayerGradient
-from Proj_torch.proj_projector import SIDES, Bases, back_factors, project, remove, remove_from_bases, times_thin
+from Proj_torch.proj_projector import SIDES, Bases, Basis, back_factors, project, remove, remove_from_bases, times_thin
 
 
 class CoreLinear(nn.Linear):
@@ -18,7 +18,7 @@ class CoreLinear(nn.Linear):
     Args:
         linear: the layer whose weight and bias this one takes over.
         ranks: of the left and the right basis, None where that side is not projected.
-        space: S, orthonormal columns, or None.
+        space: S, float32, or None.
         side: "output" for S (out, c), "input" for S (in, c).
         orthogonal: S acts as ProjAdamW's `orthogonal`, otherwise as its `gp_first`.
     """
@@ -27,7 +27,7 @@ class CoreLinear(nn.Linear):
         self,
         linear: nn.Linear,
         ranks: Sequence[int | None],
-        space: Tensor | None = None,
+        space: Basis = None,
         side: str = "output",
         orthogonal: bool = False,
     ):
@@ -40,8 +40,7 @@ class CoreLinear(nn.Linear):
         self.ranks = tuple(ranks)
         self.core_shape = tuple(rank or size for rank, size in zip(self.ranks, self.shape, strict=True))
         self.core = nn.Parameter(torch.zeros(self.core_shape, device=linear.weight.device))
-        self.space = None if space is None else space.detach().float()
-        self.side, self.orthogonal = side, orthogonal
+        self.space, self.side, self.orthogonal = space, side, orthogonal
         self.decay = 1.0  # d
         self.bases: Bases | None = None
         self.share: Tensor | float = 0.0  # of the last refresh's gradient, in its bases: ||L^T G R||^2 / ||G||^2
@@ -74,11 +73,11 @@ class CoreLinear(nn.Linear):
             raise InputError("DeepSpeed stage 3: a penalty on a partitioned weight; allowed are stages 0 to 2")
         return _EffectiveWeight.apply(self.core, self)
 
-    def from_update(self) -> Tensor | None:
+    def from_update(self) -> Basis:
         """S if it is removed from the update: as `orthogonal`, or with the basis of a projected side."""
         return self.space if self.orthogonal or self.ranks[SIDES.index(self.side)] is not None else None
 
-    def factors(self, S: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def factors(self, S: Basis, dtype: torch.dtype) -> tuple[Basis, Basis, Basis]:
         """Left and right basis in `dtype` without S, and S in float32 if it has yet to be removed from the core; see
         `remove_from_bases`."""
         left, right, space = remove_from_bases(*self.bases, S, self.side)
@@ -91,10 +90,10 @@ class CoreLinear(nn.Linear):
     def close_refresh(self, taken: bool) -> None:
         """End a step that refreshed: count it, or undo it if the optimizer left the step out."""
         if self.gradient is not None:
-            if taken:
-                self.refreshes += not self.fell_back
-            else:
+            if not taken:
                 self.bases, self.share, self.fell_back = self.before
+            elif not self.fell_back:
+                self.refreshes += 1
             self.gradient = self.before = None
 
     @torch.no_grad()

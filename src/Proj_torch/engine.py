@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from errors import InputError
 from Proj_torch.adamw import ProjAdamW
@@ -85,11 +84,10 @@ class DenseEngine:
             return _group(params)
         return _group(params) | {"scale_mats": spaces, "protect_side": self.plan.side, self.plan.way: True}
 
-    def begin_training(self, optimizer: Optimizer, deepspeed: Any) -> None:
-        pass
+    def _nothing(self, *_: Any) -> None:
+        """Of an engine's calls, these have nothing to do where an optimizer steps complete weights."""
 
-    def begin_micro_batch(self, is_last: bool) -> None:
-        pass
+    begin_training = begin_micro_batch = load_state_dict = finish = _nothing
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.weights.items()
@@ -101,14 +99,8 @@ class DenseEngine:
     def report(self) -> dict[str, dict[str, float]]:
         return self.optimizer.projection_report()
 
-    def finish(self, partitioned: bool) -> None:
-        pass
-
     def state_dict(self) -> dict[str, Tensor]:
         return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        pass
 
 
 def _group(params: Mapping[str, nn.Parameter]) -> dict[str, Any]:

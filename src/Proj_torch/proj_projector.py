@@ -25,7 +25,8 @@ from Proj_torch.svd import at_least_float32, truncated_svd, warn_once
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 SIDES = ("output", "input")
 
-Bases = tuple[Tensor | None, ...]  # one for each mode of the weight, None where it is not projected
+Basis = Tensor | None  # orthonormal columns; None where a side is not projected, or nothing is protected
+Bases = tuple[Basis, ...]  # one for each mode of the weight
 
 
 # ---------------------------------------------------------------------------------------------- bases
@@ -78,7 +79,7 @@ def kept_bases(like: Tensor, ranks: Sequence[int | None], previous: Bases | None
 # ----------------------------------------------------------------------------------------- projection
 
 
-def remove(X: Tensor, S: Tensor | None, side: str) -> Tensor:
+def remove(X: Tensor, S: Basis, side: str) -> Tensor:
     """X (out, in) without its component in S, if there is an S; in float32 at least.
 
     That is X - S S^T X for side "output" and S (out, c), X - X S S^T for side "input" and S (in, c). An S that holds
@@ -107,20 +108,18 @@ def check_space(S: Tensor, size: int, where: str) -> None:
         raise InputError(f"{where}: columns {distance:.1g} from orthonormal; allowed is 1e-3")
 
 
-def remove_projected(R: Tensor, left: Tensor | None, right: Tensor | None, S: Tensor, side: str) -> Tensor:
+def remove_projected(R: Tensor, left: Basis, right: Basis, S: Tensor, side: str) -> Tensor:
     """A projected R (out or k, in or l) without its component in S, still projected: L^T (I - S S^T) L R."""
     basis = left if side == "output" else right
     return remove(R, S, side) if basis is None else _less(R, basis.mT @ S, side)
 
 
-def times_thin(X: Tensor, thin: Tensor | None) -> Tensor:
+def times_thin(X: Tensor, thin: Basis) -> Tensor:
     """X (..., n) @ thin (n, k), if there is one, with each thin column contiguous: twice as fast on a CPU."""
     return X if thin is None else torch.nn.functional.linear(X, thin.mT.contiguous())
 
 
-def project(
-    G: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
-) -> Tensor:
+def project(G: Tensor, left: Basis = None, right: Basis = None, S: Basis = None, side: str = "output") -> Tensor:
     """R = left^T G right, of shape (out or k, in or l); with S, that of `remove(G, S, side)`."""
     left, right, S = remove_from_bases(left, right, S, side)
     R = at_least_float32(G)
@@ -129,9 +128,7 @@ def project(
     return remove(times_thin(R, right), S, side)
 
 
-def project_back(
-    R: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
-) -> Tensor:
+def project_back(R: Tensor, left: Basis = None, right: Basis = None, S: Basis = None, side: str = "output") -> Tensor:
     """left R right^T, of shape (out, in); with S, `remove` of it."""
     return product(back_factors(R, left, right, S, side))
 
@@ -141,9 +138,7 @@ def product(factors: Sequence[Tensor]) -> Tensor:
     return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
 
-def back_factors(
-    R: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
-) -> tuple[Tensor, ...]:
+def back_factors(R: Tensor, left: Basis, right: Basis, S: Basis = None, side: str = "output") -> tuple[Tensor, ...]:
     """One or two matrices whose product is `project_back` of the same arguments, which can be added in place."""
     left, right, S = remove_from_bases(left, right, S, side)
     R = remove(R, S, side)
@@ -154,9 +149,7 @@ def back_factors(
     return (R,) if right is None else (R, right.mT)
 
 
-def remove_from_bases(
-    left: Tensor | None, right: Tensor | None, S: Tensor | None, side: str
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def remove_from_bases(left: Basis, right: Basis, S: Basis, side: str) -> tuple[Basis, Basis, Basis]:
     """Remove S from the basis of its side if that side is projected; otherwise return S, for the projected gradient.
 
     I - S S^T is symmetric and acts on one side only. So its order with the projection of the other side does not
@@ -208,16 +201,16 @@ class ProjProjector:
             self.bases = kept_bases(G, self.ranks(G.shape), self.bases)
             return False
 
-    def project(self, G: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
+    def project(self, G: Tensor, S: Basis = None, side: str = "output") -> Tensor:
         return project(G, *self.bases, S, side)
 
-    def project_back(self, R: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
+    def project_back(self, R: Tensor, S: Basis = None, side: str = "output") -> Tensor:
         return product(self.back_factors(R, S, side))
 
-    def back_factors(self, R: Tensor, S: Tensor | None = None, side: str = "output") -> tuple[Tensor, ...]:
+    def back_factors(self, R: Tensor, S: Basis = None, side: str = "output") -> tuple[Tensor, ...]:
         return back_factors(R, *self.bases, S, side)
 
-    def add_back_(self, W: Tensor, R: Tensor, S: Tensor | None = None, side: str = "output") -> None:
+    def add_back_(self, W: Tensor, R: Tensor, S: Basis = None, side: str = "output") -> None:
         """W += scale * project_back(R, S, side), forming no matrix of W's size where the dtypes allow it."""
         factors = self.back_factors(R, S, side)
         if len(factors) == 2 and W.dtype == factors[0].dtype:

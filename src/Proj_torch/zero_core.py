@@ -55,11 +55,9 @@ class CoreEngine:
     """Trains linear layers of a model through low-rank gradient projection, in one process or many.
 
     Its methods and attributes are those of every engine (`engine.py`); all but the constructor are collective.
-
-    Args:
-        model: holds the plan's targets, which are replaced in it by `CoreLinear` layers.
-        plan: `svd` is "exact", "lowrank" (randomised SVD of the summed gradient) or "sketch" (no gradient is summed). A
-            hook removes S from a factor's gradient before it is reduced.
+    `CoreLinear` layers replace the plan's targets in the model, and a hook removes S from a factor's gradient before it
+    is reduced. The plan's `svd` is "exact", "lowrank" (randomised SVD of the summed gradient) or "sketch" (no gradient
+    is summed).
 
     Raises:
         InputError: a rank does not fit a target.
@@ -83,14 +81,13 @@ class CoreEngine:
             plan.factors[name].register_hook(lambda grad, name=name: self._on_factor_gradient(name, grad))
         self.step = 0  # optimizer steps taken
         self.trained_weights: dict[str, Tensor] = {}
-        # Whether the current micro-batch is the last of its step (between two steps the last one was), and whether that
-        # step has yet to be taken.
-        self._is_last, self._open = True, False
+        self._is_last = True  # whether the current micro-batch, or between two steps the one before, ends its step
+        self._open = False  # whether that step has yet to be taken
 
     # ----------------------------------------------------------------------------------- set-up
 
     def create_optimizer(self, factors: Mapping[str, nn.Parameter], **adam: Any) -> torch.optim.AdamW:
-        """The AdamW of the cores and of LoRA factors; `adam` is lr, betas, eps, weight_decay."""
+        """AdamW of the cores and of LoRA factors."""
         return torch.optim.AdamW([{"params": list(factors.values())}, *self.core_groups(adam["weight_decay"])], **adam)
 
     def core_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -108,11 +105,11 @@ class CoreEngine:
         """
         self.optimizer_state = optimizer_state_of(optimizer, deepspeed)
         optimizer.register_step_post_hook(self._on_step)
-        for layer in self.layers.values():
-            layer.space = None if layer.space is None else layer.space.to(layer.core.device)
-        for name, factor in self.plan.factors.items():
-            if name in self.spaces:
-                self.spaces[name] = self.spaces[name].to(factor.device)
+        for name, S in self.spaces.items():
+            if name in self.layers:
+                self.layers[name].space = S.to(self.layers[name].core.device)
+            elif name in self.plan.factors:
+                self.spaces[name] = S.to(self.plan.factors[name].device)
 
     def _cores(self) -> dict[str, nn.Parameter]:
         return {f"{name}.core": layer.core for name, layer in self.layers.items()}
@@ -144,7 +141,7 @@ class CoreEngine:
                 self.model.set_submodule(name, self.plan.targets[name].train(layer.training))
 
     def _fold(self, layer: CoreLinear, keep_as: str | None = None) -> None:
-        """Fold the layer's core into its weight; under `keep_as`, keep the result in `trained_weights`."""
+        """Fold the layer's core into its weight; `keep_as` is the result's name in `trained_weights`, if it stays."""
         core = self.optimizer_state.read_master(layer.core)
         with self.optimizer_state.gathered([layer.weight]):
             weight = layer.fold(core)
@@ -161,15 +158,13 @@ class CoreEngine:
 
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:
         """After the optimizer's step, which ZeRO makes once a group or slice, and not at all when it overflows."""
-        groups = [group for group in optimizer.param_groups if group.get(CORE_GROUP)
-                  and any(slice_.grad is not None for slice_ in group["params"])]  # fmt: skip
-        if not (self._open and groups):
-            return
-        self._open = False
-        self.step += 1
-        for layer in self.layers.values():
-            layer.decay *= 1 - groups[0]["lr"] * groups[0]["weight_decay"]
-            layer.close_refresh(taken=True)
+        for group in optimizer.param_groups:
+            if self._open and group.get(CORE_GROUP) and any(slice_.grad is not None for slice_ in group["params"]):
+                self._open = False
+                self.step += 1
+                for layer in self.layers.values():
+                    layer.decay *= 1 - group["lr"] * group["weight_decay"]
+                    layer.close_refresh(taken=True)
 
     # --------------------------------------------------------------------------------- gradients
 
@@ -198,9 +193,9 @@ class CoreEngine:
         read = self.optimizer_state.read_moment
         moments = {name: (read(factor, "exp_avg"),) for name, factor in self.plan.factors.items()}
         for name, layer in self.layers.items():
-            moment, removed = read(layer.core, "exp_avg"), (layer.from_update(), layer.side)
-            taken = layer.bases is not None
-            moments[name] = back_factors(moment, *layer.bases, *removed) if taken else (moment.new_zeros(layer.shape),)
+            moment, bases = read(layer.core, "exp_avg"), layer.bases
+            zero = (moment.new_zeros(layer.shape),)  # before the first step
+            moments[name] = back_factors(moment, *bases, layer.from_update(), layer.side) if bases else zero
         return moments
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -215,7 +210,7 @@ class CoreEngine:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a run needs to resume between two steps, as CPU tensors; the same for any number of ranks."""
+        """As CPU tensors, the same for any number of ranks."""
         self._settle()
         state = {"step": torch.tensor(self.step)} | read_parameters(self.optimizer_state, self._cores())
         for name, layer in self.layers.items():
@@ -223,8 +218,7 @@ class CoreEngine:
                 state[f"{name}.weight"] = layer.weight.detach().to("cpu", copy=True)
             kept = dict(zip(BASES, layer.bases or (), strict=False)) | {"rounding": layer.rounding}
             state |= {f"{name}.{key}": value.cpu().contiguous() for key, value in kept.items() if value is not None}
-            counts = [float(getattr(layer, count)) for count in COUNTS]
-            state[f"{name}.counts"] = torch.tensor(counts, dtype=torch.float64)
+            state[f"{name}.counts"] = torch.tensor([float(getattr(layer, key)) for key in COUNTS], dtype=torch.float64)
         return state
 
     @torch.no_grad()
@@ -232,8 +226,7 @@ class CoreEngine:
         """Resume where `state_dict` was taken, after `begin_training`.
 
         Raises:
-            InputError: a core's tensor is missing or of another shape, or DeepSpeed has no moments to set yet (see
-                `optimizer_state.start_moments`).
+            InputError: as `write_parameters` and `write_moments`.
         """
         self.step = int(state["step"])
         write_parameters(self.optimizer_state, self._cores(), state, self.step)
@@ -242,11 +235,10 @@ class CoreEngine:
                 layer.weight.copy_(state[f"{name}.weight"])
             layer.decay, refreshes, fell_back, layer.share = state[f"{name}.counts"].tolist()
             layer.refreshes, layer.fell_back = int(refreshes), bool(fell_back)
-            left, right, layer.rounding = (
-                None if value is None else value.to(layer.core.device)
-                for value in (state.get(f"{name}.{key}") for key in (*BASES, "rounding"))
-            )
-            layer.bases = (left, right) if self.step else None
+            kept = {key: state[f"{name}.{key}"].to(layer.core.device) for key in (*BASES, "rounding")
+                    if f"{name}.{key}" in state}  # fmt: skip
+            layer.bases = tuple(map(kept.get, BASES)) if self.step else None
+            layer.rounding = kept.get("rounding")
         self._is_last, self._open = True, False
 
 

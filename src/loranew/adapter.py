@@ -1,7 +1,6 @@
 """LoRA with memory on a model: add it, fold what a task has learned into it, load what earlier tasks saved."""
 
 import copy
-import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,8 +19,6 @@ from module_matching import check_linear, check_rank
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-
-detail = logging.getLogger("gorp.detail")
 
 
 def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
@@ -77,7 +74,6 @@ def fold_loranew(peft_model: PeftModel) -> None:
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
     if config.save_loranew:
-        detail.info("save_loranew is set: the new factors stay separate from the memory")
         return
     for layer in loranew_layers(peft_model).values():
         layer.fold(name)

@@ -149,8 +149,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
     def _old_branch(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (ranks, in) and B (out, ranks) of the earlier tasks that W does not contain."""
         first = self.ranks_in_weight.get(adapter, 0)
-        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return (A[first:], B[:, first:]) if first else (A, B)
+        return self.lora_A[adapter].weight[first:], self.lora_B[adapter].weight[:, first:]
 
     @torch.no_grad()
     def fold(self, adapter: str) -> None:
@@ -175,13 +174,10 @@ class LoraNewLinear(nn.Module, LoraLayer):
 
     def renew(self, adapter: str) -> None:
         """Make a fresh new pair: A Kaiming-uniform as nn.Linear's, B zero."""
-        r = self.r[adapter]
         like = self.lora_A[adapter].weight if adapter in self.lora_A else torch.empty(0)
-        A = torch.empty(r, self.in_features, dtype=like.dtype, device=like.device)
-        B = torch.zeros(self.out_features, r, dtype=like.dtype, device=like.device)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        A = nn.init.kaiming_uniform_(like.new_empty(self.r[adapter], self.in_features), a=math.sqrt(5))
         self.loranew_A[adapter] = _linear(A, trainable=True, kind=InputProjected)
-        self.loranew_B[adapter] = _linear(B, trainable=True)
+        self.loranew_B[adapter] = _linear(like.new_zeros(self.out_features, self.r[adapter]), trainable=True)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The adapter's change of W (out, in), both branches together."""
@@ -233,8 +229,7 @@ class InputProjected(nn.Linear):
         A = self.weight if A is None else A
         if self.space is None:
             return A
-        if self.space.device != A.device:
-            self.space = self.space.to(A.device)  # once, as the layer moves once
+        self.space = self.space.to(A.device)  # the layer moves once
         with torch.autocast(A.device.type, enabled=False):
             A = A.float()
             return A - (A @ self.space) @ self.space.T
