@@ -44,10 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_writable(options.to.parent)
     if options.form == "adapter" and options.dtype:
         raise InputError("--dtype: an adapter keeps the precision of its factors; allowed: only with --as model")
-    if options.form == "model":
-        export_model(adapter, options.to, getattr(torch, options.dtype or "float32"))
-    else:
-        export_adapter(adapter, options.to)
+    with whole_folder(options.to) as partial:
+        if options.form == "model":
+            write_model(adapter, partial, getattr(torch, options.dtype or "float32"))
+        else:
+            write_adapter(adapter, partial)
+        if (adapter / PROMPTS).exists():  # a method alone, without the entry, saves none
+            shutil.copy(adapter / PROMPTS, partial)
     print(f"{options.form} written to {options.to}")
 
 
@@ -77,28 +80,17 @@ def load_finished(run: Path) -> tuple[Path, LoadedModel]:
     return folder, loaded
 
 
-def export_model(adapter: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write base, LoRA and full-rank changes as one model with its tokenizer and its prompts.
-
-    Raises:
-        InputError: as `load_finished`.
-    """
+def write_model(adapter: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write base, LoRA and full-rank changes as one model with its tokenizer. Raises as `load_finished`."""
     _, loaded = load_finished(adapter)
-    with whole_folder(folder) as partial:
-        loaded.model.to(dtype).save_pretrained(partial)
-        loaded.tokenizer.save_pretrained(partial)
-        _copy_prompts(adapter, partial)
-        config = read_json(partial / "config.json")  # this project's classes only save memory in training
-        stock = [name.removesuffix("_with_lossmask") for name in config["architectures"]]
-        write_json(partial / "config.json", config | {"architectures": stock}, indent=2)
+    loaded.model.to(dtype).save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    config = read_json(folder / "config.json")  # this project's classes only save memory in training
+    stock = [name.removesuffix("_with_lossmask") for name in config["architectures"]]
+    write_json(folder / "config.json", config | {"architectures": stock}, indent=2)
 
 
-def _copy_prompts(adapter: Path, folder: Path) -> None:
-    if (adapter / PROMPTS).exists():  # a method alone, without the entry, saves none
-        shutil.copy(adapter / PROMPTS, folder)
-
-
-def export_adapter(adapter: Path, folder: Path) -> None:
+def write_adapter(adapter: Path, folder: Path) -> None:
     """Write the LoRA of all tasks as one plain LoRA of their summed rank, with the same scale.
 
     Raises:
@@ -117,10 +109,8 @@ def export_adapter(adapter: Path, folder: Path) -> None:
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    with whole_folder(folder) as partial:
-        plain.save_pretrained(partial)
-        save_file(factors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        _copy_prompts(adapter, partial)
+    plain.save_pretrained(folder)
+    save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def plain_factors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -124,10 +124,7 @@ class GradientSpace:
 
     def describe(self) -> list[str]:
         """How full each basis is, in lines such as "encoder.q: 5 of 8 directions"."""
-        return [
-            f"{name}: {S.shape[1]} of {S.shape[0]} directions" + (", full" if S.shape[1] == S.shape[0] else "")
-            for name, S in self.bases.items()
-        ]
+        return [f"{name}: {S.shape[1]} of {S.shape[0]} directions" for name, S in self.bases.items()]
 
     def total(self) -> int:
         """Directions of all bases together."""

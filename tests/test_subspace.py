@@ -177,7 +177,7 @@ def test_a_decoders_places_are_told_from_an_encoders_where_prompts_and_answers_a
 def test_describe_says_how_full():
     space = GradientSpace(energy=1.0)
     space.extend({"q": matrix([1.0, 1.0])[0], "v": torch.randn(3, 9)})
-    assert space.describe() == ["q: 2 of 8 directions", "v: 3 of 3 directions, full"]
+    assert space.describe() == ["q: 2 of 8 directions", "v: 3 of 3 directions"]
 
 
 def loaded_from(path, side: str, weights: dict[str, torch.Tensor] | None = None) -> GradientSpace:

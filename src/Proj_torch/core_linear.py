@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import InputError
 from Proj_torch.layer_gradient import LayerGradient
 from Proj_torch.proj_projector import SIDES, Bases, Basis, back_factors, project, remove, remove_from_bases, times_thin
 
@@ -33,9 +32,7 @@ class CoreLinear(nn.Linear):
     ):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.trainable_before = linear.weight.requires_grad
         self.weight.requires_grad_(False)
-        self.train(linear.training)
         self.shape = (linear.out_features, linear.in_features)
         self.ranks = tuple(ranks)
         self.core_shape = tuple(rank or size for rank, size in zip(self.ranks, self.shape, strict=True))
@@ -62,16 +59,6 @@ class CoreLinear(nn.Linear):
         if self.gradient is not None and torch.is_grad_enabled():
             return _Tap.apply(y, x, self.core, self)  # the core is zero at a refresh
         return y if self.bases is None else y + _CoreTerm.apply(x, self.core, self)
-
-    def effective_weight(self) -> Tensor:
-        """d W + L C R^T (out, in), float32, differentiable: for penalties on the trained weight.
-
-        Raises:
-            InputError: DeepSpeed's stage 3 has partitioned the weight.
-        """
-        if self.weight.shape != self.shape:
-            raise InputError("DeepSpeed stage 3: a penalty on a partitioned weight; allowed are stages 0 to 2")
-        return _EffectiveWeight.apply(self.core, self)
 
     def from_update(self) -> Basis:
         """S if it is removed from the update: as `orthogonal`, or with the basis of a projected side."""
@@ -166,8 +153,8 @@ class _CoreTerm(torch.autograd.Function):
         return grad_x, remove(grad_core, space, layer.side).to(core.dtype), None
 
 
-class _EffectiveWeight(torch.autograd.Function):
-    """The trained weight; its gradient reaches the core in the way of the layer's own."""
+class EffectiveWeight(torch.autograd.Function):
+    """d W + L C R^T (out, in), float32; its gradient reaches the core in the way of the layer's own."""
 
     @staticmethod
     def forward(ctx: Any, core: Tensor, layer: CoreLinear) -> Tensor:

@@ -9,7 +9,7 @@ A method describes what it keeps in a `Plan` and does not ask which engine it ge
     engine = make_engine(model, plan, cores=...)
     optimizer = engine.create_optimizer(factors, lr=..., betas=..., eps=..., weight_decay=...)
     engine.begin_training(optimizer, deepspeed)        # DeepSpeed's engine, or None
-    engine.begin_micro_batch(is_last)                  # before each forward pass
+    engine.begin_micro_batch(is_last)                  # before each forward pass; is_last: the optimizer steps after it
     engine.effective_weights()                         # by name, (out, in), differentiable: in a penalty
     engine.state_dict(), engine.load_state_dict(state) # between two steps
     engine.first_moments()                             # after the last step; by name, one matrix or two to multiply

@@ -154,13 +154,7 @@ class ZeroState:
         return self._utils.safe_get_full_optimizer_state(param, key).detach().float().clone()
 
     def write_moments(self, moments: Mapping[nn.Parameter, dict[str, Tensor]], step: int) -> None:
-        """For all parameters at once, since their step count is one.
-
-        Raises:
-            InputError: DeepSpeed has no moments yet; it makes them in its first step.
-        """
-        if not steps_taken(self.optimizer):
-            raise InputError("DeepSpeed's optimizer has no moments yet: load its checkpoint or call start_moments")
+        """For all parameters at once, since their step count is one; after `start_moments`."""
         for param, values in moments.items():
             for key, value in values.items():
                 if self._partitioned:

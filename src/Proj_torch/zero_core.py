@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from Proj_torch.core_linear import CoreLinear
+from Proj_torch.core_linear import CoreLinear, EffectiveWeight
 from Proj_torch.layer_gradient import sketched_bases
 from Proj_torch.optimizer_state import optimizer_state_of, read_parameters, write_parameters
 from Proj_torch.plan import Plan
@@ -78,7 +78,9 @@ class CoreEngine:
             model.set_submodule(name, layer)
             self.layers[name] = layer
         for name in plan.factors.keys() & self.spaces.keys():
-            plan.factors[name].register_hook(lambda grad, name=name: self._on_factor_gradient(name, grad))
+            plan.factors[name].register_hook(
+                lambda grad, name=name: remove(grad, self.spaces[name], plan.side).to(grad.dtype)
+            )
         self.step = 0  # optimizer steps taken
         self.trained_weights: dict[str, Tensor] = {}
         self._is_last = True  # whether the current micro-batch, or between two steps the one before, ends its step
@@ -117,7 +119,6 @@ class CoreEngine:
     # ---------------------------------------------------------------------------------- training
 
     def begin_micro_batch(self, is_last: bool = True) -> None:
-        """Call before each micro-batch's forward pass; `is_last` where the optimizer steps after it."""
         if self._is_last:
             self._settle()
             self._open = True
@@ -137,8 +138,7 @@ class CoreEngine:
         for name, layer in self.layers.items():
             self._fold(layer, keep_as=name)
             if not partitioned:
-                layer.weight.requires_grad_(layer.trainable_before)
-                self.model.set_submodule(name, self.plan.targets[name].train(layer.training))
+                self.model.set_submodule(name, self.plan.targets[name])
 
     def _fold(self, layer: CoreLinear, keep_as: str | None = None) -> None:
         """Fold the layer's core into its weight; `keep_as` is the result's name in `trained_weights`, if it stays."""
@@ -168,9 +168,6 @@ class CoreEngine:
 
     # --------------------------------------------------------------------------------- gradients
 
-    def _on_factor_gradient(self, name: str, grad: Tensor) -> Tensor:
-        return remove(grad, self.spaces[name], self.plan.side).to(grad.dtype)
-
     @torch.no_grad()
     def _on_core_gradient(self, layer: CoreLinear, index: int, grad: Tensor) -> Tensor:
         """The core's gradient, once every use of the layer in this backward pass has been summed."""
@@ -185,10 +182,7 @@ class CoreEngine:
     # ------------------------------------------------------------------------------- after the last step
 
     def first_moments(self) -> dict[str, tuple[Tensor, ...]]:
-        """Adam's first moments by name, float32, as one matrix or as two whose product it is.
-
-        Of each target (out, in), projected back with the current bases and without `scale`, and of each factor.
-        """
+        """Of each factor, and of each target projected back with the current bases and without `scale`; float32."""
         self._settle()
         read = self.optimizer_state.read_moment
         moments = {name: (read(factor, "exp_avg"),) for name, factor in self.plan.factors.items()}
@@ -199,12 +193,11 @@ class CoreEngine:
         return moments
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each target's trained weight (out, in), float32, differentiable: for penalties. Not at ZeRO stage 3."""
+        """Not at ZeRO stage 3, where no rank has a complete weight."""
         for name, layer in self.layers.items():
-            yield name, layer.effective_weight()
+            yield name, EffectiveWeight.apply(layer.core, layer)
 
     def report(self) -> dict[str, dict[str, float]]:
-        """What the projection has done so far, by module name; see `ProjAdamW.projection_report`."""
         return {name: {"steps": self.step, "refreshes": layer.refreshes, "energy": float(layer.share)}
                 for name, layer in self.layers.items()}  # fmt: skip
 
@@ -223,11 +216,7 @@ class CoreEngine:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume where `state_dict` was taken, after `begin_training`.
-
-        Raises:
-            InputError: as `write_parameters` and `write_moments`.
-        """
+        """Resume where `state_dict` was taken, after `begin_training`; raises InputError as `write_parameters`."""
         self.step = int(state["step"])
         write_parameters(self.optimizer_state, self._cores(), state, self.step)
         for name, layer in self.layers.items():

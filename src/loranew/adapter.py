@@ -48,8 +48,11 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
             model.
     """
     folder = Path(folder)
-    config, tensors = read_config(folder), read_factors(folder)
-    _check_memory(config, tensors, folder / WEIGHTS_FILE)
+    config, tensors, path = read_config(folder), read_factors(folder), folder / WEIGHTS_FILE
+    for name, tensor in tensors.items():  # before factors of r_sum rows are allocated
+        found, needed = tuple(tensor.shape), (config.r_sum, *tensor.shape[1:])
+        if name.endswith(".lora_A.weight") and found != needed:
+            raise InputError(f"{path}: {name} is {found}, {needed} is needed by r_sum in {CONFIG_FILE}")
     config.inference_mode = not trainable
     # The name in the file may be outdated: the base may have moved since.
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
@@ -60,7 +63,7 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     # PEFT also stores embeddings that have grown.
     expected |= {name: tensor for name, tensor in peft_model.state_dict().items() if name in tensors}
-    _check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()}, folder / WEIGHTS_FILE)
+    _check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()}, path)
     set_peft_model_state_dict(peft_model, tensors)
     return peft_model
 
@@ -86,8 +89,7 @@ def folded_factors(
 ) -> dict[str, torch.Tensor]:
     """The factors that would be saved after `fold_loranew`, on the CPU; the model does not change.
 
-    Args:
-        read: the complete value of a factor, for models that do not have it (ZeRO) or only in 16 bits.
+    `read` gives a factor's complete value, for models that do not have it (ZeRO) or only in 16 bits.
     """
     adapter, tensors = peft_model.active_adapter, {}
     for name, layer in loranew_layers(peft_model).items():
@@ -156,17 +158,6 @@ def read_factors(folder: Path) -> dict[str, torch.Tensor]:
     tensors, _ = read_tensors(path)
     # O-LoRA may store empty factors for its first memory (r_sum = 0); here such a layer has none.
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-
-
-def _check_memory(config: LoraNewConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Check r_sum before factors of that size are allocated: a damaged config could ask for too much memory."""
-    factors = {name: tensor for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
-    for name, tensor in factors.items():
-        if tensor.shape[:1] != (config.r_sum,):
-            needed = (config.r_sum, *tensor.shape[1:])
-            raise InputError(f"{path}: {name} is {tuple(tensor.shape)}, {needed} is needed by r_sum in {CONFIG_FILE}")
-    if config.r_sum and not factors:
-        raise InputError(f"{path}: holds no lora_A, for which {CONFIG_FILE} says r_sum {config.r_sum}")
 
 
 def _check_tensors(found: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], path: Path) -> None:
