@@ -82,8 +82,10 @@ def load_training_state(
         InputError: `saved` is of other parameters; nothing is changed.
     """
     state = {name: {} for name in parameters}
-    for key in [key for key in saved if key not in parameters]:
-        (name, _, entry), value = key.rpartition("."), saved[key]
+    for key, value in saved.items():
+        if key in parameters:
+            continue
+        name, _, entry = key.rpartition(".")
         if name not in parameters:
             raise InputError(f"{key} is not trainable in this run")
         is_count = value.dtype == torch.int64 and not value.ndim

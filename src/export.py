@@ -67,8 +67,7 @@ def adapter_folder(run: Path) -> Path:
 def load_finished(run: Path) -> tuple[Path, LoadedModel]:
     """Load what a task left or `export.py` wrote: its folder, and base, LoRA and full-rank changes merged in float32.
 
-    Raises:
-        InputError: the base model is missing, or a file is damaged or does not fit it.
+    Raises InputError where the base model is missing, or a file is damaged or does not fit it.
     """
     folder = run if (run / "config.json").is_file() else adapter_folder(run)
     loaded = load_model_and_tokenizer(str(folder), max_source_length=1)  # keeps the number of positions
@@ -93,8 +92,7 @@ def write_model(adapter: Path, folder: Path, dtype: torch.dtype) -> None:
 def write_adapter(adapter: Path, folder: Path) -> None:
     """Write the LoRA of all tasks as one plain LoRA of their summed rank, with the same scale.
 
-    Raises:
-        InputError: full-rank weights have changed, which a LoRA cannot hold.
+    Raises InputError where full-rank weights have changed, which a LoRA cannot hold.
     """
     if (adapter / full_rank.FILE_NAME).exists():
         raise InputError(f"--as adapter: {adapter} holds changed full-rank weights; allowed: --as model")

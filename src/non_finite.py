@@ -38,8 +38,8 @@ class NonFiniteGuard:
     def watch(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter] = ()) -> None:
         """Guard the steps of `optimizer`.
 
-        Gradients of `parameters` are checked in the backward pass, and set to zero if they are not finite: for where
-        their norm is known only after the step, as under DeepSpeed.
+        Where the gradients' norm is known only after the step, as under DeepSpeed, give the `parameters`: their
+        gradients are then checked in the backward pass, and set to zero if they are not finite.
         """
         optimizer.register_step_pre_hook(self._before_step)
         for parameter in parameters if self.watch_gradients else ():

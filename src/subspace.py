@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from os import PathLike
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from errors import InputError
 from files import read_tensors, whole_file
 from Proj_torch.proj_projector import SIDES, check_space
 from Proj_torch.svd import at_least_float32, truncated_svd
+from ranks import is_first
 
 log, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 
@@ -111,8 +111,7 @@ class GradientSpace:
         moment that is not finite, or whose SVD does not converge, is skipped with a warning, a zero one with a line in
         the log.
         """
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1) if first else ():
+        for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1) if is_first() else ():
             M = columns_of(moment, self.side)
             if not M.any():  # as in every later task where S is full: nothing that a user must act on
                 detail.info("%s: the moment is zero; its gradient space does not change", name)

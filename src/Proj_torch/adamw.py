@@ -88,10 +88,8 @@ class ProjAdamW(Optimizer):
         weight_decay: float = 0.0,
         eps_before_correction: bool = False,
     ):
-        super().__init__(params, {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "eps_before_correction": eps_before_correction,
-        })  # fmt: skip
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, adam | {"eps_before_correction": eps_before_correction})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; raises InputError as the constructor does."""
@@ -164,11 +162,14 @@ class ProjAdamW(Optimizer):
         Raises:
             InputError: the parameter is not this optimizer's.
         """
-        for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p is param:
-                    return Weight(group, index, p, self.state.get(p, {})).first_moment_factors()
-        raise InputError(f"first moment asked for a parameter {tuple(param.shape)} that is not the optimizer's")
+        found = [Weight(group, index, p, self.state.get(p, {})) for group in self.param_groups
+                 for index, p in enumerate(group["params"]) if p is param]  # fmt: skip
+        if not found:
+            raise InputError(f"first moment asked for a parameter {tuple(param.shape)} that is not the optimizer's")
+        weight, moment = found[0], found[0].state.get("exp_avg")
+        if moment is None:
+            return (torch.zeros_like(at_least_float32(param.detach())),)
+        return weight.projector.back_factors(moment, weight.from_update, weight.side)
 
     def projection_report(self) -> dict[str, dict[str, float]]:
         """What the projection of each weight has done so far, by parameter name.
@@ -276,12 +277,6 @@ class Weight:
         step = int(self.state["step"])
         root = (self.state["exp_avg_sq"] / (1 - betas[1] ** step)).sqrt_()
         return moment.div_(1 - betas[0] ** step).div_(root.add_(eps))
-
-    def first_moment_factors(self) -> tuple[Tensor, ...]:
-        """See ProjAdamW."""
-        if "exp_avg" not in self.state:
-            return (torch.zeros_like(at_least_float32(self.p.detach())),)
-        return self.projector.back_factors(self.state["exp_avg"], self.from_update, self.side)
 
 
 def _projector(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> ProjProjector:

@@ -32,11 +32,9 @@ from Proj_torch.zero_core import CoreEngine
 def make_engine(
     model: nn.Module, plan: Plan, *, cores: bool, eps_before_correction: bool = False
 ) -> "DenseEngine | CoreEngine":
-    """The engine that trains `plan.targets` of `model`.
+    """The engine that trains `plan.targets` of `model`: a `CoreEngine`, as DeepSpeed needs, if `cores`.
 
-    Args:
-        cores: take `CoreEngine`, as DeepSpeed needs.
-        eps_before_correction: as in `ProjAdamW`; only without cores.
+    `eps_before_correction`, as in `ProjAdamW`, is only for the other one.
 
     Raises:
         InputError: a rank, a setting or a space does not fit; with cores, a target that has a LoRA too.

@@ -85,8 +85,8 @@ def sketched_bases(
         torch.linalg.LinAlgError: G is not finite or zero.
     """
     if ranks[1] is None:  # the left singular vectors of G are the right ones of its transpose
-        turned = (None if pair is None else tuple(pair)[::-1] for pair in (shape, ranks, previous))
-        bases, share = sketched_bases(transposed_times, times, *turned, seed, device)
+        shape, ranks, previous = (None if pair is None else tuple(pair)[::-1] for pair in (shape, ranks, previous))
+        bases, share = sketched_bases(transposed_times, times, shape, ranks, previous, seed, device)
         return bases[::-1], share
     rank, start = ranks[1], None if previous is None else previous[1]
     width = min(rank + OVERSAMPLING, *shape)

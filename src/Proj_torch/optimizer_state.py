@@ -178,10 +178,8 @@ def start_moments(engine: Any, optimizer: Optimizer, loss: Callable[[], Tensor])
     """Make DeepSpeed create its optimizer state, all zero, without changing a weight.
 
     ZeRO creates the moments in its first step, and only then can they be set; this is that step, with no gradient
-    and no learning rate. It counts in the engine's own step and schedule, which the caller sets afterwards.
-
-    Args:
-        loss: computes that of a micro-batch, through the engine.
+    and no learning rate. It counts in the engine's own step and schedule, which the caller sets afterwards. `loss`
+    computes that of a micro-batch, through the engine.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

@@ -86,8 +86,6 @@ class CoreEngine:
         self._is_last = True  # whether the current micro-batch, or between two steps the one before, ends its step
         self._open = False  # whether that step has yet to be taken
 
-    # ----------------------------------------------------------------------------------- set-up
-
     def create_optimizer(self, factors: Mapping[str, nn.Parameter], **adam: Any) -> torch.optim.AdamW:
         """AdamW of the cores and of LoRA factors."""
         return torch.optim.AdamW([{"params": list(factors.values())}, *self.core_groups(adam["weight_decay"])], **adam)
@@ -98,12 +96,9 @@ class CoreEngine:
         return [{"params": list(self._cores().values()), CORE_GROUP: True} | group] if self.layers else []
 
     def begin_training(self, optimizer: Optimizer, deepspeed: Any = None) -> None:
-        """Follow the optimizer that holds `core_groups`; once, before the first micro-batch.
+        """Follow the AdamW that holds `core_groups`, itself and not a wrapper; once, before the first micro-batch.
 
-        Args:
-            optimizer: the AdamW itself, not a wrapper. Not `fused` where a torch GradScaler skips steps, because
-                there a skipped step looks like one that was taken.
-            deepspeed: what `deepspeed.initialize` returned, if DeepSpeed trains the model.
+        It must not be `fused` where a torch GradScaler skips steps: a skipped step then looks like one that was taken.
         """
         self.optimizer_state = optimizer_state_of(optimizer, deepspeed)
         optimizer.register_step_post_hook(self._on_step)
@@ -165,8 +160,6 @@ class CoreEngine:
                 for layer in self.layers.values():
                     layer.decay *= 1 - group["lr"] * group["weight_decay"]
                     layer.close_refresh(taken=True)
-
-    # --------------------------------------------------------------------------------- gradients
 
     @torch.no_grad()
     def _on_core_gradient(self, layer: CoreLinear, index: int, grad: Tensor) -> Tensor:

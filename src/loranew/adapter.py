@@ -133,9 +133,8 @@ def read_config(folder: Path) -> LoraNewConfig:
     content = read_object(path)
     if (kind := content.get("peft_type")) not in ("LORA", PEFT_TYPE):
         raise InputError(f"{path}: found peft_type {kind}; only LORA is loaded")
-    for key in ("r", "target_modules"):
-        if key not in content:
-            raise InputError(f"{path}: has no {key!r}")
+    if missing := {"r", "target_modules"} - content.keys():
+        raise InputError(f"{path}: has no {min(missing)!r}")
     try:
         return LoraNewConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:

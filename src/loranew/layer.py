@@ -126,8 +126,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
     def merge_old(self, adapter: str) -> None:
         """Add the part of the old pair that W does not contain yet to W; the function stays the same up to rounding.
 
-        W must be float32, as in 16 bits most of the small change would be lost, and not sharded by ZeRO-3. What is
-        saved later does not change.
+        W must be complete, and float32, as in 16 bits most of the small change would be lost.
         """
         if self.has_old_branch(adapter):
             A, B = self._old_branch(adapter)
@@ -153,10 +152,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def fold(self, adapter: str) -> None:
-        """Append the new pair to the old one, as `folded` does; there is no new pair then until `renew`.
-
-        The layer computes the same function (in evaluation mode: the old branch has no dropout).
-        """
+        """Append the new pair to the old one, as `folded` does; there is no new pair then until `renew`."""
         if self.merged:
             raise ValueError("the adapter is merged into the weight; unmerge it before folding")
         A, B = self.folded(adapter)
@@ -198,8 +194,6 @@ class LoraNewLinear(nn.Module, LoraLayer):
         """
         weight = self.get_base_layer().weight
         for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.r:
-                continue
             merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"merging adapter {adapter} would make weights that are not finite")
