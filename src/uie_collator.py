@@ -31,7 +31,7 @@ class DataCollatorForUIE:
 
     * encoder-decoder: prompts and labels (answer and EOS) padded on the right.
     * decoder-only, training: prompt, answer and EOS, padded on the left; labels of the same shape, masked on prompt
-      and padding.
+      and padding, and `answer_length`, the width of the columns at the right that hold all answers.
     * decoder-only, dev and test: the prompt, padded on the left; labels (answer and EOS) padded on the right to their
       own width.
 
@@ -120,19 +120,21 @@ class DataCollatorForUIE:
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         prompts, inputs = self._prompts(examples)
-        labels = self._answers(examples)
+        labels = answers = self._answers(examples)
         self._record(prompts, examples)
         answer_in_input = self.decoder_only and _are_training(examples)
         if answer_in_input:
             masks = [[self.label_pad_token_id] * len(prompt) for prompt in inputs]
-            inputs = [prompt + answer for prompt, answer in zip(inputs, labels)]
-            labels = [mask + answer for mask, answer in zip(masks, labels)]
+            inputs = [prompt + answer for prompt, answer in zip(inputs, answers)]
+            labels = [mask + answer for mask, answer in zip(masks, answers)]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         batch = {
             "input_ids": self._pad(inputs, pad, left=self.decoder_only),
             "attention_mask": self._pad([[1] * len(ids) for ids in inputs], 0, left=self.decoder_only),
             "labels": self._pad(labels, self.label_pad_token_id, left=answer_in_input),
         }
+        if answer_in_input:
+            batch["answer_length"] = max(map(len, answers))
         if self.name_rows and _are_training(examples):
             batch["rows"] = [_name(example) for example in examples]
         return batch
