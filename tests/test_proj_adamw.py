@@ -9,7 +9,7 @@ from torch import nn
 
 from errors import InputError
 from Proj_torch import ProjAdamW
-from Proj_torch.adamw import report_line
+from Proj_torch.engine import report_line
 from Proj_torch.proj_projector import PROJ_TYPES, SIDES, remove
 from Proj_torch.svd import SVD_METHODS
 

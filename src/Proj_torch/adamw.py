@@ -29,7 +29,7 @@ G before the bases are taken, and from the update that is projected back.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -206,18 +206,6 @@ def _eps(group: dict[str, Any], state: dict[str, Any], ahead: int = 0) -> float:
     if not group["eps_before_correction"]:
         return group["eps"]
     return group["eps"] / math.sqrt(1 - group["betas"][1] ** (int(state["step"]) + ahead))
-
-
-def report_line(report: Mapping[str, Mapping[str, float]]) -> str:
-    """What `projection_report` returned, in one line."""
-    if not report:
-        return "projection: no weight"
-    keys = ("steps", "refreshes", "energy")
-    steps, refreshes, energies = ([weight[key] for weight in report.values()] for key in keys)
-    return (
-        f"projection: {len(report)} weights, {sum(steps)} steps, {sum(refreshes)} refreshes, last bases held "
-        f"{min(energies):.0%} to {max(energies):.0%} of the gradient's energy"
-    )
 
 
 # ------------------------------------------------------------------------------------ one weight in one step

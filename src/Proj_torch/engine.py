@@ -50,6 +50,18 @@ def make_engine(
     return CoreEngine(model, plan)
 
 
+def report_line(report: Mapping[str, Mapping[str, float]]) -> str:
+    """An engine's `report()` in one line."""
+    if not report:
+        return "projection: no weight"
+    keys = ("steps", "refreshes", "energy")
+    steps, refreshes, energies = ([weight[key] for weight in report.values()] for key in keys)
+    return (
+        f"projection: {len(report)} weights, {sum(steps)} steps, {sum(refreshes)} refreshes, last bases held "
+        f"{min(energies):.0%} to {max(energies):.0%} of the gradient's energy"
+    )
+
+
 class DenseEngine:
     """`ProjAdamW` on complete weights; its methods are described at the head of this file.
 

@@ -9,7 +9,8 @@ from errors import InputError
 from methods.base import FullRankMethod
 from methods.base_options import ProjectionArguments
 from module_matching import check_rank
-from Proj_torch.adamw import ProjAdamW, report_line
+from Proj_torch.adamw import ProjAdamW
+from Proj_torch.engine import report_line
 
 
 class Galore(FullRankMethod):

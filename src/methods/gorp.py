@@ -25,8 +25,7 @@ from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import ChangePenaltyArguments, LoraArguments, ProjectionArguments, SpaceArguments
 from module_matching import check_rank, match_linear, match_names
-from Proj_torch.adamw import report_line
-from Proj_torch.engine import Plan, make_engine
+from Proj_torch.engine import Plan, make_engine, report_line
 from subspace import GradientSpace, layer_inputs
 
 detail = logging.getLogger("gorp.detail")
