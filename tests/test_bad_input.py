@@ -611,7 +611,7 @@ CASES: dict[str, list[Case]] = {
         Case("a space that is not a basis", tensors("adapter", "gradient_space", lambda content: content[
             first(content)].mul_(2)), "from orthonormal; allowed is 1e-3", needs_model=True),
         Case("a space of another weight", tensors("adapter", "gradient_space", lambda content: content.update(
-            {FULL: torch.eye(7, 2)})), f"{FULL} has a basis of 7 rows; 128 are needed", needs_model=True),
+            {FULL: torch.eye(7, 2)})), f"{FULL}: shape (7, 2); allowed is (128, c)", needs_model=True),
         Case("a space of the other side",
              lambda place: (place.adapter, place.flags.extend(["--protect_side", "input"])),
              "--protect_side: found input;", needs_model=True),
