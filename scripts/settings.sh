@@ -79,7 +79,7 @@ settings_llama() {
     )
     case $2 in
         full)
-            memory_options=(--activation_checkpointing True)  # gradient checkpointing, as transformers calls it now
+            memory_options=(--gradient_checkpointing True)  # the name that every supported version of transformers knows
             released_precision='float32 without recomputation (27 GB of weights)' ;;
         small)
             model=initial_model/smollm2-135m batch=4 rows=4

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -184,20 +184,23 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
 
     def ignored(self) -> list[str]:
         """The flags of `IGNORED` that are not at their defaults."""
-        names = IGNORED + TRACKIO * ("trackio" not in self.report_to)
-        return [name for name in names if getattr(self, name) != _default(name)]
+        return self._changed(IGNORED + TRACKIO * ("trackio" not in self.report_to))
+
+    def _changed(self, names: list[str]) -> list[str]:
+        """Which of these options are not at their defaults; those that this version of Transformers lacks are."""
+        defaults = {name: getattr(type(self), name, []) for name in names}  # a list is no attribute of a dataclass
+        return [name for name in names if getattr(self, name, []) not in (None, defaults[name])]
 
     def _check_library_options(self) -> None:
         """Reject what `REJECTED` lists, samplers that need tokenised examples, and settings that are not objects."""
         for reason, names in REJECTED.items():
-            for name in names.split():
-                found = getattr(self, name)
-                shown = "a secret" if name == "hub_token" else found
-                check(found in (None, _default(name)), name, shown, f"only the default is allowed: {reason}")
+            for name in self._changed(names.split()):
+                found = "a secret" if name == "hub_token" else getattr(self, name)
+                raise InputError(f"--{name}: found {found}; only the default is allowed: {reason}")
         check(self.train_sampling_strategy in ("random", "sequential"), "train_sampling_strategy",
               self.train_sampling_strategy, "random or sequential")
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            if isinstance(given := getattr(self, name), str):
+            if isinstance(given := getattr(self, name, None), str):
                 with _tried(f"--{name}: found {given}, which is no JSON object"):
                     dict(json.loads(given))
 
@@ -218,8 +221,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
                           self.lr_scheduler_kwargs)
         with _tried(f"--dataloader_num_workers {self.dataloader_num_workers}"):
             DataLoader([0], **{name: getattr(self, f"dataloader_{name}") for name in loading})
-        with _tried("--activation_checkpointing_kwargs"):
-            checkpoint(torch.clone, weight, **{"use_reentrant": True} | (self.activation_checkpointing_kwargs or {}))
+        with _tried("--gradient_checkpointing_kwargs, --activation_checkpointing_kwargs"):  # the old name and the new
+            checkpoint(torch.clone, weight, **{"use_reentrant": True} | (self.gradient_checkpointing_kwargs or {}))
 
     @cached_property
     def _setup_devices(self) -> torch.device:
@@ -261,11 +264,6 @@ def _tried(flags: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise InputError(f"{flags}: {error}") from None
-
-
-def _default(name: str):
-    option = UIETrainingArguments.__dataclass_fields__[name]
-    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 DEEPSPEED_KEYS = {"bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size",

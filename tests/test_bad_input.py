@@ -457,7 +457,7 @@ CASES: dict[str, list[Case]] = {
              "--zero_shot: found true with 16-bit evaluation; either"),
         Case("workers that stay, without workers", flags("--dataloader_persistent_workers"),
              "--dataloader_num_workers 0: persistent_workers option needs num_workers > 0"),
-        Case("a setting that recomputation does not have", flags("--activation_checkpointing_kwargs", '{"a": 1}'),
+        Case("a setting that recomputation does not have", flags("--gradient_checkpointing_kwargs", '{"a": 1}'),
              "--activation_checkpointing_kwargs: Unexpected keyword arguments: a"),
         Case("settings that are not JSON", flags("--lr_scheduler_kwargs", "{a"),
              "--lr_scheduler_kwargs: found {a, which is no JSON object: Expecting property name"),

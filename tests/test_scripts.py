@@ -121,7 +121,7 @@ def places(script: str) -> dict[str, str]:
 @pytest.mark.parametrize("script", RELEASED)
 def test_the_published_method_with_the_released_values(script):
     values, penalties = RELEASED[script]
-    memory = {"activation_checkpointing": "True"} if script in LLAMA_SCRIPTS else {}
+    memory = {"gradient_checkpointing": "True"} if script in LLAMA_SCRIPTS else {}
     [command] = dry_run(script)
     assert command[1:3] == ["src/run_order.py", f"configs/{order_of(script)}_configs"]
     found = flags(command)
@@ -143,7 +143,7 @@ def with_a_gpu(**variables: str) -> dict[str, str]:
 
 
 def test_llama_saves_memory_unless_the_released_code_is_asked_for():
-    saving = {"bf16": "True", "activation_checkpointing": "True"}
+    saving = {"bf16": "True", "gradient_checkpointing": "True"}
     assert with_a_gpu().items() >= saving.items()
     for extra in ("--preset released", "--preset=released", "--preset default --seed 1 --preset released"):
         assert not with_a_gpu(EXTRA=extra).keys() & {*saving, *PENALTIES, "galore_svd"}

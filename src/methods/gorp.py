@@ -36,7 +36,7 @@ RELEASED = {
     "protect": "none", "lamda_1": 0.0, "lamda_2": 0.0, "lamda_3": 0.0,
     "galore_svd": "exact", "galore_engine": "dense", "merge_old": False,
     "adam_epsilon": 1e-6, "max_grad_norm": 0.0, "weight_decay": 0.0, "label_smoothing_factor": 0.0,
-    "bf16": False, "fp16": False, "gradient_checkpointing": False, "activation_checkpointing": False, "deepspeed": None,
+    "bf16": False, "fp16": False, "gradient_checkpointing": False, "deepspeed": None,
 }  # fmt: skip
 
 NOT_REPRODUCED = (
