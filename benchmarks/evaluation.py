@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 from errors import InputError, entry_point  # noqa: E402
 from evaluation.generate import Prediction, plan_batches  # noqa: E402
-from loranew import LoraNewConfig, add_loranew, merge_old  # noqa: E402
+from loranew import LoraNewConfig, add_loranew, loranew_layers  # noqa: E402
 from model.loading import load_model_and_tokenizer  # noqa: E402
 from order_config import read_order  # noqa: E402
 from token_ids import shared_ids  # noqa: E402
@@ -133,11 +133,13 @@ GENERATION = {"max_new_tokens": NEW_TOKENS, "num_beams": 1, "repetition_penalty"
 
 def prediction(subject: Subject, rows: list[dict], *, bounded: bool = True, shared: bool = True,
                **generation) -> Prediction:
-    return Prediction(
+    made = Prediction(
         subject.model, subject.collator, rows, Accelerator(cpu=True), GENERATION | generation,
         most_rows=subject.batch_rows, most_tokens=subject.batch_rows * subject.collator.max_source_length,
-        bounded=bounded, shares_beginnings=shared and subject.collator.decoder_only,
+        shares_beginnings=shared and subject.collator.decoder_only,
     )  # fmt: skip
+    made.bounded = made.bounded and bounded
+    return made
 
 
 def ours(subject: Subject, *, with_loss: bool = False, **options) -> list[list[int]]:
@@ -279,7 +281,8 @@ def finished_tasks(subject: Subject, repeats: int) -> Iterator[Row]:
             model.eval()
             for merged in (False, True):
                 if merged:
-                    merge_old(model)
+                    for layer in loranew_layers(model).values():
+                        layer.merge_old(model.active_adapter)
                 seconds.setdefault((tasks, merged), []).append(fastest_pass(model, prompts))
             subject.model = model.unload()
     times = {key: min(values) for key, values in seconds.items()}

@@ -150,7 +150,8 @@ class Training:
         if self.kind == "t5":
             return {"input_ids": source, "labels": answer}
         ids = torch.cat([source, answer], 1)
-        return {"input_ids": ids, "labels": torch.cat([torch.full_like(source, -100), answer], 1)}
+        labels = torch.cat([torch.full_like(source, -100), answer], 1)
+        return {"input_ids": ids, "labels": labels, "answer_length": ANSWER}
 
     def step(self, model=None, backward: Callable | None = None, update: Callable | None = None) -> None:
         """One optimizer step; `backward` and `update` are DeepSpeed's engine's."""

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests, after setting up what they need; arguments go to pytest: bash scripts/test.sh -m "not recipe" tests/test_x.py
+# The tests, after setting up what they need; arguments go to pytest: bash scripts/test.sh tests/test_x.py. Complete
+# runs (minutes each) are left out; -m "" adds them, -m recipe takes them alone.
 # Two files are tested at a time, each with one thread; WORKERS=0 runs them one after the other in one process.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 source "$(dirname "$0")/lib.sh"

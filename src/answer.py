@@ -15,6 +15,7 @@ import torch
 
 from errors import InputError, entry_point
 from export import load_finished
+from files import read_text
 from prompts import read_prompts
 from uie_collator import DataCollatorForUIE
 
@@ -32,11 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     texts = [options.text]
     if options.file is not None:
-        try:
-            lines = options.file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--file: {options.file} cannot be read as UTF-8 text ({error})") from None
-        texts = [line.replace("\\n", "\n") for line in lines if line.strip()]
+        texts = [line.replace("\\n", "\n") for line in read_text(options.file).splitlines() if line.strip()]
     if not all(text.strip() for text in texts):
         raise InputError("--text: found a blank text")
     print(*answers(options.folder, options.dataset, texts), sep="\n")
@@ -44,11 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @torch.no_grad()
 def answers(run: Path, dataset: str, texts: Sequence[str]) -> list[str]:
-    """The model's answers to texts, by greedy search.
-
-    Raises:
-        InputError: the folder holds no model, or no prompt for the dataset.
-    """
+    """The model's answers to texts, by greedy search."""
     folder, loaded = load_finished(run)
     prompts = read_prompts(folder)
     if dataset not in prompts["heads"]:
@@ -61,15 +54,15 @@ def answers(run: Path, dataset: str, texts: Sequence[str]) -> list[str]:
     )
     task, name = dataset.split("/")
     about = {"Task": task, "Dataset": name, "subset": "test", "Samples": []}
-    rows = [about | {"Instance": {"id": index, "sentence": text, "label": "", "instruction": prompts["heads"][dataset]}}
-            for index, text in enumerate(texts)]  # fmt: skip
+    asked = {"label": "", "instruction": prompts["heads"][dataset]}
+    rows = [about | {"Instance": asked | {"id": index, "sentence": text}} for index, text in enumerate(texts)]
     found = []
     for start in range(0, len(rows), ROWS):
         batch = collator(rows[start : start + ROWS])
         inputs = {key: batch[key].to(loaded.model.device) for key in ("input_ids", "attention_mask")}
         ids = loaded.model.generate(**inputs, max_new_tokens=prompts["max_target_length"], do_sample=False)
         ids = ids[:, inputs["input_ids"].shape[1] :] if loaded.decoder_only else ids
-        found += [text.strip() for text in loaded.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        found += collator.decode(ids)
     return found
 
 

@@ -55,7 +55,7 @@ class DataArguments:
     task_config_dir: str = HfArg(default=None, help="Folder of the step's {train,dev,test}_tasks.json.")
     instruction_file: str = HfArg(default="configs/instruction_config.json", help="Instructions of each task, JSON.")
     instruction_strategy: str = HfArg(default="single", help="single: the first instruction; multiple: a random one.")
-    overwrite_cache: bool = HfArg(default=False, help="Build the cached examples anew.")
+    overwrite_cache: bool = HfArg(default=False, help="Published, and ignored: examples are not cached.")
     input_record_file: str | None = HfArg(default=None, help="Append every batch to this file as text.")
     max_source_length: int = HfArg(default=512, help="Most tokens of a prompt; the text is cut to fit.")
     max_target_length: int = HfArg(default=50, help="Most tokens of an answer; a longer one is an error.")

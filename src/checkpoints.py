@@ -83,13 +83,14 @@ def load_training_state(
     """
     state = {name: {} for name in parameters}
     for key, value in saved.items():
+        if key in parameters:
+            continue
         name, _, entry = key.rpartition(".")
-        if key not in parameters and name not in parameters:
+        if name not in parameters:
             raise InputError(f"{key} is not trainable in this run")
-        if key not in parameters:
-            is_count = value.dtype == torch.int64 and not value.ndim
-            device = value.device if entry == "step" else parameters[name].device  # AdamW counts steps on the CPU
-            state[name][entry] = value.item() if is_count else value.to(device)
+        is_count = value.dtype == torch.int64 and not value.ndim
+        device = value.device if entry == "step" else parameters[name].device  # AdamW counts steps on the CPU
+        state[name][entry] = value.item() if is_count else value.to(device)
     for name, parameter in parameters.items():
         found = tuple(saved[name].shape) if name in saved else "nothing"
         if found != tuple(parameter.shape):

@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import ByteLevelBPETokenizer
 
 from errors import InputError, entry_point
-from files import json_kind
+from files import json_kind, read_text
 
 log = logging.getLogger("gorp")
 MEASURED = ("exact_match", "rouge1", "rougeL")
@@ -47,19 +47,8 @@ def compute_metrics(
     """Mean `exact_match`, `rouge1` and `rougeL` (F-measure; Lin, 2004) of pairs of texts, in per cent, 4 decimals.
 
     With `multilingual`, ROUGE compares GPT-2 tokens instead of stemmed English words, which need Latin letters.
-
-    Raises:
-        ValueError: the two sequences are empty or differ in length.
-        InputError: `multilingual`, and GPT-2's vocabulary is not in `data/gpt2tokenizer` and cannot be fetched.
     """
     return _mean(_scores(predictions, references, multilingual))
-
-
-def compute_grouped_metrics(
-    predictions: Sequence[str], references: Sequence[str], groups: Sequence[str], *, multilingual: bool = False
-) -> dict[str, float]:
-    """`compute_metrics` of each group, as `<metric>_for_<group>`; `groups` names the group of each prediction."""
-    return _mean_by_group(_scores(predictions, references, multilingual), groups)
 
 
 def evaluate_predictions(
@@ -67,9 +56,8 @@ def evaluate_predictions(
 ) -> dict[str, float]:
     """All metrics of one evaluation: over all examples, then `_for_<task>`, then `_for_<dataset>`.
 
-    The overall values are means over examples, not over datasets. Where a task and a dataset share a name, as with
-    QQP, the value is the dataset's. If a task has free-text answers, `score` is ROUGE-L for such tasks and exact match
-    for the others.
+    The overall values are means over examples, not over datasets. If a task has free-text answers, `score` is ROUGE-L
+    for such tasks and exact match for the others.
 
     Args:
         examples: with `Task`, `Dataset` and `Instance` (with `label`), and `Metric` "rougeL" where answers are free
@@ -84,19 +72,19 @@ def evaluate_predictions(
     metrics = [example.get("Metric", "exact_match") for example in examples]
     if "rougeL" in metrics:
         scores = [score | {"score": score[metric]} for score, metric in zip(scores, metrics)]
-    return {
-        **_mean(scores),
-        **_mean_by_group(scores, [example["Task"] for example in examples]),
-        **_mean_by_group(scores, [example["Dataset"] for example in examples]),
-    }
+    results = _mean(scores)
+    for kind in ("Task", "Dataset"):  # where they share a name, as with QQP, the value is the dataset's
+        groups: dict[str, list] = {}
+        for example, score in zip(examples, scores):
+            groups.setdefault(example[kind], []).append(score)
+        for name, own in groups.items():
+            results |= {f"{metric}_for_{name}": value for metric, value in _mean(own).items()}
+    return results
 
 
 def score_key(metrics: Mapping[str, float], dataset: str = "", prefix: str = "") -> str:
-    """The key of the score in the results of `evaluate_predictions`: exact match, or ROUGE-L of free-text answers.
-
-    Args:
-        dataset: by default the key is that of the score over all examples.
-    """
+    """The key of a dataset's score (by default of that over all examples) in the results of `evaluate_predictions`:
+    exact match, or ROUGE-L of free-text answers."""
     ending = f"_for_{dataset}" if dataset else ""
     score = f"{prefix}score{ending}"
     return score if score in metrics else f"{prefix}exact_match{ending}"
@@ -105,10 +93,7 @@ def score_key(metrics: Mapping[str, float], dataset: str = "", prefix: str = "")
 def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: str = "", *, prefix: str = "") -> str:
     """One line for the terminal: "after 2-amazon (41 s): dbpedia 97.5, amazon 54 (mean 75.75)".
 
-    Args:
-        metrics: what `evaluate_predictions` returns, with `prefix` before each name.
-        datasets: the evaluated datasets, in the order to show them; the mean is over datasets.
-        step: what the values were measured after; without it the line begins with the first dataset.
+    `metrics` are those of `evaluate_predictions` with `prefix` before each name, `step` what they were measured after.
     """
     values = {dataset: metrics.get(score_key(metrics, dataset, prefix)) for dataset in datasets}
     each = ", ".join(f"{dataset} {round(value, 2):g}" for dataset, value in values.items())
@@ -116,24 +101,16 @@ def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: s
 
 
 def read_predictions(path: str | os.PathLike) -> list[dict]:
-    """The examples of a predictions file: a JSON object a line, with `Task`, `Dataset`, `Instance` and `Prediction`.
-
-    Raises:
-        InputError: the file cannot be read or is empty, or a line (named) is not such an object.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
-    examples = [_predicted(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    """The examples of a predictions file: a JSON object a line, with `Task`, `Dataset`, `Instance` and `Prediction`."""
+    lines = enumerate(read_text(path).split("\n"), 1)
+    examples = [_predicted(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not examples:
         raise InputError(f"{path}: no predictions; allowed: a JSON object a line")
     return examples
 
 
 def _predicted(line: str, where: str) -> dict:
+    """The example in a line of a predictions file; `where` names the line in messages."""
     try:
         example = json.loads(line)
     except json.JSONDecodeError as error:
@@ -141,11 +118,10 @@ def _predicted(line: str, where: str) -> dict:
     if not isinstance(example, dict):
         raise InputError(f"{where}: found {json_kind(example)}; allowed: an object")
     instance = example.get("Instance")
-    found = {key: example.get(key) for key in ("Task", "Dataset", "Prediction")}
-    found["Instance.label"] = instance.get("label") if isinstance(instance, dict) else None
-    for key, value in found.items():
-        if not isinstance(value, str):
-            raise InputError(f"{where}: {key} is missing or not a string")
+    label = instance.get("label") if isinstance(instance, dict) else None
+    texts = {key: example.get(key) for key in ("Task", "Dataset", "Prediction")} | {"Instance.label": label}
+    if missing := [key for key, text in texts.items() if not isinstance(text, str)]:
+        raise InputError(f"{where}: {missing[0]} is missing or not a string")
     return example
 
 
@@ -166,20 +142,10 @@ def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {metric: round(100 * sum(score[metric] for score in scores) / len(scores), 4) for metric in scores[0]}
 
 
-def _mean_by_group(scores: Sequence[Mapping[str, float]], groups: Sequence[str]) -> dict[str, float]:
-    members: dict[str, list] = {}
-    for score, group in zip(scores, groups, strict=True):
-        members.setdefault(group, []).append(score)
-    return {f"{metric}_for_{group}": value for group, own in members.items() for metric, value in _mean(own).items()}
-
-
 class GPT2RougeTokenizer:
     """ROUGE tokens for text in any script: GPT-2's byte-level BPE tokens, with case and punctuation.
 
     Every word is tokenised as if it followed a space, whose mark is dropped: its tokens do not depend on its position.
-
-    Raises:
-        InputError: `vocab.json` and `merges.txt` in `folder` are not a byte-level BPE vocabulary.
     """
 
     _SPACE_MARKS = "ĠĊĉ"  # how byte-level BPE writes space, line feed and tab

@@ -26,8 +26,6 @@ from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_factors
 from model.loading import LoadedModel, load_model_and_tokenizer
 from prompts import PROMPTS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a task's output folder, or the adapter folder in it")
     parser.add_argument("--to", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--as", dest="form", choices=["model", "adapter"], default="model", help="what to write")
-    parser.add_argument("--dtype", choices=[*DTYPES], help="precision of a model's weights (float32)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        help="precision of a model's weights (float32)")  # fmt: skip
     options = parser.parse_args(arguments)
     adapter = adapter_folder(options.run)
     if options.to.exists():
@@ -45,10 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_writable(options.to.parent)
     if options.form == "adapter" and options.dtype:
         raise InputError("--dtype: an adapter keeps the precision of its factors; allowed: only with --as model")
-    if options.form == "model":
-        export_model(adapter, options.to, DTYPES[options.dtype or "float32"])
-    else:
-        export_adapter(adapter, options.to)
+    with whole_folder(options.to) as partial:
+        if options.form == "model":
+            write_model(adapter, partial, getattr(torch, options.dtype or "float32"))
+        else:
+            write_adapter(adapter, partial)
+        if (adapter / PROMPTS).exists():  # a method alone, without the entry, saves none
+            shutil.copy(adapter / PROMPTS, partial)
     print(f"{options.form} written to {options.to}")
 
 
@@ -65,8 +67,7 @@ def adapter_folder(run: Path) -> Path:
 def load_finished(run: Path) -> tuple[Path, LoadedModel]:
     """Load what a task left or `export.py` wrote: its folder, and base, LoRA and full-rank changes merged in float32.
 
-    Raises:
-        InputError: the base model is missing, or a file is damaged or does not fit it.
+    Raises InputError where the base model is missing, or a file is damaged or does not fit it.
     """
     folder = run if (run / "config.json").is_file() else adapter_folder(run)
     loaded = load_model_and_tokenizer(str(folder), max_source_length=1)  # keeps the number of positions
@@ -78,38 +79,24 @@ def load_finished(run: Path) -> tuple[Path, LoadedModel]:
     return folder, loaded
 
 
-def export_model(adapter: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write base, LoRA and full-rank changes as one model with its tokenizer and its prompts.
-
-    Raises:
-        InputError: as `load_finished`.
-    """
+def write_model(adapter: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write base, LoRA and full-rank changes as one model with its tokenizer. Raises as `load_finished`."""
     _, loaded = load_finished(adapter)
-    with whole_folder(folder) as partial:
-        loaded.model.to(dtype).save_pretrained(partial)
-        loaded.tokenizer.save_pretrained(partial)
-        _copy_prompts(adapter, partial)
-        config = read_json(partial / "config.json")  # this project's classes only save memory in training
-        stock = [name.removesuffix("_with_lossmask") for name in config["architectures"]]
-        write_json(partial / "config.json", config | {"architectures": stock}, indent=2)
+    loaded.model.to(dtype).save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    config = read_json(folder / "config.json")  # this project's classes only save memory in training
+    stock = [name.removesuffix("_with_lossmask") for name in config["architectures"]]
+    write_json(folder / "config.json", config | {"architectures": stock}, indent=2)
 
 
-def _copy_prompts(adapter: Path, folder: Path) -> None:
-    if (adapter / PROMPTS).exists():  # earlier versions saved none
-        shutil.copy(adapter / PROMPTS, folder)
-
-
-def export_adapter(adapter: Path, folder: Path) -> None:
+def write_adapter(adapter: Path, folder: Path) -> None:
     """Write the LoRA of all tasks as one plain LoRA of their summed rank, with the same scale.
 
-    Raises:
-        InputError: full-rank weights have changed, which a LoRA cannot hold, or there is no LoRA.
+    Raises InputError where full-rank weights have changed, which a LoRA cannot hold.
     """
     if (adapter / full_rank.FILE_NAME).exists():
         raise InputError(f"--as adapter: {adapter} holds changed full-rank weights; allowed: --as model")
     config, factors = read_config(adapter), plain_factors(read_factors(adapter))
-    if not factors:
-        raise InputError(f"{adapter / WEIGHTS_FILE}: holds no LoRA factor")
     rank = len(next(tensor for name, tensor in factors.items() if ".lora_A." in name))
     plain = LoraConfig(
         r=rank,
@@ -120,10 +107,8 @@ def export_adapter(adapter: Path, folder: Path) -> None:
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    with whole_folder(folder) as partial:
-        plain.save_pretrained(partial)
-        save_file(factors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        _copy_prompts(adapter, partial)
+    plain.save_pretrained(folder)
+    save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def plain_factors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
 
@@ -19,35 +21,46 @@ WHOLLY_DIGESTED = 2**30  # bytes
 DIGESTED_END = 2**26
 
 
+@contextlib.contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Turn what keeps the block from reading a file into an InputError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The content of a UTF-8 text file."""
+    with reading(path):
+        return Path(path).read_text(encoding="utf-8")
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """The content of a UTF-8 JSON file.
 
     Raises:
-        InputError: the file is missing, unreadable, not UTF-8 or not JSON (with line and column), repeats a key in an
-            object (JSON would silently drop the first), or holds text that UTF-8 cannot encode.
+        InputError: the file is unreadable or not JSON (with line and column), repeats a key in an object (JSON would
+            silently drop the first), or holds text that UTF-8 cannot encode.
     """
-    path = Path(path)
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"{path}: key {twice!r} occurs {names.count(twice)} times in one object; allowed: once")
+            name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise InputError(f"{path}: key {name!r} occurs {count} times in one object; allowed: once")
         return content
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         content = json.loads(text, object_pairs_hook=distinct)
         if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which cannot be encoded
             json.dumps(content, ensure_ascii=False).encode()
         return content
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
     except UnicodeEncodeError as error:
@@ -63,11 +76,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_object(path: str | os.PathLike, allowed: str = "an object") -> dict[str, Any]:
-    """The content of a JSON file that must be an object; `allowed` describes it for the message.
-
-    Raises:
-        InputError: it is something else, or as `read_json`.
-    """
+    """The content of a JSON file that must be an object; `allowed` describes it for the message."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {json_kind(content)}; allowed: {allowed}")
@@ -82,19 +91,13 @@ def json_kind(value: Any) -> str:
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """The tensors of a safetensors file, by name, on the CPU, and its metadata.
-
-    Raises:
-        InputError: the file is missing, unreadable or damaged.
-    """
+    """The tensors of a safetensors file, by name, on the CPU, and its metadata."""
     from safetensors import SafetensorError, safe_open  # imports torch, which the scripts in data/ do without
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with reading(path), safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
 
 
@@ -112,46 +115,49 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never part of one. After an error the temporary file is removed.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
+    path, partial = Path(path), _beside(path)
+    partial.touch()
+    mode = partial.stat().st_mode
     try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # here, as a writer may replace the file
-        sync(name)
-        os.replace(name, path)
+        yield partial
+        partial.chmod(mode)  # a writer may have put a file of its own in this one's place
+        sync(partial)
+        partial.replace(path)
         sync(path.parent)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        partial.unlink(missing_ok=True)
         raise
 
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """`whole_file` for a folder: what the block writes replaces `path` at once."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    os.chmod(partial, 0o777 & ~_umask())
+    path, partial = Path(path), _beside(path)
+    partial.mkdir()
     try:
         yield partial
         for written in [*partial.rglob("*"), partial]:
             sync(written)
         try:
-            os.rename(partial, path)
+            partial.rename(path)
         except OSError as error:  # not checked before: another process may write the same folder
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             retired = partial.with_suffix(".old")
-            os.rename(path, retired)
-            os.rename(partial, path)
+            path.rename(retired)
+            partial.rename(path)
             shutil.rmtree(retired)
         sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _beside(path: str | os.PathLike) -> Path:
+    """A new name in the folder of `path`, which is made if necessary; a leading dot marks what is incomplete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -164,48 +170,16 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file; above 1 GiB, of its size and its first and last 64 MiB.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    try:
+    """SHA-256 of a file; above 1 GiB, of its size and its first and last 64 MiB."""
+    with reading(path), open(path, "rb") as file:
         size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            if size <= WHOLLY_DIGESTED:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-            parts = hashlib.sha256(str(size).encode())
-            parts.update(file.read(DIGESTED_END))
-            file.seek(-DIGESTED_END, os.SEEK_END)
-            parts.update(file.read(DIGESTED_END))
-            return parts.hexdigest()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def locked(path: str | os.PathLike, timeout: float = -1) -> Iterator[None]:
-    """Hold a file as a lock between processes; wait for it `timeout` seconds, by default for ever.
-
-    Raises:
-        filelock.Timeout: another process holds it.
-        InputError: the file cannot be written, perhaps because it is another user's.
-    """
-    from filelock import FileLock, Timeout  # which the scripts in data/ do without
-
-    lock = FileLock(path, timeout=timeout)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be locked ({error.strerror})") from None
-    try:
-        yield
-    finally:
-        lock.release()
+        if size <= WHOLLY_DIGESTED:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        parts = hashlib.sha256(str(size).encode())
+        parts.update(file.read(DIGESTED_END))
+        file.seek(-DIGESTED_END, os.SEEK_END)
+        parts.update(file.read(DIGESTED_END))
+        return parts.hexdigest()
 
 
 def check_writable(folder: str | os.PathLike) -> None:
@@ -223,10 +197,3 @@ def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 4,
     with whole_file(path) as partial:
         text = json.dumps(content, indent=indent, sort_keys=sort_keys, ensure_ascii=False)
         partial.write_text(text + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    """The process's file mode mask; reading it needs setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

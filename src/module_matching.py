@@ -20,10 +20,7 @@ def match_linear(model: nn.Module, patterns: Iterable[str], where: str) -> dict[
     """
     matched: dict[str, nn.Linear] = {}
     for pattern in patterns:
-        try:
-            expression = re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"{where}: '{pattern}' is not a regular expression ({error})") from None
+        expression = _compiled(pattern, where)
         found = {name: module for name, module in model.named_modules() if expression.fullmatch(name)}
         check_linear(model, found, f"{where}: '{pattern}'")
         matched.update(found)
@@ -40,16 +37,21 @@ def match_names(names: Iterable[str], pattern: str | None, where: str, ending: s
     if not pattern:
         return []
     names = list(names)
-    try:
-        matched = [name for name in names if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise InputError(f"{where}: '{pattern}' is not a regular expression ({error})") from None
+    matched = list(filter(_compiled(pattern, where).fullmatch, names))
     if not matched:
         raise InputError(f"{where}: '{pattern}' matches no factor; factors are called {names[0]} ...")
     if others := [name for name in matched if not name.endswith(ending)]:
+        kind = ending.removeprefix(".").removesuffix(".weight")
         raise InputError(f"{where}: '{pattern}' matches {others[0]}; with --space_from inputs or --protect structural "
-                         f"only factors {ending.removeprefix('.').removesuffix('.weight')} can be protected")
+                         f"only factors {kind} can be protected")  # fmt: skip
     return matched
+
+
+def _compiled(pattern: str, where: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{where}: '{pattern}' is not a regular expression ({error})") from None
 
 
 def check_linear(model: nn.Module, matched: Mapping[str, nn.Module], where: str) -> None:

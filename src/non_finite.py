@@ -20,17 +20,15 @@ class NonFiniteGuard:
 
     Right before the optimizer steps, all ranks agree whether one of them has seen a loss or gradient that is not
     finite. If so, every gradient becomes None, so that the optimizer leaves parameters, moments and counts as they
-    are. That takes one value of a step from the device, and works for each slice that a ZeRO optimizer steps. With
-    fp16 an infinite gradient is the loss scaler's normal signal, so only the loss is watched.
+    are. That takes one value of a step from the device, and works for each slice that a ZeRO optimizer steps.
 
     Args:
         limit: number of non-finite steps in a row that ends the run.
-        watch_gradients: whether gradients are checked too; false with fp16.
+        watch_gradients: false with fp16, where an infinite gradient is the loss scaler's normal signal.
     """
 
     def __init__(self, limit: int, *, watch_gradients: bool = True):
-        self.limit = limit
-        self.watch_gradients = watch_gradients
+        self.limit, self.watch_gradients = limit, watch_gradients
         self.in_a_row = 0
         self._step = 0
         self._micro_batches: list[tuple[Tensor, list[str]]] = []
@@ -40,9 +38,8 @@ class NonFiniteGuard:
     def watch(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter] = ()) -> None:
         """Guard the steps of `optimizer`.
 
-        Args:
-            parameters: those whose gradients are checked in the backward pass (and set to zero if they are not finite),
-                because their norm is known only after the step, as under DeepSpeed.
+        Where the gradients' norm is known only after the step, as under DeepSpeed, give the `parameters`: their
+        gradients are then checked in the backward pass, and set to zero if they are not finite.
         """
         optimizer.register_step_pre_hook(self._before_step)
         for parameter in parameters if self.watch_gradients else ():
@@ -55,7 +52,6 @@ class NonFiniteGuard:
         self._micro_batches.append((loss.detach(), examples))
 
     def note_gradient_norm(self, norm: Tensor | float) -> None:
-        """Note the norm of the step's gradients."""
         if self.watch_gradients:
             self._gradients_bad.append(~torch.as_tensor(norm).isfinite())
 
@@ -86,7 +82,7 @@ class NonFiniteGuard:
     def _is_bad(self) -> bool:
         losses = torch.stack([loss.float() for loss, _ in self._micro_batches])
         bad = torch.stack([~losses.isfinite().all(), *(flag.to(losses.device) for flag in self._gradients_bad)]).any()
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if dist.is_initialized():
             bad = bad.float()
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         return bool(bad)

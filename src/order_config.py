@@ -35,13 +35,7 @@ class OrderStep:
 
 def read_task_config(path: str | Path) -> dict[str, list[dict[str, str]]]:
     """Read and check a task file: every published task and every other one in the file, with its (possibly empty) list
-    of entries. Which tasks exist is up to the instruction file.
-
-    An entry without "sampling strategy" gets ``random``, as in the published loader.
-
-    Raises:
-        InputError: unreadable file, invalid task name or entry, strategy or name, or a dataset listed twice.
-    """
+    of entries, whose sampling strategy is ``random`` by default, as in the published loader."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; a step's folder holds {_listed(TASK_FILES)}")
     content = read_object(path, f"an object whose keys are tasks, such as {_listed(TASKS)}")
@@ -61,12 +55,8 @@ def read_task_config(path: str | Path) -> dict[str, list[dict[str, str]]]:
 
 
 def read_order(config_dir: str | Path) -> list[OrderStep]:
-    """The steps of an order, first to last.
-
-    Raises:
-        InputError: no such folder, no steps, a task file missing or invalid, a step that does not train on exactly
-            one dataset, that of its folder's name, or test files that do not grow by it at every step.
-    """
+    """The steps of an order, first to last: each trains one dataset, that of its folder's name, by which the test files
+    grow at every step."""
     config_dir = Path(config_dir)
     if not config_dir.is_dir():
         known = sorted(path.name for path in config_dir.parent.glob("[!.]*_configs"))
@@ -86,13 +76,9 @@ def write_order(
     """Write the JSON files of an order atomically, and return it as `read_order` reads it.
 
     Args:
-        config_dir: folder of the order, such as ``configs/mine_configs``.
+        config_dir: folder of the order, such as ``configs/mine_configs``, which only `overwrite` replaces.
         datasets: (task, dataset) of each step, first to last.
         sampling: strategy of every entry, ``full`` or ``random``.
-        overwrite: replace an existing folder.
-
-    Raises:
-        InputError: the folder exists and `overwrite` is false, or `read_order` would reject the order.
     """
     config_dir = Path(config_dir)
     if not datasets:

@@ -10,7 +10,7 @@ from pathlib import Path
 from errors import InputError
 from files import read_object, write_json
 from full_rank import FILE_NAME
-from uie_dataset_lora import ANSWER_CUE, prompt_parts
+from uie_dataset_lora import ANSWER_CUE
 
 PROMPTS = "prompts.json"
 CARD = """---
@@ -34,21 +34,16 @@ following, with a text in place of TEXT; those of other datasets are in `{prompt
 
 def save_prompts(folder: Path, examples: Iterable[dict], collator) -> None:
     """Write the prompt of each dataset among the examples, the last one's last."""
-    named = {"add_task_name": collator.add_task_name, "add_dataset_name": collator.add_dataset_name}
     heads: dict[str, str] = {}
     for example in examples:
         dataset = f"{example['Task']}/{example['Dataset']}"
-        heads[dataset] = heads.pop(dataset, prompt_parts(example, **named)[0])
+        heads[dataset] = heads.pop(dataset, collator.parts(example)[0])
     lengths = {name: getattr(collator, name) for name in ("max_source_length", "max_target_length")}
     write_json(folder / PROMPTS, lengths | {"tail": ANSWER_CUE, "heads": heads})
 
 
 def read_prompts(folder: Path) -> dict:
-    """What `save_prompts` wrote.
-
-    Raises:
-        InputError: the file is missing or lacks a key.
-    """
+    """What `save_prompts` wrote."""
     prompts = read_object(folder / PROMPTS)
     if missing := {"heads", "tail", "max_source_length", "max_target_length"} - prompts.keys():
         raise InputError(f"{folder / PROMPTS}: has no {min(missing)!r}")

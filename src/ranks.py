@@ -6,13 +6,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 
 from errors import InputError
-
-T = TypeVar("T")
 
 
 def is_first() -> bool:
@@ -20,7 +18,7 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def of_first_rank(decide: Callable[[], T]) -> T:
+def of_first_rank(decide: Callable[[], Any]) -> Any:
     """What `decide` returns on the first rank, which alone calls it; collective, after the ranks are connected.
 
     Raises:
@@ -60,6 +58,6 @@ def check_shared(folder: Path) -> None:
         mark.unlink()
         if blind:
             raise InputError(f"--output_dir: {folder} is not the folder of the first node on {', '.join(blind)}; one "
-                             "that all nodes share, such as a network file system, is allowed")
+                             "that all nodes share, such as a network file system, is allowed")  # fmt: skip
 
     of_first_rank(judge)

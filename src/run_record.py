@@ -20,7 +20,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from modulefinder import ModuleFinder
 from pathlib import Path
@@ -64,14 +64,12 @@ class Progress(enum.Enum):
 
 
 def make_record(data: Mapping[str, Path], model_args, data_args, method_args, training_args) -> dict:
-    """The record of the run that these arguments describe, with the data files of `data_files`.
-
-    Raises:
-        InputError: one of its files is missing or cannot be read.
-    """
+    """The record of the run that these arguments describe, with the data files of `data_files`."""
     options = training_args.to_dict() | vars(method_args) | vars(data_args) | vars(model_args)
-    if isinstance(training_args.deepspeed, str):
+    packages = PACKAGES
+    if training_args.deepspeed:
         data = {**data, "DeepSpeed config": Path(training_args.deepspeed)}
+        packages += ("deepspeed",)
     model = model_files(model_args.model_name_or_path)
     if model or os.path.exists(model_args.model_name_or_path):
         options.pop("model_name_or_path")
@@ -83,7 +81,7 @@ def make_record(data: Mapping[str, Path], model_args, data_args, method_args, tr
         "data": {name: digest(path) for name, path in data.items()},
         "model": {name: digest(path) for name, path in model.items()},
         "code": code_digests(method_args.method),
-        "versions": {"python": platform.python_version(), **_versions(bool(training_args.deepspeed))},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
     }
     device = torch.cuda.get_device_name() if training_args.device.type == "cuda" else platform.machine()
     shown = {"git_revision": _git_revision(), "machine": {"device": device, "threads": torch.get_num_threads()}}
@@ -102,11 +100,7 @@ def find_progress(output_dir: Path, record: dict, *, start_over: bool) -> Progre
     hint = "use another folder, or start over with --overwrite_output_dir (--fresh of the scripts)"
     if not (output_dir / RECORD).exists():
         raise InputError(f"--output_dir: {output_dir} holds {kept[0].name} but no {RECORD}; {hint}")
-    found = read_json(output_dir / RECORD)
-    if changes := differences(found, record):
-        if {"method": "gorp", "protect": "structural"}.items() <= found.get("configuration", {}).items():
-            raise InputError(f"--output_dir: {output_dir} holds a run of an earlier gorp with --protect structural, "
-                             f"which is --method sgorp now; {hint}")
+    if changes := differences(read_json(output_dir / RECORD), record):
         more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
         raise InputError(f"--output_dir: {output_dir} holds a run that differs: {'; '.join(changes[:SHOWN])}{more}; "
                          f"undo these changes, {hint}")
@@ -128,14 +122,11 @@ def differences(before: dict, now: dict) -> list[str]:
 
 def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoints: bool) -> None:
     """Remove what does not belong to the run, and write its record; on one rank only."""
-    if progress is Progress.NEW:
-        for path in _kept(output_dir, checkpoints=not keep_checkpoints):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for folder in checkpoint_folders(output_dir):
-        if not (is_complete(folder) or keep_checkpoints):
-            shutil.rmtree(folder)
-    for partial in output_dir.glob(".*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    removed = _kept(output_dir, checkpoints=not keep_checkpoints) if progress is Progress.NEW else []
+    if not keep_checkpoints:
+        removed += [folder for folder in checkpoint_folders(output_dir) if not is_complete(folder)]
+    for path in [*removed, *output_dir.glob(".*.partial")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if progress is Progress.NEW:
         write_json(output_dir / RECORD, record)
 
@@ -185,17 +176,6 @@ def code_digests(method: str) -> dict[str, str]:
 class _WithoutDocstrings(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) else node
-
-
-def _versions(with_deepspeed: bool) -> dict[str, str]:
-    """The versions of the installed packages; DeepSpeed counts only for a run that uses it."""
-    found = {}
-    for package in PACKAGES + ("deepspeed",) * with_deepspeed:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            pass
-    return found
 
 
 def _git_revision() -> str | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import TrainerState, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -30,7 +30,7 @@ from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line, score_key
 from errors import InputError, RunStopped, is_disk_full
-from files import locked, read_json, whole_file, whole_folder, write_json
+from files import read_json, whole_file, whole_folder, write_json
 from methods import find_method
 from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
@@ -84,7 +84,8 @@ def run(
     set_up_logging(training_args)
     if idle := training_args.idle_gpus():
         logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
-    if ignored := training_args.ignored() + ["use_fast_tokenizer"] * (not model_args.use_fast_tokenizer):
+    ignored = training_args.ignored() + ["use_fast_tokenizer"] * (not model_args.use_fast_tokenizer)
+    if ignored := ignored + ["overwrite_cache"] * data_args.overwrite_cache:
         logger.info("ignored: %s", ", ".join(f"--{name}" for name in ignored))
     check_data_arguments(data_args)
     method = find_method(method_args.method)(method_args)
@@ -166,9 +167,11 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
         def lock() -> None:
             try:
-                held.enter_context(locked(folder / ".lock", timeout=0))
+                held.enter_context(FileLock(folder / ".lock", timeout=0))
             except Timeout:
                 raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+            except OSError as error:  # perhaps it is another user's
+                raise InputError(f"{folder / '.lock'}: cannot be locked ({error.strerror})") from None
 
         of_first_rank(lock)
         check_shared(folder)

@@ -9,10 +9,10 @@ moment (as in GPM), because the gradient's rows are combinations of inputs.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,6 +21,7 @@ from errors import InputError
 from files import read_tensors, whole_file
 from Proj_torch.proj_projector import SIDES, check_space
 from Proj_torch.svd import at_least_float32, truncated_svd
+from ranks import is_first
 
 log, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 
@@ -39,20 +40,14 @@ def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9) -> Tensor:
     None is an empty space.
 
     Raises:
-        InputError: M is not a matrix or not finite, or its rows are not S's.
-        torch.linalg.LinAlgError: no method finds the singular vectors of M'.
+        torch.linalg.LinAlgError: M is zero or not finite, or the SVD of M' did not converge.
     """
-    if M.ndim != 2 or not M.isfinite().all():
-        raise InputError(f"moment of shape {tuple(M.shape)}: not a matrix of finite numbers")
     M = at_least_float32(M)
-    peak = M.abs().max()
     S = M.new_zeros(len(M), 0) if S is None else S.to(M)
-    if len(S) != len(M):
-        raise InputError(f"moment has {len(M)} rows, its gradient space {len(S)}; both must belong to one weight")
     free = len(M) - S.shape[1]
-    if free == 0 or peak == 0:
+    if free == 0:
         return S
-    M = M / peak  # so that squares neither under- nor overflow
+    M = M / M.abs().max()  # so that squares neither under- nor overflow
     residual = torch.addmm(M, S, S.T @ M, alpha=-1)
     total = M.double().square().sum()
     held = total - residual.double().square().sum()
@@ -91,24 +86,19 @@ def columns_of(moment: Moment, side: str) -> Tensor:
     return A @ torch.linalg.qr(B.mT).R.mT
 
 
+@dataclass
 class GradientSpace:
     """One basis S for each protected weight, by the weight's name.
 
-    Args:
+    Attributes:
         side: "output" (S has the weight's rows) or "input" (its columns).
-        energy: the share of a moment that its basis must hold.
-        bases: name -> S (d, c), to start from.
-
-    The name of a weight is its layer's: parameters lose their `.weight`.
+        energy: the share of a moment that its basis must hold, above 0 and at most 1.
+        bases: name -> S (d, c); the name of a weight is its layer's: parameters lose their `.weight`.
     """
 
-    def __init__(self, side: str = "output", energy: float = 0.9, bases: Mapping[str, Tensor] | None = None):
-        if side not in SIDES:
-            raise InputError(f"side {side!r} of a gradient space: allowed are {', '.join(SIDES)}")
-        if not 0 < energy <= 1:
-            raise InputError(f"energy {energy}: allowed: above 0, at most 1")
-        self.side, self.energy = side, energy
-        self.bases = dict(bases or {})
+    side: str = "output"
+    energy: float = 0.9
+    bases: dict[str, Tensor] = field(default_factory=dict)
 
     def get(self, name: str) -> Tensor | None:
         """S of a weight; None if nothing is protected yet."""
@@ -118,33 +108,22 @@ class GradientSpace:
         """Extend the basis of every weight by its moment (out, in), or by a sample of its inputs (n, in).
 
         The SVDs run where the moments are, and on the first of several ranks only, as that one saves the space. A
-        moment that is not finite, or whose singular vectors no method finds, is skipped with a warning, a zero one
-        with a line in the log.
-
-        Raises:
-            InputError: a moment's shape does not fit its basis.
+        moment that is not finite, or whose SVD does not converge, is skipped with a warning, a zero one with a line in
+        the log.
         """
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1) if first else ():
+        for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1) if is_first() else ():
             M = columns_of(moment, self.side)
-            if not M.any() or not M.isfinite().all():
-                # Where S is full, the moment is zero in every later task: nothing that a user must act on.
-                (detail.info if M.isfinite().all() else log.warning)(
-                    "%s: the moment is zero or not finite; its gradient space does not change", name)
+            if not M.any():  # as in every later task where S is full: nothing that a user must act on
+                detail.info("%s: the moment is zero; its gradient space does not change", name)
                 continue
             try:
                 self.bases[_key(name)] = extend_basis(self.get(name), M, self.energy)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
             except torch.linalg.LinAlgError as error:
                 log.warning("%s: %s; its gradient space does not change", name, error)
 
     def describe(self) -> list[str]:
         """How full each basis is, in lines such as "encoder.q: 5 of 8 directions"."""
-        return [
-            f"{name}: {S.shape[1]} of {S.shape[0]} directions" + (", full" if S.shape[1] == S.shape[0] else "")
-            for name, S in self.bases.items()
-        ]
+        return [f"{name}: {S.shape[1]} of {S.shape[0]} directions" for name, S in self.bases.items()]
 
     def total(self) -> int:
         """Directions of all bases together."""
@@ -162,44 +141,25 @@ class GradientSpace:
             weights: name -> (out, in); some may have no basis.
 
         Raises:
-            InputError: as in `load`; the file is of the other side, or a basis does not fit its weight.
+            InputError: the file is missing, damaged, of another kind, version or side, or holds a tensor that is not a
+                basis or does not fit its weight.
         """
-        found = GradientSpace.load(path)
-        if found.side != self.side:
-            hint = " (by METHOD=sgorp)" if found.side == "input" else ""
-            raise InputError(f"--protect_side: found {self.side}; {path} was built for the {found.side} side{hint}")
-        side = SIDES.index(self.side)
-        for name, weight in weights.items():
-            S = found.get(name)
-            if S is not None and len(S) != weight.shape[side]:
-                raise InputError(
-                    f"{path}: {_key(name)} has a basis of {len(S)} rows; {weight.shape[side]} are needed, the "
-                    f"{self.side} side of a {weight.shape[0]} x {weight.shape[1]} matrix"
-                )
-        self.bases = found.bases
+        bases, metadata = read_tensors(path)
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+            raise InputError(f"{path}: not a gradient space of version {VERSION}, its metadata is {metadata}")
+        if (side := metadata.get("side")) != self.side:
+            hint = " (by METHOD=sgorp)" if side == "input" else ""
+            raise InputError(f"--protect_side: found {self.side}; {path} was built for the {side} side{hint}")
+        sizes = {_key(name): weight.shape[SIDES.index(side)] for name, weight in weights.items()}
+        for name, S in bases.items():
+            check_space(S, sizes.get(name, len(S) if S.ndim else 0), f"{path}: {name}")
+        self.bases = bases
 
     def save(self, path: str | PathLike) -> None:
         """Write a safetensors file."""
         metadata = {"format": FORMAT, "version": VERSION, "side": self.side, "energy": repr(self.energy)}
         with whole_file(path) as partial:
             save_file({name: S.cpu().contiguous() for name, S in self.bases.items()}, partial, metadata)
-
-    @classmethod
-    def load(cls, path: str | PathLike) -> "GradientSpace":
-        """Read what `save` wrote; the bases are on the CPU.
-
-        Raises:
-            InputError: the file is missing, damaged, of another kind or version, or holds a tensor that is not a basis.
-        """
-        bases, metadata = read_tensors(path)
-        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
-            raise InputError(f"{path}: not a gradient space of version {VERSION}, its metadata is {metadata}")
-        for name, S in bases.items():
-            check_space(S, len(S) if S.ndim else 0, f"{path}: {name}")
-        try:
-            return cls(metadata["side"], float(metadata["energy"]), bases)
-        except (KeyError, ValueError, InputError) as error:
-            raise InputError(f"{path}: metadata of the gradient space is wrong ({error})") from None
 
 
 def _key(name: str) -> str:

@@ -15,7 +15,7 @@ from methods import Method
 from model.loading import LoadedModel, load_model_and_tokenizer
 from task_examples import OrderExamples, first_examples, first_examples_of_each, place_in_order
 from uie_collator import DataCollatorForUIE
-from uie_dataset_lora import ExampleOptions, load_uie_dataset
+from uie_dataset_lora import SPLITS, ExampleOptions, load_uie_dataset
 from uie_trainer_lora import DenserEvaluation, UIETrainer
 
 
@@ -31,28 +31,27 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
     The method chooses the training examples, and its step factor multiplies `--max_steps`.
     """
     options, own = example_options(data_args, training_args), data_args.task_config_dir
+    limits = {"train": data_args.max_train_samples, "dev": data_args.max_eval_samples,
+              "test": data_args.max_predict_samples}  # fmt: skip
 
-    def read(config_dir) -> DatasetDict:
-        examples = load_uie_dataset(config_dir, options, overwrite_cache=data_args.overwrite_cache)
-        examples["train"] = first_examples(examples["train"], data_args.max_train_samples)
-        examples["validation"] = first_examples(examples["validation"], data_args.max_eval_samples)
-        examples["test"] = first_examples_of_each(examples["test"], data_args.max_predict_samples)
-        return examples
+    def read(config_dir, subset: str) -> Dataset:
+        [examples] = load_uie_dataset(config_dir, options, [subset]).values()
+        return (first_examples_of_each if subset == "test" else first_examples)(examples, limits[subset])
 
-    examples = read(own)
+    examples = DatasetDict({split: read(own, subset) for subset, split in SPLITS.items()})
     needed = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
     for split, is_needed in needed.items():
         if is_needed and len(examples[split]) == 0:
             raise InputError(f"--task_config_dir: {own} has no {split} dataset; one is needed")
     fixed_steps = training_args.max_steps > 0
-    order = OrderExamples(own, lambda folder: read(folder)["train"], seed=training_args.seed, fixed_steps=fixed_steps)
+    order = OrderExamples(own, lambda step: read(step, "train"), seed=training_args.seed, fixed_steps=fixed_steps)
     if data_args.predict_tasks == "ends" and order.index() + 1 < len(order.steps()):
         examples["test"] = _of_datasets(examples["test"], [order.steps()[order.index()].dataset])
     if data_args.zero_shot:
         waiting = [step.dataset for step in order.steps()[order.index() :]]
-        examples["zero_shot"] = _of_datasets(read(order.steps()[-1].folder)["test"], waiting)
+        examples["zero_shot"] = _of_datasets(read(order.steps()[-1].folder, "test"), waiting)
     if data_args.unseen_config_dir:
-        tests, trained = read(data_args.unseen_config_dir)["test"], {step.dataset for step in order.steps()}
+        tests, trained = read(data_args.unseen_config_dir, "test"), {step.dataset for step in order.steps()}
         examples["unseen"] = _of_datasets(tests, set(tests["Dataset"]) - trained)
         if len(examples["unseen"]) == 0:
             raise InputError(f"--unseen_config_dir: {data_args.unseen_config_dir} tests only what this order trains")

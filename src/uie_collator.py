@@ -31,7 +31,7 @@ class DataCollatorForUIE:
 
     * encoder-decoder: prompts and labels (answer and EOS) padded on the right.
     * decoder-only, training: prompt, answer and EOS, padded on the left; labels of the same shape, masked on prompt
-      and padding.
+      and padding, and `answer_length`, the width of the columns at the right that hold all answers.
     * decoder-only, dev and test: the prompt, padded on the left; labels (answer and EOS) padded on the right to their
       own width.
 
@@ -42,20 +42,6 @@ class DataCollatorForUIE:
 
     A prompt longer than `max_source_length` loses the right ends of its sentence's longest lines: in MultiRC the
     paragraph, never the question. An answer has at most `max_target_length` ids, EOS included, and is never cut.
-
-    Args:
-        add_task_name, add_dataset_name: prompt prefixes, see `prompt_parts`.
-        pad_to_multiple_of: round every width up to a multiple of this.
-        label_pad_token_id: the label that the loss ignores.
-        name_rows: add the examples' names to a training batch, as the list `rows`.
-        input_record_file: append each batch to this file, one JSON object {"source", "label"} per line; rank 0 only.
-
-    Attributes:
-        kept: the ids of the texts tokenised so far, shared by collators of the same tokenizer and lengths.
-
-    Raises:
-        InputError: a tokenizer without EOS; an example (named) whose prompt without its sentence, or whose answer, is
-            too long, or whose answer spells a special token or cannot be written; an unwritable record file.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -63,12 +49,12 @@ class DataCollatorForUIE:
     decoder_only: bool
     max_source_length: int
     max_target_length: int
-    add_task_name: bool = False
+    add_task_name: bool = False  # in front of the prompt, see `prompt_parts`
     add_dataset_name: bool = False
-    pad_to_multiple_of: int | None = None
-    label_pad_token_id: int = -100
-    name_rows: bool = False
-    input_record_file: str | os.PathLike | None = None
+    pad_to_multiple_of: int | None = None  # every width is rounded up to a multiple
+    label_pad_token_id: int = -100  # the label that the loss ignores
+    name_rows: bool = False  # whether a training batch has its examples' names, as the list `rows`
+    input_record_file: str | os.PathLike | None = None  # each batch is appended, an object {"source", "label"} a line
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -96,20 +82,19 @@ class DataCollatorForUIE:
             key = (example["Dataset"], instance["instruction"], instance["label"], str(example["Samples"]))
             distinct.setdefault(key, example)
         for example in distinct.values():
-            head, _, tail = self._parts(example)
+            head, _, tail = self.parts(example)
             self._check_room(head + tail, example)
         tokens = self._answers(list(distinct.values()))
         for example, written in zip(distinct.values(), self.decode(tokens)):
             label, name = example["Instance"]["label"], self.tokenizer.name_or_path
             if exact_match(written, label):
                 continue
-            if example.get("Metric") == "rougeL":
-                changed[example["Dataset"]] += 1
-                continue
-            raise InputError(
-                f"{_name(example)}: the answer {label!r} becomes {written!r} in the tokenizer {name}; allowed: answers "
-                "that it writes back, but for case, spaces and punctuation, which the score ignores"
-            )
+            if example.get("Metric") != "rougeL":
+                raise InputError(
+                    f"{_name(example)}: the answer {label!r} becomes {written!r} in the tokenizer {name}; allowed: "
+                    "answers that it writes back, but for case, spaces and punctuation, which the score ignores"
+                )
+            changed[example["Dataset"]] += 1
         for dataset, count in changed.items():
             logger.warning("%s: %d different answers do not come back from the tokenizer as they are, so that no "
                            "prediction can equal them", dataset, count)
@@ -120,20 +105,23 @@ class DataCollatorForUIE:
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         prompts, inputs = self._prompts(examples)
-        labels = self._answers(examples)
+        labels = answers = self._answers(examples)
         self._record(prompts, examples)
-        answer_in_input = self.decoder_only and _are_training(examples)
+        training = examples[0]["subset"] == "train"  # no batch mixes its examples with those of dev or test
+        answer_in_input = self.decoder_only and training
         if answer_in_input:
             masks = [[self.label_pad_token_id] * len(prompt) for prompt in inputs]
-            inputs = [prompt + answer for prompt, answer in zip(inputs, labels)]
-            labels = [mask + answer for mask, answer in zip(masks, labels)]
+            inputs = [prompt + answer for prompt, answer in zip(inputs, answers)]
+            labels = [mask + answer for mask, answer in zip(masks, answers)]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         batch = {
             "input_ids": self._pad(inputs, pad, left=self.decoder_only),
             "attention_mask": self._pad([[1] * len(ids) for ids in inputs], 0, left=self.decoder_only),
             "labels": self._pad(labels, self.label_pad_token_id, left=answer_in_input),
         }
-        if self.name_rows and _are_training(examples):
+        if answer_in_input:
+            batch["answer_length"] = max(map(len, answers))
+        if self.name_rows and training:
             batch["rows"] = [_name(example) for example in examples]
         return batch
 
@@ -144,7 +132,7 @@ class DataCollatorForUIE:
 
     def _prompts(self, examples: list[dict]) -> tuple[list[str], list[list[int]]]:
         """Each example's prompt, cut where necessary, as text and as ids."""
-        parts = [self._parts(example) for example in examples]
+        parts = [self.parts(example) for example in examples]
         prompts = ["".join(pieces) for pieces in parts]
 
         def encode(indices: list[int]) -> list[list[int]]:
@@ -157,16 +145,17 @@ class DataCollatorForUIE:
 
         return prompts, self.kept.look_up([f"prompt {prompt}" for prompt in prompts], encode)
 
-    def _parts(self, example: dict) -> tuple[str, str, str]:
+    def parts(self, example: dict) -> tuple[str, str, str]:
+        """`prompt_parts` with the names that this collator's prompts have."""
         return prompt_parts(example, add_task_name=self.add_task_name, add_dataset_name=self.add_dataset_name)
 
     def _check_room(self, prompt: str, example: dict) -> None:
         needed = len(self._source_ids([prompt])[0])
-        if needed > self.max_source_length:
-            raise InputError(
-                f"{_name(example)}: the prompt without its sentence needs {needed} tokens; "
-                f"allowed: --max_source_length {self.max_source_length}"
-            )
+        self._check_length("the prompt without its sentence", needed, "max_source_length", example)
+
+    def _check_length(self, what: str, needed: int, flag: str, example: dict) -> None:
+        if needed > getattr(self, flag):
+            raise InputError(f"{_name(example)}: {what} needs {needed} tokens; allowed: --{flag} {getattr(self, flag)}")
 
     def _cut(self, parts: tuple[str, str, str], example: dict) -> str:
         """The prompt with the sentence's lines cut to the greatest common width (characters) that fits."""
@@ -206,11 +195,7 @@ class DataCollatorForUIE:
                 raise InputError(
                     f"{_name(example)}: the answer {label!r} spells {token}; allowed: labels without special tokens"
                 )
-            if len(ids) > self.max_target_length:
-                raise InputError(
-                    f"{_name(example)}: the answer {label!r} needs {len(ids)} tokens; "
-                    f"allowed: --max_target_length {self.max_target_length}"
-                )
+            self._check_length(f"the answer {label!r}", len(ids), "max_target_length", example)
         return answers
 
     def _continuations(self, labels: list[str]) -> list[list[int]]:
@@ -253,14 +238,6 @@ class DataCollatorForUIE:
                 f"--input_record_file {self.input_record_file}: cannot be written ({error.strerror}); "
                 "allowed: a file in an existing folder"
             ) from None
-
-
-def _are_training(examples: list[dict]) -> bool:
-    """Return whether the examples come from train; labels of train and of dev or test differ in shape."""
-    kinds = {example["subset"] == "train" for example in examples}
-    if len(kinds) > 1:
-        raise ValueError("a batch mixes examples of train with examples of dev or test; allowed: either")
-    return kinds.pop()
 
 
 def _name(example: dict) -> str:

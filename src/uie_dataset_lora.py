@@ -1,13 +1,10 @@
 """The benchmark as instruction examples: `<data_dir>/<TASK>/<DATASET>/{train,dev,test,labels}.json` -> `DatasetDict`.
 
-`load_uie_dataset` reads the datasets that a step's task files name, checks every example and caches the result. The
-cache key covers the contents of the files, so that an edited file is read again. `prompt_parts` splits an example into
-the parts of its prompt, which the collator tokenises.
+`load_uie_dataset` reads the datasets that a step's task files name, and checks every example. `prompt_parts` splits an
+example into the parts of its prompt, which the collator tokenises.
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import random
@@ -20,7 +17,7 @@ import datasets
 
 from compute_metrics import normalise
 from errors import InputError, nearest
-from files import check_writable, digest, json_kind, locked, read_json, read_object, whole_folder, write_json
+from files import json_kind, read_json, read_object
 from order_config import SUBSETS, TASKS, benchmark_datasets, read_task_config
 
 logger = logging.getLogger("gorp")
@@ -31,52 +28,33 @@ INSTRUCTION_TYPES = ("zero-shot", "few-shot")
 METRICS = ("exact_match", "rougeL")
 """How a task is scored: by exact match with one of its labels, or, where answers are free text, by ROUGE-L."""
 ANSWER_CUE = "\nAnswer:"
-DIGESTS = "digests.json"
 UNLABELLED = "-"
 """GLUE's mark for a dev or test example without a gold label."""
 
-_TEXTS = {"sentence": datasets.Value("string"), "label": datasets.Value("string")}
+_TEXT = datasets.Value("string")
+_EXAMPLE = {"sentence": _TEXT, "label": _TEXT}
 FEATURES = datasets.Features(
     {
-        "Task": datasets.Value("string"),
-        "Dataset": datasets.Value("string"),
-        "Metric": datasets.Value("string"),
-        "subset": datasets.Value("string"),
-        "Samples": datasets.List(_TEXTS),
-        "Instance": {
-            "id": datasets.Value("string"),
-            **_TEXTS,
-            "ground_truth": datasets.Value("string"),
-            "instruction": datasets.Value("string"),
-        },
+        **dict.fromkeys(("Task", "Dataset", "Metric", "subset"), _TEXT),
+        "Samples": datasets.List(_EXAMPLE),
+        "Instance": {"id": _TEXT, **_EXAMPLE, "ground_truth": _TEXT, "instruction": _TEXT},
     }
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleOptions:
-    """What decides a step's examples beside its task files.
-
-    Args:
-        data_dir: the benchmark.
-        instruction_strategy: "single" takes a task's first instruction, "multiple" a seeded choice for each example.
-        max_num_instances_per_task, max_num_instances_per_eval_task: None or a negative number means no limit.
-        num_examples: how many labelled examples from its dataset's train.json each prompt shows (`Samples`, a seeded
-            choice without the example itself). Above 0, the task's "few-shot" instructions are used.
-        over_sampling: repeat seeded training examples up to `max_num_instances_per_task`, under either sampling
-            strategy.
-
-    Raises:
-        InputError: an unknown strategy, or a negative number of examples.
-    """
+    """What decides a step's examples beside its task files."""
 
     data_dir: str | os.PathLike
     instruction_file: str | os.PathLike
-    instruction_strategy: str = "single"
-    max_num_instances_per_task: int | None = 10000
+    instruction_strategy: str = "single"  # a task's first instruction; "multiple": a seeded choice for each example
+    max_num_instances_per_task: int | None = 10000  # None or below 0: no limit
     max_num_instances_per_eval_task: int | None = 200
+    # Labelled examples of its dataset's train.json that each prompt shows (`Samples`, a seeded choice without the
+    # example itself), after one of the task's "few-shot" instructions.
     num_examples: int = 0
-    over_sampling: bool = False
+    over_sampling: bool = False  # repeat seeded training examples up to the limit, under either sampling strategy
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -88,8 +66,7 @@ class ExampleOptions:
 
     def limit(self, subset: str) -> int | None:
         """Most examples of `subset` ("train", "dev", "test") to keep; None means all."""
-        limits = {"train": self.max_num_instances_per_task, "dev": self.max_num_instances_per_eval_task}
-        limit = limits.get(subset)
+        limit = {"train": self.max_num_instances_per_task, "dev": self.max_num_instances_per_eval_task}.get(subset)
         return None if limit is None or limit < 0 else limit
 
     def generator(self, purpose: str, source: "_Source", example_id: str = "") -> random.Random:
@@ -107,6 +84,7 @@ class _Source:
     strategy: str
     folder: Path
     metric: str
+    instructions: tuple[str, ...]  # to draw from
 
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -118,11 +96,7 @@ class _Source:
 
 
 def load_uie_dataset(
-    task_config_dir: str | os.PathLike,
-    options: ExampleOptions,
-    *,
-    cache_dir: str | os.PathLike | None = None,
-    overwrite_cache: bool = False,
+    task_config_dir: str | os.PathLike, options: ExampleOptions, subsets: Iterable[str] = SUBSETS
 ) -> datasets.DatasetDict:
     """The instruction examples of one step of an order, splits "train", "validation" and "test" with `FEATURES`.
 
@@ -138,62 +112,28 @@ def load_uie_dataset(
       under this name, which in a file sorted by label are all of one label.
 
     Args:
-        cache_dir: folder of the Arrow files; None is the `datasets` library's own cache. Ranks that share it wait for
-            the first of them.
-        overwrite_cache: rebuild the cached examples, on the first rank of each machine.
+        subsets: those to read of "train", "dev" and "test".
 
     Raises:
-        InputError: an invalid file, example, label or name, found before anything is written.
+        InputError: an invalid file, example, label or name.
     """
-    sources = _sources(task_config_dir, options)
-    instructions = _choose_instructions(sources, options)
-    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "cl_benchmark"
-    check_writable(cache)
-    folder = cache / _cache_key(sources, options)
-    rebuild = overwrite_cache and os.environ.get("LOCAL_RANK", "0") == "0"
-    with locked(f"{folder}.lock"):  # one rank builds while the others wait, and none opens a folder being replaced
-        if folder.is_dir() and not _is_intact(folder):
-            logger.warning("%s: the cached examples are damaged, and are built again", folder)
-            rebuild = True
-        if rebuild or not folder.is_dir():
-            built = _build(sources, instructions, options)
-            with whole_folder(folder) as partial:
-                built.save_to_disk(partial, num_shards=dict.fromkeys(built, 1))  # an empty split gets none by itself
-                write_json(partial / DIGESTS, _digests(partial))
-        return datasets.load_from_disk(folder)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
-    return {str(path.relative_to(folder)): digest(path) for path in files}
-
-
-def _is_intact(folder: Path) -> bool:
-    """Return whether a folder of the cache holds what was written there."""
-    try:
-        return read_json(folder / DIGESTS) == _digests(folder)
-    except InputError:
-        return False
+    sources, splits = _sources(task_config_dir, options), datasets.DatasetDict()
+    for subset in subsets:
+        examples = [one for source in sources if source.subset == subset for one in _examples(source, options)]
+        columns = {name: [example[name] for example in examples] for name in FEATURES}
+        splits[SPLITS[subset]] = datasets.Dataset.from_dict(columns, features=FEATURES)
+    return splits
 
 
 def read_examples(task_config_dirs: Iterable[str | os.PathLike], options: ExampleOptions) -> Iterator[dict]:
-    """The examples of many steps, each file read once and nothing written, to check a complete order.
-
-    Raises:
-        InputError: as `load_uie_dataset`.
-    """
+    """The examples of many steps, each file read once and nothing written, to check a complete order."""
     listed = [source for step in task_config_dirs for source in _sources(step, options)]
-    instructions = _choose_instructions(listed, options)
     for source in dict.fromkeys(listed):
-        yield from _examples(source, instructions[source.task], options)
+        yield from _examples(source, options)
 
 
 def data_files(task_config_dir: str | os.PathLike, options: ExampleOptions) -> dict[str, Path]:
-    """Every file that a step's examples are made from, by a name that does not depend on the folders' location.
-
-    Raises:
-        InputError: a task file is invalid, or names a dataset that the benchmark does not have.
-    """
+    """Every file that a step's examples are made from, by a name that does not depend on the folders' location."""
     files = {"instructions": Path(options.instruction_file)}
     files |= {f"{subset}_tasks.json": Path(task_config_dir) / f"{subset}_tasks.json" for subset in SUBSETS}
     for source in _sources(task_config_dir, options):
@@ -215,52 +155,38 @@ def prompt_parts(example: dict, *, add_task_name: bool, add_dataset_name: bool) 
     return head, example["Instance"]["sentence"], ANSWER_CUE
 
 
-def read_instructions(path: str | os.PathLike) -> dict[str, dict[str, list[str]]]:
-    """Task -> instruction type ("zero-shot", "few-shot") -> instructions in file order, each ending in a newline.
+def read_instructions(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """The tasks of an instruction file, each an array of instructions, or an object of them and a metric.
 
-    Raises:
-        InputError: unreadable, or not an object of task -> array of {"instruction_type", "instruction"}.
+    Returns:
+        Task -> "metric", one of `METRICS`; "zero-shot" and "few-shot", lists of instructions in file order, each ending
+        in a newline.
     """
-    instructions = {}
-    for task, (_, entries) in _read_tasks(path).items():
-        instructions[task] = {kind: [] for kind in INSTRUCTION_TYPES}
-        for index, entry in enumerate(entries):
-            where = f"{path}, {task}, entry {index}"
-            _check_object(entry, ("instruction_type", "instruction"), where)
-            kind, text = entry["instruction_type"], entry["instruction"]
-            if kind not in INSTRUCTION_TYPES:
-                raise InputError(f"{where}: instruction_type {kind!r}; allowed: {', '.join(INSTRUCTION_TYPES)}")
-            instructions[task][kind].append(text if text.endswith("\n") else text + "\n")
-    return instructions
-
-
-def read_metrics(path: str | os.PathLike) -> dict[str, str]:
-    """Task -> one of `METRICS`, from an instruction file."""
-    return {task: metric for task, (metric, _) in _read_tasks(path).items()}
-
-
-def _read_tasks(path: str | os.PathLike) -> dict[str, tuple[str, list]]:
-    """Task -> its metric and its instructions: an array, or an object of both."""
     tasks = {}
     for task, entries in read_object(path, "an object of task -> array of instructions").items():
-        metric = METRICS[0]
+        metric, texts = METRICS[0], {kind: [] for kind in INSTRUCTION_TYPES}
         if isinstance(entries, dict) and set(entries) == {"metric", "instructions"}:
             metric, entries = entries["metric"], entries["instructions"]
         if metric not in METRICS:
             raise InputError(f"{path}, {task}: metric {metric!r}; allowed: {', '.join(METRICS)}")
         if not isinstance(entries, list):
             raise InputError(f"{path}, {task}: found {json_kind(entries)}; allowed: an array of instructions")
-        tasks[task] = (metric, entries)
+        for index, entry in enumerate(entries):
+            where = f"{path}, {task}, entry {index}"
+            _check_object(entry, ("instruction_type", "instruction"), where)
+            kind, text = entry["instruction_type"], entry["instruction"]
+            if kind not in INSTRUCTION_TYPES:
+                raise InputError(f"{where}: instruction_type {kind!r}; allowed: {', '.join(INSTRUCTION_TYPES)}")
+            texts[kind].append(text if text.endswith("\n") else text + "\n")
+        tasks[task] = {"metric": metric, **texts}
     return tasks
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
-    """The answers of a dataset, in the order of the options line.
+    """The answers of a dataset, in the order of the options line: distinct, non-blank strings.
 
-    Raises:
-        InputError: unreadable, or not a non-empty array of distinct, non-blank strings; or two of them differ only in
-            case, spaces or punctuation, so that exact match would count a wrong answer as correct, or in how Unicode
-            composes the same characters.
+    Two labels that differ only in case, spaces or punctuation are rejected, because exact match would count a wrong
+    answer as correct; so are two that differ only in how Unicode composes the same characters.
     """
     labels = read_json(path)
     if not isinstance(labels, list) or not labels:
@@ -283,10 +209,6 @@ def read_rows(path: str | os.PathLike, labels: list[str] | None) -> list[dict[st
 
     In dev.json and test.json, examples labelled "-" are left out and their number is logged, unless "-" is one of
     `labels`. Without `labels` answers are free text.
-
-    Raises:
-        InputError: unreadable, not an array, no labelled example, or an example (named by its index) that is not
-            {"sentence": non-blank string, "label": one of `labels`}.
     """
     content = read_json(path)
     if not isinstance(content, list) or not content:
@@ -316,26 +238,27 @@ def _check_object(entry: Any, keys: tuple[str, str], where: str) -> None:
     if set(entry) != set(keys):
         raise InputError(f"{where}: keys {', '.join(map(repr, entry)) or 'none'}; {allowed}")
     for key in keys:
-        if not isinstance(entry[key], str):
-            raise InputError(f"{where}: {key} is {json_kind(entry[key])}; {allowed}")
-        if not entry[key].strip():
-            raise InputError(f"{where}: {key} is blank; {allowed}")
+        if not isinstance(entry[key], str) or not entry[key].strip():
+            fault = "blank" if isinstance(entry[key], str) else json_kind(entry[key])
+            raise InputError(f"{where}: {key} is {fault}; {allowed}")
 
 
 def _sources(task_config_dir: str | os.PathLike, options: ExampleOptions) -> list[_Source]:
     """The datasets that a step's task files name, in their order, with every file inside the benchmark."""
-    data_dir, sources, metrics = Path(options.data_dir), [], read_metrics(options.instruction_file)
+    data_dir, sources, instructions = Path(options.data_dir), [], read_instructions(options.instruction_file)
     for subset in SUBSETS:
         config = Path(task_config_dir) / f"{subset}_tasks.json"
         for task, listed in read_task_config(config).items():
-            if task not in (known := {*TASKS, *metrics}):
+            if task not in (known := {*TASKS, *instructions}):
                 raise InputError(f"{config}: unknown task {task!r}; allowed: the published ones, and those in "
                                  f"{options.instruction_file}{nearest(task, known)}")
+            metric = instructions[task]["metric"] if task in instructions else METRICS[0]
             for entry in listed:
                 name = entry["dataset name"]
-                source = _Source(subset, task, name, entry["sampling strategy"], data_dir / task / name,
-                                 metrics.get(task, METRICS[0]))
-                if not source.folder.is_dir():
+                texts = _choose_instructions(task, instructions, options)
+                folder = data_dir / task / name
+                source = _Source(subset, task, name, entry["sampling strategy"], folder, metric, texts)
+                if not folder.is_dir():
                     known = ", ".join(benchmark_datasets(data_dir)) or "none"
                     raise InputError(f"{config}: {task}/{name} is not in {data_dir}; allowed: {known}")
                 for path in source.files(options):
@@ -356,54 +279,27 @@ def _check_place(path: Path, data_dir: Path) -> None:
         raise InputError(f"{path}: a link to {place}; allowed: files inside {data_dir}")
 
 
-def _cache_key(sources: list[_Source], options: ExampleOptions) -> str:
-    """A digest of what decides the examples: entries of the task files, contents of the files, options, this module."""
-    contents = {"data_dir": None, "instruction_file": digest(options.instruction_file)}  # paths do not count
-    parts: list[Any] = [digest(__file__), dataclasses.asdict(options) | contents]
-    for source in sources:
-        parts.append([source.subset, source.task, source.dataset, source.strategy])
-        parts.append([digest(path) for path in source.files(options)])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _build(sources: list[_Source], instructions: dict[str, list[str]], options: ExampleOptions) -> datasets.DatasetDict:
-    """Read, check and lay out every source; a split without datasets is empty."""
-    examples: dict[str, list[dict]] = {split: [] for split in SPLITS.values()}
-    for source in sources:
-        examples[SPLITS[source.subset]] += _examples(source, instructions[source.task], options)
-    columns = {split: {name: [one[name] for one in of] for name in FEATURES} for split, of in examples.items()}
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_dict(of_split, features=FEATURES) for split, of_split in columns.items()}
-    )
-
-
-def _choose_instructions(sources: Iterable[_Source], options: ExampleOptions) -> dict[str, list[str]]:
-    """The instructions to draw from for each task; none for COPA, unless the file has an entry for it."""
+def _choose_instructions(task: str, instructions: dict[str, dict], options: ExampleOptions) -> tuple[str, ...]:
+    """The instructions to draw from for a task; none for COPA, unless the file has an entry for it."""
     kind = "few-shot" if options.num_examples else "zero-shot"
-    path = options.instruction_file
-    available = {task: texts[kind] for task, texts in read_instructions(path).items()}
-    chosen = {}
-    for task in dict.fromkeys(source.task for source in sources):
-        texts = available.get(task, [])
-        if not texts and (task != "COPA" or task in available):
-            found = ", ".join(name for name in available if available[name]) or "none"
-            raise InputError(f"{path}: no {kind} instruction for task {task}; allowed: {found}")
-        chosen[task] = texts if options.instruction_strategy == "multiple" else texts[:1]
-    return chosen
+    texts = instructions.get(task, {kind: []})[kind]
+    if not texts and (task != "COPA" or task in instructions):
+        found = ", ".join(name for name, own in instructions.items() if own[kind]) or "none"
+        raise InputError(f"{options.instruction_file}: no {kind} instruction for task {task}; allowed: {found}")
+    return tuple(texts if options.instruction_strategy == "multiple" else texts[:1])
 
 
-def _examples(source: _Source, instructions: list[str], options: ExampleOptions) -> list[dict]:
+def _examples(source: _Source, options: ExampleOptions) -> list[dict]:
     """The examples of one file, laid out as `FEATURES`."""
     labels = read_labels(source.file("labels")) if source.metric == "exact_match" else None
     rows = _choose(read_rows(source.file(source.subset), labels), source, options)
     pool = read_rows(source.file("train"), labels) if options.num_examples else []
+    offered = f"Option: {', '.join(labels)} \n" if labels else ""
     examples = []
     for row in rows:
         instruction = ""
-        if instructions:
-            instruction = options.generator("instruction", source, row["id"]).choice(instructions)
-        if instructions and labels:
-            instruction += f"Option: {', '.join(labels)} \n"
+        if source.instructions:
+            instruction = options.generator("instruction", source, row["id"]).choice(source.instructions) + offered
         examples.append({
             "Task": source.task,
             "Dataset": source.dataset,

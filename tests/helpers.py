@@ -338,8 +338,7 @@ class Benchmark:
     def load(self, **options):
         from uie_dataset_lora import ExampleOptions, load_uie_dataset
 
-        cache = {"cache_dir": self.folder / "cache", "overwrite_cache": options.pop("overwrite_cache", False)}
-        return load_uie_dataset(self.configs, ExampleOptions(self.data, self.instructions, **options), **cache)
+        return load_uie_dataset(self.configs, ExampleOptions(self.data, self.instructions, **options))
 
 
 # Tokenizers, one of each kind that a model may bring

@@ -1,10 +1,7 @@
-"""The loader: the exact prompt of each dataset, sampling, few-shot, the cache, and every kind of bad input."""
+"""The loader: the exact prompt of each dataset, sampling, few-shot, and every kind of bad input."""
 
 import json
 import logging
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +13,6 @@ from uie_dataset_lora import (
     prompt_parts,
     read_instructions,
     read_labels,
-    read_rows,
 )
 
 
@@ -118,7 +114,7 @@ def test_instruction_strategies(benchmark):
     assert set(wordings()) == {"Wording 0"}
     drawn = wordings(instruction_strategy="multiple")
     assert set(drawn) == {"Wording 0", "Wording 1", "Wording 2"}
-    assert drawn == wordings(instruction_strategy="multiple", overwrite_cache=True)
+    assert drawn == wordings(instruction_strategy="multiple")
     assert drawn != wordings(instruction_strategy="multiple", seed=7)
 
 
@@ -140,7 +136,7 @@ def test_full_keeps_every_row_and_random_a_seeded_choice_in_file_order(benchmark
         assert len(set(train)) == 20 and train == sorted(train) and train != list(range(20))
         assert len(chosen(dataset, "validation")) == 5
         assert chosen(dataset, "test") == list(range(50))
-        assert train == chosen(dataset, "train", overwrite_cache=True) != chosen(dataset, "train", seed=1)
+        assert train == chosen(dataset, "train") != chosen(dataset, "train", seed=1)
 
 
 @pytest.mark.parametrize("limit", [None, -1])
@@ -160,10 +156,9 @@ def test_over_sampling_repeats_training_rows_up_to_the_limit(benchmark):
 
 def test_a_split_without_datasets_is_empty(benchmark):
     benchmark.add("QQP", "QQP", ["False", "True"], numbered(3), subsets=("train", "test"))
-    for _ in range(2):
-        rows = benchmark.load()
-        assert {split: len(part) for split, part in rows.items()} == {"train": 3, "validation": 0, "test": 3}
-        assert rows["validation"].features == FEATURES
+    rows = benchmark.load()
+    assert {split: len(part) for split, part in rows.items()} == {"train": 3, "validation": 0, "test": 3}
+    assert rows["validation"].features == FEATURES
 
 
 # Few-shot
@@ -200,80 +195,6 @@ def test_few_shot_may_show_all_other_rows_but_no_more(benchmark):
     expected = f"--num_examples: 4; allowed: at most 3, the other examples of {folder / 'train.json'}"
     with pytest.raises(InputError, match=f"^{expected}$"):
         benchmark.load(num_examples=4)
-
-
-# Cache
-
-
-@pytest.fixture
-def counted_reads(monkeypatch):
-    """Names of the data files that were read row by row."""
-    import uie_dataset_lora
-
-    reads = []
-
-    def counting(path, labels):
-        reads.append(Path(path).name)
-        return read_rows(path, labels)
-
-    monkeypatch.setattr(uie_dataset_lora, "read_rows", counting)
-    return reads
-
-
-def test_the_second_load_reads_no_rows(benchmark, counted_reads):
-    benchmark.add("QQP", "QQP", ["False", "True"], numbered(5))
-    first = benchmark.load()
-    assert sorted(counted_reads) == ["dev.json", "test.json", "train.json"]
-    assert benchmark.load()["train"].to_list() == first["train"].to_list()
-    assert len(counted_reads) == 3
-    benchmark.load(overwrite_cache=True)
-    assert len(counted_reads) == 6
-
-
-def test_the_cache_follows_contents_not_paths(benchmark, counted_reads):
-    benchmark.add("QQP", "QQP", ["False", "True"], numbered(5))
-    benchmark.load()
-    benchmark.data = benchmark.data.rename(benchmark.folder / "moved")
-    benchmark.load()
-    assert len(counted_reads) == 3
-
-
-def edit_sentence(benchmark):
-    rows = numbered(5)
-    rows[0]["sentence"] = "question X"
-    path = benchmark.data / "QQP" / "QQP" / "train.json"
-    stamp = path.stat()
-    put(path, rows)
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # same size, same time: only the contents tell
-
-
-def edit_labels(benchmark):
-    put(benchmark.data / "QQP" / "QQP" / "labels.json", ["True", "False"])
-
-
-def edit_instruction(benchmark):
-    benchmark.instruct({"QQP": [("zero-shot", "Other wording\n")]})
-
-
-def edit_config(benchmark):
-    benchmark.listed["train"]["QQP"] = []
-    benchmark.configure()
-
-
-@pytest.mark.parametrize("edit", [edit_sentence, edit_labels, edit_instruction, edit_config])
-def test_an_edit_is_never_answered_with_stale_rows(benchmark, edit):
-    benchmark.add("QQP", "QQP", ["False", "True"], numbered(5))
-    before = benchmark.load()["train"].to_list()
-    edit(benchmark)
-    assert benchmark.load()["train"].to_list() != before
-
-
-def test_a_failed_build_leaves_no_cache(benchmark):
-    folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(5))
-    put(folder / "test.json", [{"sentence": "x", "label": "Maybe"}])
-    with pytest.raises(InputError):
-        benchmark.load()
-    assert [path for path in (benchmark.folder / "cache").rglob("*") if path.suffix != ".lock" and path.is_file()] == []
 
 
 # Bad input
@@ -437,57 +358,6 @@ def test_a_missing_data_file(benchmark, missing):
 def test_a_missing_task_file(golden):
     (golden.configs / "dev_tasks.json").unlink()
     with pytest.raises(InputError, match="dev_tasks.json: no such file"):
-        golden.load()
-
-
-def cut(path: Path, kept: float) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * kept)])
-
-
-DAMAGE = {  # what is done to the folder of cached examples, and to the Arrow file of its training examples
-    "half of the file": lambda folder, file: cut(file, 0.5),
-    "all but its end": lambda folder, file: cut(file, 0.99),
-    "an empty file": lambda folder, file: cut(file, 0),
-    "zeros": lambda folder, file: file.write_bytes(bytes(file.stat().st_size)),
-    "another letter": lambda folder, file: file.write_bytes(file.read_bytes().replace(b"soup", b"soap")),
-    "no file": lambda folder, file: file.unlink(),
-    "no state": lambda folder, file: (folder / "train/state.json").unlink(),
-    "state that is not JSON": lambda folder, file: put(folder / "train/state.json", "{"),
-    "other features": lambda folder, file: put(folder / "train/dataset_info.json", []),
-    "no list of splits": lambda folder, file: (folder / "dataset_dict.json").unlink(),
-    "no test split": lambda folder, file: shutil.rmtree(folder / "test"),
-    "no digests": lambda folder, file: (folder / "digests.json").unlink(),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_cache_is_built_again_and_said(what, tmp_path, caplog):
-    benchmark = Benchmark(tmp_path)
-    benchmark.add("SC", "yelp", STARS, [{"sentence": "The soup was cold.", "label": STARS[0]}])
-    rows = benchmark.load()["train"].to_list()
-    [folder] = [path for path in (tmp_path / "cache" / "cl_benchmark").iterdir() if path.is_dir()]
-    DAMAGE[what](folder, next((folder / "train").glob("*.arrow")))
-    assert benchmark.load()["train"].to_list() == rows
-    assert f"{folder}: the cached examples are damaged" in caplog.text
-    caplog.clear()
-    benchmark.load()
-    assert caplog.text == ""
-
-
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
-def test_a_lock_that_cannot_be_written(golden, error, monkeypatch):
-    def acquire(lock):
-        raise error
-
-    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
-    with pytest.raises(InputError, match=rf"cache.*\.lock: cannot be locked \({error.strerror}\)"):
-        golden.load()
-
-
-def test_a_cache_that_cannot_be_written(golden):
-    (golden.folder / "cache").write_text("a file, not a folder")
-    with pytest.raises(InputError, match="cache.*cannot be written"):
         golden.load()
 
 

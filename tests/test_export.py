@@ -99,7 +99,7 @@ def test_answers_are_those_of_the_run(run, tmp_path, capfd):
 @pytest.mark.parametrize("words, fault", [
     (["--dataset", "TC/cnn", "--text", "x"], "--dataset: found TC/cnn; allowed: TC/dbpedia, SC/amazon"),
     (["--dataset", "SC/amazon", "--text", " "], "--text: found a blank text"),
-    (["--dataset", "SC/amazon", "--file", "nowhere"], "--file: nowhere cannot be read"),
+    (["--dataset", "SC/amazon", "--file", "nowhere"], "nowhere: no such file"),
 ])
 def test_what_cannot_be_asked_is_refused(words, fault, tmp_path, capfd):
     shutil.copytree(PREFIX["t5_adapter"][0], tmp_path / "model")

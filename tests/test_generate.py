@@ -23,17 +23,16 @@ FAMILIES = ["tiny-t5", "tiny-llama"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def taught(request, mini_benchmark, tmp_path_factory):
+def taught(request, mini_benchmark):
     """A tiny model that has learned to answer two datasets, and test rows of four in file order.
 
     The labels of agnews and yahoo are replaced by shorter ones, so that their rows' answers go past the bound.
     """
-    cache = tmp_path_factory.mktemp("cache")
     config = ROOT / "configs" / "order1_configs"
     options = ExampleOptions(mini_benchmark, ROOT / "configs" / "instruction_config.json")
 
     def rows(dataset: str, split: str, count: int) -> list[dict]:
-        loaded = load_uie_dataset(config / dataset, options, cache_dir=cache)[split]
+        loaded = load_uie_dataset(config / dataset, options)[split]
         return [row for row in loaded if row["Dataset"] == dataset][:count]
 
     loaded = load_model_and_tokenizer(str(ROOT / "initial_model" / request.param))

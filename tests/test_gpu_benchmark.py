@@ -1,11 +1,13 @@
 """`benchmarks/gpu.sh` runs to its end, on a CPU and tiny shapes; its figures mean nothing here."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from helpers import bash
+from helpers import ROOT, bash
 
 CONTENDERS = ("gorp", "sgorp", "lora", "gorp, sketch", "galore-torch")
 
@@ -46,3 +48,15 @@ def test_what_it_does_not_run(words, said, tmp_path):
         pytest.skip("there is a GPU")
     done = bash("benchmarks/gpu.sh", *words, OUT=str(tmp_path / "rows"))
     assert done.returncode == 2 and said in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("name", ["t5-large", "llama-2-7b"])
+def test_published_shapes_say_where_time_and_memory_go(name):
+    done = subprocess.run([sys.executable, "benchmarks/published_shapes.py", name, "--tiny"], cwd=ROOT, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    seconds = {part: float(took) for part, took, _ in rows}
+    assert {"reading the model", "forward and backward", "answering"} <= seconds.keys()
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["all"], abs=0.1 * len(rows))

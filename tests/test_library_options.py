@@ -272,9 +272,7 @@ def runs(tmp_path_factory):
                           "--instruction_file", str(benchmark.instructions), "--output_dir", str(folder / name),
                           *flags.split()])  # fmt: skip
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-        yield run
+    return run
 
 
 class Run:

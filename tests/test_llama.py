@@ -54,11 +54,12 @@ def test_loss_and_gradients_equal_the_stock_class(models, items):
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=0)
 
 
-def test_logits_are_those_of_the_scored_positions_alone(models):
+@pytest.mark.parametrize("length", [{}, {"answer_length": 3}], ids=["read from the labels", "given"])
+def test_logits_are_those_of_the_positions_that_predict_the_answers_columns(models, length):
     batch = make_batch(3, 1)
-    ours, stock = models.ours(**batch).logits, models.stock(**batch).logits
-    assert ours.shape == (4, VOCABULARY)
-    torch.testing.assert_close(ours, torch.cat([stock[0, 5:8], stock[1, 7:8]]))
+    ours, stock = models.ours(**batch, **length), models.stock(**batch)
+    torch.testing.assert_close(ours.logits, stock.logits[:, 5:8])
+    torch.testing.assert_close(ours.loss, stock.loss)
 
 
 def test_loss_mask_weights_predicting_positions_and_divides_by_what_is_scored(models):

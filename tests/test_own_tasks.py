@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ENVIRONMENT, ROOT, T5, T5_MODULES, put
+from helpers import ENVIRONMENT, ROOT, T5, T5_MODULES, edit, put
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from compute_metrics import compute_metrics
 from errors import InputError
-from uie_dataset_lora import ExampleOptions, load_uie_dataset, read_metrics
+from uie_dataset_lora import ExampleOptions, load_uie_dataset, read_instructions
 
 COLOURS, NUMBERS = ["red", "green", "blue"], ["one", "two", "three", "four"]
 ROWS = {  # task/dataset -> its examples
@@ -48,12 +48,13 @@ def run(*words) -> str:
 
 def load(place, step):
     options = ExampleOptions(place / "data", place / "instructions.json")
-    return load_uie_dataset(place / "three_configs" / step, options, cache_dir=place / "cache")
+    return load_uie_dataset(place / "three_configs" / step, options)
 
 
 def test_the_instruction_file_says_which_tasks_there_are_and_how_they_are_scored(place):
     metrics = {"Colour": "exact_match", "TC": "exact_match", "Short": "rougeL"}
-    assert read_metrics(place / "instructions.json") == metrics
+    declared = read_instructions(place / "instructions.json")
+    assert {task: of_task["metric"] for task, of_task in declared.items()} == metrics
     test = load(place, "counts")["test"]
     assert dict(zip(test["Task"], test["Metric"])) == metrics
     prompts = {example["Dataset"]: example["Instance"]["instruction"] for example in test}
@@ -63,7 +64,7 @@ def test_the_instruction_file_says_which_tasks_there_are_and_how_they_are_scored
 @pytest.mark.parametrize("spoil, fault", [
     (lambda place: (place / "data/TC/counts/labels.json").unlink(), "TC/counts/labels.json: no such file"),
     (lambda place: put(place / "data/Short/news/test.json", [{"sentence": "a", "label": " "}]), "label is blank"),
-    (lambda place: put(place / "instructions.json", {"Short": {"metric": "rougeL", "instructions": []}}),
+    (lambda place: edit(place / "instructions.json", lambda tasks: {"TC": tasks["TC"]}),
      "unknown task .Colour.; allowed: the published ones"),
     (lambda place: put(place / "instructions.json", {"Short": {"metric": "bleu", "instructions": []}}),
      "instructions.json, Short: metric 'bleu'; allowed: exact_match, rougeL"),

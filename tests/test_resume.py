@@ -388,16 +388,6 @@ def test_a_revision_is_that_of_the_projects_own_repository(source, tmp_path, mon
     assert run_record._git_revision() is None
 
 
-def test_what_gorp_was_by_default_is_said_to_be_sgorp(finished, mini_benchmark, capfd):
-    path = finished / "run_record.json"
-    record = json.loads(path.read_text())
-    record["configuration"] |= {"method": "gorp", "protect": "structural"}
-    path.write_text(json.dumps(record))
-    assert run_uie_lora.main(command(mini_benchmark, finished, "--protect", "none")) == 2
-    said = capfd.readouterr().err
-    assert said.count("error: ") == 1 and "--method sgorp now" in said
-
-
 def test_a_large_file_is_told_by_its_size_and_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "WHOLLY_DIGESTED", 100)
     monkeypatch.setattr(files, "DIGESTED_END", 10)
@@ -436,6 +426,16 @@ def test_two_runs_in_one_folder_are_refused(mini_benchmark, tmp_path, capfd):
     with FileLock(tmp_path / ".lock"):
         assert run_uie_lora.main(command(mini_benchmark, tmp_path)) == 2
     assert f"another run is writing to {tmp_path}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
+def test_a_lock_that_cannot_be_written(error, mini_benchmark, tmp_path, monkeypatch, capfd):
+    def acquire(lock):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    assert run_uie_lora.main(command(mini_benchmark, tmp_path)) == 2
+    assert f".lock: cannot be locked ({error.strerror})" in capfd.readouterr().err
 
 
 # --- losses and gradients that are not finite ---

@@ -242,7 +242,7 @@ def test_magmax_evaluates_the_merged_changes_and_trains_on_from_the_unmerged_one
             change = layer.get_base_layer().weight - base[f"{name}.weight"]
             torch.testing.assert_close(change, 0.5 * merged, rtol=1e-3, atol=1e-5)
     with pytest.raises(InputError, match="holds changed full-rank weights; allowed: --as model"):
-        export.export_adapter(previous, tmp_path / "adapter")
+        export.write_adapter(previous, tmp_path / "adapter")
 
 
 def test_ties_trims_elects_and_averages():

@@ -81,12 +81,6 @@ def test_is_capped_at_the_dimension():
     assert extend_basis(None, torch.randn(30, 4), 1.0).shape == (30, 4)
 
 
-@pytest.mark.parametrize("energy", [0.0, 1.1, float("nan")])
-def test_impossible_energy_is_refused(energy):
-    with pytest.raises(InputError, match="energy"):
-        GradientSpace(energy=energy)
-
-
 def test_input_side_holds_the_columns():
     M, _ = matrix([0.8, 0.53, 0.26, 0.11])
     space = GradientSpace(side="input")
@@ -122,13 +116,6 @@ def test_useless_moments_are_left_out_with_a_line(caplog):
         space.extend({"a": torch.full((8, 12), torch.nan), "b": torch.zeros(8, 12)})
     assert torch.equal(space.get("a"), before) and space.get("b") is None
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["a", "b"]
-
-
-def test_a_moment_of_another_shape_is_refused_by_name():
-    space = GradientSpace()
-    space.extend({"encoder.q": torch.randn(8, 12)})
-    with pytest.raises(InputError, match="encoder.q: .* 9 rows, its gradient space 8"):
-        space.extend({"encoder.q": torch.randn(9, 12)})
 
 
 def test_layer_inputs_are_what_the_layers_see_without_padding():
@@ -190,7 +177,13 @@ def test_a_decoders_places_are_told_from_an_encoders_where_prompts_and_answers_a
 def test_describe_says_how_full():
     space = GradientSpace(energy=1.0)
     space.extend({"q": matrix([1.0, 1.0])[0], "v": torch.randn(3, 9)})
-    assert space.describe() == ["q: 2 of 8 directions", "v: 3 of 3 directions, full"]
+    assert space.describe() == ["q: 2 of 8 directions", "v: 3 of 3 directions"]
+
+
+def loaded_from(path, side: str, weights: dict[str, torch.Tensor] | None = None) -> GradientSpace:
+    space = GradientSpace(side)
+    space.take_over(path, weights or {})
+    return space
 
 
 def test_save_and_load(tmp_path):
@@ -198,12 +191,13 @@ def test_save_and_load(tmp_path):
     space = GradientSpace("input", 0.95)
     space.extend({"q": torch.randn(8, 12), "v": torch.randn(8, 12)})
     space.save(path)
-    loaded = GradientSpace.load(path)
-    assert (loaded.side, loaded.energy) == ("input", 0.95)
+    loaded = loaded_from(path, "input", {"q.weight": torch.zeros(8, 12)})
     assert list(loaded.bases) == list(space.bases)
     assert all(torch.equal(loaded.get(name), space.get(name)) for name in space.bases)
+    with pytest.raises(InputError, match=r"space.safetensors: q: shape \(12, .\); allowed is \(9, c\)"):
+        loaded_from(path, "input", {"q.weight": torch.zeros(8, 9)})
     GradientSpace().save(path)
-    assert GradientSpace.load(path).describe() == []
+    assert loaded_from(path, "output").describe() == []
 
 
 def test_bad_files_are_refused_by_name(tmp_path):
@@ -211,7 +205,7 @@ def test_bad_files_are_refused_by_name(tmp_path):
 
     path = tmp_path / "space.safetensors"
     with pytest.raises(InputError, match="space.safetensors: no such file"):
-        GradientSpace.load(path)
+        loaded_from(path, "output")
     space = GradientSpace()
     space.extend({"q": torch.randn(8, 12)})
     space.save(path)
@@ -219,10 +213,10 @@ def test_bad_files_are_refused_by_name(tmp_path):
     for damaged in (b"", whole[:20], whole[:-9], b"\xff" * len(whole)):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="space.safetensors: not a readable safetensors file"):
-            GradientSpace.load(path)
+            loaded_from(path, "output")
     save_file({"q": torch.zeros(2, 2)}, path)
     with pytest.raises(InputError, match="not a gradient space"):
-        GradientSpace.load(path)
+        loaded_from(path, "output")
     save_file({}, path, {"format": "gorp-gradient-space", "version": "1", "side": "above", "energy": "0.9"})
-    with pytest.raises(InputError, match="space.safetensors: .*above"):
-        GradientSpace.load(path)
+    with pytest.raises(InputError, match="space.safetensors was built for the above side"):
+        loaded_from(path, "output")

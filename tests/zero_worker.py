@@ -171,7 +171,7 @@ def dense(case: Case) -> dict:
         (loss * 0.0 if step in case.zero_steps else loss).backward()
         optimizer.step()
         losses.append(loss.item())
-    refreshes = optimizer.projection_report().weights["0.0"]["refreshes"]
+    refreshes = optimizer.projection_report()["0.0"]["refreshes"]
     columns = {"weights": [w.detach() for w in weights], "starts": starts,
                "moments": [optimizer.get_first_moment(w) for w in weights]}
     by_name = {key: dict(zip(TARGETS[case.model], column, strict=True)) for key, column in columns.items()}
@@ -297,7 +297,7 @@ class Run:
         moments = {name: product(factors) for name, factors in self.cores.first_moments().items()}
         result = {"losses": losses, "moments": moments}
         self.cores.finish(partitioned=True)
-        return result | {"weights": dict(self.cores.trained_weights), "report": self.cores.report().weights}
+        return result | {"weights": dict(self.cores.trained_weights), "report": self.cores.report()}
 
 
 def run(case: Case) -> dict:

@@ -28,9 +28,8 @@ G before the bases are taken, and from the update that is projected back.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -45,8 +44,6 @@ from Proj_torch.proj_projector import (
     ProjProjector,
     check_space,
     product,
-    project,
-    project_back,
     remove,
     remove_projected,
 )
@@ -58,28 +55,6 @@ PROJECTION_KEYS = ("rank", "update_proj_gap", "scale", "proj_type", "svd")
 WAYS = ("gp_first", "gp_second", "orthogonal")  # how a protected space acts
 PROTECTION_KEYS = ("scale_mats", *WAYS, "protect_side")
 DEFAULTS = {"svd": "exact", **dict.fromkeys(WAYS, False), "protect_side": "output"}
-
-
-@dataclass(frozen=True)
-class ProjectionReport:
-    """What the projection of a run's weights did, with either engine.
-
-    `weights` has for each projected weight its `shape`, `ranks` (left, right), `steps` taken in projected coordinates,
-    `refreshes` that found bases, and `energy`: the share of the squared gradient that the last bases held when they
-    were taken.
-    """
-
-    weights: dict[str, dict[str, Any]]
-
-    def line(self) -> str:
-        if not self.weights:
-            return "projection: no weight"
-        steps, refreshes = (sum(weight[key] for weight in self.weights.values()) for key in ("steps", "refreshes"))
-        energies = sorted(weight["energy"] for weight in self.weights.values())
-        return (
-            f"projection: {len(self.weights)} weights, {steps} steps, {refreshes} refreshes, last bases held "
-            f"{energies[0]:.0%} to {energies[-1]:.0%} of the gradient's energy"
-        )
 
 
 class ProjAdamW(Optimizer):
@@ -117,13 +92,9 @@ class ProjAdamW(Optimizer):
         super().__init__(params, adam | {"eps_before_correction": eps_before_correction})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, unless it is rejected with InputError as in the constructor."""
+        """Add a group; raises InputError as the constructor does."""
         super().add_param_group(param_group)
-        try:
-            _check(self.param_groups[-1])
-        except InputError:
-            self.param_groups.pop()
-            raise
+        _check(self.param_groups[-1])
         _place_spaces(self.param_groups[-1])
 
     @torch.no_grad()
@@ -146,10 +117,10 @@ class ProjAdamW(Optimizer):
         cores = [weight.p if weight.is_plain else torch.zeros_like(R) for weight, R in zip(weights, projected)]
         self._adam(group, cores, projected, [weight.state for weight in weights])
         for weight, core in zip(weights, cores, strict=True):
-            if weight.clears_moment:
+            if weight.from_moment is not None:
                 core = weight.direction_of_cleared_moment(_eps(group, weight.state)).mul_(-group["lr"])
             if not weight.is_plain:
-                weight.add_back_(core)
+                weight.projector.add_back_(weight.p, core, weight.from_update, weight.side)
 
     def _adam(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         """One step of PyTorch's own AdamW, on all parameters of a group at once."""
@@ -157,9 +128,9 @@ class ProjAdamW(Optimizer):
             if "exp_avg" not in state:
                 state["step"] = torch.tensor(0.0)  # on the CPU, as torch.optim.AdamW keeps it
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        by_eps: dict[float, list[int]] = {}  # parameters that have taken different numbers of steps may differ in it
+        by_eps = defaultdict(list)  # parameters that have taken different numbers of steps may differ in it
         for index, state in enumerate(states):
-            by_eps.setdefault(_eps(group, state, ahead=1), []).append(index)
+            by_eps[_eps(group, state, ahead=1)].append(index)
         for eps, chosen in by_eps.items():
             adamw(
                 [params[i] for i in chosen],
@@ -191,35 +162,39 @@ class ProjAdamW(Optimizer):
         Raises:
             InputError: the parameter is not this optimizer's.
         """
-        for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p is param:
-                    return Weight(group, index, p, self.state.get(p, {})).first_moment_factors()
-        raise InputError(f"first moment asked for a parameter {tuple(param.shape)} that is not the optimizer's")
+        found = [Weight(group, index, p, self.state.get(p, {})) for group in self.param_groups
+                 for index, p in enumerate(group["params"]) if p is param]  # fmt: skip
+        if not found:
+            raise InputError(f"first moment asked for a parameter {tuple(param.shape)} that is not the optimizer's")
+        weight, moment = found[0], found[0].state.get("exp_avg")
+        if moment is None:
+            return (torch.zeros_like(at_least_float32(param.detach())),)
+        return weight.projector.back_factors(moment, weight.from_update, weight.side)
 
-    def projection_report(self) -> ProjectionReport:
-        """What the projection has done so far, by parameter name."""
+    def projection_report(self) -> dict[str, dict[str, float]]:
+        """What the projection of each weight has done so far, by parameter name.
+
+        `steps` taken in projected coordinates, `refreshes` that found bases, and `energy`: the share of the squared
+        gradient that the last bases held when they were taken.
+        """
         weights = {}
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names", [f"{number}.{index}" for index in range(len(group["params"]))])
             for name, p in zip(names, group["params"], strict=True) if "rank" in group else ():
                 state = self.state.get(p, {})
                 weights[name] = {
-                    "shape": tuple(p.shape),
-                    "ranks": _projector(group, p, state).ranks(p.shape),
                     "steps": int(state.get("step", 0)),
                     "refreshes": state.get("refreshes", 0),
                     "energy": float(state.get("energy", 0.0)),
                 }
-        return ProjectionReport(weights)
+        return weights
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, each tensor in the dtype it was saved in, so that a run resumes bitwise."""
         super().load_state_dict(state_dict)
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for saved_id, p in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
+        params = (p for group in self.param_groups for p in group["params"])
+        for number, p in enumerate(params):  # by which `state_dict` calls it
+            for key, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor) and key != "step":  # the base class casts to the parameter's dtype
                     self.state[p][key] = value.to(p.device)
         for group in self.param_groups:
@@ -243,46 +218,34 @@ class Weight:
         group: the optimizer's group; index: of the parameter in it.
         p: (out, in), or any shape where nothing is projected or protected.
         state: the optimizer's for p.
+
+    Attributes:
+        from_bases, from_gradient, from_moment, from_update: S where it is removed from the gradient that the bases are
+            taken from, from the projected gradient, from the first moment, and from the update; else None.
     """
 
     def __init__(self, group: dict[str, Any], index: int, p: Tensor, state: dict[str, Any]):
         self.group, self.p, self.state = group, p, state
         self.projector = _projector(group, p, state)
-        S = _space(group, index)
-        self.protection = () if S is None else (S, group["protect_side"])
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether PyTorch's own AdamW on p does all that is asked."""
-        return self.projector is None and not self.protection and self.p.dtype in (torch.float32, torch.float64)
-
-    @property
-    def clears_moment(self) -> bool:
-        return bool(self.protection) and self.group["gp_second"]
-
-    @property
-    def removed_from_gradient(self) -> tuple:
-        """(S, side), or empty where nothing is removed."""
-        return self.protection if self.protection and (self.group["gp_first"] or self.group["orthogonal"]) else ()
-
-    @property
-    def removed_from_update(self) -> tuple:
-        """(S, side), or empty: `gp_first` removes S from the basis of a projected side, and so from the update too."""
-        if not self.protection or self.group["orthogonal"]:
-            return self.protection
-        side = SIDES.index(self.group["protect_side"])
-        projected = self.projector is not None and self.projector.ranks(self.p.shape)[side] is not None
-        return self.protection if self.group["gp_first"] and projected else ()
+        S, self.side = _space(group, index), group.get("protect_side", "output")
+        first, second, orthogonal = (S is not None and group[way] for way in WAYS)
+        # gp_first removes S from the basis of a projected side, and so from the update too.
+        in_basis = first and self.projector.ranks(p.shape)[SIDES.index(self.side)] is not None
+        self.from_bases = S if orthogonal else None
+        self.from_gradient = S if first or orthogonal else None
+        self.from_moment = S if second else None
+        self.from_update = S if orthogonal or in_basis else None
+        # Whether PyTorch's own AdamW on p does all that is asked.
+        self.is_plain = "rank" not in group and S is None and p.dtype in (torch.float32, torch.float64)
 
     def projected_gradient(self) -> Tensor:
         """R, (out or k, in or l), by new bases where they are due."""
         G = self.p.grad
-        if self.projector is None:
-            return project(G, None, None, *self.removed_from_gradient)
-        if self.state.get("fell_back") or int(self.state.get("step", 0)) % self.group["update_proj_gap"] == 0:
-            orthogonal = self.protection and self.group["orthogonal"]
-            self._refresh(remove(G, *self.protection) if orthogonal else G)
-        return self.projector.project(G, *self.removed_from_gradient)
+        if "rank" in self.group and (
+            self.state.get("fell_back") or int(self.state.get("step", 0)) % self.group["update_proj_gap"] == 0
+        ):
+            self._refresh(remove(G, self.from_bases, self.side))
+        return self.projector.project(G, self.from_gradient, self.side)
 
     def _refresh(self, G: Tensor) -> None:
         """New bases from G into the projector and the state, with the share of G's energy that they hold."""
@@ -298,31 +261,16 @@ class Weight:
     def direction_of_cleared_moment(self, eps: float) -> Tensor:
         """m_hat / (sqrt(v_hat) + eps) of the step just taken, of the first moment without its component in S."""
         betas = self.group["betas"]
-        bases = (None, None) if self.projector is None else self.projector.bases
-        moment = remove_projected(self.state["exp_avg"], *bases, *self.protection)
+        moment = remove_projected(self.state["exp_avg"], *self.projector.bases, self.from_moment, self.side)
         step = int(self.state["step"])
         root = (self.state["exp_avg_sq"] / (1 - betas[1] ** step)).sqrt_()
         return moment.div_(1 - betas[0] ** step).div_(root.add_(eps))
 
-    def add_back_(self, core: Tensor) -> None:
-        """p += scale * (core projected back)."""
-        if self.projector is None:
-            self.p.add_(project_back(core, None, None, *self.removed_from_update))
-        else:
-            self.projector.add_back_(self.p, core, *self.removed_from_update)
 
-    def first_moment_factors(self) -> tuple[Tensor, ...]:
-        """See ProjAdamW."""
-        if "exp_avg" not in self.state:
-            return (torch.zeros_like(at_least_float32(self.p.detach())),)
-        moment = self.state["exp_avg"]
-        return (moment,) if self.projector is None else self.projector.back_factors(moment, *self.removed_from_update)
-
-
-def _projector(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> ProjProjector | None:
-    """The parameter's projector with its bases from the state; None in a group without a rank."""
+def _projector(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> ProjProjector:
+    """The parameter's projector with its bases from the state; in a group without a rank it projects nothing."""
     if "rank" not in group:
-        return None
+        return ProjProjector(rank=None, bases=(None, None))
     settings = {key: group[key] for key in PROJECTION_KEYS}
     bases = tuple(state.get(f"basis_{mode}") for mode in range(p.ndim)) if "refreshes" in state else None
     return (ProjProjector if p.ndim <= 2 else ProjProjectorTensor)(**settings, bases=bases)
@@ -373,21 +321,15 @@ def _check(group: dict[str, Any]) -> None:
         )
     names = group.get("param_names", [f"number {index}" for index in range(len(group["params"]))])
     for index, (name, p) in enumerate(zip(names, group["params"], strict=True)):
-        _check_fit(group, index, p, f"parameter {name}")
-
-
-def _check_fit(group: dict[str, Any], index: int, p: Tensor, name: str) -> None:
-    """Reject with InputError a rank or a protected space that does not fit the parameter."""
-    projector, S = _projector(group, p, {}), _space(group, index)
-    try:
-        if projector is not None:
-            projector.ranks(p.shape)
-    except InputError as error:
-        raise InputError(f"optimizer group, {name}: {error}") from None
-    if S is not None and p.ndim != 2:
-        raise InputError(f"optimizer group, {name}: shape {tuple(p.shape)}; only a matrix can be protected")
-    if S is not None:
-        check_space(S, p.shape[SIDES.index(group["protect_side"])], f"scale_mats of {name}")
+        where, S = f"optimizer group, parameter {name}", _space(group, index)
+        try:
+            _projector(group, p, {}).ranks(p.shape)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if S is not None and p.ndim != 2:
+            raise InputError(f"{where}: shape {tuple(p.shape)}; only a matrix can be protected")
+        if S is not None:
+            check_space(S, p.shape[SIDES.index(group["protect_side"])], f"scale_mats of parameter {name}")
 
 
 def _space(group: dict[str, Any], index: int) -> Tensor | None:

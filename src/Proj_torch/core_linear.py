@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import InputError
 from Proj_torch.layer_gradient import LayerGradient
-from Proj_torch.proj_projector import SIDES, Bases, back_factors, project, remove, remove_from_bases, times_thin
+from Proj_torch.proj_projector import SIDES, Bases, Basis, back_factors, project, remove, remove_from_bases, times_thin
 
 
 class CoreLinear(nn.Linear):
@@ -18,7 +17,7 @@ class CoreLinear(nn.Linear):
     Args:
         linear: the layer whose weight and bias this one takes over.
         ranks: of the left and the right basis, None where that side is not projected.
-        space: S, orthonormal columns, or None.
+        space: S, float32, or None.
         side: "output" for S (out, c), "input" for S (in, c).
         orthogonal: S acts as ProjAdamW's `orthogonal`, otherwise as its `gp_first`.
     """
@@ -27,21 +26,18 @@ class CoreLinear(nn.Linear):
         self,
         linear: nn.Linear,
         ranks: Sequence[int | None],
-        space: Tensor | None = None,
+        space: Basis = None,
         side: str = "output",
         orthogonal: bool = False,
     ):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.trainable_before = linear.weight.requires_grad
         self.weight.requires_grad_(False)
-        self.train(linear.training)
         self.shape = (linear.out_features, linear.in_features)
         self.ranks = tuple(ranks)
         self.core_shape = tuple(rank or size for rank, size in zip(self.ranks, self.shape, strict=True))
         self.core = nn.Parameter(torch.zeros(self.core_shape, device=linear.weight.device))
-        self.space = None if space is None else space.detach().float()
-        self.side, self.orthogonal = side, orthogonal
+        self.space, self.side, self.orthogonal = space, side, orthogonal
         self.decay = 1.0  # d
         self.bases: Bases | None = None
         self.share: Tensor | float = 0.0  # of the last refresh's gradient, in its bases: ||L^T G R||^2 / ||G||^2
@@ -64,33 +60,14 @@ class CoreLinear(nn.Linear):
             return _Tap.apply(y, x, self.core, self)  # the core is zero at a refresh
         return y if self.bases is None else y + _CoreTerm.apply(x, self.core, self)
 
-    def effective_weight(self) -> Tensor:
-        """d W + L C R^T (out, in), float32, differentiable: for penalties on the trained weight.
+    def from_update(self) -> Basis:
+        """S if it is removed from the update: as `orthogonal`, or with the basis of a projected side."""
+        return self.space if self.orthogonal or self.ranks[SIDES.index(self.side)] is not None else None
 
-        Raises:
-            InputError: DeepSpeed's stage 3 has partitioned the weight.
-        """
-        if self.weight.shape != self.shape:
-            raise InputError("DeepSpeed stage 3: a penalty on a partitioned weight; allowed are stages 0 to 2")
-        return _EffectiveWeight.apply(self.core, self)
-
-    def removed(self, from_update: bool) -> tuple:
-        """(S, side) for the gradient or for the update; empty where nothing is removed.
-
-        S is removed from the basis of a projected side, and so from the update too.
-        """
-        applies = self.orthogonal or not from_update or self.ranks[SIDES.index(self.side)] is not None
-        return (self.space, self.side) if self.space is not None and applies else ()
-
-    def removed_before_bases(self) -> tuple:
-        """(S, side) for the gradient that the bases are taken from; empty with `gp_first`, which takes all of it."""
-        return self.removed(from_update=False) if self.orthogonal else ()
-
-    def factors(self, from_update: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Left and right basis in `dtype` without S, and S in float32 if it has yet to be removed from the core, for
-        the gradient or for the update; see `remove_from_bases`."""
-        S, side = self.removed(from_update) or (None, self.side)
-        left, right, space = remove_from_bases(*self.bases, S, side)
+    def factors(self, S: Basis, dtype: torch.dtype) -> tuple[Basis, Basis, Basis]:
+        """Left and right basis in `dtype` without S, and S in float32 if it has yet to be removed from the core; see
+        `remove_from_bases`."""
+        left, right, space = remove_from_bases(*self.bases, S, self.side)
         return *(None if X is None else X.to(dtype) for X in (left, right)), space
 
     def prepare_refresh(self) -> None:
@@ -100,10 +77,10 @@ class CoreLinear(nn.Linear):
     def close_refresh(self, taken: bool) -> None:
         """End a step that refreshed: count it, or undo it if the optimizer left the step out."""
         if self.gradient is not None:
-            if taken:
-                self.refreshes += not self.fell_back
-            else:
+            if not taken:
                 self.bases, self.share, self.fell_back = self.before
+            elif not self.fell_back:
+                self.refreshes += 1
             self.gradient = self.before = None
 
     @torch.no_grad()
@@ -129,7 +106,7 @@ class CoreLinear(nn.Linear):
         """W <- d W + L C R^T, in place."""
         if self.bases is None:
             return W.mul_(self.decay)
-        factors = back_factors(core, *self.bases, *self.removed(from_update=True))
+        factors = back_factors(core, *self.bases, self.from_update(), self.side)
         return W.addmm_(*factors, beta=self.decay) if len(factors) == 2 else W.mul_(self.decay).add_(*factors)
 
 
@@ -155,10 +132,9 @@ class _CoreTerm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, core: Tensor, layer: CoreLinear) -> Tensor:
-        left, right, space = layer.factors(from_update=True, dtype=x.dtype)
-        z = x if right is None else times_thin(x, right)
-        C = core.to(x.dtype) if space is None else remove(core, space, layer.side).to(x.dtype)
-        h = F.linear(z, C)
+        left, right, space = layer.factors(layer.from_update(), x.dtype)
+        z = times_thin(x, right)
+        h = F.linear(z, remove(core, space, layer.side).to(x.dtype))
         # S is removed from the right basis for the gradient and for the update alike, so z serves both.
         ctx.layer = layer
         ctx.save_for_backward(z, core)
@@ -169,19 +145,16 @@ class _CoreTerm(torch.autograd.Function):
         z, core = ctx.saved_tensors
         layer, grad_x = ctx.layer, None
         if ctx.needs_input_grad[0]:
-            left, right, space = layer.factors(from_update=True, dtype=grad_y.dtype)
-            C = core.to(grad_y.dtype) if space is None else remove(core, space, layer.side).to(grad_y.dtype)
-            grad_x = (grad_y if left is None else times_thin(grad_y, left)) @ C
+            left, right, space = layer.factors(layer.from_update(), grad_y.dtype)
+            grad_x = times_thin(grad_y, left) @ remove(core, space, layer.side).to(grad_y.dtype)
             grad_x = grad_x if right is None else F.linear(grad_x, right)
-        left, _, space = layer.factors(from_update=False, dtype=grad_y.dtype)
-        grad_h = grad_y if left is None else times_thin(grad_y, left)
-        grad_core = grad_h.flatten(0, -2).mT @ z.flatten(0, -2)
-        grad_core = grad_core if space is None else remove(grad_core, space, layer.side)
-        return grad_x, grad_core.to(core.dtype), None
+        left, _, space = layer.factors(layer.space, grad_y.dtype)
+        grad_core = times_thin(grad_y, left).flatten(0, -2).mT @ z.flatten(0, -2)
+        return grad_x, remove(grad_core, space, layer.side).to(core.dtype), None
 
 
-class _EffectiveWeight(torch.autograd.Function):
-    """The trained weight; its gradient reaches the core in the way of the layer's own."""
+class EffectiveWeight(torch.autograd.Function):
+    """d W + L C R^T (out, in), float32; its gradient reaches the core in the way of the layer's own."""
 
     @staticmethod
     def forward(ctx: Any, core: Tensor, layer: CoreLinear) -> Tensor:
@@ -192,6 +165,6 @@ class _EffectiveWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         layer = ctx.layer
         if layer.gradient is None:
-            return project(grad, *layer.bases, *layer.removed(from_update=False)).to(ctx.core_dtype), None
+            return project(grad, *layer.bases, layer.space, layer.side).to(ctx.core_dtype), None
         layer.gradient.add_matrix(grad)
         return torch.zeros(layer.core_shape, dtype=ctx.core_dtype, device=grad.device), None

@@ -9,11 +9,11 @@ A method describes what it keeps in a `Plan` and does not ask which engine it ge
     engine = make_engine(model, plan, cores=...)
     optimizer = engine.create_optimizer(factors, lr=..., betas=..., eps=..., weight_decay=...)
     engine.begin_training(optimizer, deepspeed)        # DeepSpeed's engine, or None
-    engine.begin_micro_batch(is_last)                  # before each forward pass
+    engine.begin_micro_batch(is_last)                  # before each forward pass; is_last: the optimizer steps after it
     engine.effective_weights()                         # by name, (out, in), differentiable: in a penalty
     engine.state_dict(), engine.load_state_dict(state) # between two steps
     engine.first_moments()                             # after the last step; by name, one matrix or two to multiply
-    engine.report()
+    engine.report()                                    # see `ProjAdamW.projection_report`
     engine.finish(partitioned)                         # the weights then hold what was trained
     engine.trained_weights                             # where the engine has them more exactly than the model
 """
@@ -22,10 +22,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from errors import InputError
-from Proj_torch.adamw import ProjAdamW, ProjectionReport
+from Proj_torch.adamw import ProjAdamW
 from Proj_torch.plan import Plan
 from Proj_torch.zero_core import CoreEngine
 
@@ -33,11 +32,9 @@ from Proj_torch.zero_core import CoreEngine
 def make_engine(
     model: nn.Module, plan: Plan, *, cores: bool, eps_before_correction: bool = False
 ) -> "DenseEngine | CoreEngine":
-    """The engine that trains `plan.targets` of `model`.
+    """The engine that trains `plan.targets` of `model`: a `CoreEngine`, as DeepSpeed needs, if `cores`.
 
-    Args:
-        cores: take `CoreEngine`, as DeepSpeed needs.
-        eps_before_correction: as in `ProjAdamW`; only without cores.
+    `eps_before_correction`, as in `ProjAdamW`, is only for the other one.
 
     Raises:
         InputError: a rank, a setting or a space does not fit; with cores, a target that has a LoRA too.
@@ -51,6 +48,18 @@ def make_engine(
             "--galore_engine cores, one of the two"
         )
     return CoreEngine(model, plan)
+
+
+def report_line(report: Mapping[str, Mapping[str, float]]) -> str:
+    """An engine's `report()` in one line."""
+    if not report:
+        return "projection: no weight"
+    keys = ("steps", "refreshes", "energy")
+    steps, refreshes, energies = ([weight[key] for weight in report.values()] for key in keys)
+    return (
+        f"projection: {len(report)} weights, {sum(steps)} steps, {sum(refreshes)} refreshes, last bases held "
+        f"{min(energies):.0%} to {max(energies):.0%} of the gradient's energy"
+    )
 
 
 class DenseEngine:
@@ -85,11 +94,10 @@ class DenseEngine:
             return _group(params)
         return _group(params) | {"scale_mats": spaces, "protect_side": self.plan.side, self.plan.way: True}
 
-    def begin_training(self, optimizer: Optimizer, deepspeed: Any) -> None:
-        pass
+    def _nothing(self, *_: Any) -> None:
+        """Of an engine's calls, these have nothing to do where an optimizer steps complete weights."""
 
-    def begin_micro_batch(self, is_last: bool) -> None:
-        pass
+    begin_training = begin_micro_batch = load_state_dict = finish = _nothing
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.weights.items()
@@ -98,17 +106,11 @@ class DenseEngine:
         params = {**self.plan.factors, **self.weights}
         return {name: self.optimizer.first_moment_factors(param) for name, param in params.items()}
 
-    def report(self) -> ProjectionReport:
+    def report(self) -> dict[str, dict[str, float]]:
         return self.optimizer.projection_report()
-
-    def finish(self, partitioned: bool) -> None:
-        pass
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        pass
 
 
 def _group(params: Mapping[str, nn.Parameter]) -> dict[str, Any]:

@@ -17,11 +17,7 @@ PROBES = 8  # fresh Gaussian columns that estimate the energy outside the subspa
 
 
 class LayerGradient:
-    """The sum of GY^T X over some backward passes, in its smaller form: the factors, or the matrix in float32.
-
-    Args:
-        shape: (out, in) of the weight.
-    """
+    """The sum of GY^T X (out, in) over some backward passes, in its smaller form: the factors, or a float32 matrix."""
 
     def __init__(self, shape: Sequence[int]):
         self.shape = tuple(shape)
@@ -41,7 +37,6 @@ class LayerGradient:
         self._factors = []
 
     def clear(self) -> None:
-        """Free what was added."""
         self._factors, self._matrix = [], None
 
     def matrix(self) -> Tensor:
@@ -65,10 +60,10 @@ class LayerGradient:
 
     def projected(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """left^T G right; None stands for the identity."""
-        if left is not None:
-            R = self.transposed_times(left).mT
-            return R if right is None else R @ right
-        return self.matrix() if right is None else self.times(right)
+        if left is None:
+            return self.matrix() if right is None else self.times(right)
+        R = self.transposed_times(left).mT
+        return R if right is None else R @ right
 
 
 def sketched_bases(
@@ -84,23 +79,15 @@ def sketched_bases(
 
     By `randomised_svd`, whose starting block holds the previous basis beside `OVERSAMPLING` Gaussian columns. The share
     is an estimate: what lies outside the subspace is taken from E ||G Omega||_F^2 = columns * ||G||_F^2 for Gaussian
-    Omega.
-
-    Args:
-        times, transposed_times: G M and G^T M, the same on every rank.
-        ranks: ranks of the left and the right basis, at least one not None.
-        previous: bases to start from.
-        seed: of the Gaussian columns, the same on every rank.
+    Omega. The products G M and G^T M, the ranks (not both None) and the seed of Omega are the same on every rank.
 
     Raises:
         torch.linalg.LinAlgError: G is not finite or zero.
     """
     if ranks[1] is None:  # the left singular vectors of G are the right ones of its transpose
-        turned = None if previous is None else previous[::-1]
-        (right, left), share = sketched_bases(
-            transposed_times, times, tuple(shape)[::-1], tuple(ranks)[::-1], turned, seed, device
-        )
-        return (left, right), share
+        shape, ranks, previous = (None if pair is None else tuple(pair)[::-1] for pair in (shape, ranks, previous))
+        bases, share = sketched_bases(transposed_times, times, shape, ranks, previous, seed, device)
+        return bases[::-1], share
     rank, start = ranks[1], None if previous is None else previous[1]
     width = min(rank + OVERSAMPLING, *shape)
     known = 0 if start is None else start.shape[1]

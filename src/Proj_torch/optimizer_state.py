@@ -49,9 +49,9 @@ def write_parameters(
                 raise InputError(f"{key}: found {found}; allowed is {shape}")
     for name, param in params.items():
         state.write_master(param, saved[name].to(param.device))
+    moments = {param: {key: saved[f"{name}.{key}"].to(param.device) for key in MOMENTS}
+               for name, param in params.items()}  # fmt: skip
     if step:
-        moments = {param: {key: saved[f"{name}.{key}"].to(param.device) for key in MOMENTS}
-                   for name, param in params.items()}  # fmt: skip
         state.write_moments(moments, step)
 
 
@@ -63,15 +63,13 @@ def steps_taken(optimizer: Optimizer) -> int:
 class LocalState:
     """Every rank has the complete optimizer state: plain PyTorch, and DeepSpeed's stage 0.
 
-    Args:
-        optimizer: the `torch.optim.AdamW` that steps.
-        engine: DeepSpeed's engine, if there is one. At stage 0 it keeps float32 copies of 16-bit parameters.
+    At stage 0 DeepSpeed keeps float32 copies of 16-bit parameters.
 
     Raises:
         InputError: stage 0 fuses its float32 copies, which have no public access.
     """
 
-    def __init__(self, optimizer: Optimizer, engine: Any = None):
+    def __init__(self, optimizer: Optimizer, engine: Any):
         self.optimizer = optimizer
         self._masters = {}
         if engine is not None and engine.optimizer is not optimizer:
@@ -112,12 +110,7 @@ class LocalState:
 
 
 class ZeroState:
-    """Each rank has a slice of the optimizer state: ZeRO stages 1, 2 and 3. Its methods are those of `LocalState`.
-
-    Args:
-        optimizer: the `torch.optim.AdamW` inside DeepSpeed's.
-        engine: DeepSpeed's engine.
-    """
+    """Each rank has a slice of the optimizer state: ZeRO stages 1, 2 and 3. Its methods are those of `LocalState`."""
 
     def __init__(self, optimizer: Optimizer, engine: Any):
         import deepspeed  # slow to import, so only when there is an engine
@@ -136,9 +129,8 @@ class ZeroState:
         """
         for slice_ in (p for group in self.optimizer.param_groups for p in group["params"]):
             if not self.optimizer.state[slice_]:
-                moments = {key: torch.zeros_like(slice_, requires_grad=False) for key in MOMENTS}
                 step = torch.tensor(0.0) if isinstance(self.optimizer, torch.optim.Adam) else 0  # each class's own form
-                self.optimizer.state[slice_] = {"step": step, **moments}
+                self.optimizer.state[slice_] = {"step": step, **{key: torch.zeros_like(slice_) for key in MOMENTS}}
 
     def gathered(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager:
         return self._zero.GatheredParameters(params, modifier_rank=0)
@@ -162,13 +154,7 @@ class ZeroState:
         return self._utils.safe_get_full_optimizer_state(param, key).detach().float().clone()
 
     def write_moments(self, moments: Mapping[nn.Parameter, dict[str, Tensor]], step: int) -> None:
-        """For all parameters at once, since their step count is one.
-
-        Raises:
-            InputError: DeepSpeed has no moments yet; it makes them in its first step.
-        """
-        if not steps_taken(self.optimizer):
-            raise InputError("DeepSpeed's optimizer has no moments yet: load its checkpoint or call start_moments")
+        """For all parameters at once, since their step count is one; after `start_moments`."""
         for param, values in moments.items():
             for key, value in values.items():
                 if self._partitioned:
@@ -192,10 +178,8 @@ def start_moments(engine: Any, optimizer: Optimizer, loss: Callable[[], Tensor])
     """Make DeepSpeed create its optimizer state, all zero, without changing a weight.
 
     ZeRO creates the moments in its first step, and only then can they be set; this is that step, with no gradient
-    and no learning rate. It counts in the engine's own step and schedule, which the caller sets afterwards.
-
-    Args:
-        loss: computes that of a micro-batch, through the engine.
+    and no learning rate. It counts in the engine's own step and schedule, which the caller sets afterwards. `loss`
+    computes that of a micro-batch, through the engine.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

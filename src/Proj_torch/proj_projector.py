@@ -13,7 +13,8 @@ Conventions, for a weight W and its gradient G, both (out, in):
 * Everything is computed in float32 at least, whatever the dtype of the gradient (bfloat16 has no SVD).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,20 +25,11 @@ from Proj_torch.svd import at_least_float32, truncated_svd, warn_once
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 SIDES = ("output", "input")
 
-Bases = tuple[Tensor | None, ...]  # one for each mode of the weight, None where it is not projected
+Basis = Tensor | None  # orthonormal columns; None where a side is not projected, or nothing is protected
+Bases = tuple[Basis, ...]  # one for each mode of the weight
 
 
 # ---------------------------------------------------------------------------------------------- bases
-
-
-def basis_left(G: Tensor, rank: int, svd: str = "exact") -> Tensor:
-    """Leading `rank` left singular vectors of G (m, n), as columns (m, rank). Raises as `truncated_svd` does."""
-    return truncated_svd(G, rank, svd)[0]
-
-
-def basis_right(G: Tensor, rank: int, svd: str = "exact") -> Tensor:
-    """Leading `rank` right singular vectors of G (m, n), as columns (n, rank). Raises as `truncated_svd` does."""
-    return truncated_svd(G, rank, svd)[2]
 
 
 def mode_ranks(shape: Sequence[int], rank: int, proj_type: str) -> tuple[int | None, int | None]:
@@ -47,7 +39,7 @@ def mode_ranks(shape: Sequence[int], rank: int, proj_type: str) -> tuple[int | N
     `right` and `full` (both) what they say.
 
     Raises:
-        InputError: `proj_type` is unknown, the shape is no matrix's, or `rank` is not in 1 .. min(out, in).
+        InputError: the shape is no matrix's, or `rank` is not in 1 .. min(out, in).
     """
     if len(shape) != 2:
         raise InputError(f"shape {tuple(shape)} is not a matrix's; a gradient projection needs its rows and columns")
@@ -55,16 +47,13 @@ def mode_ranks(shape: Sequence[int], rank: int, proj_type: str) -> tuple[int | N
         raise InputError(f"rank {rank} does not fit shape {tuple(shape)}; allowed are 1 to {min(shape)}")
     rows, columns = shape
     right_is_smaller = rows >= columns
-    projected = {
+    left, right = {
         "std": (not right_is_smaller, right_is_smaller),
         "reverse_std": (right_is_smaller, not right_is_smaller),
         "left": (True, False),
         "right": (False, True),
         "full": (True, True),
-    }
-    if proj_type not in projected:
-        raise InputError(f"proj_type {proj_type!r} is unknown; allowed are {', '.join(PROJ_TYPES)}")
-    left, right = projected[proj_type]
+    }[proj_type]
     return (rank if left and rank < rows else None), (rank if right and rank < columns else None)
 
 
@@ -74,30 +63,6 @@ def matrix_bases(G: Tensor, ranks: Sequence[int | None], svd: str = "exact") -> 
         return None, None
     left, _, right = truncated_svd(G, ranks[0] or ranks[1], svd)
     return (left if ranks[0] else None), (right if ranks[1] else None)
-
-
-def next_bases(
-    G: Tensor,
-    ranks: Sequence[int | None],
-    svd: str = "exact",
-    previous: Bases | None = None,
-    compute: Callable[[Tensor, Sequence[int | None], str], Bases] = matrix_bases,
-) -> tuple[Bases, bool]:
-    """Bases for the next steps, and whether they are G's own; never fails, so that no gradient can end a run.
-
-    They are `kept_bases` where G is zero or not finite, or no SVD converged.
-
-    Args:
-        G: this step's gradient, (out, in) or of more dimensions.
-        ranks: one for each dimension of G, from `mode_ranks` or `tucker_ranks`.
-        previous: what this function last returned for the weight.
-        compute: `matrix_bases`, or `tucker_bases` for more than two dimensions.
-    """
-    try:
-        return compute(G, ranks, svd), True
-    except torch.linalg.LinAlgError as error:
-        warn_once(f"{error}; the previous basis stays")
-        return kept_bases(G, ranks, previous), False
 
 
 def kept_bases(like: Tensor, ranks: Sequence[int | None], previous: Bases | None) -> Bases:
@@ -114,13 +79,15 @@ def kept_bases(like: Tensor, ranks: Sequence[int | None], previous: Bases | None
 # ----------------------------------------------------------------------------------------- projection
 
 
-def remove(X: Tensor, S: Tensor, side: str) -> Tensor:
-    """X (out, in) without its component in S, in float32 at least.
+def remove(X: Tensor, S: Basis, side: str) -> Tensor:
+    """X (out, in) without its component in S, if there is an S; in float32 at least.
 
     That is X - S S^T X for side "output" and S (out, c), X - X S S^T for side "input" and S (in, c). An S that holds
     every direction leaves exactly zero, because Adam would turn rounding noise, however small, into full steps.
     """
     X = at_least_float32(X)
+    if S is None:
+        return X
     if S.shape[0] == S.shape[1]:
         return torch.zeros_like(X)
     return _less(X, S, side)
@@ -141,33 +108,27 @@ def check_space(S: Tensor, size: int, where: str) -> None:
         raise InputError(f"{where}: columns {distance:.1g} from orthonormal; allowed is 1e-3")
 
 
-def remove_projected(R: Tensor, left: Tensor | None, right: Tensor | None, S: Tensor, side: str) -> Tensor:
+def remove_projected(R: Tensor, left: Basis, right: Basis, S: Tensor, side: str) -> Tensor:
     """A projected R (out or k, in or l) without its component in S, still projected: L^T (I - S S^T) L R."""
     basis = left if side == "output" else right
     return remove(R, S, side) if basis is None else _less(R, basis.mT @ S, side)
 
 
-def times_thin(X: Tensor, thin: Tensor) -> Tensor:
-    """X (..., n) @ thin (n, k), with each thin column contiguous: twice as fast on a CPU."""
-    return torch.nn.functional.linear(X, thin.mT.contiguous())
+def times_thin(X: Tensor, thin: Basis) -> Tensor:
+    """X (..., n) @ thin (n, k), if there is one, with each thin column contiguous: twice as fast on a CPU."""
+    return X if thin is None else torch.nn.functional.linear(X, thin.mT.contiguous())
 
 
-def project(
-    G: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
-) -> Tensor:
+def project(G: Tensor, left: Basis = None, right: Basis = None, S: Basis = None, side: str = "output") -> Tensor:
     """R = left^T G right, of shape (out or k, in or l); with S, that of `remove(G, S, side)`."""
     left, right, S = remove_from_bases(left, right, S, side)
     R = at_least_float32(G)
     if left is not None:
         R = left.mT @ R
-    if right is not None:
-        R = times_thin(R, right)
-    return R if S is None else remove(R, S, side)
+    return remove(times_thin(R, right), S, side)
 
 
-def project_back(
-    R: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
-) -> Tensor:
+def project_back(R: Tensor, left: Basis = None, right: Basis = None, S: Basis = None, side: str = "output") -> Tensor:
     """left R right^T, of shape (out, in); with S, `remove` of it."""
     return product(back_factors(R, left, right, S, side))
 
@@ -177,13 +138,10 @@ def product(factors: Sequence[Tensor]) -> Tensor:
     return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
 
-def back_factors(
-    R: Tensor, left: Tensor | None = None, right: Tensor | None = None, S: Tensor | None = None, side: str = "output"
-) -> tuple[Tensor, ...]:
+def back_factors(R: Tensor, left: Basis, right: Basis, S: Basis = None, side: str = "output") -> tuple[Tensor, ...]:
     """One or two matrices whose product is `project_back` of the same arguments, which can be added in place."""
     left, right, S = remove_from_bases(left, right, S, side)
-    if S is not None:
-        R = remove(R, S, side)
+    R = remove(R, S, side)
     if left is not None and right is not None:
         return left @ R, right.mT
     if left is not None:
@@ -191,71 +149,68 @@ def back_factors(
     return (R,) if right is None else (R, right.mT)
 
 
-def remove_from_bases(
-    left: Tensor | None, right: Tensor | None, S: Tensor | None, side: str
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def remove_from_bases(left: Basis, right: Basis, S: Basis, side: str) -> tuple[Basis, Basis, Basis]:
     """Remove S from the basis of its side if that side is projected; otherwise return S, for the projected gradient.
 
     I - S S^T is symmetric and acts on one side only. So its order with the projection of the other side does not
     matter, and on its own side it can act on the basis (out x k numbers) instead of on the gradient (out x in).
     """
-    if S is None:
-        return left, right, None
-    if side == "output" and left is not None:
+    if S is not None and side == "output" and left is not None:
         return remove(left, S, "output"), right, None
-    if side == "input" and right is not None:
+    if S is not None and side == "input" and right is not None:
         return left, remove(right, S, "output"), None
     return left, right, S
 
 
+@dataclass
 class ProjProjector:
-    """Settings of one weight's projection and its current bases.
+    """Settings of one weight's projection and its current bases; its methods are the functions above with these bases.
 
-    Args:
-        rank: k, at most min(out, in).
+    Attributes:
+        rank: k, at most min(out, in); None projects nothing.
         update_proj_gap: steps between two refreshes of the bases.
         scale: factor on the update that `add_back_` adds to the weight (GaLore's alpha).
-        proj_type: "std", "reverse_std", "left", "right" or "full".
-        svd: "exact" or "lowrank".
+        proj_type: one of `PROJ_TYPES`; svd: "exact" or "lowrank".
         bases: (left, right) to start from; None before the first refresh.
     """
 
-    compute = staticmethod(matrix_bases)
-
-    def __init__(
-        self,
-        rank: int,
-        update_proj_gap: int = 200,
-        scale: float = 1.0,
-        proj_type: str = "std",
-        svd: str = "exact",
-        bases: Bases | None = None,
-    ):
-        self.rank, self.update_proj_gap, self.scale = rank, update_proj_gap, scale
-        self.proj_type, self.svd, self.bases = proj_type, svd, bases
+    rank: int | None
+    update_proj_gap: int = 200
+    scale: float = 1.0
+    proj_type: str = "std"
+    svd: str = "exact"
+    bases: Bases | None = None
 
     def ranks(self, shape: Sequence[int]) -> tuple[int | None, ...]:
         """Rank of each mode's basis, None where it is not projected. Raises InputError as `mode_ranks` does."""
-        return mode_ranks(shape, self.rank, self.proj_type)
+        return mode_ranks(shape, self.rank, self.proj_type) if self.rank is not None else (None,) * len(shape)
+
+    def compute(self, G: Tensor) -> Bases:
+        return matrix_bases(G, self.ranks(G.shape), self.svd)
 
     def refresh(self, G: Tensor) -> bool:
-        """Take the bases from G (out, in); False where G has none and `kept_bases` are used."""
-        self.bases, own = next_bases(G, self.ranks(G.shape), self.svd, self.bases, self.compute)
-        return own
+        """Take the bases from G (out, in); where it is zero or not finite, or no SVD converges, use `kept_bases`.
 
-    def project(self, G: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
-        """See the function `project`."""
+        Returns whether the bases are G's own. Never fails, so that no gradient can end a run.
+        """
+        try:
+            self.bases = self.compute(G)
+            return True
+        except torch.linalg.LinAlgError as error:
+            warn_once(f"{error}; the previous basis stays")
+            self.bases = kept_bases(G, self.ranks(G.shape), self.bases)
+            return False
+
+    def project(self, G: Tensor, S: Basis = None, side: str = "output") -> Tensor:
         return project(G, *self.bases, S, side)
 
-    def project_back(self, R: Tensor, S: Tensor | None = None, side: str = "output") -> Tensor:
-        """See the function `project_back`."""
+    def project_back(self, R: Tensor, S: Basis = None, side: str = "output") -> Tensor:
         return product(self.back_factors(R, S, side))
 
-    def back_factors(self, R: Tensor, S: Tensor | None = None, side: str = "output") -> tuple[Tensor, ...]:
-        """See the function `back_factors`."""
+    def back_factors(self, R: Tensor, S: Basis = None, side: str = "output") -> tuple[Tensor, ...]:
         return back_factors(R, *self.bases, S, side)
 
-    def add_back_(self, W: Tensor, R: Tensor, S: Tensor | None = None, side: str = "output") -> None:
+    def add_back_(self, W: Tensor, R: Tensor, S: Basis = None, side: str = "output") -> None:
         """W += scale * project_back(R, S, side), forming no matrix of W's size where the dtypes allow it."""
         factors = self.back_factors(R, S, side)
         if len(factors) == 2 and W.dtype == factors[0].dtype:

@@ -39,8 +39,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from Proj_torch.adamw import ProjectionReport
-from Proj_torch.core_linear import CoreLinear
+from Proj_torch.core_linear import CoreLinear, EffectiveWeight
 from Proj_torch.layer_gradient import sketched_bases
 from Proj_torch.optimizer_state import optimizer_state_of, read_parameters, write_parameters
 from Proj_torch.plan import Plan
@@ -56,11 +55,9 @@ class CoreEngine:
     """Trains linear layers of a model through low-rank gradient projection, in one process or many.
 
     Its methods and attributes are those of every engine (`engine.py`); all but the constructor are collective.
-
-    Args:
-        model: holds the plan's targets, which are replaced in it by `CoreLinear` layers.
-        plan: `svd` is "exact", "lowrank" (randomised SVD of the summed gradient) or "sketch" (no gradient is summed). A
-            hook removes S from a factor's gradient before it is reduced.
+    `CoreLinear` layers replace the plan's targets in the model, and a hook removes S from a factor's gradient before it
+    is reduced. The plan's `svd` is "exact", "lowrank" (randomised SVD of the summed gradient) or "sketch" (no gradient
+    is summed).
 
     Raises:
         InputError: a rank does not fit a target.
@@ -78,20 +75,19 @@ class CoreEngine:
             ranks = mode_ranks(linear.weight.shape, plan.projection["rank"], plan.projection["proj_type"])
             layer = CoreLinear(linear, ranks, self.spaces.get(name), plan.side, plan.way == "orthogonal")
             layer.core.register_hook(lambda grad, layer=layer, index=index: self._on_core_gradient(layer, index, grad))
-            _replace(model, name, layer)
+            model.set_submodule(name, layer)
             self.layers[name] = layer
         for name in plan.factors.keys() & self.spaces.keys():
-            plan.factors[name].register_hook(lambda grad, name=name: self._on_factor_gradient(name, grad))
+            plan.factors[name].register_hook(
+                lambda grad, name=name: remove(grad, self.spaces[name], plan.side).to(grad.dtype)
+            )
         self.step = 0  # optimizer steps taken
         self.trained_weights: dict[str, Tensor] = {}
-        # Whether the current micro-batch is the last of its step (between two steps the last one was), and whether that
-        # step has yet to be taken.
-        self._is_last, self._open = True, False
-
-    # ----------------------------------------------------------------------------------- set-up
+        self._is_last = True  # whether the current micro-batch, or between two steps the one before, ends its step
+        self._open = False  # whether that step has yet to be taken
 
     def create_optimizer(self, factors: Mapping[str, nn.Parameter], **adam: Any) -> torch.optim.AdamW:
-        """The AdamW of the cores and of LoRA factors; `adam` is lr, betas, eps, weight_decay."""
+        """AdamW of the cores and of LoRA factors."""
         return torch.optim.AdamW([{"params": list(factors.values())}, *self.core_groups(adam["weight_decay"])], **adam)
 
     def core_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -100,20 +96,17 @@ class CoreEngine:
         return [{"params": list(self._cores().values()), CORE_GROUP: True} | group] if self.layers else []
 
     def begin_training(self, optimizer: Optimizer, deepspeed: Any = None) -> None:
-        """Follow the optimizer that holds `core_groups`; once, before the first micro-batch.
+        """Follow the AdamW that holds `core_groups`, itself and not a wrapper; once, before the first micro-batch.
 
-        Args:
-            optimizer: the AdamW itself, not a wrapper. Not `fused` where a torch GradScaler skips steps, because
-                there a skipped step looks like one that was taken.
-            deepspeed: what `deepspeed.initialize` returned, if DeepSpeed trains the model.
+        It must not be `fused` where a torch GradScaler skips steps: a skipped step then looks like one that was taken.
         """
         self.optimizer_state = optimizer_state_of(optimizer, deepspeed)
         optimizer.register_step_post_hook(self._on_step)
-        for layer in self.layers.values():
-            layer.space = None if layer.space is None else layer.space.to(layer.core.device)
-        for name, factor in self.plan.factors.items():
-            if name in self.spaces:
-                self.spaces[name] = self.spaces[name].to(factor.device)
+        for name, S in self.spaces.items():
+            if name in self.layers:
+                self.layers[name].space = S.to(self.layers[name].core.device)
+            elif name in self.plan.factors:
+                self.spaces[name] = S.to(self.plan.factors[name].device)
 
     def _cores(self) -> dict[str, nn.Parameter]:
         return {f"{name}.core": layer.core for name, layer in self.layers.items()}
@@ -121,7 +114,6 @@ class CoreEngine:
     # ---------------------------------------------------------------------------------- training
 
     def begin_micro_batch(self, is_last: bool = True) -> None:
-        """Call before each micro-batch's forward pass; `is_last` where the optimizer steps after it."""
         if self._is_last:
             self._settle()
             self._open = True
@@ -141,13 +133,10 @@ class CoreEngine:
         for name, layer in self.layers.items():
             self._fold(layer, keep_as=name)
             if not partitioned:
-                linear = nn.Linear(*layer.shape[::-1], bias=layer.bias is not None, device="meta")
-                linear.weight, linear.bias = layer.weight, layer.bias
-                linear.weight.requires_grad_(layer.trainable_before)
-                _replace(self.model, name, linear.train(layer.training))
+                self.model.set_submodule(name, self.plan.targets[name])
 
     def _fold(self, layer: CoreLinear, keep_as: str | None = None) -> None:
-        """Fold the layer's core into its weight; under `keep_as`, keep the result in `trained_weights`."""
+        """Fold the layer's core into its weight; `keep_as` is the result's name in `trained_weights`, if it stays."""
         core = self.optimizer_state.read_master(layer.core)
         with self.optimizer_state.gathered([layer.weight]):
             weight = layer.fold(core)
@@ -164,20 +153,13 @@ class CoreEngine:
 
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:
         """After the optimizer's step, which ZeRO makes once a group or slice, and not at all when it overflows."""
-        groups = [group for group in optimizer.param_groups if group.get(CORE_GROUP)
-                  and any(slice_.grad is not None for slice_ in group["params"])]  # fmt: skip
-        if not (self._open and groups):
-            return
-        self._open = False
-        self.step += 1
-        for layer in self.layers.values():
-            layer.decay *= 1 - groups[0]["lr"] * groups[0]["weight_decay"]
-            layer.close_refresh(taken=True)
-
-    # --------------------------------------------------------------------------------- gradients
-
-    def _on_factor_gradient(self, name: str, grad: Tensor) -> Tensor:
-        return remove(grad, self.spaces[name], self.plan.side).to(grad.dtype)
+        for group in optimizer.param_groups:
+            if self._open and group.get(CORE_GROUP) and any(slice_.grad is not None for slice_ in group["params"]):
+                self._open = False
+                self.step += 1
+                for layer in self.layers.values():
+                    layer.decay *= 1 - group["lr"] * group["weight_decay"]
+                    layer.close_refresh(taken=True)
 
     @torch.no_grad()
     def _on_core_gradient(self, layer: CoreLinear, index: int, grad: Tensor) -> Tensor:
@@ -185,41 +167,36 @@ class CoreEngine:
         if layer.gradient is None or not self._is_last:
             return grad
         _refresh(layer, self.plan.projection["svd"], seed=index + len(self.layers) * self.step)
-        left, right, space = layer.factors(from_update=False, dtype=torch.float32)
-        core_gradient = layer.gradient.projected(left, right)
+        left, right, space = layer.factors(layer.space, torch.float32)
+        core_gradient = remove(layer.gradient.projected(left, right), space, layer.side)
         layer.gradient.clear()  # before backward reaches the next layer, so that one at a time is in memory
-        return (core_gradient if space is None else remove(core_gradient, space, layer.side)).to(grad.dtype)
+        return core_gradient.to(grad.dtype)
 
     # ------------------------------------------------------------------------------- after the last step
 
     def first_moments(self) -> dict[str, tuple[Tensor, ...]]:
-        """Adam's first moments by name, float32, as one matrix or as two whose product it is.
-
-        Of each target (out, in), projected back with the current bases and without `scale`, and of each factor.
-        """
+        """Of each factor, and of each target projected back with the current bases and without `scale`; float32."""
         self._settle()
         read = self.optimizer_state.read_moment
         moments = {name: (read(factor, "exp_avg"),) for name, factor in self.plan.factors.items()}
         for name, layer in self.layers.items():
-            moment, back = read(layer.core, "exp_avg"), layer.removed(from_update=True)
-            taken = layer.bases is not None
-            moments[name] = back_factors(moment, *layer.bases, *back) if taken else (moment.new_zeros(layer.shape),)
+            moment, bases = read(layer.core, "exp_avg"), layer.bases
+            zero = (moment.new_zeros(layer.shape),)  # before the first step
+            moments[name] = back_factors(moment, *bases, layer.from_update(), layer.side) if bases else zero
         return moments
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each target's trained weight (out, in), float32, differentiable: for penalties. Not at ZeRO stage 3."""
+        """Not at ZeRO stage 3, where no rank has a complete weight."""
         for name, layer in self.layers.items():
-            yield name, layer.effective_weight()
+            yield name, EffectiveWeight.apply(layer.core, layer)
 
-    def report(self) -> ProjectionReport:
-        """What the projection has done so far, by module name."""
-        return ProjectionReport({
-            name: {"shape": layer.shape, "ranks": layer.ranks, "steps": self.step, "refreshes": layer.refreshes,
-                   "energy": float(layer.share)} for name, layer in self.layers.items()})  # fmt: skip
+    def report(self) -> dict[str, dict[str, float]]:
+        return {name: {"steps": self.step, "refreshes": layer.refreshes, "energy": float(layer.share)}
+                for name, layer in self.layers.items()}  # fmt: skip
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a run needs to resume between two steps, as CPU tensors; the same for any number of ranks."""
+        """As CPU tensors, the same for any number of ranks."""
         self._settle()
         state = {"step": torch.tensor(self.step)} | read_parameters(self.optimizer_state, self._cores())
         for name, layer in self.layers.items():
@@ -227,18 +204,12 @@ class CoreEngine:
                 state[f"{name}.weight"] = layer.weight.detach().to("cpu", copy=True)
             kept = dict(zip(BASES, layer.bases or (), strict=False)) | {"rounding": layer.rounding}
             state |= {f"{name}.{key}": value.cpu().contiguous() for key, value in kept.items() if value is not None}
-            counts = [float(getattr(layer, count)) for count in COUNTS]
-            state[f"{name}.counts"] = torch.tensor(counts, dtype=torch.float64)
+            state[f"{name}.counts"] = torch.tensor([float(getattr(layer, key)) for key in COUNTS], dtype=torch.float64)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume where `state_dict` was taken, after `begin_training`.
-
-        Raises:
-            InputError: a core's tensor is missing or of another shape, or DeepSpeed has no moments to set yet (see
-                `optimizer_state.start_moments`).
-        """
+        """Resume where `state_dict` was taken, after `begin_training`; raises InputError as `write_parameters`."""
         self.step = int(state["step"])
         write_parameters(self.optimizer_state, self._cores(), state, self.step)
         for name, layer in self.layers.items():
@@ -246,11 +217,10 @@ class CoreEngine:
                 layer.weight.copy_(state[f"{name}.weight"])
             layer.decay, refreshes, fell_back, layer.share = state[f"{name}.counts"].tolist()
             layer.refreshes, layer.fell_back = int(refreshes), bool(fell_back)
-            left, right, layer.rounding = (
-                None if value is None else value.to(layer.core.device)
-                for value in (state.get(f"{name}.{key}") for key in (*BASES, "rounding"))
-            )
-            layer.bases = (left, right) if self.step else None
+            kept = {key: state[f"{name}.{key}"].to(layer.core.device) for key in (*BASES, "rounding")
+                    if f"{name}.{key}" in state}  # fmt: skip
+            layer.bases = tuple(map(kept.get, BASES)) if self.step else None
+            layer.rounding = kept.get("rounding")
         self._is_last, self._open = True, False
 
 
@@ -293,17 +263,16 @@ def _decompose(layer: CoreLinear, svd: str, ranks: int) -> tuple[Bases, Tensor] 
         dist.reduce(G, dst=0)
         if dist.get_rank() > 0:
             return None
-    G = remove(G, *layer.removed_before_bases()) if layer.removed_before_bases() else G
+    G = remove(G, layer.space if layer.orthogonal else None, layer.side)
     bases = matrix_bases(G, layer.ranks, svd)
     return bases, energy_share(project(G, *bases), G)
 
 
 def _sketch(layer: CoreLinear, seed: int, ranks: int) -> tuple[Bases, Tensor]:
     """Bases from products with the gradient, which are summed over the ranks in its place, and their energy share."""
-    S, side = layer.removed_before_bases() or (None, None)
 
-    def clear(M: Tensor, its_side: str) -> Tensor:
-        return remove(M, S, "output") if side == its_side else M
+    def clear(M: Tensor, side: str) -> Tensor:
+        return remove(M, layer.space, "output") if layer.orthogonal and layer.side == side else M
 
     def summed(M: Tensor) -> Tensor:
         M = M.contiguous()
@@ -318,8 +287,3 @@ def _sketch(layer: CoreLinear, seed: int, ranks: int) -> tuple[Bases, Tensor]:
         return clear(summed(layer.gradient.transposed_times(clear(M, "output"))), "input")
 
     return sketched_bases(times, transposed_times, layer.shape, layer.ranks, layer.bases, seed, layer.core.device)
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)

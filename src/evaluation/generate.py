@@ -5,8 +5,8 @@ padding. A batch first generates as many tokens as the longest reference answer 
 answer would keep the complete batch going; unfinished answers are collected and generated again, up to the full limit.
 The prompts of a dataset begin alike (task, instruction, options), so for a decoder-only model the examples of a batch
 are of one dataset, and the keys and values of their common prefix are computed once (a prefix cache), unless a sliding
-window is too short for it or the model is recurrent. With greedy
-search an example's answer does not depend on what shares its batch, but for near ties in 16 bits.
+window is too short for it or the model is recurrent. With greedy search an example's answer does not depend on what
+shares its batch, but for near ties in 16 bits.
 
 Each of W ranks takes every W-th example. ZeRO-3 gathers weights in each forward pass, so all ranks must call the model
 equally often: a rank without batches left runs one more and discards its result.
@@ -18,6 +18,7 @@ from math import ceil
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
@@ -31,29 +32,19 @@ TWICE_AT_MOST = 1 / 4  # share of the examples generated twice, above which batc
 
 @dataclass
 class Prediction:
-    """One evaluation of the examples `rows`. All ranks make it, call the same methods and get the same results.
+    """One evaluation of the examples `rows`. All ranks make it, call the same methods and get the same results."""
 
-    Args:
-        model: in evaluation mode, on the accelerator's device.
-        generation: arguments of `generate`; `max_new_tokens` is the limit of an answer.
-        most_rows: examples in a batch.
-        most_tokens: prompt tokens in a batch, padding included; a longer prompt is a batch of its own.
-        bounded: whether to try the longest reference answer as a first bound.
-        shares_beginnings: whether to compute the common prefix of a batch once; for decoder-only models, and not under
-            ZeRO-3, as one rank's batch may have a prefix and another's not.
-        name, show_progress: what a progress bar is called, and whether there is one.
-    """
-
-    model: nn.Module
+    model: nn.Module  # in evaluation mode, on the accelerator's device
     collator: DataCollatorForUIE
     rows: Dataset
     accelerator: Accelerator
-    generation: dict
-    most_rows: int
-    most_tokens: int
-    bounded: bool = True
+    generation: dict  # arguments of `generate`; `max_new_tokens` is the limit of an answer
+    most_rows: int  # of a batch
+    most_tokens: int  # prompt tokens of a batch, padding included; a longer prompt is a batch of its own
+    # Whether to compute a batch's common prefix once. Only decoder-only models have one, and under ZeRO-3 all ranks
+    # would need one in the same batches.
     shares_beginnings: bool = False
-    name: str = "predict"
+    name: str = "predict"  # of the progress bar
     show_progress: bool = False
 
     def __post_init__(self) -> None:
@@ -70,7 +61,7 @@ class Prediction:
                 self.bounds[example["Dataset"]] = max(answer, self.bounds.get(example["Dataset"], 1))
         greedy = self.generation.get("num_beams", 1) == 1
         self.shares_beginnings = self.shares_beginnings and greedy
-        self.bounded = self.bounded and greedy  # at a bound beams are ranked: another bound could change the answer
+        self.bounded = greedy  # at a bound beams are ranked: another bound could change the answer
 
     @torch.no_grad()
     def answers(self) -> torch.Tensor:
@@ -106,7 +97,7 @@ class Prediction:
 
     def _generate(self, examples: list[dict], bound: int) -> torch.Tensor:
         """Ids (n, at most `bound`) after the prompt, or after the decoder's start token."""
-        batch = self._on_device(self.collator(examples))
+        batch = send_to_device(self.collator(examples), self.accelerator.device)
         prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
         if self.shares_beginnings and self._sees_all(prompts["input_ids"].shape[1] + bound):
             prompts = self._after_common_prefix(**prompts)
@@ -151,26 +142,15 @@ class Prediction:
         """Cross entropy of the reference answers, averaged over their tokens."""
         total = torch.zeros(2, device=self.accelerator.device)
         for batch, counts in self._batches(list(self.prompt_lengths)):
-            inputs = self._on_device(self.collator([self.rows[place] for place in batch]))
-            if self.collator.decoder_only:
-                inputs = self._answers_after_prompts(inputs)
+            examples = [self.rows[place] | {"subset": "train"} for place in batch]  # prompt and answer, as in training
+            inputs = send_to_device(self.collator(examples), self.accelerator.device)
+            inputs.pop("rows", None)
             tokens = (inputs["labels"] != self.collator.label_pad_token_id).sum()
             mean = self.model(**inputs, use_cache=False).loss.float()
             if counts:
                 total += torch.stack([mean * tokens, tokens.float()])
         loss, tokens = self.accelerator.gather(total).view(-1, 2).sum(0).tolist()
         return loss / tokens
-
-    def _answers_after_prompts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Join prompts (left-padded) with their answers (right-padded with -100) to a batch that has a loss."""
-        prompts, answers, ignored = inputs["input_ids"], inputs["labels"], self.collator.label_pad_token_id
-        present = answers != ignored
-        filled = answers.masked_fill(~present, self.collator.tokenizer.pad_token_id)
-        return {
-            "input_ids": torch.cat([prompts, filled], 1),
-            "attention_mask": torch.cat([inputs["attention_mask"], present.to(inputs["attention_mask"])], 1),
-            "labels": torch.cat([torch.full_like(prompts, ignored), answers], 1),
-        }
 
     def _batches(self, places: list[int]) -> Iterator[tuple[list[int], bool]]:
         """Batches of indices in `rows`, equally many on every rank, each with whether its result counts."""
@@ -187,21 +167,16 @@ class Prediction:
         for number in range(int(self.accelerator.gather(calls).max())):
             yield (batches[number], True) if number < len(batches) else ([0], False)
 
-    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-
 
 def plan_batches(lengths: Sequence[int], most_rows: int, most_tokens: int) -> list[list[int]]:
     """Group the indices of `lengths` by length, longest first, so that a lack of memory shows at once.
 
     A batch has at most `most_rows` indices and, padded to its longest, `most_tokens` tokens, or else one index.
     """
-    batches: list[list[int]] = []
-    room = 0  # indices that still fit into the last batch
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if not room:
-            batches.append([])
-            room = max(1, min(most_rows, most_tokens // max(1, lengths[index])))
-        batches[-1].append(index)
-        room -= 1
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    batches, start = [], 0
+    while start < len(lengths):
+        size = max(1, min(most_rows, most_tokens // max(1, lengths[longest_first[start]])))
+        batches.append(longest_first[start : start + size])
+        start += size
     return batches

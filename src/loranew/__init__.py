@@ -8,12 +8,11 @@ model = load_loranew(base, folder) # the next task: what was folded is frozen, a
 """
 
 from loranew.adapter import (
-    add_loranew, fold_loranew, folded_factors, load_loranew, loranew_layers, merge_old, save_folded, set_input_space,
-    set_shared_dropout,
+    add_loranew, fold_loranew, folded_factors, load_loranew, loranew_layers, save_folded, set_input_space,
 )  # fmt: skip
 from loranew.layer import LoraNewConfig, LoraNewLinear
 
 __all__ = [
     "LoraNewConfig", "LoraNewLinear", "add_loranew", "fold_loranew", "folded_factors", "load_loranew", "loranew_layers",
-    "merge_old", "save_folded", "set_input_space", "set_shared_dropout",
+    "save_folded", "set_input_space",
 ]  # fmt: skip

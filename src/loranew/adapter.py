@@ -1,7 +1,6 @@
 """LoRA with memory on a model: add it, fold what a task has learned into it, load what earlier tasks saved."""
 
 import copy
-import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,17 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from errors import InputError
-from files import check_values, read_json, read_tensors
+from files import check_values, read_object, read_tensors
 from full_rank import PEFT_TYPE
 from loranew.layer import LoraNewConfig, LoraNewLinear
 from module_matching import check_linear, check_rank
-from Proj_torch.proj_projector import check_space
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
-
-detail = logging.getLogger("gorp.detail")
 
 
 def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
@@ -53,20 +48,22 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
             model.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    tensors = read_factors(folder)
-    _check_memory(config, tensors, folder / WEIGHTS_FILE)
+    config, tensors, path = read_config(folder), read_factors(folder), folder / WEIGHTS_FILE
+    for name, tensor in tensors.items():  # before factors of r_sum rows are allocated
+        found, needed = tuple(tensor.shape), (config.r_sum, *tensor.shape[1:])
+        if name.endswith(".lora_A.weight") and found != needed:
+            raise InputError(f"{path}: {name} is {found}, {needed} is needed by r_sum in {CONFIG_FILE}")
     config.inference_mode = not trainable
     # The name in the file may be outdated: the base may have moved since.
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     try:
         peft_model = add_loranew(model, config)
-    except (InputError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own checks
+    except (InputError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's, PyTorch's
         raise InputError(f"{folder / CONFIG_FILE}: does not fit the base model: {error}") from None
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     # PEFT also stores embeddings that have grown.
     expected |= {name: tensor for name, tensor in peft_model.state_dict().items() if name in tensors}
-    _check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()}, folder / WEIGHTS_FILE)
+    _check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()}, path)
     set_peft_model_state_dict(peft_model, tensors)
     return peft_model
 
@@ -80,21 +77,10 @@ def fold_loranew(peft_model: PeftModel) -> None:
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
     if config.save_loranew:
-        detail.info("save_loranew is set: the new factors stay separate from the memory")
         return
     for layer in loranew_layers(peft_model).values():
         layer.fold(name)
     config.r_sum += config.r
-
-
-def merge_old(peft_model: PeftModel) -> None:
-    """Add the memory to the base weights in this process; what is saved later does not change.
-
-    Raises:
-        ValueError: a base weight is not in float32, or is sharded.
-    """
-    for layer in loranew_layers(peft_model).values():
-        layer.merge_old(peft_model.active_adapter)
 
 
 @torch.no_grad()
@@ -103,8 +89,7 @@ def folded_factors(
 ) -> dict[str, torch.Tensor]:
     """The factors that would be saved after `fold_loranew`, on the CPU; the model does not change.
 
-    Args:
-        read: the complete value of a factor, for models that do not have it (ZeRO) or only in 16 bits.
+    `read` gives a factor's complete value, for models that do not have it (ZeRO) or only in 16 bits.
     """
     adapter, tensors = peft_model.active_adapter, {}
     for name, layer in loranew_layers(peft_model).items():
@@ -122,28 +107,14 @@ def save_folded(peft_model: PeftModel, factors: dict[str, torch.Tensor], folder:
     save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def set_shared_dropout(peft_model: PeftModel, shared: bool) -> None:
-    """Set whether dropout also acts on the memory, with the mask of the new pair, as in O-LoRA's code."""
-    for layer in loranew_layers(peft_model).values():
-        layer.shared_dropout = shared
-
-
 def set_input_space(peft_model: PeftModel, spaces: Mapping[str, torch.Tensor | None]) -> None:
     """Keep the new pair's change of W orthogonal to S (in, c), for layers named as in `loranew_layers`.
 
-    S is not saved with the adapter; None, or an S without columns, removes it.
-
-    Raises:
-        InputError: the model has no LoRA layer of that name, or S is no orthonormal basis for its input.
+    S has orthonormal columns and is not saved with the adapter; None removes it.
     """
     layers = loranew_layers(peft_model)
     for name, S in spaces.items():
-        if name not in layers:
-            raise InputError(f"{name}: no LoRA layer of that name")
-        if S is not None:
-            check_space(S, layers[name].in_features, f"input space of {name}")
-        projected = layers[name].loranew_A[peft_model.active_adapter]
-        projected.space = S.detach().float().clone() if S is not None and S.shape[1] else None
+        layers[name].loranew_A[peft_model.active_adapter].space = None if S is None else S.float()
 
 
 def loranew_layers(peft_model: PeftModel) -> dict[str, LoraNewLinear]:
@@ -159,13 +130,11 @@ def read_config(folder: Path) -> LoraNewConfig:
         InputError: the file is missing, or describes an adapter that is not supported.
     """
     path = folder / CONFIG_FILE
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("peft_type") not in ("LORA", PEFT_TYPE):
-        found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
-        raise InputError(f"{path}: found peft_type {found}; only LORA is loaded")
-    for key in ("r", "target_modules"):
-        if key not in content:
-            raise InputError(f"{path}: has no {key!r}")
+    content = read_object(path)
+    if (kind := content.get("peft_type")) not in ("LORA", PEFT_TYPE):
+        raise InputError(f"{path}: found peft_type {kind}; only LORA is loaded")
+    if missing := {"r", "target_modules"} - content.keys():
+        raise InputError(f"{path}: has no {min(missing)!r}")
     try:
         return LoraNewConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
@@ -178,30 +147,16 @@ def read_factors(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the file is missing, damaged or a pickle.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickle = folder / PICKLE_FILE
-        if pickle.is_file():
-            raise InputError(
-                f"{pickle}: a pickle, which is not loaded; convert it once, if you trust its source: "
-                'python -c "import torch, safetensors.torch as s; s.save_file('
-                f"torch.load('{pickle}', map_location='cpu', weights_only=True), '{path}')\""
-            )
-        raise InputError(f"{path}: no such file")
+    path, pickle = folder / WEIGHTS_FILE, folder / "adapter_model.bin"
+    if pickle.is_file() and not path.is_file():
+        raise InputError(
+            f"{pickle}: a pickle, which is not loaded; convert it once, if you trust its source: "
+            'python -c "import torch, safetensors.torch as s; s.save_file('
+            f"torch.load('{pickle}', map_location='cpu', weights_only=True), '{path}')\""
+        )
     tensors, _ = read_tensors(path)
     # O-LoRA may store empty factors for its first memory (r_sum = 0); here such a layer has none.
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-
-
-def _check_memory(config: LoraNewConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Check r_sum before factors of that size are allocated: a damaged config could ask for too much memory."""
-    factors = {name: tensor for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
-    for name, tensor in factors.items():
-        if tensor.shape[:1] != (config.r_sum,):
-            needed = (config.r_sum, *tensor.shape[1:])
-            raise InputError(f"{path}: {name} is {tuple(tensor.shape)}, {needed} is needed by r_sum in {CONFIG_FILE}")
-    if config.r_sum and not factors:
-        raise InputError(f"{path}: holds no lora_A, for which {CONFIG_FILE} says r_sum {config.r_sum}")
 
 
 def _check_tensors(found: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], path: Path) -> None:

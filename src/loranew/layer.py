@@ -84,7 +84,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.loranew_A = nn.ModuleDict()
         self.loranew_B = nn.ModuleDict()
-        self.shared_dropout = False  # whether dropout also acts on the old pair
+        self.shared_dropout = False  # whether dropout also acts on the old pair, with the new one's mask, as in O-LoRA
         self.ranks_in_weight: dict[str, int] = {}  # by adapter: how many leading ranks of the old pair W contains
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config)
@@ -126,16 +126,13 @@ class LoraNewLinear(nn.Module, LoraLayer):
     def merge_old(self, adapter: str) -> None:
         """Add the part of the old pair that W does not contain yet to W; the function stays the same up to rounding.
 
-        W must be float32, as in 16 bits most of the small change would be lost, and not sharded by ZeRO-3.
+        W must be complete, and float32, as in 16 bits most of the small change would be lost.
         """
-        if not self.has_old_branch(adapter):
-            return
-        weight = self.get_base_layer().weight
-        if weight.dtype != torch.float32 or weight.shape != (self.out_features, self.in_features):
-            raise ValueError(f"merging into a weight of {weight.dtype} and shape {tuple(weight.shape)} is not exact")
-        A, B = self._old_branch(adapter)
-        weight += self.scaling[adapter] * (B @ A)
-        self.ranks_in_weight[adapter] = len(self.lora_A[adapter].weight)
+        if self.has_old_branch(adapter):
+            A, B = self._old_branch(adapter)
+            weight = self.get_base_layer().weight
+            weight += self.scaling[adapter] * (B @ A)
+            self.ranks_in_weight[adapter] = len(self.lora_A[adapter].weight)
 
     def has_old_branch(self, adapter: str) -> bool:
         """Whether earlier tasks have ranks that W does not contain."""
@@ -151,15 +148,11 @@ class LoraNewLinear(nn.Module, LoraLayer):
     def _old_branch(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (ranks, in) and B (out, ranks) of the earlier tasks that W does not contain."""
         first = self.ranks_in_weight.get(adapter, 0)
-        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return (A[first:], B[:, first:]) if first else (A, B)
+        return self.lora_A[adapter].weight[first:], self.lora_B[adapter].weight[:, first:]
 
     @torch.no_grad()
     def fold(self, adapter: str) -> None:
-        """Append the new pair to the old one, as `folded` does; there is no new pair then until `renew`.
-
-        The layer computes the same function (in evaluation mode: the old branch has no dropout).
-        """
+        """Append the new pair to the old one, as `folded` does; there is no new pair then until `renew`."""
         if self.merged:
             raise ValueError("the adapter is merged into the weight; unmerge it before folding")
         A, B = self.folded(adapter)
@@ -177,13 +170,10 @@ class LoraNewLinear(nn.Module, LoraLayer):
 
     def renew(self, adapter: str) -> None:
         """Make a fresh new pair: A Kaiming-uniform as nn.Linear's, B zero."""
-        r = self.r[adapter]
         like = self.lora_A[adapter].weight if adapter in self.lora_A else torch.empty(0)
-        A = torch.empty(r, self.in_features, dtype=like.dtype, device=like.device)
-        B = torch.zeros(self.out_features, r, dtype=like.dtype, device=like.device)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        A = nn.init.kaiming_uniform_(like.new_empty(self.r[adapter], self.in_features), a=math.sqrt(5))
         self.loranew_A[adapter] = _linear(A, trainable=True, kind=InputProjected)
-        self.loranew_B[adapter] = _linear(B, trainable=True)
+        self.loranew_B[adapter] = _linear(like.new_zeros(self.out_features, self.r[adapter]), trainable=True)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The adapter's change of W (out, in), both branches together."""
@@ -192,7 +182,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
             A, B = self._old_branch(adapter)
             delta += B.float() @ A.float()
         if adapter in self.loranew_A:
-            delta += self.loranew_B[adapter].weight.float() @ self.effective_new_A(adapter).float()
+            delta += self.loranew_B[adapter].weight.float() @ self.loranew_A[adapter].effective().float()
         return self.scaling[adapter] * delta
 
     @torch.no_grad()
@@ -204,8 +194,6 @@ class LoraNewLinear(nn.Module, LoraLayer):
         """
         weight = self.get_base_layer().weight
         for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.r:
-                continue
             merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"merging adapter {adapter} would make weights that are not finite")
@@ -218,10 +206,6 @@ class LoraNewLinear(nn.Module, LoraLayer):
         weight = self.get_base_layer().weight
         while self.merged_adapters:
             weight -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
-
-    def effective_new_A(self, adapter: str) -> torch.Tensor:
-        """A_new - A_new S S^T, (r, in)."""
-        return self.loranew_A[adapter].effective()
 
 
 class InputProjected(nn.Linear):
@@ -239,8 +223,7 @@ class InputProjected(nn.Linear):
         A = self.weight if A is None else A
         if self.space is None:
             return A
-        if self.space.device != A.device:
-            self.space = self.space.to(A.device)  # once, as the layer moves once
+        self.space = self.space.to(A.device)  # the layer moves once
         with torch.autocast(A.device.type, enabled=False):
             A = A.float()
             return A - (A @ self.space) @ self.space.T

@@ -26,7 +26,6 @@ from loranew import (
     folded_factors,
     load_loranew,
     loranew_layers,
-    merge_old,
     save_folded,
 )
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_factors
@@ -285,7 +284,8 @@ class LoraMethod(Method):
         both = sorted(layers.keys() & self.changed.keys())
         if both:  # saved with the old LoRA in it, such a weight would get it twice in the next task
             raise InputError(f"--merge_old: found {both[0]} with a LoRA and as a full-rank weight; one of the two")
-        merge_old(self.model)
+        for layer in layers.values():
+            layer.merge_old(self.model.active_adapter)
 
     def lora_config(self, decoder_only: bool) -> LoraNewConfig:
         """The first task's LoRA; later tasks read theirs from the adapter folder."""
@@ -383,7 +383,7 @@ class LoraMethod(Method):
         terms = []
         lamda_1, lamda_2, adapter = self.options.lamda_1, self.options.lamda_2, self.model.active_adapter
         for layer in loranew_layers(self.model).values() if lamda_1 or lamda_2 else []:
-            A_new = layer.effective_new_A(adapter)
+            A_new = layer.loranew_A[adapter].effective()
             if lamda_1 and adapter in layer.lora_A:
                 terms.append(lamda_1 * (layer.lora_A[adapter].weight.to(A_new.dtype) @ A_new.T).abs().sum())
             if lamda_2:

@@ -67,7 +67,7 @@ class Ewc(Seqlora):
         model.eval()
         for batch in batches:
             for row in range(len(batch["labels"])):
-                one = {key: values[row : row + 1] for key, values in batch.items()}
+                one = {key: of[row : row + 1] if torch.is_tensor(of) else of for key, of in batch.items()}
                 answer = (one["labels"] != -100).sum()
                 gradients = torch.autograd.grad(model(**one, use_cache=False).loss * answer, factors)
                 for total, gradient in zip(sums, gradients):

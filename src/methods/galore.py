@@ -9,7 +9,8 @@ from errors import InputError
 from methods.base import FullRankMethod
 from methods.base_options import ProjectionArguments
 from module_matching import check_rank
-from Proj_torch import ProjAdamW
+from Proj_torch.adamw import ProjAdamW
+from Proj_torch.engine import report_line
 
 
 class Galore(FullRankMethod):
@@ -30,4 +31,4 @@ class Galore(FullRankMethod):
         return self.optimizer
 
     def closing_summary(self) -> list[str]:
-        return [self.optimizer.projection_report().line()]
+        return [report_line(self.optimizer.projection_report())]

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from errors import InputError
-from loranew import set_shared_dropout
+from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import ChangePenaltyArguments, LoraArguments, ProjectionArguments, SpaceArguments
 from module_matching import check_rank, match_linear, match_names
-from Proj_torch.engine import Plan, make_engine
+from Proj_torch.engine import Plan, make_engine, report_line
 from subspace import GradientSpace, layer_inputs
 
 detail = logging.getLogger("gorp.detail")
@@ -82,7 +82,8 @@ class Gorp(LoraMethod):
         self.idle |= set() if self.targets else {*options.of_projection(), "lamda_3"}
         self.changed |= self.targets
         model = super().prepare(model, previous, decoder_only=decoder_only)
-        set_shared_dropout(model, self.released)
+        for layer in loranew_layers(model).values():
+            layer.shared_dropout = self.released
         factors, ending = dict(self.factors()), ".loranew_A.weight" if self.needs_inputs() else ""
         named = match_names(factors, options.proj_lora_modules, "--proj_lora_modules", ending)
         self.protected = {name: factors[name] for name in named}
@@ -186,4 +187,4 @@ class Gorp(LoraMethod):
                 f"rank {self.options.galore_rank}); {space}")
 
     def closing_summary(self) -> list[str]:
-        return [self.projection.line(), *([self.space.line()] if self.protects else [])]
+        return [report_line(self.projection), *([self.space.line()] if self.protects else [])]

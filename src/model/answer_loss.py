@@ -23,8 +23,8 @@ class AnswerLoss:
     """In front of a causal language model of Transformers: the same loss for less memory.
 
     An answer is a few tokens of a prompt of hundreds, and each position's logits span the vocabulary. The stock forward
-    computes them, with whatever scaling or soft-capping it has, at the positions that precede a label of any row
-    (`logits_to_keep`). Without labels (generation) this is the stock class.
+    computes them, with whatever scaling or soft-capping it has, from the first position that precedes a label of any
+    row (`logits_to_keep`). Without labels (generation) this is the stock class.
     """
 
     @can_return_tuple
@@ -34,6 +34,7 @@ class AnswerLoss:
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         loss_mask: torch.Tensor | None = None,
+        answer_length: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -45,14 +46,17 @@ class AnswerLoss:
             labels: (batch, length), the inputs' own tokens; -100 where none is to be predicted.
             loss_mask: (batch, length), weight of the loss at each *predicting* position, one before its label; 1 by
                 default. Positions of weight 0 are not scored.
+            answer_length: all labels are in the last so many columns. By default it is read from the labels, for which
+                the CPU has to wait for the GPU.
             num_items_in_batch: tokens to average over, which the Trainer counts over all micro-batches of a step;
                 by default the scored tokens of this batch.
             logits_to_keep: without labels, the stock class's. `generate` asks for the last position only if `forward`
                 names this argument.
 
         Returns:
-            With labels: `loss`, 0 if nothing is scored, and `logits` (scored tokens, vocabulary), in the order of the
-            batch. A mixture of experts adds its balance loss as the stock class does. Without: the stock output.
+            With labels: `loss`, 0 if nothing is scored, and `logits` (batch, answer_length, vocabulary), of the
+            positions that predict the last columns. A mixture of experts adds its balance loss as the stock class
+            does. Without: the stock output.
 
         Raises:
             ValueError: labels of another shape than the inputs.
@@ -66,17 +70,18 @@ class AnswerLoss:
         if labels.shape != shape:
             raise ValueError(f"labels of shape {tuple(labels.shape)}; {tuple(shape)} is needed")
         # Position t predicts token t + 1, so the last position predicts nothing.
-        weights = (labels[:, 1:] != IGNORED).float()
-        if loss_mask is not None:
-            weights = weights * loss_mask[:, :-1].to(weights)
-        scored = weights != 0
-        columns = scored.any(0).nonzero().flatten()
-        outputs = stock(logits_to_keep=columns)
-        places = scored[:, columns].nonzero(as_tuple=True)  # read once: an index by a mask waits for the device
-        logits = outputs.logits[places]
-        targets, weights = (of[:, columns][places].to(logits.device) for of in (labels[:, 1:], weights))
-        total = (cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
-        count = num_items_in_batch if num_items_in_batch is not None else scored.sum()
+        targets, length = labels[:, 1:], shape[1] - 1
+        scored = targets != IGNORED
+        weights = scored.float() if loss_mask is None else scored * loss_mask[:, :-1].float()
+        if answer_length is None:
+            answer_length = int(((weights != 0).any(0) * torch.arange(length, 0, -1, device=labels.device)).amax())
+        kept = torch.arange(length - answer_length, length, device=labels.device)
+        outputs = stock(logits_to_keep=kept)
+        logits = outputs.logits
+        targets, weights = (of[:, kept].flatten().to(logits.device) for of in (targets, weights))
+        losses = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none", ignore_index=IGNORED)
+        total = (losses * weights).sum()
+        count = num_items_in_batch if num_items_in_batch is not None else (weights != 0).sum()
         # Without a target: an empty sum over one token, which is 0 with a graph, not 0 / 0.
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if (balance := getattr(outputs, "aux_loss", None)) is not None:

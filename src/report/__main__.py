@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program
 
 from errors import InputError, entry_point
 from files import write_json
-from report.matrix import accuracy_matrix, format_table, measure, order_results
+from report.matrix import accuracy_matrix, format_table, measure, unfinished_steps
 from report.runs import distinct, find_runs, is_order, select
 
 
@@ -40,19 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report_order(order_dir: Path) -> None:
-    """Print an order's table, and write its measures to `order_results.json`."""
+    """Print an order's table, and write its measures to `order_results.json`, with 4 decimals."""
     tasks, matrix = accuracy_matrix(order_dir)
     measures = measure(order_dir, tasks, matrix)
     print(format_table(tasks, matrix, measures))
-    write_json(order_dir / "order_results.json", order_results(tasks, matrix, measures))
+    rounded = {name: value if value is None else round(value, 4) for name, value in measures.items()}
+    results = {"tasks": tasks, "accuracy": matrix, **rounded, "unfinished": unfinished_steps(tasks, matrix)}
+    write_json(order_dir / "order_results.json", results)
 
 
 def report_runs(folders: Sequence[Path], out: Path, pdf_folder: Path | None) -> None:
-    """Write the report over every order below the folders, and print its summaries.
-
-    Raises:
-        InputError: there are no results, or `out` holds something other than a report.
-    """
+    """Write the report over every order below the folders, and print its summaries."""
     if out.exists() and not (out.is_dir() and ((out / "report.html").exists() or not any(out.iterdir()))):
         raise InputError(f"--out: {out} holds something other than a report; allowed: a new folder, or a report's")
     from report.page import answer, write_report  # imports matplotlib, which one order's table does without

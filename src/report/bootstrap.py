@@ -20,17 +20,13 @@ RunKey = tuple[str, str]
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of average performance in points, and its bounds.
-
-    Attributes:
-        runs: number of orders and seeds that both methods have; seeds: of the order with the fewest.
-    """
+    """A difference of average performance in points, and its bounds."""
 
     mean: float
     low: float
     high: float
-    runs: int
-    seeds: int
+    runs: int  # orders and seeds that both methods have
+    seeds: int  # of the order with the fewest
 
     @property
     def contains_zero(self) -> bool:
@@ -57,9 +53,6 @@ def paired_interval(
     Args:
         ours, theirs: by order and seed, then by dataset, whether each test example (n,) was answered correctly at the
             end.
-
-    Raises:
-        InputError: no run is common to both, or they were tested on different examples.
     """
     runs = [run for run in ours if run in theirs]
     if not runs:

@@ -2,25 +2,14 @@
 
 Row i, column j of the matrix is a[i][j], the exact match (ROUGE-L where answers are free text) in per cent on task j
 after training on task i, None where it was not measured; b[i][j], j >= i, is the same before training on task i
-(`--zero_shot`). With T tasks, T also being the last row, and n[j] test examples of task j:
-
-    average performance        AP  = 1/T sum_j a[T][j]                       (Lopez-Paz & Ranzato, 2017, there ACC;
-                                                                              Chaudhry et al., 2018, there A_T)
-    the same over examples           sum_j n[j] a[T][j] / sum_j n[j]         (the published code's exact_match)
-    backward transfer          BWT = 1/(T-1) sum_{j<T} (a[T][j] - a[j][j])   (Lopez-Paz & Ranzato, 2017)
-    forgetting                 F   = 1/(T-1) sum_{j<T} (max_{j<=i<T} a[i][j] - a[T][j])     (Chaudhry et al., 2018)
-    forward transfer           FWT = 1/(T-1) sum_{j>1} (b[j][j] - b[1][j])   (Lopez-Paz & Ranzato, 2017; their
-                                                                              untrained model is the base model here)
-    accuracy on unseen data          the mean over the datasets of `--unseen_config_dir` after task T
-
-BWT below zero is forgetting. The measures of an unfinished order are those of its latest finished task. A measure is
-None if a value that it needs is missing.
+(`--zero_shot`). A measure is taken after task T, the latest finished one, and is None if a value that it needs is
+missing. The sources are Lopez-Paz & Ranzato, 2017 (LR), and Chaudhry et al., 2018 (C); docs/METRICS.md has a table.
 """
 
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from compute_metrics import score_key
@@ -34,13 +23,10 @@ def accuracy_matrix(order_dir: str | os.PathLike) -> tuple[list[str], Matrix]:
     """The datasets of an order's output folder, in training order, and their accuracy matrix, square.
 
     Reads `outputs/<i>-<dataset>/predict_results.json`. A step without results is a row of None.
-
-    Raises:
-        InputError: there are no results, a results file is invalid, or the steps are not numbered 1, 2, ...
     """
     folders = _step_folders(Path(order_dir) / "outputs")
     tasks = [folder.name.partition("-")[2] for folder in folders]
-    matrix = [_row(folder / "predict_results.json", tasks) for folder in folders]
+    matrix = [_row(folder, "predict", tasks) for folder in folders]
     if last_finished(matrix) is None:
         raise InputError(f"{order_dir}: no task has results; expected outputs/<i>-<dataset>/predict_results.json")
     return tasks, matrix
@@ -52,19 +38,19 @@ def last_finished(matrix: Matrix) -> int | None:
 
 
 def average_performance(matrix: Matrix) -> float | None:
-    """AP after the latest finished task, over the tasks seen by then."""
+    """AP = 1/T sum_{j<=T} a[T][j] (ACC in LR, A_T in C)."""
     last = last_finished(matrix)
     return None if last is None else _mean(matrix[last][: last + 1])
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """BWT after the latest finished task; None after the first one."""
+    """BWT = 1/(T-1) sum_{j<T} (a[T][j] - a[j][j]) (LR), forgetting if below 0; None after the first task."""
     last = last_finished(matrix)
     return _mean_difference([(matrix[last][i], matrix[i][i]) for i in range(last or 0)])
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """F after the latest finished task; None after the first one."""
+    """F = 1/(T-1) sum_{j<T} (max_{j<=i<T} a[i][j] - a[T][j]) (C); None after the first task."""
     last = last_finished(matrix)
     columns = [[matrix[i][j] for i in range(j, last)] for j in range(last or 0)]
     best = [None if None in column else max(column) for column in columns]
@@ -72,14 +58,13 @@ def forgetting(matrix: Matrix) -> float | None:
 
 
 def forward_transfer(before: Matrix, tasks_finished: int) -> float | None:
-    """FWT over the first `tasks_finished` tasks, from b of `zero_shot_matrix`; None below two tasks."""
+    """FWT = 1/(T-1) sum_{1<j<=T} (b[j][j] - b[1][j]) (LR, b[1] of an untrained model); None after one task."""
     return _mean_difference([(before[j][j], before[0][j]) for j in range(1, tasks_finished)])
 
 
 def zero_shot_matrix(order_dir: str | os.PathLike, tasks: Sequence[str]) -> Matrix:
-    """b[i][j]: exact match on task j before training on task i, None where `--zero_shot` did not measure it."""
-    folders = _step_folders(Path(order_dir) / "outputs")
-    return [_row(folder / "zero_shot_results.json", tasks, "zero_shot") for folder in folders]
+    """b, None where `--zero_shot` did not measure it."""
+    return [_row(folder, "zero_shot", tasks) for folder in _step_folders(Path(order_dir) / "outputs")]
 
 
 def unseen_accuracy(folder: str | os.PathLike) -> dict[str, float | None]:
@@ -88,12 +73,12 @@ def unseen_accuracy(folder: str | os.PathLike) -> dict[str, float | None]:
     tasks = _results(path).get("unseen_datasets", [])
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
         raise InputError(f"{path}: unseen_datasets is {tasks!r}; allowed: an array of names")
-    return dict(zip(tasks, _row(path, tasks, "unseen")))
+    return dict(zip(tasks, _row(path.parent, "unseen", tasks)))
 
 
 MEASURES = {
     "average_performance": "average performance (AP)",
-    "average_over_rows": "the same over examples",
+    "average_over_rows": "the same over examples",  # sum_j n[j] a[T][j] / sum_j n[j], the published exact_match
     "backward_transfer": "backward transfer (BWT)",
     "forgetting": "forgetting (F)",
     "forward_transfer": "forward transfer (FWT)",
@@ -106,30 +91,17 @@ def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) 
     """Every measure of `MEASURES` after the latest finished task."""
     last = last_finished(matrix)
     folder = Path(order_dir) / "outputs" / step_name(last + 1, tasks[last])
-    path = folder / "predict_results.json"
+    path, average, unseen = folder / "predict_results.json", average_performance(matrix), unseen_accuracy(folder)
     results = _results(path)
-    unseen = unseen_accuracy(folder).values()
-    average = average_performance(matrix)
+    over_examples = number(results, score_key(results, prefix="predict_"), path, 100)
     return {
         "average_performance": average,
         # `--predict_tasks ends` may have tested the latest task alone, and then there is no AP either.
-        "average_over_rows": None if average is None else number(
-            results, score_key(results, prefix="predict_"), path, 100
-        ),
+        "average_over_rows": None if average is None else over_examples,
         "backward_transfer": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
         "forward_transfer": forward_transfer(zero_shot_matrix(order_dir, tasks), last + 1),
-        "unseen_accuracy": _mean(list(unseen)) if unseen else None,
-    }
-
-
-def order_results(tasks: Sequence[str], matrix: Matrix, measures: Mapping[str, float | None]) -> dict:
-    """The content of `order_results.json`, with 4 decimals."""
-    return {
-        "tasks": list(tasks),
-        "accuracy": matrix,
-        **{name: value if value is None else round(value, 4) for name, value in measures.items()},
-        "unfinished": unfinished_steps(tasks, matrix),
+        "unseen_accuracy": _mean(unseen.values()) if unseen else None,
     }
 
 
@@ -176,8 +148,9 @@ def _step_folders(outputs: Path) -> list[Path]:
     return [folder for _, folder in sorted(numbered)]
 
 
-def _row(path: Path, tasks: Sequence[str], part: str = "predict") -> list[float | None]:
-    """The score on every task in a step's results file; None where the file, or its value, is missing."""
+def _row(folder: Path, part: str, tasks: Sequence[str]) -> list[float | None]:
+    """The score on every task in a step's results of a part; None where the file, or its value, is missing."""
+    path = folder / f"{part}_results.json"
     results = _results(path)
     return [number(results, score_key(results, task, f"{part}_"), path, most=100) for task in tasks]
 
@@ -185,8 +158,7 @@ def _row(path: Path, tasks: Sequence[str], part: str = "predict") -> list[float 
 def number(content: Mapping, key: str, path: Path, most: float = math.inf) -> float | None:
     """The number under a key of a file's object, from 0 to `most`; None if it is missing.
 
-    Raises:
-        InputError: something else is there, such as the NaN of a failed run.
+    Anything else, such as the NaN of a failed run, is an error.
     """
     value = content.get(key)
     if value is None or (type(value) in (int, float) and math.isfinite(value) and 0 <= value <= most):
@@ -200,7 +172,7 @@ def _results(path: Path) -> dict:
     return read_object(path, "an object of metrics") if path.exists() else {}
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Collection[float | None]) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 

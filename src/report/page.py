@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 import markdown
+import numpy as np
 from matplotlib.figure import Figure
 
 from files import read_object, whole_folder
@@ -18,19 +19,9 @@ from report import figures as draw
 from report.bootstrap import Interval
 from report.matrix import MEASURES
 from report.runs import (
-    Run,
-    base_method,
-    distinct,
-    finished,
-    interval,
-    is_ceiling,
-    mean_matrix,
-    natural,
-    paired_difference,
-    ranked_methods,
-    select,
+    Run, base_method, distinct, finished, interval, is_ceiling, natural, paired_difference, ranked_methods, select,
     summarise,
-)
+)  # fmt: skip
 
 TITLE = "Continual learning: methods side by side"
 HERE = Path(__file__).parent
@@ -87,17 +78,16 @@ def html(text: str, pictures: Mapping[str, str]) -> str:
 
 def answer(runs: Sequence[Run]) -> str:
     """Say which method is best, by how much and at what cost; `runs` are those of one model."""
-    methods = [method for method in ranked_methods(runs)
-               if summarise(select(runs, method=method), "average_performance")]
+    methods = [name for name in ranked_methods(runs) if summarise(select(runs, method=name), "average_performance")]
     if not methods:
         return "No order is finished yet."
     sequential = [method for method in methods if not is_ceiling(method)] or methods
     best = sequential[0]
     own = select(runs, method=best)
     result, transfer = (summarise(own, name) for name in ("average_performance", "backward_transfer"))
-    said = [f"Best: {best}, average" if len(methods) > 1 else f"{best}: average"]
-    said[0] += f" performance {result} over {_counted(result.count, 'run')}"
-    said[0] += f", backward transfer {transfer.mean:+.1f}." if transfer else "."
+    named = f"Best: {best}, average" if len(methods) > 1 else f"{best}: average"
+    change = f", backward transfer {transfer.mean:+.1f}" if transfer else ""
+    said = [f"{named} performance {result} over {_counted(result.count, 'run')}{change}."]
     others = [method for method in sequential if base_method(method) != base_method(best)]
     rivals = dict.fromkeys([*sequential[1:2], *others[:1]])  # the next may be a variant of the best
     said += [_lead(own, select(runs, method=rival), rival) for rival in rivals]
@@ -112,12 +102,13 @@ def answer(runs: Sequence[Run]) -> str:
 
 
 def _lead(own: Sequence[Run], second: Sequence[Run], name: str) -> str:
+    """Say by how much one method's runs lead another's."""
     gap = paired_difference(own, second)
     if gap is None:
         return f"It shares no order and seed that have predictions with {name}."
     # It may lead on average and yet be behind on the orders and seeds that both have.
     place = f"It leads {name}" if gap.mean >= 0 else f"On the same orders and seeds {name} leads"
-    low, high = sorted((gap.low, gap.high)) if gap.mean >= 0 else sorted((-gap.low, -gap.high))
+    low, high = (gap.low, gap.high) if gap.mean >= 0 else (-gap.high, -gap.low)
     pairs = _counted(gap.runs, "paired run")
     return f"{place} by {abs(gap.mean):.1f} [{low:.1f}, {high:.1f}] points ({pairs}){_caution(gap)}."
 
@@ -138,18 +129,15 @@ def _costs(runs: Sequence[Run]) -> list[str]:
     """Mean training time, trainable parameters and stored bytes, as text."""
     forms = {"seconds": lambda s: f"{s:.0f} s" if s < 600 else f"{s / 60:.0f} min",
              "trained_values": "{:,.0f}".format, "stored_bytes": lambda stored: f"{stored / 1e6:.2f} MB"}
-    means = {name: _mean_cost(runs, name) for name in forms}
-    return ["-" if means[name] is None else form(means[name]) for name, form in forms.items()]
+    return ["-" if (mean := _mean_cost(runs, name)) is None else form(mean) for name, form in forms.items()]
 
 
 def _model_lines(runs: Sequence[Run], figures: dict[str, Figure], look: draw.Styles) -> list[str]:
     """The page's paragraphs on one model, whose figures are added to `figures`."""
     model, methods = runs[0].model, ranked_methods(runs)
     lines = [f"## {_plain(model)}", f"**{_plain(answer(runs))}**", _method_table(runs, methods), _plain(NOTE)]
-    if variants := {run.method: run.varying for run in runs if run.varying}:
-        lines.append(_plain("Options in which runs of one method differ. " + "; ".join(
-            f"{name}: {', '.join(f'{key}={value}' for key, value in varying.items())}"
-            for name, varying in variants.items()) + "."))
+    if variants := dict.fromkeys(f"{run.method}: {_settings(run.varying)}" for run in runs if run.varying):
+        lines.append(_plain(f"Options in which runs of one method differ. {'; '.join(variants)}."))
     own = {method: select(runs, method=method) for method in methods}
     scores = {method: (result.mean, interval(mine)) for method, mine in own.items()
               if (result := summarise(mine, "average_performance"))}
@@ -208,7 +196,7 @@ def _order_lines(
     lines.append(_figure(figures, f"{model}-{order}-curves", curves))
     for method, mine in own.items():
         title = f"{method}, {order}" + (f", mean of {len(mine)} seeds" if len(mine) > 1 else "")
-        picture = draw.heat_map(tasks, mean_matrix(mine), title)
+        picture = draw.heat_map(tasks, np.array([run.matrix for run in mine], float).mean(axis=0), title)
         lines.append(_figure(figures, f"{model}-{order}-{method}-matrix", picture))
     return lines
 
@@ -221,9 +209,12 @@ def _foot(runs: Sequence[Run]) -> list[str]:
         own = select(runs, model=model)
         shared = {key: value for key, value in own[0].options.items()
                   if all(run.options.get(key) == value for run in own) and value not in (None, [])}
-        settings = ", ".join(f"{key}={value}" for key, value in shared.items())
-        lines.append(_plain(f"{model}, settings of all runs: {settings or '-'}."))
+        lines.append(_plain(f"{model}, settings of all runs: {_settings(shared) or '-'}."))
     return lines
+
+
+def _settings(options: Mapping) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 def _figure(figures: dict[str, Figure], name: str, figure: Figure) -> str:
@@ -268,4 +259,4 @@ def _plain(text: str) -> str:
 
 
 def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+    return f"{count} {noun}{'s' * (count != 1)}"

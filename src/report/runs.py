@@ -13,7 +13,7 @@ import numpy as np
 from compute_metrics import compute_metrics, exact_match, read_predictions
 from errors import InputError
 from files import json_kind, read_object
-from report.bootstrap import Interval, paired_interval
+from report.bootstrap import Interval, RunKey, paired_interval
 from report.matrix import Matrix, accuracy_matrix, last_finished, measure, number, step_name, unfinished_steps
 
 CEILING = "multitask"
@@ -22,38 +22,25 @@ CEILING = "multitask"
 
 @dataclass
 class Run:
-    """One order, trained once by one method.
-
-    Attributes:
-        method: the method's name, followed by the fewest options that distinguish it from other runs of that name.
-        varying: all options in which runs of its name differ, with this run's values.
-        measures: see `report.matrix.MEASURES`.
-        right: by dataset, whether each test example (n,) was answered correctly after the order's last task; empty
-            if the order is unfinished or its predictions are gone.
-        seconds: training time of all tasks together.
-        trained_values: most parameters that any task trained; values: all parameters of the model.
-        stored_bytes: size of what the last task saved for a next one.
-        made_with: git revision, versions and machine, for the page's foot.
-        unfinished: steps without results; the measures are then those of the last finished step.
-    """
+    """One order, trained once by one method."""
 
     folder: Path
     model: str
-    method: str
+    method: str  # its name, and the fewest options that distinguish it from other runs of that name
     order: str
     seed: str
     tasks: list[str]
     matrix: Matrix
-    measures: dict[str, float | None]
-    right: dict[str, np.ndarray]
-    seconds: float | None
-    trained_values: int | None
-    values: int | None
-    stored_bytes: int | None
-    unfinished: list[str]
-    options: dict = field(default_factory=dict)
-    varying: dict = field(default_factory=dict)
-    made_with: dict = field(default_factory=dict)
+    measures: dict[str, float | None]  # see `report.matrix.MEASURES`
+    right: dict[str, np.ndarray]  # by dataset, each test example's score (n,) at the end, 0 to 1; empty if unknown
+    seconds: float | None  # of training, all tasks together
+    trained_values: int | None  # most parameters that any task trained
+    values: int | None  # all parameters of the model
+    stored_bytes: int | None  # what the last task saved for a next one
+    unfinished: list[str]  # steps without results
+    options: dict
+    made_with: dict  # git revision, versions and machine
+    varying: dict = field(default_factory=dict)  # the options in which runs of its name differ
 
     def final(self, name: str) -> float | None:
         """A measure after the order's last task; None if the order is unfinished, and so cannot be compared."""
@@ -63,9 +50,8 @@ class Run:
 def find_runs(folders: Iterable[Path]) -> list[Run]:
     """Every order with results at or below the folders, sorted by model, method, order and seed.
 
-    Raises:
-        InputError: a folder is missing, holds no order with results or a damaged file; or two folders hold the same
-            order by the same method with the same options and seed, which would count as two seeds.
+    The same order by the same method with the same options and seed in two folders is an error: they would count as
+    two seeds.
     """
     runs: dict[Path, Run] = {}  # by folder, as the given folders may contain one another
     for folder in folders:
@@ -115,23 +101,23 @@ def read_run(order_dir: Path) -> Run:
         stored_bytes=sum(stored) or None,
         unfinished=unfinished,
         options=_options(paths[0]),
-        made_with=_made_with(_object(paths[0])),
+        made_with=_made_with(paths[0]),
     )
 
 
 def _options(record: Path) -> dict:
     """What distinguishes runs of a method beside order and seed; input files (data, instructions, DeepSpeed) count by
     their contents."""
-    about, files = _object(record, "report"), _object(record, "data")
-    made_of = {"processes": about.get("processes")}
-    if files:
+    made_of = {"processes": _object(record, "report").get("processes")}
+    if files := _object(record, "data"):
         made_of["input_files"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8]
     return _object(record, "report", "options") | made_of
 
 
-def _made_with(record: dict) -> dict:
-    found = {"git revision": record.get("git_revision"), **(record.get("versions") or {})}
-    return {name: value for name, value in (found | (record.get("machine") or {})).items() if value is not None}
+def _made_with(record: Path) -> dict:
+    revision = {"git revision": _object(record).get("git_revision")}
+    found = revision | _object(record, "versions") | _object(record, "machine")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _right_answers(predictions: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
@@ -193,20 +179,20 @@ def summarise(runs: Sequence[Run], name: str) -> Summary | None:
 
 def paired_difference(ours: Iterable[Run], theirs: Iterable[Run]) -> Interval | None:
     """Ours minus theirs in average performance, over the orders and seeds that both have finished, with predictions;
-    None if there are none.
-
-    Raises:
-        InputError: the two answered different examples.
-    """
-    mine, others = ({(run.order, run.seed): run.right for run in runs if run.right} for runs in (ours, theirs))
+    None if there are none."""
+    mine, others = _right(ours), _right(theirs)
     return paired_interval(mine, others) if mine.keys() & others.keys() else None
 
 
 def interval(runs: Iterable[Run]) -> Interval | None:
     """The average performance of finished runs with predictions and its 95 % interval; None if there are none."""
-    mine = {(run.order, run.seed): run.right for run in runs if run.right}
+    mine = _right(runs)
     nothing = {key: {task: np.zeros_like(hits) for task, hits in right.items()} for key, right in mine.items()}
     return paired_interval(mine, nothing) if mine else None
+
+
+def _right(runs: Iterable[Run]) -> dict[RunKey, dict[str, np.ndarray]]:
+    return {(run.order, run.seed): run.right for run in runs if run.right}
 
 
 def base_method(method: str) -> str:
@@ -221,15 +207,9 @@ def is_ceiling(method: str) -> bool:
 
 def ranked_methods(runs: Sequence[Run]) -> list[str]:
     """The methods of one model, highest average performance first, those without one last."""
-    def key(method: str) -> float:
-        result = summarise(select(runs, method=method), "average_performance")
-        return -result.mean if result else float("inf")
-    return sorted(distinct(runs, "method"), key=key)
-
-
-def mean_matrix(runs: Sequence[Run]) -> np.ndarray:
-    """The mean accuracy matrix over runs of one order, NaN where a run lacks the value."""
-    return np.array([run.matrix for run in runs], float).mean(axis=0)
+    methods = distinct(runs, "method")
+    results = {method: summarise(select(runs, method=method), "average_performance") for method in methods}
+    return sorted(methods, key=lambda method: -results[method].mean if results[method] else np.inf)
 
 
 def _complete_tasks(runs: list[Run]) -> None:
@@ -248,10 +228,8 @@ def _name_variants(runs: list[Run]) -> None:
 
     Options that differ only between orders, as in the published settings, do not count.
     """
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.model, run.method), []).append(run)
-    for group in groups.values():
+    for model, method in dict.fromkeys((run.model, run.method) for run in runs):
+        group = select(runs, model=model, method=method)
         keys = list(dict.fromkeys(key for run in group for key in run.options))
         varying = [key for key in keys if any(
             len({repr(run.options.get(key)) for run in select(group, order=order)}) > 1
