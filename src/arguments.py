@@ -40,9 +40,7 @@ class ModelArguments:
     use_fast_tokenizer: bool = HfArg(default=True, help="Ignored: Transformers 5 has one kind of tokenizer.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of a hub model.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub login of this machine.")
-    family: Literal["encoder-decoder", "decoder-only"] | None = HfArg(
-        default=None, help="What the model must be; the scripts say what they are for."
-    )
+    family: Literal["encoder-decoder", "decoder-only"] | None = HfArg(default=None, help="What the model must be.")
     load_in_4bit: bool = HfArg(default=False, help="Hold frozen linear layers in 4 bits (NF4, by bitsandbytes).")
     resize_position_embeddings: bool | None = HfArg(default=None, help="Grow learned positions to max_source_length.")
 
@@ -71,9 +69,7 @@ class DataArguments:
         default="all", help="Test after each task on all tasks so far, or, except after the order's last, on itself."
     )
     zero_shot: bool = HfArg(default=False, help="Before training, test on this and later tasks (forward transfer).")
-    unseen_config_dir: str | None = HfArg(
-        default=None, help="A step's folder of any order: also test on its test datasets that this order never trains."
-    )
+    unseen_config_dir: str | None = HfArg(default=None, help="A step's folder: also test what is new in it.")
     num_examples: int = HfArg(default=0, help="Solved examples shown in each prompt (few-shot).")
     add_task_name: bool = HfArg(default=False, help="Begin the prompt with the task's name.")
     add_dataset_name: bool = HfArg(default=False, help="Begin the prompt with the dataset's name.")
@@ -127,14 +123,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
 
     overwrite_output_dir: bool = HfArg(default=False, help="Start over, and replace the results in output_dir.")
     denser_evaluation: bool = HfArg(default=False, help="Also log and evaluate at steps 1, 50, 100 and 200.")
-    max_non_finite_steps: int = HfArg(
-        default=3, help="End the run at this many steps in a row whose loss or gradient is not finite."
-    )
-    eval_batch_tokens: int | None = HfArg(
-        default=None,
-        help="Most prompt tokens of an evaluation batch, padding included; by default those of "
-        "per_device_eval_batch_size prompts of max_source_length tokens.",
-    )
+    max_non_finite_steps: int = HfArg(default=3, help="End the run at this many non-finite steps in a row.")
+    eval_batch_tokens: int | None = HfArg(default=None, help="Most prompt tokens of an evaluation batch, with padding.")
     predict_loss: bool = HfArg(default=False, help="Also compute the loss of the test examples' answers.")
     remove_unused_columns: bool = HfArg(default=False, help="Always false.")
     predict_with_generate: bool = HfArg(default=True, help="Always true.")

@@ -1,10 +1,7 @@
 """Entry: one task of an order. Arguments -> data -> model -> method -> training -> saving -> evaluation.
 
-    python src/run_uie_lora.py --model_name_or_path initial_model/t5-large --task_config_dir
-        configs/order1_configs/dbpedia --output_dir logs_and_outputs/order_1/outputs/1-dbpedia ...
-
-`run_order.py` chains the tasks of an order. Lines that begin with `[gorp]` report what the run trains, projects and
-protects, and its scores.
+`command_line.py` has an example; `run_order.py` chains the tasks of an order. Lines that begin with `[gorp]` report
+what the run trains, projects and protects, and its scores.
 """
 
 import contextlib
@@ -45,7 +42,6 @@ from uie_dataset_lora import data_files
 from uie_trainer_lora import UIETrainer
 
 logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as in a shell
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     except RunStopped as error:
         status, line = 1, f"error: {error}"
     except KeyboardInterrupt:
-        status, line = INTERRUPTED, "interrupted; the same command resumes"
+        status, line = 130, "interrupted; the same command resumes"  # 130 as in a shell
     except Exception as error:
         if not is_disk_full(error):
             raise

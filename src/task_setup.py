@@ -96,11 +96,7 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, **how) -> L
 
 def build_collator(loaded: LoadedModel, data_args: DataArguments,
                    training_args: UIETrainingArguments) -> DataCollatorForUIE:
-    """The collator for this model's tokenizer.
-
-    Raises:
-        InputError: what this model's batches rule out: a repetition penalty, label smoothing.
-    """
+    """The collator for this model's tokenizer; InputError for options that its batches rule out."""
     padding_ends = loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
     check(not (loaded.decoder_only and padding_ends) or data_args.repetition_penalty == 1, "repetition_penalty",
           data_args.repetition_penalty, "allowed: 1.0 for this model, whose padding is its end token: the penalty on "

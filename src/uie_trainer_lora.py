@@ -57,6 +57,7 @@ class UIETrainer(Seq2SeqTrainer):
         self._penalties: list[torch.Tensor] = []
         self._examples: list[str] = []  # names of the current micro-batch's examples
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        self._quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         self.non_finite = NonFiniteGuard(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
         self.args.logging_nan_inf_filter = False  # it would read a value from the device in every micro-batch
         if self.is_deepspeed_enabled and not self.args.do_train and not self.args.hf_deepspeed_config.is_zero3():
@@ -124,11 +125,8 @@ class UIETrainer(Seq2SeqTrainer):
             self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
         rows, size = first_examples(self.train_dataset, self.method.shown_rows), self.args.per_device_train_batch_size
         starts = range(0, len(rows), size)
-        for start in tqdm(starts, f"{self.name}, layer inputs", disable=not self._shows_progress() or not starts):
+        for start in tqdm(starts, f"{self.name}, layer inputs", disable=self._quiet or not starts):
             yield self._batch([rows[place] for place in range(len(rows))[start : start + size]])
-
-    def _shows_progress(self) -> bool:
-        return not self.args.disable_tqdm and self.is_world_process_zero()
 
     def _batch(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self._prepare_inputs(self.data_collator(examples))
@@ -173,7 +171,7 @@ class UIETrainer(Seq2SeqTrainer):
             most_tokens=args.eval_batch_tokens or args.per_device_eval_batch_size * collator.max_source_length,
             shares_beginnings=collator.decoder_only and not is_deepspeed_zero3_enabled(),
             name=f"{self.name}, {'validate' if metric_key_prefix == 'eval' else 'test'}",
-            show_progress=self._shows_progress(),
+            show_progress=not self._quiet,
         )
         with self.accelerator.autocast():  # the precision of training
             if metric_key_prefix == "eval" or args.predict_loss:
@@ -307,10 +305,8 @@ class OrderProgress(ProgressCallback):
 class DenserEvaluation(TrainerCallback):
     """Also logs and evaluates at a few early steps (`--denser_evaluation`)."""
 
-    STEPS = (1, 50, 100, 200)
-
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in self.STEPS:
+        if state.global_step in (1, 50, 100, 200):
             control.should_log = True
             control.should_evaluate = args.eval_strategy != "no"
         return control
