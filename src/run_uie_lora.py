@@ -66,12 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def run(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    method_args: MethodArguments,
-    training_args: UIETrainingArguments,
-) -> None:
+def run(model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments,
+        training_args: UIETrainingArguments) -> None:
     """Train and evaluate one task, resuming an earlier run with the same record.
 
     What a user can fix is an InputError, before training where possible, and before earlier results are changed.

@@ -104,16 +104,13 @@ def build_collator(loaded: LoadedModel, data_args: DataArguments,
     smoothing = training_args.label_smoothing_factor
     check(not (loaded.decoder_only and smoothing), "label_smoothing_factor", smoothing,
           "0 for a decoder-only model, whose logits exist only where there is a target")
+    same = ("max_source_length", "max_target_length", "add_task_name", "add_dataset_name", "input_record_file")
     return DataCollatorForUIE(
         loaded.tokenizer,
         decoder_only=loaded.decoder_only,
-        max_source_length=data_args.max_source_length,
-        max_target_length=data_args.max_target_length,
-        add_task_name=data_args.add_task_name,
-        add_dataset_name=data_args.add_dataset_name,
         pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
-        input_record_file=data_args.input_record_file,
         name_rows=True,
+        **{name: getattr(data_args, name) for name in same},
     )
 
 

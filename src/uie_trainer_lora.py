@@ -71,11 +71,9 @@ class UIETrainer(Seq2SeqTrainer):
         """The method's optimizer, with its own learning rates per group."""
         if self.optimizer is None:
             args = self.args
+            betas, decay = (args.adam_beta1, args.adam_beta2), args.weight_decay
             self.optimizer = self.method.create_optimizer(
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                weight_decay=args.weight_decay,
+                lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=decay
             )
         return self.optimizer
 
@@ -162,17 +160,13 @@ class UIETrainer(Seq2SeqTrainer):
         output = super().evaluation_loop(DataLoader([]), description, True, ignore_keys, metric_key_prefix)
         examples, metrics, args, collator = dataloader.dataset, {}, self.args, self.data_collator
         prediction = Prediction(
-            self.model,
-            collator,
-            examples,
-            self.accelerator,
-            self.generation,
+            self.model, collator, examples, self.accelerator, self.generation,
             most_rows=args.per_device_eval_batch_size,
             most_tokens=args.eval_batch_tokens or args.per_device_eval_batch_size * collator.max_source_length,
             shares_beginnings=collator.decoder_only and not is_deepspeed_zero3_enabled(),
             name=f"{self.name}, {'validate' if metric_key_prefix == 'eval' else 'test'}",
             show_progress=not self._quiet,
-        )
+        )  # fmt: skip
         with self.accelerator.autocast():  # the precision of training
             if metric_key_prefix == "eval" or args.predict_loss:
                 metrics["loss"] = prediction.loss()
