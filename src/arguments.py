@@ -136,7 +136,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         self._check_library_options()
         self._check_numbers()
         if self.deepspeed is not None:
-            self.zero_stage(self.deepspeed)
+            self.check_deepspeed(self.deepspeed)
         if self.output_dir is None:
             raise InputError("--output_dir: missing; a folder for the results")
         check_writable(self.output_dir)
@@ -211,8 +211,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         """How many GPUs a single process leaves unused."""
         return max(0, torch.cuda.device_count() - 1) if self.world_size == 1 and not self.use_cpu else 0
 
-    def zero_stage(self, path: str) -> int:
-        """The ZeRO stage of a DeepSpeed file; InputError if the file does not fit these arguments."""
+    def check_deepspeed(self, path: str) -> int:
+        """The ZeRO stage of a DeepSpeed file; InputError unless the file fits these arguments."""
         config = read_json(path)
         if not isinstance(config, dict):
             raise InputError(f"{path}: found a JSON {type(config).__name__}; a DeepSpeed config is an object")

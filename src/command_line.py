@@ -5,8 +5,8 @@
         --method olora --do_train --do_predict --predict_with_generate
 
 For a complete order: src/run_order.py; for the published ones: scripts/. The options of this project and of the methods
-come first, then those of Hugging Face's Seq2SeqTrainingArguments. Everything that flags and the DeepSpeed file alone
-decide is checked before data or a model is read.
+come first, then those of Hugging Face's Seq2SeqTrainingArguments and what this project adds to them. Everything that
+flags and the DeepSpeed file alone decide is checked before data or a model is read.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def _check_together(
     deepspeed_file: str | None, most: int | None,
 ) -> None:
     """Reject flags that exclude each other, and a ZeRO stage above the highest (`most`) of the method."""
-    stage = None if deepspeed_file is None else training.zero_stage(deepspeed_file)
+    stage = None if deepspeed_file is None else training.check_deepspeed(deepspeed_file)
     under = f"--deepspeed {deepspeed_file}"
     if model.load_in_4bit:
         check(stage is None, "load_in_4bit", f"true with {under}", "only without DeepSpeed")
