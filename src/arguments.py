@@ -8,10 +8,11 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -36,20 +37,12 @@ class ModelArguments:
     config_name: str | None = HfArg(default=None, help="Another config: folder or hub id.")
     tokenizer_name: str | None = HfArg(default=None, help="Another tokenizer: folder or hub id.")
     cache_dir: str | None = HfArg(default=None, help="Where models from the hub are kept.")
-    use_fast_tokenizer: bool = HfArg(default=True, help="Published; false is ignored: Transformers 5 has one kind.")
+    use_fast_tokenizer: bool = HfArg(default=True, help="Ignored: Transformers 5 has one kind of tokenizer.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of a hub model.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub login of this machine.")
-    family: str | None = HfArg(
-        default=None,
-        help="What the model must be; the scripts say what they are for.",
-        metadata={"choices": ["encoder-decoder", "decoder-only"]},
-    )
-    load_in_4bit: bool = HfArg(
-        default=False, help="Hold the frozen base in 4 bits (NF4, as QLoRA), by bitsandbytes; full-rank weights stay."
-    )
-    resize_position_embeddings: bool | None = HfArg(
-        default=None, help="Grow learned positions to max_source_length, where the model can."
-    )
+    family: Literal["encoder-decoder", "decoder-only"] | None = HfArg(default=None, help="What the model must be.")
+    load_in_4bit: bool = HfArg(default=False, help="Hold frozen linear layers in 4 bits (NF4, by bitsandbytes).")
+    resize_position_embeddings: bool | None = HfArg(default=None, help="Grow learned positions to max_source_length.")
 
 
 @dataclass
@@ -58,45 +51,29 @@ class DataArguments:
 
     data_dir: str = HfArg(default="CL_Benchmark", help="Benchmark folder: <TASK>/<DATASET>/*.json.")
     task_config_dir: str = HfArg(default=None, help="Folder of the step's {train,dev,test}_tasks.json.")
-    instruction_file: str = HfArg(
-        default="configs/instruction_config.json", help="JSON file with the instructions of each task."
-    )
-    instruction_strategy: str = HfArg(
-        default="single", help="single: the first instruction; multiple: a random one for each example."
-    )
+    instruction_file: str = HfArg(default="configs/instruction_config.json", help="Instructions of each task, JSON.")
+    instruction_strategy: str = HfArg(default="single", help="single: the first instruction; multiple: a random one.")
     overwrite_cache: bool = HfArg(default=False, help="Published, and ignored: examples are not cached.")
     input_record_file: str | None = HfArg(default=None, help="Append every batch to this file as text.")
     max_source_length: int = HfArg(default=512, help="Most tokens of a prompt; the text is cut to fit.")
     max_target_length: int = HfArg(default=50, help="Most tokens of an answer; a longer one is an error.")
     repetition_penalty: float = HfArg(default=1.0, help="Generation: 1.0 is no penalty.")
     num_beams: int = HfArg(default=1, help="Generation: beams; 1 is greedy.")
-    max_num_instances_per_task: int | None = HfArg(
-        default=10000, help="Training examples of a dataset with sampling strategy 'random'."
-    )
-    max_num_instances_per_eval_task: int | None = HfArg(
-        default=200, help="Validation examples of a dataset with sampling strategy 'random'."
-    )
+    max_num_instances_per_task: int | None = HfArg(default=10000, help="Training examples of a 'random' dataset.")
+    max_num_instances_per_eval_task: int | None = HfArg(default=200, help="Validation examples of a 'random' dataset.")
     over_sampling: bool = HfArg(default=False, help="Repeat training examples up to the limit.")
     max_train_samples: int | None = HfArg(default=None, help="Train on this many examples at most.")
     max_eval_samples: int | None = HfArg(default=None, help="Validate on this many examples at most.")
     max_predict_samples: int | None = HfArg(default=None, help="Test on this many examples of each dataset at most.")
-    predict_tasks: str = HfArg(
-        default="all",
-        help="Test after each task on all tasks so far (all), or, except after the order's last, on itself (ends).",
-        metadata={"choices": ["all", "ends"]},
+    predict_tasks: Literal["all", "ends"] = HfArg(
+        default="all", help="Test after each task on all tasks so far, or, except after the order's last, on itself."
     )
-    zero_shot: bool = HfArg(
-        default=False, help="Before training, test on the order's tasks that are not trained yet (forward transfer)."
-    )
-    unseen_config_dir: str | None = HfArg(
-        default=None, help="A step's folder of any order: also test on its test datasets that this order never trains."
-    )
+    zero_shot: bool = HfArg(default=False, help="Before training, test on this and later tasks (forward transfer).")
+    unseen_config_dir: str | None = HfArg(default=None, help="A step's folder: also test what is new in it.")
     num_examples: int = HfArg(default=0, help="Solved examples shown in each prompt (few-shot).")
     add_task_name: bool = HfArg(default=False, help="Begin the prompt with the task's name.")
     add_dataset_name: bool = HfArg(default=False, help="Begin the prompt with the dataset's name.")
-    multilingual: bool = HfArg(
-        default=False, help="ROUGE over GPT-2's pieces instead of English words (data/gpt2tokenizer)."
-    )
+    multilingual: bool = HfArg(default=False, help="ROUGE over GPT-2's pieces instead of English words.")
 
 
 # Of Hugging Face's training arguments, by the reason: those of which only the default is allowed ...
@@ -134,35 +111,27 @@ AT_LEAST_0 = (
     "learning_rate weight_decay max_grad_norm adam_epsilon warmup_steps eval_delay seed data_seed "
     "dataloader_num_workers"
 ).split()
+DATA_ABOVE_0 = (
+    "max_source_length max_target_length num_beams repetition_penalty max_train_samples max_eval_samples "
+    "max_predict_samples"
+).split()
 
 
 @dataclass
 class UIETrainingArguments(Seq2SeqTrainingArguments):
     """Hugging Face's arguments, this project's additions, and earlier checks of contradictions."""
 
-    overwrite_output_dir: bool = HfArg(
-        default=False, help="Start over where output_dir already holds results, and replace them."
-    )
+    overwrite_output_dir: bool = HfArg(default=False, help="Start over, and replace the results in output_dir.")
     denser_evaluation: bool = HfArg(default=False, help="Also log and evaluate at steps 1, 50, 100 and 200.")
-    max_non_finite_steps: int = HfArg(
-        default=3, help="End the run at this many steps in a row whose loss or gradient is not finite."
-    )
-    eval_batch_tokens: int | None = HfArg(
-        default=None,
-        help="Most prompt tokens of an evaluation batch, padding included; by default those of "
-        "per_device_eval_batch_size prompts of max_source_length tokens.",
-    )
-    predict_loss: bool = HfArg(
-        default=False, help="Also compute the loss of the test examples' answers: one more forward pass."
-    )
+    max_non_finite_steps: int = HfArg(default=3, help="End the run at this many non-finite steps in a row.")
+    eval_batch_tokens: int | None = HfArg(default=None, help="Most prompt tokens of an evaluation batch, with padding.")
+    predict_loss: bool = HfArg(default=False, help="Also compute the loss of the test examples' answers.")
     remove_unused_columns: bool = HfArg(default=False, help="Always false.")
     predict_with_generate: bool = HfArg(default=True, help="Always true.")
     # The flag is an option of the methods that read it (`methods/base_options.py`), not of Hugging Face's optimizers.
     optim_target_modules: list[str] | None = field(init=False, default=None)
 
     def __post_init__(self):
-        if self.bf16 and self.fp16:
-            raise InputError("--bf16 --fp16: both found; at most one of them")
         check(self.ddp_backend is None or "RANK" in os.environ, "ddp_backend", self.ddp_backend, "none in one process")
         self._check_library_options()
         self._check_numbers()
@@ -179,8 +148,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         if not (self.do_train or self.do_eval or self.do_predict):
             raise InputError("--do_train, --do_eval, --do_predict: found none of them; one or more")
         check(not self.fp16 or self.device.type != "cpu", "fp16", "true", "false on a CPU, where --bf16 works")
-        self._check_schedule()
-        self._try_settings()
+        self._check_settings()
 
     def ignored(self) -> list[str]:
         """The flags of `IGNORED` that are not at their defaults."""
@@ -197,28 +165,36 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             for name in self._changed(names.split()):
                 found = "a secret" if name == "hub_token" else getattr(self, name)
                 raise InputError(f"--{name}: found {found}; only the default is allowed: {reason}")
-        check(self.train_sampling_strategy in ("random", "sequential"), "train_sampling_strategy",
-              self.train_sampling_strategy, "random or sequential")
+        sampling = self.train_sampling_strategy
+        check(sampling in ("random", "sequential"), "train_sampling_strategy", sampling, "random or sequential")
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             if isinstance(given := getattr(self, name, None), str):
                 with _tried(f"--{name}: found {given}, which is no JSON object"):
                     dict(json.loads(given))
 
-    def _check_schedule(self) -> None:
-        """Reject settings that the learning-rate schedule would not read."""
-        constant = self.lr_scheduler_type == SchedulerType.CONSTANT
-        check(not (constant and self.warmup_steps), "warmup_steps", self.warmup_steps,
-              "0 with --lr_scheduler_type constant; constant_with_warmup has them")
-        check(not (self.lr_scheduler_type.startswith("constant") and self.lr_scheduler_kwargs), "lr_scheduler_kwargs",
-              self.lr_scheduler_kwargs, f"none with --lr_scheduler_type {self.lr_scheduler_type.value}")
+    def _check_numbers(self) -> None:
+        for name in ABOVE_0:
+            check_number(self, name, above=0)
+        for name in AT_LEAST_0:
+            check_number(self, name, least=0)
+        for name in ("seed", "data_seed"):
+            check((getattr(self, name) or 0) < 2**32, name, getattr(self, name), "less than 2^32")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 up to, not including, 1")
+        if self.max_steps <= 0:
+            check_number(self, "num_train_epochs", above=0)
 
-    def _try_settings(self) -> None:
+    def _check_settings(self) -> None:
         """Build on stand-ins what training will need: the schedule, the loader, the recomputation of activations."""
+        kind, settings = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        check(kind != SchedulerType.CONSTANT or not self.warmup_steps, "warmup_steps", self.warmup_steps,
+              "0 with --lr_scheduler_type constant; constant_with_warmup has them")
+        check(not (kind.startswith("constant") and settings), "lr_scheduler_kwargs", settings,
+              f"none with --lr_scheduler_type {kind.value}")
         steps, weight = max(self.max_steps, 1), torch.zeros(1, requires_grad=True)
+        with _tried(f"--lr_scheduler_type {kind.value}, --lr_scheduler_kwargs"):
+            get_scheduler(kind, torch.optim.SGD([weight]), self.get_warmup_steps(steps), steps, settings)
         loading = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context", "in_order")
-        with _tried(f"--lr_scheduler_type {self.lr_scheduler_type.value}, --lr_scheduler_kwargs"):
-            get_scheduler(self.lr_scheduler_type, torch.optim.SGD([weight]), self.get_warmup_steps(steps), steps,
-                          self.lr_scheduler_kwargs)
         with _tried(f"--dataloader_num_workers {self.dataloader_num_workers}"):
             DataLoader([0], **{name: getattr(self, f"dataloader_{name}") for name in loading})
         with _tried("--gradient_checkpointing_kwargs, --activation_checkpointing_kwargs"):  # the old name and the new
@@ -235,26 +211,48 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         """How many GPUs a single process leaves unused."""
         return max(0, torch.cuda.device_count() - 1) if self.world_size == 1 and not self.use_cpu else 0
 
-    def check_deepspeed(self, path: str) -> None:
-        """Reject a DeepSpeed file that does not fit these arguments, see `check_deepspeed_file`."""
-        numbers = {
-            "train_micro_batch_size_per_gpu": self.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "gradient_clipping": self.max_grad_norm,
-        }
-        check_deepspeed_file(path, bf16=bool(self.bf16), fp16=bool(self.fp16), numbers=numbers)
+    def check_deepspeed(self, path: str) -> int:
+        """The ZeRO stage of a DeepSpeed file; InputError unless the file fits these arguments."""
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise InputError(f"{path}: found a JSON {type(config).__name__}; a DeepSpeed config is an object")
+        for section in ("optimizer", "scheduler"):
+            if section in config:
+                raise InputError(f"{path}: found a section '{section}'; the method brings its own, remove it (a "
+                                 "DeepSpeed optimizer would train without the projection)")
+        for name in ("bf16", "fp16"):
+            wanted, section = bool(getattr(self, name)), config.get(name, {})
+            enabled = section.get("enabled", False) if isinstance(section, dict) else None
+            if enabled != "auto" and enabled is not wanted:
+                flag = f"--{name}" if wanted else f"no --{name}"
+                raise InputError(f"{path}, key {name}.enabled: found {json.dumps(enabled)} against {flag} on the "
+                                 "command line; both the same, or \"auto\" in the file")
+        for key in config.keys() - DEEPSPEED_KEYS:
+            if hint := nearest(key, DEEPSPEED_KEYS, cutoff=0.8):  # DeepSpeed ignores an unknown key
+                raise InputError(f"{path}: unknown key {key!r}{hint}")
+        zero = config.get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+        if type(stage) is not int or not 0 <= stage <= 3:
+            raise InputError(f"{path}, key zero_optimization.stage: found {json.dumps(stage)}; 0, 1, 2 or 3")
+        if self.fp16 and stage == 0:
+            # deepspeedai/DeepSpeed 8393: gradients are divided by a loss scale that no loss was multiplied by.
+            raise InputError(f"{path}, key zero_optimization.stage: found 0 with --fp16, where DeepSpeed 0.19 trains "
+                             "with wrong gradients; 1 to 3, or --bf16")
+        for key, option in REPEATED_KEYS.items():
+            number = getattr(self, option)
+            if config.get(key, "auto") not in ("auto", number):
+                raise InputError(f"{path}, key {key}: found {json.dumps(config[key])} against {number} on the command "
+                                 "line; both the same, or \"auto\" in the file")
+        return stage
 
-    def _check_numbers(self) -> None:
-        for names, bound in ((ABOVE_0, {"above": 0}), (AT_LEAST_0, {"least": 0})):
-            for name in names:
-                if getattr(self, name) is not None:
-                    check_number(self, name, **bound)
-        for name in ("seed", "data_seed"):
-            check((getattr(self, name) or 0) < 2**32, name, getattr(self, name), "less than 2^32")
-        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
-            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 up to, not including, 1")
-        if self.max_steps <= 0:
-            check_number(self, "num_train_epochs", above=0)
+
+# Keys of a DeepSpeed file that may repeat an option, and all that are known.
+REPEATED_KEYS = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
+DEEPSPEED_KEYS = {"bf16", "fp16", "train_batch_size", "zero_optimization", *REPEATED_KEYS}
 
 
 @contextlib.contextmanager
@@ -266,72 +264,15 @@ def _tried(flags: str) -> Iterator[None]:
         raise InputError(f"{flags}: {error}") from None
 
 
-DEEPSPEED_KEYS = {"bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size",
-                  "train_micro_batch_size_per_gpu", "zero_optimization"}
-
-
-def check_deepspeed_file(path: str, *, bf16: bool, fp16: bool, numbers: Mapping[str, float] = {}) -> None:
-    """Reject a DeepSpeed file that contradicts the command line or replaces the method's optimizer.
-
-    Args:
-        numbers: the command line's values of keys that the file may repeat.
-
-    Raises:
-        InputError: not a JSON object, a precision or number other than the command line's, an unknown ZeRO stage, or
-            an optimizer or scheduler section (DeepSpeed would then build its own optimizer, without the projection).
-    """
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: found a JSON {type(config).__name__}; a DeepSpeed config is an object")
-    for section in ("optimizer", "scheduler"):
-        if section in config:
-            raise InputError(
-                f"{path}: found a section '{section}'; the method brings its own, remove it (a DeepSpeed optimizer "
-                "would train without the projection)"
-            )
-    for name, wanted in (("bf16", bf16), ("fp16", fp16)):
-        enabled = config.get(name, {}).get("enabled", False) if isinstance(config.get(name, {}), dict) else None
-        if enabled == "auto" or enabled is wanted:
-            continue
-        flag = f"--{name}" if wanted else f"no --{name}"
-        raise InputError(f"{path}, key {name}.enabled: found {json.dumps(enabled)} against {flag} on the command line; "
-                         "both the same, or \"auto\" in the file")
-    for key in config.keys() - DEEPSPEED_KEYS:
-        if hint := nearest(key, DEEPSPEED_KEYS, cutoff=0.8):  # DeepSpeed ignores an unknown key
-            raise InputError(f"{path}: unknown key {key!r}{hint}")
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-    if type(stage) is not int or not 0 <= stage <= 3:
-        raise InputError(f"{path}, key zero_optimization.stage: found {json.dumps(stage)}; 0, 1, 2 or 3")
-    if fp16 and stage == 0:
-        # deepspeedai/DeepSpeed 8393: gradients are divided by a loss scale that no loss was multiplied by.
-        raise InputError(f"{path}, key zero_optimization.stage: found 0 with --fp16, where DeepSpeed 0.19 trains with "
-                         "wrong gradients; 1 to 3, or --bf16")
-    for key, number in numbers.items():
-        if config.get(key, "auto") not in ("auto", number):
-            raise InputError(f"{path}, key {key}: found {json.dumps(config[key])} against {number} on the command "
-                             "line; both the same, or \"auto\" in the file")
-
-
 def check_data_arguments(data: DataArguments) -> None:
-    """Check the ranges and required folders of the data group.
-
-    Raises:
-        InputError: naming the flag, what was found and what is allowed.
-    """
+    """Check the required folders and the numbers of the data group."""
     for flag in ("data_dir", "task_config_dir"):
-        value = getattr(data, flag)
-        if not value:
-            raise InputError(f"--{flag}: missing; a folder")
-        if not Path(value).is_dir():
-            raise InputError(f"--{flag}: {value} is not a folder")
-    for flag in ("max_source_length", "max_target_length", "num_beams", "repetition_penalty"):
+        folder = getattr(data, flag)
+        check(bool(folder) and Path(folder).is_dir(), flag, folder, "an existing folder")
+    for flag in DATA_ABOVE_0:
         check_number(data, flag, above=0)
     for flag in ("max_num_instances_per_task", "max_num_instances_per_eval_task"):
         check(getattr(data, flag) != 0, flag, 0, "a number above 0, or -1 for all")
-    for flag in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-        value = getattr(data, flag)
-        check(value is None or value > 0, flag, value, "a number above 0, or the flag left out")
 
 
 def check(holds: bool, flag: str, found, allowed: str) -> None:
@@ -341,7 +282,7 @@ def check(holds: bool, flag: str, found, allowed: str) -> None:
 
 
 def check_number(group, flag: str, *, above: float | None = None, least: float = -math.inf) -> None:
-    """Reject the value of a flag unless it is finite and above `above`, or at least `least`."""
+    """Reject the value of a flag unless it is None, or finite and above `above`, or at least `least`."""
     found = getattr(group, flag)
-    holds = math.isfinite(found) and (found > above if above is not None else found >= least)
+    holds = found is None or math.isfinite(found) and (found > above if above is not None else found >= least)
     check(holds, flag, found, f"a number above {above}" if above is not None else f"{least} or more")

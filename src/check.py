@@ -19,58 +19,43 @@ from pathlib import Path
 from transformers.utils import logging as hf_logging
 
 from arguments import check_data_arguments
-from command_line import Parser, parse_arguments
-from errors import InputError
+from command_line import Parser, parse_arguments, peek
+from errors import InputError, entry_point
 from methods import find_method
 from methods.base_modules import choose_modules
 from order_config import read_order
-from task_setup import build_collator, check_generation, example_options, load_model
+from task_setup import build_collator, example_options, load_model
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import ExampleOptions, read_examples
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> int:
     """Check flags and orders; returns 0, or 2 after an error line for each invalid order, or for the flags."""
     argv = sys.argv[1:] if argv is None else argv
     orders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    try:
-        options, collator = check_flags(argv[len(orders) :])
-        orders = orders or all_orders(Path("configs"))
-    except InputError as error:
-        return _report(error)
+    checked = check_flags(argv[len(orders) :])
+    if not orders:
+        orders = sorted(path for path in Path("configs").glob("[!.]*_configs") if path.name != "ds_configs")
+    if not orders:
+        raise InputError("configs: found no folder NAME_configs; name the folder of an order")
     status = 0
     for order in orders:
         try:
-            print(f"[gorp] {order}: valid, {check_order(order, options, collator)}")
+            print(f"[gorp] {order}: valid, {check_order(order, *checked)}")
         except InputError as error:
-            status = _report(error)
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
     return status
 
 
-def _report(error: InputError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
-def all_orders(configs: Path) -> list[Path]:
-    """The folders of orders in `configs`; InputError if there is none."""
-    orders = sorted(path for path in configs.glob("[!.]*_configs") if path.name != "ds_configs")
-    if not orders:
-        raise InputError(f"{configs}: found no folder NAME_configs; name the folder of an order")
-    return orders
-
-
 def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | None]:
-    """The example options, and the collator of the model, if one is named.
-
-    Raises:
-        InputError: a flag, the DeepSpeed file, the model, the adapter, a module name or a rank is invalid.
-    """
+    """Check the flags, and model and adapter if one is named; the example options, and the collator of the model."""
     # --deepspeed is parsed separately: the file is checked, but DeepSpeed is not started.
     parser = Parser(usage="check.py [ORDER ...] [flags of run_uie_lora.py]", description=__doc__)
     parser.add_argument("--deepspeed", help="a DeepSpeed file to check")
     launch, flags = parser.parse_known_args(flags)
-    with_model = any(flag.split("=")[0] == "--model_name_or_path" for flag in flags)
+    with_model = peek(flags, model_name_or_path="").model_name_or_path
     stand_in = [] if with_model else ["--model_name_or_path", "none", "--lora_modules", ".*"]
     with tempfile.TemporaryDirectory() as scratch:
         given = ["--output_dir", scratch, "--task_config_dir", scratch, "--do_train", "--do_predict", *stand_in, *flags]
@@ -83,17 +68,12 @@ def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | 
         find_method(method_args.method)(method_args).prepare(
             loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=launch.deepspeed is not None
         )
-        check_generation(loaded, data_args)
         collator = build_collator(loaded, data_args, training_args)
     return example_options(data_args, training_args), collator
 
 
 def check_order(order: str | os.PathLike, options: ExampleOptions, collator: DataCollatorForUIE | None) -> str:
-    """Check the order in the folder `order`; returns its numbers of tasks and examples as text.
-
-    Raises:
-        InputError: a file, an example, a label or an instruction is invalid, or does not fit the model.
-    """
+    """Check the order in the folder `order`; returns its numbers of tasks and examples as text."""
     steps = read_order(order)
     examples = list(read_examples([step.folder for step in steps], options))
     if collator is not None:

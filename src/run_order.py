@@ -13,6 +13,7 @@ runs the complete order; the first one checks, writes and prints, and decides fo
 """
 
 import argparse
+import contextlib
 import gc
 import math
 import os
@@ -27,7 +28,7 @@ from pathlib import Path
 import run_uie_lora
 from check import check_flags, check_order
 from checkpoints import checkpoint_folders
-from command_line import Parser
+from command_line import Parser, peek
 from errors import InputError
 from files import check_writable
 from order_config import OrderStep, read_order
@@ -67,44 +68,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_order(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The order's own options, and the flags for all of its tasks.
-
-    Raises:
-        InputError: one of the order's own options is missing, or its value is not allowed.
-    """
-    parser = Parser(prog="run_order.py", usage="run_order.py ORDER [flags of run_uie_lora.py]",
-                    description=__doc__)
+    """The order's own options, and the flags for all of its tasks."""
+    parser = Parser(usage="run_order.py ORDER [flags of run_uie_lora.py]", description=__doc__)
     parser.add_argument("order", type=Path, help="folder of the order, for instance configs/order1_configs")
     parser.add_argument("--model_name_or_path", required=True, help="base model of the first task")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets a folder for each task")
     parser.add_argument("--fresh", type=Path, metavar="LOG", help="move earlier results, and this log, aside")
     parser.add_argument("--drop_checkpoints", action="store_true", help="remove the checkpoints of finished tasks")
-    parser.add_argument("--task_epochs", nargs="+", default=[], metavar="DATASET=N", help="epochs of single tasks")
+    parser.add_argument("--task_epochs", nargs="+", type=_epochs, default=[], metavar="DATASET=N",
+                        help="epochs of single tasks")  # fmt: skip
     options, flags = parser.parse_known_args(argv)
-    words, options.task_epochs = options.task_epochs, {}
-    for word in words:
-        dataset, _, number = word.partition("=")
-        try:
-            allowed = dataset != "" and 0 < float(number) < math.inf
-        except ValueError:
-            allowed = False
-        if not allowed:
-            raise InputError(f"--task_epochs: found {word!r}; DATASET=N is allowed, N a number of epochs above 0")
-        if dataset in options.task_epochs:
-            raise InputError(f"--task_epochs: found {dataset} twice; once is allowed")
-        options.task_epochs[dataset] = number
+    named = [dataset for dataset, _ in options.task_epochs]
+    if twice := [dataset for dataset in named if named.count(dataset) > 1]:
+        raise InputError(f"--task_epochs: found {twice[0]} twice; once is allowed")
+    options.task_epochs = dict(options.task_epochs)
     return options, flags
 
 
-def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
-    """The order's steps, once the first rank has checked them and claimed the folder; collective.
+def _epochs(word: str) -> tuple[str, str]:
+    """The dataset and the number of epochs, still text, of a `DATASET=N`."""
+    dataset, _, number = word.partition("=")
+    with contextlib.suppress(ValueError):
+        if dataset and 0 < float(number) < math.inf:
+            return dataset, number
+    raise InputError(f"--task_epochs: found {word!r}; DATASET=N is allowed, N a number of epochs above 0")
 
-    Raises:
-        InputError: what `check.py` rejects; epochs of a dataset that is not in the order; results of another order in
-            the folder, or a folder that is not writable.
-    """
+
+def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
+    """The order's steps, once the first rank has checked them and claimed the folder; collective."""
     steps = read_order(options.order)
-    options.task_epochs = own_epochs(options, steps, flags)
+    trained = [step.dataset for step in steps]
+    if unknown := [dataset for dataset in options.task_epochs if dataset not in trained]:
+        raise InputError(f"--task_epochs: found {unknown[0]!r}; datasets of {order_name(options.order)} are allowed: "
+                         f"{', '.join(trained)}")
+    max_steps = peek(flags, max_steps=-1).max_steps
+    if options.task_epochs and max_steps > 0:
+        options.task_epochs = {}
+        if is_first():
+            print(f"[gorp] --task_epochs is ignored: each task trains for --max_steps {max_steps}", flush=True)
     checked = check_flags(["--model_name_or_path", options.model_name_or_path, *flags])  # on every rank: connects them
 
     def check_and_claim() -> None:
@@ -115,45 +116,17 @@ def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
     return steps
 
 
-def own_epochs(options: argparse.Namespace, steps: list[OrderStep], flags: list[str]) -> dict[str, str]:
-    """The effective `--task_epochs`: none, with a warning, if `--max_steps` sets how long each task trains.
-
-    Raises:
-        InputError: a dataset that the order does not train.
-    """
-    trained = [step.dataset for step in steps]
-    for dataset in options.task_epochs:
-        if dataset not in trained:
-            raise InputError(f"--task_epochs: found {dataset!r}; datasets of {order_name(options.order)} are allowed: "
-                             f"{', '.join(trained)}")
-    parser = Parser(add_help=False)
-    parser.add_argument("--max_steps", type=int, default=-1)
-    max_steps = parser.parse_known_args(flags)[0].max_steps
-    if max_steps <= 0:
-        return options.task_epochs
-    if options.task_epochs and is_first():
-        print(f"[gorp] --task_epochs is ignored: each task trains for --max_steps {max_steps}", flush=True)
-    return {}
-
-
 def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:
     """Make the output folder this order's. Results of an unfinished order stay, to be resumed; with `--fresh` they are
-    moved aside together with the log.
-
-    Raises:
-        InputError: the folder cannot be written, or contains a folder that is not a task of this order.
-    """
+    moved aside together with the log."""
     outputs, name = options.output_dir, order_name(options.order)
     check_writable(outputs.parent)
-    if not outputs.exists():
-        return
-    if options.fresh is not None:
+    if options.fresh is not None and outputs.exists():
         aside = outputs.with_name(f"{outputs.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         outputs.rename(aside)
         if options.fresh.exists():
             shutil.move(options.fresh, aside)
         print(f"[gorp] earlier results of {name}: moved to {aside}", flush=True)
-        return
     expected = {task_folder(number, step) for number, step in enumerate(steps, start=1)}
     for folder in sorted(path.name for path in outputs.glob("[!.]*/")):
         if folder not in expected:
@@ -162,23 +135,15 @@ def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:
 
 def run_group(options: argparse.Namespace, flags: list[str]) -> str:
     """What trackers call the runs of an order together: `order1-gorp-seed42`."""
-    parser = Parser(add_help=False)
-    for name, default in (("method", "gorp"), ("seed", "42"), ("preset", "")):
-        parser.add_argument(f"--{name}", default=default)
-    found = parser.parse_known_args(flags)[0]
+    found = peek(flags, method="gorp", preset="", seed=42)
     return "-".join(filter(None, [order_name(options.order), found.method, found.preset, f"seed{found.seed}"]))
 
 
-def task_flags(
-    options: argparse.Namespace, number: int, step: OrderStep, start: Path | str, group: str
-) -> list[str]:
+def task_flags(options: argparse.Namespace, number: int, step: OrderStep, start: Path | str, group: str) -> list[str]:
     """The flags in which the tasks of an order differ."""
-    return [
-        "--model_name_or_path", str(start),
-        "--task_config_dir", str(step.folder),
-        "--output_dir", str(options.output_dir / task_folder(number, step)),
-        "--run_name", f"{group}-{task_folder(number, step)}",
-    ]  # fmt: skip
+    folder = task_folder(number, step)
+    return ["--model_name_or_path", str(start), "--task_config_dir", str(step.folder),
+            "--output_dir", str(options.output_dir / folder), "--run_name", f"{group}-{folder}"]  # fmt: skip
 
 
 def task_folder(number: int, step: OrderStep) -> str:

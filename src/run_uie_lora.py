@@ -1,13 +1,11 @@
 """Entry: one task of an order. Arguments -> data -> model -> method -> training -> saving -> evaluation.
 
-    python src/run_uie_lora.py --model_name_or_path initial_model/t5-large --task_config_dir
-        configs/order1_configs/dbpedia --output_dir logs_and_outputs/order_1/outputs/1-dbpedia ...
-
-`run_order.py` chains the tasks of an order. Lines that begin with `[gorp]` report what the run trains, projects and
-protects, and its scores.
+`command_line.py` has an example; `run_order.py` chains the tasks of an order. Lines that begin with `[gorp]` report
+what the run trains, projects and protects, and its scores.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import shutil
@@ -29,7 +27,7 @@ from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line, score_key
 from errors import InputError, RunStopped, is_disk_full
-from files import whole_file, whole_folder, write_json
+from files import read_json, whole_file, whole_folder, write_json
 from methods import find_method
 from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
@@ -44,52 +42,42 @@ from uie_dataset_lora import data_files
 from uie_trainer_lora import UIETrainer
 
 logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as in a shell
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one task; returns 0, or after one line 2 for bad input, 1 for a run that was stopped, 130 for Ctrl-C."""
     try:
         groups = parse_arguments(argv)
-        with only_run_in(groups[-1]):
+        with only_run_in(Path(groups[-1].output_dir)):
             run(*groups)
+        return 0
     except InputError as error:
-        return _end(2, f"error: {error}")
+        status, line = 2, f"error: {error}"
     except RunStopped as error:
-        return _end(1, f"error: {error}")
+        status, line = 1, f"error: {error}"
     except KeyboardInterrupt:
-        return _end(INTERRUPTED, "interrupted; the same command resumes")
+        status, line = 130, "interrupted; the same command resumes"  # 130 as in a shell
     except Exception as error:
         if not is_disk_full(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        return _end(1, f"error: a disk is full ({reason}); finished results are kept, the same command resumes")
-    return 0
-
-
-def _end(status: int, line: str) -> int:
+        status, line = 1, f"error: a disk is full ({reason}); finished results are kept, the same command resumes"
     tqdm.write(line, file=sys.stderr)  # on a line of its own, even beside a progress bar
     return status
 
 
-def run(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    method_args: MethodArguments,
-    training_args: UIETrainingArguments,
-) -> None:
+def run(model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments,
+        training_args: UIETrainingArguments) -> None:
     """Train and evaluate one task, resuming an earlier run with the same record.
 
-    Raises:
-        InputError: anything a user can fix; before training where possible, and before results of an earlier run are
-            changed.
-        RunStopped: losses or gradients are not finite.
+    What a user can fix is an InputError, before training where possible, and before earlier results are changed.
     """
     started = time.monotonic()
     set_up_logging(training_args)
     if idle := training_args.idle_gpus():
         logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
-    if ignored := training_args.ignored():
+    ignored = training_args.ignored() + ["use_fast_tokenizer"] * (not model_args.use_fast_tokenizer)
+    if ignored := ignored + ["overwrite_cache"] * data_args.overwrite_cache:
         logger.info("ignored: %s", ", ".join(f"--{name}" for name in ignored))
     check_data_arguments(data_args)
     method = find_method(method_args.method)(method_args)
@@ -116,12 +104,11 @@ def run(
     # ZeRO-3 must not shard the model while it is read, but when training begins, after the method is attached.
     unset_hf_deepspeed_config()
     narrow = training_args.bf16 and not method.float32_base  # what trains is float32 all the same
-    not_in_4bit = None
+    how = {"dtype": torch.bfloat16 if narrow else torch.float32}
     if model_args.load_in_4bit:  # what trains at full rank must be known before weights are read
         choose_modules(method_args, load_model(model_args, data_args, weights=False).model)
-        not_in_4bit = getattr(method_args, "optim_target_modules", [])
-    dtype = torch.bfloat16 if narrow else torch.float32
-    loaded = load_model(model_args, data_args, dtype=dtype, not_in_4bit=not_in_4bit)
+        how["not_in_4bit"] = getattr(method_args, "optim_target_modules", [])
+    loaded = load_model(model_args, data_args, **how)
     choose_modules(method_args, loaded.model)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
@@ -131,18 +118,11 @@ def run(
     run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
     trains = training_args.do_train and len(examples["train"]) > 0
     checkpoint = of_first_rank(lambda: find_checkpoint(trainer, progress)) if trains else None
-    if trains:
-        draw_first_batch(trainer)
     zero_shot = {}
     if "zero_shot" in examples:
         with torch.random.fork_rng():  # so that evaluation does not change training
             zero_shot = score(trainer, examples["zero_shot"], "zero_shot")
-
-    def claim() -> None:
-        claim_output_dir(trainer, run_record, progress)
-        if zero_shot:
-            record(output_dir, "zero_shot", zero_shot, trainer)
-
+    claim = functools.partial(claim_output_dir, trainer, run_record, progress, zero_shot)
     if trains:
         trainer.when_prepared = claim  # no earlier: a run that cannot begin must not delete results
     else:
@@ -153,47 +133,28 @@ def run(
         for line in others:  # the same for every task: on the terminal only once
             (detail if place_in_order(data_args.task_config_dir)[0] else logger).info(line)
         adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
-        if len(examples["train"]):
-            record(output_dir, "train", train(trainer, len(examples["train"]), checkpoint), trainer)
+        if trains:
+            train(trainer, checkpoint)
             save_task(trainer, adapter, loaded, examples)  # from here on the task counts as trained
         else:
-            record(output_dir, "train", {"train_samples": 0, "train_runtime": 0.0}, trainer)
+            record(trainer, "train", {"train_samples": 0, "train_runtime": 0.0})
             copy_previous(trainer, loaded.previous, adapter)
     elif progress is Progress.TRAINED:
         trainer.state = TrainerState.load_from_json(str(output_dir / "trainer_state.json"))
     if training_args.do_eval:
-        record(output_dir, "eval", trainer.evaluate(), trainer)
+        record(trainer, "eval", trainer.evaluate())
     if training_args.do_predict:
-        predict(trainer, examples["test"], output_dir, data_args, started)
+        predict(trainer, examples["test"], data_args.task_config_dir, started)
     if "unseen" in examples:
-        record(output_dir, "unseen", score(trainer, examples["unseen"], "unseen"), trainer)
+        record(trainer, "unseen", score(trainer, examples["unseen"], "unseen"))
     if trainer.is_world_process_zero():
         complete(output_dir)
     trainer.release()
 
 
-def draw_first_batch(trainer: UIETrainer) -> None:
-    """Draw and tokenise a first batch, so that what fails there does so before earlier results are removed.
-
-    Raises:
-        InputError: there is none.
-    """
-    with torch.random.fork_rng():
-        places = next(iter(trainer.get_train_dataloader().batch_sampler), None)
-    if places is None:
-        raise InputError(f"--dataloader_drop_last: found true, with which {len(trainer.train_dataset)} examples make "
-                         f"no batch of {trainer.args.train_batch_size}; false, or a smaller batch")
-    trainer.data_collator.lengths([trainer.train_dataset[place] for place in places])
-
-
 @contextlib.contextmanager
-def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
-    """Lock the output folder, so that a process that outlived its script does not write beside a later one.
-
-    Raises:
-        InputError: another run holds it, or a machine does not see it.
-    """
-    folder = Path(training_args.output_dir)
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Lock the output folder, so that a process that outlived its script does not write beside a later one."""
     with contextlib.ExitStack() as held:
 
         def lock() -> None:
@@ -211,11 +172,7 @@ def only_run_in(training_args: UIETrainingArguments) -> Iterator[None]:
 
 def find_checkpoint(trainer: UIETrainer, progress: Progress) -> Path | None:
     """The checkpoint to resume from: the last complete one of the same run, or that of `--resume_from_checkpoint`
-    ("True": the last in the output folder); None without one.
-
-    Raises:
-        InputError: `--resume_from_checkpoint` names no complete checkpoint, or one of more steps than this run has.
-    """
+    ("True": the last in the output folder); None without one."""
     named, most = trainer.args.resume_from_checkpoint, trainer.args.max_steps
     if named in ("True", "true") or (named is None and progress is Progress.BEGUN):
         return latest_complete(Path(trainer.args.output_dir))
@@ -229,12 +186,13 @@ def find_checkpoint(trainer: UIETrainer, progress: Progress) -> Path | None:
     return Path(named)
 
 
-def train(trainer: UIETrainer, samples: int, checkpoint: Path | None) -> dict:
+def train(trainer: UIETrainer, checkpoint: Path | None) -> None:
     """Train the task, from a checkpoint if there is one."""
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     trainer.method.begin_task(trainer.model, trainer.shown_batches())
-    return trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics | {"train_samples": samples}
+    metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    record(trainer, "train", metrics | {"train_samples": len(trainer.train_dataset)})
 
 
 def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples: datasets.DatasetDict) -> None:
@@ -262,22 +220,22 @@ def copy_previous(trainer: UIETrainer, previous: Path, adapter: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def predict(trainer: UIETrainer, examples: datasets.Dataset, output_dir: Path, data_args: DataArguments,
-            started: float) -> None:
+def predict(trainer: UIETrainer, examples: datasets.Dataset, config_dir: str, started: float) -> None:
     """Answer the test examples of every task so far; write predictions as JSON lines, and the scores."""
+    output_dir = Path(trainer.args.output_dir)
     output = trainer.predict(examples, metric_key_prefix="predict")
     if trainer.is_world_process_zero():
-        with whole_file(output_dir / "predict_eval_predictions.jsonl") as partial, open(
-            partial, "w", encoding="utf-8"
-        ) as lines:
+        file = output_dir / "predict_eval_predictions.jsonl"
+        with whole_file(file) as partial, open(partial, "w", encoding="utf-8") as lines:
             for example, prediction in zip(examples, output.predictions):
                 kept = {key: example[key] for key in ("Task", "Dataset", "Metric", "Instance")}
                 lines.write(json.dumps(kept | {"Prediction": prediction}, ensure_ascii=False) + "\n")
     metrics = output.metrics | {"predict_samples": len(examples), "predict_global_step": trainer.state.global_step}
-    index, order = place_in_order(data_args.task_config_dir)
+    index, order = place_in_order(config_dir)
     tested = sorted(dict.fromkeys(examples["Dataset"]), key=[*order, *examples["Dataset"]].index)
-    record(output_dir, "predict", metrics, trainer)
-    track(trainer, metrics, tested, index + 1)
+    record(trainer, "predict", metrics)
+    if trainer.is_world_process_zero():
+        track(trainer, metrics, tested, index + 1)
     took = f"{output_dir.name} ({time.monotonic() - started:.0f} s)"
     logger.info(accuracy_line(metrics, tested, took, prefix="predict_"))
 
@@ -286,8 +244,6 @@ def track(trainer: UIETrainer, metrics: dict, tested: list[str], task: int) -> N
     """Send the accuracies of all tasks so far, AP and BWT to the trackers of `--report_to`, and end their runs: each
     task is a run of its own."""
     args = trainer.args
-    if not trainer.is_world_process_zero():
-        return
     scores = {f"test_accuracy_{dataset}": metrics[score_key(metrics, dataset, "predict_")] for dataset in tested}
     with contextlib.suppress(InputError):  # a folder of one's own, not an order's
         _, matrix = accuracy_matrix(Path(args.output_dir).parents[1])
@@ -317,7 +273,8 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) 
     args, options, config = trainer.args, trainer.method.effective_options(), Path(data_args.task_config_dir)
     parameters = list(trainer.model.parameters())
     settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
-                "gradient_accumulation_steps")
+                "gradient_accumulation_steps", "max_train_samples", "max_predict_samples")
+    given = vars(args) | vars(data_args)
     return {
         "method": trainer.method.full_name,
         "seed": args.seed,
@@ -327,34 +284,32 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) 
         "processes": args.world_size,
         "values": sum(parameter.numel() for parameter in parameters),
         "trained_values": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "options": options | {name: getattr(args, name) for name in settings} | {
-            name: getattr(data_args, name) for name in ("max_train_samples", "max_predict_samples")
-        },
+        "options": options | {name: given[name] for name in settings},
     }
 
 
-def record(output_dir: Path, split: str, metrics: dict, trainer: UIETrainer) -> None:
-    """Write `<split>_results.json`, and update all_results.json and trainer_state.json."""
+def record(trainer: UIETrainer, part: str, metrics: dict) -> None:
+    """Write `<part>_results.json`, and update all_results.json and trainer_state.json."""
     if not trainer.is_world_process_zero():
         return
-    write_json(output_dir / f"{split}_results.json", metrics, sort_keys=True)
-    together = {}
-    for part in PARTS:
-        path = output_dir / f"{part}_results.json"
-        if path.exists():
-            together |= json.loads(path.read_text(encoding="utf-8"))
+    output_dir, together = Path(trainer.args.output_dir), {}
+    write_json(output_dir / f"{part}_results.json", metrics, sort_keys=True)
+    for path in (output_dir / f"{each}_results.json" for each in PARTS):
+        together |= read_json(path) if path.exists() else {}
     write_json(output_dir / "all_results.json", together, sort_keys=True)
     with whole_file(output_dir / "trainer_state.json") as partial:
         trainer.state.save_to_json(str(partial))
 
 
-def claim_output_dir(trainer: UIETrainer, run_record: dict, progress: Progress) -> None:
+def claim_output_dir(trainer: UIETrainer, run_record: dict, progress: Progress, zero_shot: dict) -> None:
     """Make the folder this run's, once all of its input is checked; collective."""
     trainer.accelerator.wait_for_everyone()  # before the first rank removes what the others read
     if trainer.is_world_process_zero():
         keep = trainer.args.resume_from_checkpoint is not None
         begin(Path(trainer.args.output_dir), run_record, progress, keep_checkpoints=keep)
     trainer.accelerator.wait_for_everyone()
+    if zero_shot:
+        record(trainer, "zero_shot", zero_shot)
 
 
 def set_up_logging(training_args: UIETrainingArguments) -> None:

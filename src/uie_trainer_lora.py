@@ -32,7 +32,6 @@ class UIETrainer(Seq2SeqTrainer):
 
     Args:
         method: a method after `prepare`.
-        decoder_only: whether the model continues its prompt (LLaMA) or answers from a decoder of its own (T5).
         multilingual: whether ROUGE counts GPT-2's pieces instead of English words.
         generation: arguments of `generate` for evaluation and prediction, `max_new_tokens` among them.
         name: the task, as progress bars show it; tasks_left: number of tasks of the order that follow it.
@@ -45,33 +44,26 @@ class UIETrainer(Seq2SeqTrainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, *args, method: Method, decoder_only: bool, generation: dict, multilingual: bool = False, name: str = "",
-        tasks_left: int = 0, **kwargs
+        self, *args, method: Method, generation: dict, multilingual: bool = False, name: str = "", tasks_left: int = 0,
+        **kwargs
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
         if self.pop_callback(ProgressCallback):
             self.add_callback(OrderProgress(name, tasks_left))
-        self.name = name
-        self.method = method
-        self.multilingual = multilingual
-        self.generation = generation
+        self.name, self.method, self.multilingual, self.generation = name, method, multilingual, generation
         # Makes the Trainer count the answer tokens of a global batch, for compute_loss.
         self.model_accepts_loss_kwargs = True
         self.when_prepared: Callable[[], None] = lambda: None
         self._penalties: list[torch.Tensor] = []
         self._examples: list[str] = []  # names of the current micro-batch's examples
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        self._quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         self.non_finite = NonFiniteGuard(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
-        self.args.logging_nan_inf_filter = False  # a value from the device in every micro-batch; the guard has its own
+        self.args.logging_nan_inf_filter = False  # it would read a value from the device in every micro-batch
         if self.is_deepspeed_enabled and not self.args.do_train and not self.args.hf_deepspeed_config.is_zero3():
             self.is_deepspeed_enabled = False  # evaluation alone needs no engine, and Hugging Face would reject it
             if self.args.bf16 or self.args.fp16:  # the precision in which the engine would hold the model
                 self.model.to(torch.bfloat16 if self.args.bf16 else torch.float16)
-        if decoder_only and self.args.label_smoothing_factor:
-            raise InputError(
-                f"--label_smoothing_factor: found {self.args.label_smoothing_factor}; 0 for a decoder-only model, "
-                "whose logits exist only where there is a target"
-            )
 
     # Optimizer and loss
 
@@ -79,11 +71,9 @@ class UIETrainer(Seq2SeqTrainer):
         """The method's optimizer, with its own learning rates per group."""
         if self.optimizer is None:
             args = self.args
+            betas, decay = (args.adam_beta1, args.adam_beta2), args.weight_decay
             self.optimizer = self.method.create_optimizer(
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                weight_decay=args.weight_decay,
+                lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=decay
             )
         return self.optimizer
 
@@ -131,14 +121,10 @@ class UIETrainer(Seq2SeqTrainer):
         """Batches of the first training examples, as many as the method asks for, the same on every rank."""
         if self.model_wrapped is self.model:
             self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
-        rows = first_examples(self.train_dataset, self.method.shown_rows)
-        starts = range(0, len(rows), self.args.per_device_train_batch_size)
-        for start in tqdm(starts, f"{self.name}, layer inputs", disable=not self._shows_progress() or not starts):
-            stop = min(start + self.args.per_device_train_batch_size, len(rows))
-            yield self._batch([rows[i] for i in range(start, stop)])
-
-    def _shows_progress(self) -> bool:
-        return not self.args.disable_tqdm and self.is_world_process_zero()
+        rows, size = first_examples(self.train_dataset, self.method.shown_rows), self.args.per_device_train_batch_size
+        starts = range(0, len(rows), size)
+        for start in tqdm(starts, f"{self.name}, layer inputs", disable=self._quiet or not starts):
+            yield self._batch([rows[place] for place in range(len(rows))[start : start + size]])
 
     def _batch(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self._prepare_inputs(self.data_collator(examples))
@@ -168,35 +154,26 @@ class UIETrainer(Seq2SeqTrainer):
         """Predict every example as text and score the predictions per task and dataset, see `evaluation/generate.py`.
 
         The parent's loop prepares the model (device, precision, DeepSpeed) and gets no batch to run. The loss of the
-        reference answers needs a forward pass of its own. It is computed in validation, as the best step may be chosen
-        by it, and with `--predict_loss` in tests.
-
-        Returns the parent's output with `predictions` as a list of strings, one for each example of the dataset.
+        reference answers, a forward pass of its own, is computed in validation, where it may choose the best step, and
+        with `--predict_loss`. Returns the parent's output with `predictions` as a list of strings.
         """
         output = super().evaluation_loop(DataLoader([]), description, True, ignore_keys, metric_key_prefix)
-        examples, metrics, texts = dataloader.dataset, {}, None
-        args, collator = self.args, self.data_collator
+        examples, metrics, args, collator = dataloader.dataset, {}, self.args, self.data_collator
         prediction = Prediction(
-            self.model,
-            collator,
-            examples,
-            self.accelerator,
-            self.generation,
+            self.model, collator, examples, self.accelerator, self.generation,
             most_rows=args.per_device_eval_batch_size,
             most_tokens=args.eval_batch_tokens or args.per_device_eval_batch_size * collator.max_source_length,
             shares_beginnings=collator.decoder_only and not is_deepspeed_zero3_enabled(),
             name=f"{self.name}, {'validate' if metric_key_prefix == 'eval' else 'test'}",
-            show_progress=self._shows_progress(),
-        )
-        if metric_key_prefix == "eval" or self.args.predict_loss:
-            with self.accelerator.autocast():  # the precision of training
+            show_progress=not self._quiet,
+        )  # fmt: skip
+        with self.accelerator.autocast():  # the precision of training
+            if metric_key_prefix == "eval" or args.predict_loss:
                 metrics["loss"] = prediction.loss()
-        if not self.args.prediction_loss_only:
-            with self.accelerator.autocast():
-                tokens = prediction.answers()
-            texts = collator.decode(tokens)
-            metrics |= evaluate_predictions(examples, texts, multilingual=self.multilingual)
-            metrics["gen_len"] = (tokens != self.processing_class.pad_token_id).sum(1).float().mean().item()
+            tokens = prediction.answers()
+        texts = collator.decode(tokens)
+        metrics |= evaluate_predictions(examples, texts, multilingual=self.multilingual)
+        metrics["gen_len"] = (tokens != self.processing_class.pad_token_id).sum(1).float().mean().item()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output._replace(predictions=texts, num_samples=len(examples))
 
@@ -210,7 +187,9 @@ class UIETrainer(Seq2SeqTrainer):
         self.non_finite.watch(self.method.optimizer, trained if self.is_deepspeed_enabled else ())
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
-                self._start_moments()
+                with torch.random.fork_rng():  # DeepSpeed allocates its optimizer state; no random number is drawn
+                    inputs = self._batch([self.train_dataset[0]])
+                    start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
             self._load_state(Path(resume_from_checkpoint))
         self.when_prepared()
         return prepared
@@ -289,12 +268,6 @@ class UIETrainer(Seq2SeqTrainer):
         elif scaler is not None:
             vars(scaler).update(saved)
 
-    def _start_moments(self) -> None:
-        """Make DeepSpeed allocate its optimizer state, without drawing random numbers."""
-        with torch.random.fork_rng():
-            inputs = self._batch([self.train_dataset[0]])
-            start_moments(self.model_wrapped, self.method.optimizer, lambda: self.model_wrapped(**inputs).loss)
-
 
 class OrderProgress(ProgressCallback):
     """The bar of training, with the task's name, the last loss, and the order's remaining time of training as if every
@@ -326,10 +299,8 @@ class OrderProgress(ProgressCallback):
 class DenserEvaluation(TrainerCallback):
     """Also logs and evaluates at a few early steps (`--denser_evaluation`)."""
 
-    STEPS = (1, 50, 100, 200)
-
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in self.STEPS:
+        if state.global_step in (1, 50, 100, 200):
             control.should_log = True
             control.should_evaluate = args.eval_strategy != "no"
         return control

@@ -400,7 +400,7 @@ CASES: dict[str, list[Case]] = {
         Case("an unknown method", flags("--method", "magic"), "--method: found magic; one of ella, ewc, galore"),
         Case("an unknown strategy", flags("--instruction_strategy", "both"), "'both'; allowed: single, multiple"),
         Case("a logger that is not installed", flags("--report_to", "nowhere"), "--report_to: found nowhere; none"),
-        Case("both 16-bit precisions", flags("--bf16", "--fp16"), "--bf16 --fp16: both found; at most one"),
+        Case("both 16-bit precisions", flags("--bf16", "--fp16"), "At most one of fp16 and bf16 can be True"),
         Case("structural protection of the output side", flags("--method", "sgorp", "--protect_side", "output",
                                                                "--space_from", "moments"), "--protect_side input"),
         Case("a space from inputs on the output side", flags("--space_from", "inputs"), "--space_from inputs: found"),
@@ -421,7 +421,7 @@ CASES: dict[str, list[Case]] = {
         Case("more shown examples than there are", lambda place: (instruction(
             instruction_type="few-shot", instruction="x")(place), place.flags.extend(["--num_examples", "6"])),
             "--num_examples: 6; allowed: at most 5, the other examples"),
-        Case("the benchmark does not exist", flags("--data_dir", "nowhere"), "--data_dir: nowhere is not a folder"),
+        Case("the benchmark does not exist", flags("--data_dir", "nowhere"), "--data_dir: found nowhere; an existing"),
         Case("a results folder that cannot be written", unwritable, "out: cannot be written (Not a directory)"),
         Case("checkpoints without the optimizer", flags("--save_only_model", "True"),
              "--save_only_model: found True; only the default is allowed: no run could resume"),

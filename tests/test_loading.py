@@ -392,6 +392,6 @@ def test_config_and_tokenizer_may_come_from_elsewhere(tmp_path):
     folder, other = make_t5(tmp_path / "t5"), make_t5(tmp_path / "other", dropout_rate=0.3)
     seq2seq_tokenizer().save_pretrained(tmp_path / "tokenizer")
     loaded = load_model_and_tokenizer(
-        str(folder), config_name=str(other), tokenizer_name=str(tmp_path / "tokenizer"), use_fast_tokenizer=False
+        str(folder), config_name=str(other), tokenizer_name=str(tmp_path / "tokenizer")
     )
     assert loaded.model.config.dropout_rate == 0.3

@@ -146,7 +146,7 @@ def run_task(folder, task: int, previous, *flags: str) -> TaskEnd:
     start_weights = full_rank_weights(model)
     collator = RecordingCollator()
     trainer = UIETrainer(model=model, args=training, train_dataset=rows(task), eval_dataset=None, processing_class=None,
-                         data_collator=collator, method=method, decoder_only=False, generation={})
+                         data_collator=collator, method=method, generation={})
     trainer.train()
     assert trainer.state.global_step == STEPS
     met = collator.batches[: STEPS * ACCUMULATION]

@@ -467,7 +467,7 @@ def test_help_says_what_a_program_is_with_an_example(name, capsys, monkeypatch):
         module.main(*[["--help"]] * bool(inspect.signature(module.main).parameters))
     said = capsys.readouterr().out
     assert ended.value.code == 0 and said.startswith("usage: ")
-    purpose = (module.__doc__ if name != "run_uie_lora" else command_line.DESCRIPTION).splitlines()[0]
+    purpose = (module if name != "run_uie_lora" else command_line).__doc__.splitlines()[0]
     assert purpose in said
     assert re.search(r"python (src|data)/\S+", said)
 
@@ -476,9 +476,8 @@ def test_help_of_a_task_shows_this_projects_options_first(capsys):
     with pytest.raises(SystemExit):
         command_line.parse_arguments(["--help", "--method", "gorp"])
     said = capsys.readouterr().out
-    places = [said.index(f"  --{flag} ") for flag in ("data_dir", "lora_dim", "galore_rank", "max_non_finite_steps",
-                                                      "per_device_train_batch_size", "learning_rate")]
-    assert places[:4] == sorted(places[:4]) and max(places[:4]) < min(places[4:])
+    places = [said.index(f"  --{flag} ") for flag in ("data_dir", "lora_dim", "per_device_train_batch_size")]
+    assert places == sorted(places)
 
 
 # --- default folders ---

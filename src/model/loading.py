@@ -13,18 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging as hf_logging
 
 from errors import InputError
@@ -65,25 +56,21 @@ class LoadedModel:
 def load_model_and_tokenizer(
     model_name_or_path: str,
     *,
-    cache_dir: str | None = None,
-    revision: str = "main",
-    token: bool | str | None = None,
     config_name: str | None = None,
     tokenizer_name: str | None = None,
-    use_fast_tokenizer: bool = True,
     resize_position_embeddings: bool | None = None,
     max_source_length: int = 512,
     family: str | None = None,
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
     not_in_4bit: Sequence[str] | None = None,
+    **hub: str | bool | None,
 ) -> LoadedModel:
     """Load the base model that is named, or that the named adapter folder was trained on.
 
     Args:
-        model_name_or_path: a folder or a hub id; `cache_dir`, `revision` and `token` are for the hub.
+        model_name_or_path: a folder or a hub id; `hub` are `cache_dir`, `revision` and `token` of from_pretrained.
         config_name, tokenizer_name: where config and tokenizer are, if not with the model.
-        use_fast_tokenizer: a published flag; false only logs that transformers 5 has one kind of tokenizer.
         resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
             warning. Only some models can (Pegasus can, BART and LLaMA cannot).
         family: "encoder-decoder" or "decoder-only", if it must be one of them.
@@ -95,23 +82,16 @@ def load_model_and_tokenizer(
         InputError: the model is missing, a pickle, incomplete, of an unsupported kind or another family, or too short
             for `max_source_length`; the hub cannot be reached.
     """
-    if not use_fast_tokenizer:
-        logger.warning("--use_fast_tokenizer false is ignored: transformers 5 has one kind of tokenizer")
     previous, base_name = _find_base(model_name_or_path)
-    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "trust_remote_code": False}
-    with _loading("config", config_name or base_name):
-        raw, _ = PreTrainedConfig.get_config_dict(config_name or base_name, **hub)
-    _reject_foreign(raw, config_name or base_name)
-    with _loading("config", config_name or base_name):
-        config = AutoConfig.from_pretrained(config_name or base_name, **hub)
+    hub["trust_remote_code"] = False
+    config = _load_config(config_name or base_name, hub)
     own_class, decoder_only = model_class(config, base_name), not config.is_encoder_decoder
     kind, other = ("decoder-only", "scripts_llama/") if decoder_only else ("encoder-decoder", "scripts/")
     if family not in (None, kind):
         raise InputError(f"{FLAG}: {base_name} is {kind} ({config.model_type}), and this command is for {family} "
-                         f"models; use {other}")  # fmt: skip
-    _reject_kernels(config, base_name)
-    _reject_pickle(base_name, "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
-    _check_index(Path(base_name) / "model.safetensors.index.json")
+                         f"models; use {other}")
+    if Path(base_name).is_dir():  # of a hub repository, from_pretrained reads nothing but safetensors
+        _require_safetensors(Path(base_name), "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
     with _loading("tokenizer", tokenizer_name or base_name):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **hub)
     _complete_tokenizer(tokenizer, config, base_name)
@@ -129,16 +109,13 @@ def load_model_and_tokenizer(
 
 
 def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
-    """The class of the model in `name` that trains here.
-
-    Raises:
-        InputError: the model does not map text to text.
-    """
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    """The class of the model in `name` that trains here; InputError unless it maps text to text."""
+    if type(config) in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise InputError(f"{name}/config.json: found model_type {config.model_type!r}, a vision-language model; "
-                         "allowed: a model of text alone")  # fmt: skip
-    if config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+                         "allowed: a model of text alone")
+    encoder_decoders = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder and type(config) in encoder_decoders:
+        return encoder_decoders[type(config)]
     return LlamaForCausalLM_with_lossmask if config.model_type == "llama" else causal_class(config, name)
 
 
@@ -146,9 +123,6 @@ def model_files(model_name_or_path: str) -> dict[str, Path]:
     """The files that decide what is loaded, by name: the base model's and, if given, the adapter folder's.
 
     A base model on the hub has none; its id and revision are part of the command line.
-
-    Raises:
-        InputError: the model is missing.
     """
     previous, base_name = _find_base(model_name_or_path)
     folders = {"adapter": previous, "base": Path(base_name)}
@@ -174,10 +148,8 @@ def _find_base(name: str) -> tuple[Path | None, str]:
         wanted = ADAPTER_CONFIG if "adapter" in folder.name else "config.json"
         raise InputError(f"{FLAG}: {name} has no {wanted}")
     if _is_missing_folder(name):
-        raise InputError(
-            f"{FLAG}: {name} does not exist; put a model (config.json, model.safetensors, tokenizer files) into that "
-            "folder, or give a hub id such as google-t5/t5-large"
-        )
+        raise InputError(f"{FLAG}: {name} does not exist; put a model (config.json, model.safetensors, tokenizer "
+                         "files) into that folder, or give a hub id such as google-t5/t5-large")
     return None, name
 
 
@@ -186,10 +158,10 @@ def _base_of_adapter(path: Path) -> str:
     where = f"{path}: base_model_name_or_path is {base}"
     if not isinstance(base, str) or not base:
         raise InputError(f"{where}; allowed: the base model's folder or hub id")
-    if _is_missing_folder(base) or (Path(base).is_dir() and not (Path(base) / "config.json").is_file()):
-        raise InputError(f"{where}, where there is no model (seen from {Path.cwd()}); correct the path in the file")
     if (Path(base) / ADAPTER_CONFIG).is_file():
         raise InputError(f"{where}, itself an adapter; allowed: a base model")
+    if _is_missing_folder(base) or (Path(base).is_dir() and not (Path(base) / "config.json").is_file()):
+        raise InputError(f"{where}, where there is no model (seen from {Path.cwd()}); correct the path in the file")
     return base
 
 
@@ -208,67 +180,66 @@ def _is_missing_folder(name: str) -> bool:
 
 @contextlib.contextmanager
 def _loading(what: str, name: str) -> Iterator[None]:
-    """Third-party loading without progress bars, its failures reported in one line."""
-    bars = hf_logging.is_progress_bar_enabled()
+    """Third-party loading without progress bars and warnings, its failures reported in one line."""
+    bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     try:
         yield
     except Exception as error:  # the tokenizers library raises nothing more specific
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{name}: the {what} cannot be loaded: {reason}") from error
     finally:
+        hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
 
 
-def _reject_pickle(name: str, auto_class: str) -> None:
-    """Require safetensors in a local folder; for a hub repository, from_pretrained does."""
-    folder = Path(name)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if not pickles:
-        raise InputError(f"{name}: holds no weights; allowed: a folder with model.safetensors")
-    raise InputError(
-        f"{folder / pickles[0]}: a pickle, which is not loaded; convert it once, if you trust its source: "
-        f'python -c "from transformers import {auto_class} as M; '
-        f"M.from_pretrained('{name}', use_safetensors=False).save_pretrained('{name}')\""
-    )
-
-
-def _check_index(path: Path) -> None:
-    """Require each piece of a split model to be a safetensors file beside the index, which transformers does not."""
-    if not path.is_file():
-        return
-    pieces = read_object(path).get("weight_map")
-    if not isinstance(pieces, dict) or not pieces:
-        raise InputError(f"{path}: found no weight_map; allowed: an object of weight -> safetensors file")
-    for weight, piece in pieces.items():
-        if not isinstance(piece, str) or Path(piece).name != piece or not piece.endswith(".safetensors"):
-            raise InputError(f"{path}, weight_map, {weight}: found {piece!r}; allowed: a safetensors file beside it")
-        if not (path.parent / piece).is_file():
-            raise InputError(f"{path}, weight_map, {weight}: there is no {piece} beside it")
-
-
-def _reject_foreign(config: dict, name: str) -> None:
-    """Reject a model that Transformers has no code for, or whose weights are quantised."""
+def _load_config(name: str, hub: dict) -> PreTrainedConfig:
+    """The config of a model that Transformers has code for, and whose weights are not quantised."""
+    with _loading("config", name):
+        raw, _ = PreTrainedConfig.get_config_dict(name, **hub)
     found = f"{name}/config.json: found"
-    if not isinstance(config, dict):
-        raise InputError(f"{found} {json_kind(config)}; allowed: an object")
-    kind = config.get("model_type")
+    if not isinstance(raw, dict):
+        raise InputError(f"{found} {json_kind(raw)}; allowed: an object")
+    kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        own = " (the code that comes with the model is not run)" if "auto_map" in config else ""
+        own = " (the code that comes with the model is not run)" if "auto_map" in raw else ""
         raise InputError(f"{found} model_type {kind!r}; allowed: the types of this Transformers version{own}")
-    if quantised := config.get("quantization_config"):
+    if quantised := raw.get("quantization_config"):
         how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise InputError(f"{found} weights quantised by {how}; allowed: weights in 16 or 32 bits")
+    with _loading("config", name):
+        config = AutoConfig.from_pretrained(name, **hub)
+    attention = config._attn_implementation
+    if attention is not None and "/" in str(attention):  # compiled kernels on the hub, to be fetched and run
+        raise InputError(f"{found} attention code from {attention!r}; allowed: eager, sdpa")
+    return config
 
 
-def _reject_kernels(config: PreTrainedConfig, name: str) -> None:
-    """Reject a config that names a hub repository of compiled attention kernels, which would be fetched and run."""
-    wanted = config._attn_implementation
-    if wanted is not None and "/" in str(wanted):
-        raise InputError(f"{name}/config.json: found attention code from {wanted!r}; allowed: eager, sdpa")
+def _require_safetensors(folder: Path, auto_class: str) -> None:
+    """Reject a folder without safetensors, and an index that leads to other files, which Transformers would open."""
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        if not pickles:
+            raise InputError(f"{folder}: holds no weights; allowed: a folder with model.safetensors")
+        raise InputError(
+            f"{folder / pickles[0]}: a pickle, which is not loaded; convert it once, if you trust its source: "
+            f'python -c "from transformers import {auto_class} as M; '
+            f"M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')\""
+        )
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    pieces = read_object(index).get("weight_map")
+    if not isinstance(pieces, dict) or not pieces:
+        raise InputError(f"{index}: found no weight_map; allowed: an object of weight -> safetensors file")
+    for weight, piece in pieces.items():
+        where = f"{index}, weight_map, {weight}:"
+        if not isinstance(piece, str) or Path(piece).name != piece or not piece.endswith(".safetensors"):
+            raise InputError(f"{where} found {piece!r}; allowed: a safetensors file beside it")
+        if not (folder / piece).is_file():
+            raise InputError(f"{where} there is no {piece} beside it")
 
 
 def _four_bits(dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
@@ -283,15 +254,10 @@ def _four_bits(dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
 
 def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
     """Load a model, every weight from its checkpoint."""
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # its table of differences is reported below, a line each
-    try:
-        with _loading("model", name):
-            model, report = model_class.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    with _loading("model", name):
+        model, report = model_class.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     for key, found, needed in sorted(report["mismatched_keys"]):
         raise InputError(f"{name}: {key} is {tuple(found)}; {tuple(needed)} is needed by its config.json")
     if missing := sorted(report["missing_keys"]):
@@ -325,9 +291,6 @@ def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
     A decoder-only model's tokenizer without bos or eos takes the config's. Without a padding token it pads with unk, or
     else eos: padding is always masked and needs no embedding of its own. A multilingual model answers in the language
     of the prompt.
-
-    Raises:
-        InputError: no token ends an answer or none starts it, or the vocabulary is another model's.
     """
     if not config.is_encoder_decoder:
         for kind in ("bos", "eos"):
@@ -344,7 +307,7 @@ def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
     rows = getattr(config, "vocab_size", None) or tokenizer.vocab_size
     if tokenizer.vocab_size > rows:  # added tokens get new rows
         raise InputError(f"{name}: its tokenizer has a vocabulary of {tokenizer.vocab_size} tokens; config.json says "
-                         f"vocab_size {rows}, so they belong to different models")  # fmt: skip
+                         f"vocab_size {rows}, so they belong to different models")
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -352,9 +315,6 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
     Answers are trained to end with the tokenizer's eos. The base's other end tokens (Llama 3 has several) end them too,
     but not an ordinary piece of text, which an answer may contain.
-
-    Raises:
-        InputError: no token starts an answer.
     """
     settings = model.generation_config
     if getattr(tokenizer, "tgt_lang", None):  # an answer begins with its language: as the decoder's start, or after it
@@ -396,13 +356,12 @@ def _grow_positions(model: PreTrainedModel, length: int, allowed: bool | None) -
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None or limit >= length:
         return
-    fault = f"--max_source_length: found {length}; {model.name_or_path} has {limit} positions"
+    fault = f"--max_source_length: found {length}; {model.name_or_path} has {limit} positions, which"
     if allowed is False:
-        raise InputError(f"{fault}, which --resize_position_embeddings false keeps; allowed: at most {limit}")
+        raise InputError(f"{fault} --resize_position_embeddings false keeps; allowed: at most {limit}")
     try:
         model.resize_position_embeddings(length)
     except NotImplementedError:
-        reason = "which --resize_position_embeddings cannot change"
-        raise InputError(f"{fault}, {reason}; allowed: at most {limit}") from None
+        raise InputError(f"{fault} --resize_position_embeddings cannot change; allowed: at most {limit}") from None
     if allowed is None:
         logger.warning("position embeddings grow from %d to %d; new ones are untrained", limit, length)
