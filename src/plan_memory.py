@@ -60,9 +60,8 @@ class PlanArguments(GorpArguments):
     lamda_1: float = 0.0  # takes no memory, and stage 3 rejects it
     gpus: int = HfArg(default=1, help="Ranks, one GPU each.")
     gpu_gib: float = HfArg(default=24.0, help="Memory of a GPU, GiB.")
-    stage: int | None = HfArg(
-        default=None, help="ZeRO stage; by default 2, and no DeepSpeed on one GPU.", metadata={"choices": [0, 1, 2, 3]}
-    )
+    stage: int | None = HfArg(default=None, help="ZeRO stage; by default 2, and no DeepSpeed on one GPU.",
+                              metadata={"choices": [0, 1, 2, 3]})  # fmt: skip
     tasks_before: int = HfArg(default=0, help="Earlier tasks, whose LoRA is frozen.")
     bf16: bool = False
     activation_checkpointing: bool = False
@@ -114,11 +113,7 @@ class Plan:
 
 
 def make_plan(options: PlanArguments) -> Plan:
-    """Plan a run.
-
-    Raises:
-        InputError: no such model, one of a kind that is not trained here, or an expression or a rank that does not fit.
-    """
+    """Plan a run; an expression or a rank that does not fit the model is an InputError."""
     number, trained, stage, cores = options.number, options.trained, options.stage, options.cores
     model = build_on_meta(options.model_name_or_path).to(torch.bfloat16 if number == 2 else torch.float32)
     base = sum(parameter.numel() for parameter in model.parameters())
@@ -153,15 +148,14 @@ def make_plan(options: PlanArguments) -> Plan:
     }
     step, tokens = forward_pass(method, options)
     thin = 4 * max(map(sum, shapes.values())) * (options.galore_rank + OVERSAMPLING)  # a sketch, or of float32 matrices
-    gradients = {"gradients collected": cores * sum(
-        collected(shape, options.gradient_accumulation_steps * tokens[name], number) for name, shape in shapes.items()
-    )}  # fmt: skip
+    seen = {name: options.gradient_accumulation_steps * count for name, count in tokens.items()}
+    collect = cores * sum(collected(shape, seen[name], number) for name, shape in shapes.items())
     svd = 4 * (thin if options.galore_svd == "sketch" else (3 + (options.gpus > 1)) * largest)
     from_moments = options.space_from == "moments"
     moments = {
         "loading": {"weights, complete": number * base + trained * (old + in_model), "CUDA context (assumed)": CONTEXT},
-        STEP: resident | step | gradients,
-        BASES: resident | gradients | {"one SVD": svd},
+        STEP: resident | step | {"gradients collected": collect},
+        BASES: resident | {"gradients collected": collect, "one SVD": svd},
         END: resident | {
             "one weight and its copies": 12 * largest,
             "first moments, as factors": 4 * (bases + core + lora) if from_moments else 0,
@@ -180,7 +174,7 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
     layer's backward pass 3 f + 2 h numbers a token (f: widest linear layer, h: hidden size), and the loss's logits.
     """
     model, config = method.model.get_base_model().train(), method.model.config
-    rows, source, answer = (options.per_device_train_batch_size, options.max_source_length, options.max_target_length)
+    rows, source, answer = options.per_device_train_batch_size, options.max_source_length, options.max_target_length
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept, layers, tokens = {}, [0], {}  # storages by identity
 
@@ -223,9 +217,8 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
         "activations": sum(storage.nbytes() for storage in kept.values()) + max(layers),
         "16-bit copies of weights": 0 if not options.bf16 or options.number == 2
         else copies // config.num_hidden_layers if options.activation_checkpointing else copies,
-        "logits or a layer's backward pass": max(
-            logits, rows * length * options.number * (3 * f + 2 * config.hidden_size)
-        ),
+        "logits or a layer's backward pass":
+            max(logits, rows * length * options.number * (3 * f + 2 * config.hidden_size)),
     }, tokens
 
 
@@ -236,11 +229,7 @@ def collected(shape: tuple[int, int], tokens: int, number: int) -> int:
 
 
 def build_on_meta(name: str) -> nn.Module:
-    """The model of a preset, a folder or a hub id, without values.
-
-    Raises:
-        InputError: there is none, it does not map text to text, or its sizes contradict each other.
-    """
+    """The model of a preset, a folder or a hub id, without values; an InputError says why none can be built."""
     try:
         config = PRESETS[name] if name in PRESETS else AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
@@ -285,11 +274,7 @@ def verdict(plan: Plan, options: PlanArguments) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> PlanArguments:
-    """The options of the command line.
-
-    Raises:
-        InputError: an unknown option, a missing one, or a value out of range.
-    """
+    """The options of the command line."""
     return PlanArguments(**vars(Parser(PlanArguments, prog="plan_memory.py", description=__doc__).parse_args(argv)))
 
 
