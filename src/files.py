@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Iterator
 from errors import InputError
 
 if TYPE_CHECKING:
+    from safetensors import safe_open
     from torch import Tensor
 
 WHOLLY_DIGESTED = 2**30  # bytes
@@ -90,15 +91,22 @@ def json_kind(value: Any) -> str:
     return f"empty {name}" if value in ([], {}, "") else name
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """The tensors of a safetensors file, by name, on the CPU, and its metadata."""
+@contextlib.contextmanager
+def open_tensors(path: str | os.PathLike) -> Iterator["safe_open"]:
+    """A safetensors file, open for reading on the CPU; what keeps the block from it is an InputError."""
     from safetensors import SafetensorError, safe_open  # imports torch, which the scripts in data/ do without
 
     try:
         with reading(path), safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            yield file
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """The tensors of a safetensors file, by name, on the CPU, and its metadata."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def check_values(name: str, tensor: "Tensor", path: str | os.PathLike) -> None:

@@ -4,25 +4,37 @@ A task trains some weights of the base model (`--optim_target_modules`). The bas
 values are stored in one safetensors file beside the LoRA factors.
 """
 
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from errors import InputError
-from files import check_values, read_tensors, whole_file
+from files import check_values, open_tensors, whole_file
 
 FILE_NAME = "full_rank_weights.safetensors"
 PEFT_TYPE = "LORA with full-rank weights, which README.md explains"
 """Of a LoRA that belongs to these weights: PEFT, which would load it without them, stops with this as the reason."""
 
 
-def save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write weights (out, in), by module name and in their training precision, to `folder`."""
-    tensors = {f"{name}.weight": weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    with whole_file(folder / FILE_NAME) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+def save_weights(shapes: Mapping[str, Sequence[int]], weight: Callable[[str], torch.Tensor], folder: Path) -> None:
+    """Write the weights of these shapes, by module name, in float32 to `folder`.
+
+    `weight` is asked for one at a time: together, LLaMA-2-7B's take 5.4 GiB, which safetensors' own writer would need.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    with whole_file(folder / FILE_NAME) as partial, open(partial, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            weight(name).detach().float().cpu().numpy().astype("<f4", copy=False).tofile(file)
 
 
 def exact(layer: nn.Linear) -> torch.Tensor:
@@ -42,16 +54,19 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
         return {}
     modules = dict(model.named_modules())
     layers = {}
-    for key, saved in read_tensors(path)[0].items():
-        name = key.removesuffix(".weight")
-        layer = modules.get(name)
-        if not isinstance(layer, nn.Linear):
-            raise InputError(f"{path}: holds {key}; the base model has no linear layer of that name")
-        if layer.weight.shape != saved.shape:
-            raise InputError(f"{path}: {key} is {tuple(saved.shape)}; the base model's is {tuple(layer.weight.shape)}")
-        check_values(key, saved, path)
-        layer.weight.copy_(saved)
-        if layer.weight.dtype != torch.float32:
-            layer.register_buffer("rounding", (saved - layer.weight.float()).to(layer.weight.dtype), persistent=False)
-        layers[name] = layer
+    with open_tensors(path) as file:
+        for key in file.keys():
+            name, saved = key.removesuffix(".weight"), file.get_tensor(key)
+            layer = modules.get(name)
+            if not isinstance(layer, nn.Linear):
+                raise InputError(f"{path}: holds {key}; the base model has no linear layer of that name")
+            if layer.weight.shape != saved.shape:
+                raise InputError(f"{path}: {key} is {tuple(saved.shape)}; the base model's is "
+                                 f"{tuple(layer.weight.shape)}")
+            check_values(key, saved, path)
+            layer.weight.copy_(saved)
+            if layer.weight.dtype != torch.float32:
+                rounding = (saved - layer.weight.float()).to(layer.weight.dtype)
+                layer.register_buffer("rounding", rounding, persistent=False)
+            layers[name] = layer
     return layers

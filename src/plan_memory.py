@@ -45,7 +45,9 @@ PRESETS = {
     "llama-2-7b": LlamaConfig(),
     "t5-large": T5Config(d_model=1024, d_ff=4096, num_layers=24, num_heads=16, decoder_start_token_id=0),
 }
-STEP = "a step that computes bases"
+STEP = "a micro-batch"
+BASES = "new bases"
+END = "the task's end"
 STATE = "fp32 masters and Adam moments"
 
 
@@ -151,22 +153,23 @@ def make_plan(options: PlanArguments) -> Plan:
     }
     step, tokens = forward_pass(method, options)
     thin = 4 * max(map(sum, shapes.values())) * (options.galore_rank + OVERSAMPLING)  # a sketch, or of float32 matrices
-    step["one SVD"] = 4 * (thin if options.galore_svd == "sketch" else (3 + (options.gpus > 1)) * largest)
-    step["gradients collected"] = cores * sum(
+    gradients = {"gradients collected": cores * sum(
         collected(shape, options.gradient_accumulation_steps * tokens[name], number) for name, shape in shapes.items()
-    )
+    )}  # fmt: skip
+    svd = 4 * (thin if options.galore_svd == "sketch" else (3 + (options.gpus > 1)) * largest)
     from_moments = options.space_from == "moments"
     moments = {
         "loading": {"weights, complete": number * base + trained * (old + in_model), "CUDA context (assumed)": CONTEXT},
-        STEP: resident | step,
-        "the task's end": resident | {
+        STEP: resident | step | gradients,
+        BASES: resident | gradients | {"one SVD": svd},
+        END: resident | {
             "one weight and its copies": 12 * largest,
             "first moments, as factors": 4 * (bases + core + lora) if from_moments else 0,
             "a forward pass": 0 if from_moments else step["logits or a layer's backward pass"],
         },
     }
     host = {"loading": number * base + 4 * (old + lora),
-            "the task's end": 4 * weights + (state if options.offload_optimizer else 0)}  # fmt: skip
+            END: 4 * (weights if stage == 3 else largest) + (state if options.offload_optimizer else 0)}  # fmt: skip
     return Plan((base, lora, core, weights), resident, moments, host)
 
 

@@ -2,16 +2,20 @@
 
 import json
 import time
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import plan_memory
 from helpers import ROOT, renew_loranew
 from loranew import fold_loranew
 from methods.gorp import Gorp
 from model.loading import load_model_and_tokenizer
-from plan_memory import CONTEXT, GIB, STATE, STEP, collected, make_plan, parse_arguments, verdict
+from plan_memory import BASES, CONTEXT, END, GIB, STATE, STEP, collected, make_plan, parse_arguments, verdict
 from Proj_torch.layer_gradient import LayerGradient
 
 LORA = {"tiny-t5": ".*SelfAttention.(q|v).*", "tiny-llama": ".*self_attn.(q_proj|v_proj).*"}
@@ -21,7 +25,6 @@ LLAMA = (
     "--optim_target_modules", WEIGHTS["tiny-llama"], "--bf16", "--activation_checkpointing",
 )  # fmt: skip
 ROWS, SOURCE, ANSWER = 3, 40, 12
-END = "the task's end"
 INPUTS = ("--protect_side", "input", "--space_from", "inputs")
 
 # LLaMA-2-7B by its published shapes: 32 layers of four h x h, three h x f and two norms; embeddings and head; a norm.
@@ -78,7 +81,7 @@ def test_two_ranks_of_zero_2_hold_what_the_shapes_say():
     # Twelve bytes a value: the weight in float32, what a fold adds to it, and their sum.
     assert plan.moments[END]["one weight and its copies"] == 12 * H * F
     # Each rank reads the model on the CPU.
-    assert plan.host == {"loading": 2 * PARAMETERS + 4 * NEW_LORA, END: 4 * GATES}
+    assert plan.host == {"loading": 2 * PARAMETERS + 4 * NEW_LORA, END: 4 * H * F}  # saved one at a time
     said = verdict(plan, options)
     assert said.startswith("verdict: fits in 2 x 24 GiB: 18.") and "largest part: weights, 12.55 GiB" in said
     assert said.endswith("the CPU's memory: 25.1 GiB in total")
@@ -185,13 +188,13 @@ def test_buffers_are_those_of_the_deepspeed_files():
 # ------------------------------------------------------------------------------------------ against real models
 
 
-def prepared(name: str) -> Gorp:
-    """The method on the real model, as the entry sets it up for a run under DeepSpeed, but trained in one process."""
+def prepared(name: str, sharded: bool = True) -> Gorp:
+    """The method on the real model, as the entry sets it up, by default for DeepSpeed, but trained in one process."""
     loaded = load_model_and_tokenizer(str(ROOT / "initial_model" / name))
     settings = Gorp.Arguments(lora_modules=LORA[name], lora_dropout=0.0, lamda_1=0.0)
     settings.optim_target_modules = [WEIGHTS[name]]
     method = Gorp(settings)
-    method.prepare(loaded.model, None, decoder_only=loaded.decoder_only, sharded=True).train()
+    method.prepare(loaded.model, None, decoder_only=loaded.decoder_only, sharded=sharded).train()
     method.create_optimizer(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     method.begin_training(None)
     return method
@@ -248,6 +251,47 @@ def test_activations_are_those_that_autograd_keeps(name):
     method = prepared(name)
     kept = step(method) - 4 * ROWS * ANSWER * method.model.config.vocab_size  # log-softmax
     assert 0.85 * kept <= plan.moments[STEP]["activations"] <= 1.05 * kept
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations meet, for as long as they are there."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak = {}, 0
+
+    def note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.held:
+            self.held[storage._cdata] = storage.nbytes()
+            self.peak = max(self.peak, sum(self.held.values()))
+            weakref.finalize(storage, self.held.pop, storage._cdata, None)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self.note(tensor)
+        return result
+
+    def peak_of(self, run: Callable[[], object]) -> int:
+        self.peak = 0
+        run()
+        return self.peak
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_the_planned_peaks_are_near_the_real_ones(name):
+    (plan, _), method = tiny(name), prepared(name, sharded=False)
+    planned = {moment: sum(parts.values()) - CONTEXT for moment, parts in plan.moments.items()}
+    with Live() as live:
+        for parameter in method.model.parameters():
+            live.note(parameter.data)
+        for _ in range(2):  # the first step makes the optimizer's state
+            trained = live.peak_of(lambda: step(method))
+        ended = live.peak_of(method.end_task)
+    for found, expected in ((trained, max(planned[STEP], planned[BASES])), (ended, planned[END])):
+        assert 0.95 * found <= expected <= 1.2 * found, planned
 
 
 def test_frozen_lora_is_that_of_folded_tasks():

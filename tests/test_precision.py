@@ -4,11 +4,12 @@ import collections
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import run_uie_lora
 from evaluation.generate import Prediction
-from full_rank import exact, load_weights, save_weights
+from full_rank import FILE_NAME, exact, load_weights, save_weights
 from helpers import LLAMA, LLAMA_MODULES, arguments
 from model.loading import load_model_and_tokenizer
 from module_matching import match_linear
@@ -66,7 +67,9 @@ def test_frozen_weights_are_16_bit_and_evaluation_computes_as_training(trained):
     assert {dtype for trains, dtype, _ in parameters if trains} == {torch.float32}
     assert trainer.method.engine.name == "trainable cores, AdamW"
     assert set(products) == {torch.bfloat16}
-    assert {weight.dtype for weight in trainer.method.engine.trained_weights.values()} == {torch.float32}
+    targets = trainer.method.targets.values()
+    assert {layer.weight.dtype for layer in targets} == {torch.bfloat16}
+    assert {exact(layer).dtype for layer in targets} == {torch.float32}
 
 
 def test_dense_gradients_need_float32_weights(trained):
@@ -79,7 +82,9 @@ def test_a_16_bit_weight_continues_from_the_float32_value_that_was_saved(tmp_pat
     model = load_model_and_tokenizer(str(LLAMA), dtype=torch.bfloat16).model
     layers = match_linear(model, [GATES], "--optim_target_modules")
     saved = {name: layer.weight.float() + 1e-5 * torch.randn(layer.weight.shape) for name, layer in layers.items()}
-    save_weights(saved, tmp_path)
+    save_weights({name: weight.shape for name, weight in saved.items()}, saved.get, tmp_path)
+    stored = load_file(tmp_path / FILE_NAME)
+    assert all(torch.equal(stored.pop(f"{name}.weight"), weight) for name, weight in saved.items()) and not stored
     loaded = load_weights(model, tmp_path)
     projection = {"rank": 8, "update_proj_gap": 4, "scale": 1.0, "proj_type": "std", "svd": "exact", "lr": 1e-3}
     engine = CoreEngine(model, Plan(loaded, projection))

@@ -172,14 +172,6 @@ def test_finish_gives_back_linear_layers_with_the_same_function():
     torch.testing.assert_close(one.net(x), before)
 
 
-def test_trained_weights_are_those_that_finish_leaves():
-    one = Run(Case("trained", weight_decay=0.1))
-    one.train(0, 6)
-    one.cores.finish(partitioned=True)
-    weights = one.cores.trained_weights
-    assert all(torch.equal(weights[name], layer.weight) for name, layer in one.cores.layers.items())
-
-
 def test_evaluation_between_steps_sees_the_trained_weights():
     one = Run(Case("evaluated"))
     one.train(0, 5)  # the last step was a refresh

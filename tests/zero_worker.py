@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from full_rank import exact  # noqa: E402
 from non_finite import NonFiniteGuard  # noqa: E402
 from Proj_torch.adamw import ProjAdamW  # noqa: E402
 from Proj_torch.optimizer_state import MOMENTS, start_moments  # noqa: E402
@@ -297,7 +298,14 @@ class Run:
         moments = {name: product(factors) for name, factors in self.cores.first_moments().items()}
         result = {"losses": losses, "moments": moments}
         self.cores.finish(partitioned=True)
-        return result | {"weights": dict(self.cores.trained_weights), "report": self.cores.report()}
+        return result | {"weights": self.trained_weights(), "report": self.cores.report()}
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        weights = {}
+        for name, layer in self.cores.plan.targets.items():
+            with self.cores.optimizer_state.gathered([layer.weight]):
+                weights[name] = exact(layer).detach().to("cpu", copy=True)
+        return weights
 
 
 def run(case: Case) -> dict:

@@ -84,16 +84,15 @@ class CoreLinear(nn.Linear):
             self.gradient = self.before = None
 
     @torch.no_grad()
-    def fold(self, core: Tensor) -> Tensor:
-        """W <- d W + L C R^T (out, in), d <- 1; returns W in float32. The weight must be complete (see `gathered`)."""
+    def fold(self, core: Tensor) -> None:
+        """W <- d W + L C R^T (out, in), d <- 1. The weight must be complete (see `gathered`)."""
         if self.weight.dtype == torch.float32:
-            W = self._add_update(self.weight.detach(), core)  # in place: nothing of W's size beside it
+            self._add_update(self.weight.detach(), core)  # in place: nothing of W's size beside it
         else:
             W = self.trained_weight(core)
             self.weight.copy_(W)
             self.rounding = (W - self.weight.float()).to(self.weight.dtype)
         self.decay = 1.0
-        return W
 
     def trained_weight(self, core: Tensor) -> Tensor:
         """d W + L C R^T (out, in) in float32, with the rounding error of a 16-bit W."""

@@ -14,8 +14,7 @@ A method describes what it keeps in a `Plan` and does not ask which engine it ge
     engine.state_dict(), engine.load_state_dict(state) # between two steps
     engine.first_moments()                             # after the last step; by name, one matrix or two to multiply
     engine.report()                                    # see `ProjAdamW.projection_report`
-    engine.finish(partitioned)                         # the weights then hold what was trained
-    engine.trained_weights                             # where the engine has them more exactly than the model
+    engine.finish(partitioned)                         # the targets then hold what was trained, see `full_rank.exact`
 """
 
 from collections.abc import Iterator, Mapping
@@ -65,12 +64,10 @@ class DenseEngine:
 
     Attributes:
         own_state: whether it trains other parameters than the model's own, which need `state_dict` in a checkpoint.
-        trained_weights: module name -> (out, in), float32 on the CPU, after `finish`; empty where the model has them.
     """
 
     name = "ProjAdamW"
     own_state = False
-    trained_weights: Mapping[str, Tensor] = {}
 
     def __init__(self, plan: Plan, eps_before_correction: bool = False):
         self.plan = plan

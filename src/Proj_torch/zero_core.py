@@ -79,7 +79,6 @@ class CoreEngine:
                 lambda grad, name=name: remove(grad, self.spaces[name], plan.side).to(grad.dtype)
             )
         self.step = 0  # optimizer steps taken
-        self.trained_weights: dict[str, Tensor] = {}
         self._is_last = True  # whether the current micro-batch, or between two steps the one before, ends its step
         self._open = False  # whether that step has yet to be taken
 
@@ -122,23 +121,19 @@ class CoreEngine:
 
     @torch.no_grad()
     def finish(self, partitioned: bool = False) -> None:
-        """Fold the cores, and put plain linear layers into the model again unless stage 3 has it `partitioned`.
-
-        Then `trained_weights` has each target's weight without the rounding of a 16-bit weight in the model.
-        """
+        """Fold the cores, and put plain linear layers into the model again unless stage 3 has it `partitioned`."""
         self._settle()
         for name, layer in self.layers.items():
-            self._fold(layer, keep_as=name)
+            self._fold(layer)
+            self.plan.targets[name].register_buffer("rounding", layer.rounding, persistent=False)
             if not partitioned:
                 self.model.set_submodule(name, self.plan.targets[name])
 
-    def _fold(self, layer: CoreLinear, keep_as: str | None = None) -> None:
-        """Fold the layer's core into its weight; `keep_as` is the result's name in `trained_weights`, if it stays."""
+    def _fold(self, layer: CoreLinear) -> None:
+        """Fold the layer's core into its weight."""
         core = self.optimizer_state.read_master(layer.core)
         with self.optimizer_state.gathered([layer.weight]):
-            weight = layer.fold(core)
-            if keep_as is not None:
-                self.trained_weights[keep_as] = weight.to("cpu", copy=True)
+            layer.fold(core)
         self.optimizer_state.write_master(layer.core, torch.zeros_like(core))
 
     def _settle(self) -> None:

@@ -164,9 +164,6 @@ class Gorp(LoraMethod):
         self.engine.finish(self.partitioned)
         super().end_task()
 
-    def changed_weights(self):
-        return super().changed_weights() | self.engine.trained_weights
-
     def save(self, folder: Path) -> None:
         super().save(folder)
         self.space.save(folder / SPACE_FILE)
