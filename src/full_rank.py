@@ -47,8 +47,7 @@ def exact(layer: nn.Linear) -> torch.Tensor:
 def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
     """Load the saved weights, if any, into the base model; returns their layers, by name.
 
-    Raises:
-        InputError: the file is damaged, or the model lacks a layer or has it in another shape.
+    Raises InputError where the file is damaged, or the model lacks a layer or has it in another shape.
     """
     path = folder / FILE_NAME
     if not path.exists():

@@ -1,6 +1,6 @@
 """The linear layers of a model that regular expressions name, and checks of what is asked of them.
 
-`where` begins an error message: the flag or argument that named the layers, such as `--lora_modules`.
+All raise InputError; `where` begins its message: the flag or argument that named the layers, such as `--lora_modules`.
 """
 
 import re
@@ -14,9 +14,7 @@ from errors import InputError
 def match_linear(model: nn.Module, patterns: Iterable[str], where: str) -> dict[str, nn.Linear]:
     """The linear layers of `model` whose complete names match one of the regular expressions, by name.
 
-    Raises:
-        InputError: a pattern is not a regular expression or matches nothing, a matched module is not linear, or its
-            weight is shared with another module.
+    Each pattern must match something, only linear layers, and no weight that is shared with another module.
     """
     matched: dict[str, nn.Linear] = {}
     for pattern in patterns:
@@ -31,8 +29,7 @@ def match_linear(model: nn.Module, patterns: Iterable[str], where: str) -> dict[
 def match_names(names: Iterable[str], pattern: str | None, where: str, ending: str = "") -> list[str]:
     """The names of LoRA factors that a regular expression matches completely; none without a pattern.
 
-    Raises:
-        InputError: the pattern is not a regular expression, or matches nothing, or a name without the `ending`.
+    It must match something, and only names with the `ending`.
     """
     if not pattern:
         return []

@@ -56,11 +56,7 @@ class NonFiniteGuard:
             self._gradients_bad.append(~torch.as_tensor(norm).isfinite())
 
     def leaves_out_step(self) -> bool:
-        """Whether the step of the noted micro-batches changes nothing; collective.
-
-        Raises:
-            RunStopped: it is the `limit`-th such step in a row.
-        """
+        """Whether the step of the noted micro-batches changes nothing (RunStopped after `limit`); collective."""
         if self._left_out is None and self._micro_batches:
             self._left_out = self._is_bad()
             self.in_a_row = self.in_a_row + 1 if self._left_out else 0

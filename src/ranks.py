@@ -21,8 +21,7 @@ def is_first() -> bool:
 def of_first_rank(decide: Callable[[], Any]) -> Any:
     """What `decide` returns on the first rank, which alone calls it; collective, after the ranks are connected.
 
-    Raises:
-        InputError: `decide` raised it. The other ranks exit with code 2, so that the message is printed once.
+    If it raises InputError, so does this there; the other ranks exit with code 2, so that the message is printed once.
     """
     result, fault = None, None
     if is_first():
@@ -41,8 +40,7 @@ def of_first_rank(decide: Callable[[], Any]) -> Any:
 def check_shared(folder: Path) -> None:
     """Reject a folder that is not the same one on every machine: all ranks read what the first one writes; collective.
 
-    Raises:
-        InputError: a machine does not see a file that the first rank has just written there.
+    Raises InputError where a machine does not see a file that the first rank has just written there.
     """
 
     def write_mark() -> str:

@@ -135,14 +135,10 @@ class GradientSpace:
         return f"shared space: {self.total()} directions in {len(self.bases)} bases, {full} of them full"
 
     def take_over(self, path: str | PathLike, weights: Mapping[str, Tensor]) -> None:
-        """Start from the bases in a file that `save` wrote.
+        """Start from the bases in a file that `save` wrote; some of the `weights` (out, in) may have none.
 
-        Args:
-            weights: name -> (out, in); some may have no basis.
-
-        Raises:
-            InputError: the file is missing, damaged, of another kind, version or side, or holds a tensor that is not a
-                basis or does not fit its weight.
+        Raises InputError where the file is missing, damaged, of another kind, version or side, or holds a tensor that
+        is not a basis or does not fit its weight.
         """
         bases, metadata = read_tensors(path)
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):

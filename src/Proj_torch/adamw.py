@@ -157,11 +157,7 @@ class ProjAdamW(Optimizer):
         return product(self.first_moment_factors(param)).clone()
 
     def first_moment_factors(self, param: Tensor) -> tuple[Tensor, ...]:
-        """The first moment as one matrix, or as the two thin ones (out, k) and (k, in) whose product it is.
-
-        Raises:
-            InputError: the parameter is not this optimizer's.
-        """
+        """The first moment as one matrix, or as the two thin ones (out, k) and (k, in) whose product it is."""
         found = [Weight(group, index, p, self.state.get(p, {})) for group in self.param_groups
                  for index, p in enumerate(group["params"]) if p is param]  # fmt: skip
         if not found:

@@ -33,10 +33,8 @@ def make_engine(
 ) -> "DenseEngine | CoreEngine":
     """The engine that trains `plan.targets` of `model`: a `CoreEngine`, as DeepSpeed needs, if `cores`.
 
-    `eps_before_correction`, as in `ProjAdamW`, is only for the other one.
-
-    Raises:
-        InputError: a rank, a setting or a space does not fit; with cores, a target that has a LoRA too.
+    `eps_before_correction`, as in `ProjAdamW`, is only for the other one. Raises InputError where a rank, a setting or
+    a space does not fit, and with cores for a target that has a LoRA too.
     """
     if not cores:
         return DenseEngine(plan, eps_before_correction)

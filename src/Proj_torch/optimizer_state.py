@@ -38,8 +38,7 @@ def write_parameters(
 ) -> None:
     """Resume with the values and moments that `read_parameters` returned after `step` steps.
 
-    Raises:
-        InputError: a tensor is missing or of another shape; nothing has changed then.
+    Raises InputError, before anything changes, where a tensor is missing or of another shape.
     """
     for name, param in params.items():
         shape = tuple(getattr(param, "ds_shape", param.shape))  # stage 3 leaves an empty tensor in its place
@@ -63,10 +62,7 @@ def steps_taken(optimizer: Optimizer) -> int:
 class LocalState:
     """Every rank has the complete optimizer state: plain PyTorch, and DeepSpeed's stage 0.
 
-    At stage 0 DeepSpeed keeps float32 copies of 16-bit parameters.
-
-    Raises:
-        InputError: stage 0 fuses its float32 copies, which have no public access.
+    At stage 0 DeepSpeed keeps float32 copies of 16-bit parameters, without public access where it fuses them.
     """
 
     def __init__(self, optimizer: Optimizer, engine: Any):

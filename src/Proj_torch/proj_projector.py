@@ -36,10 +36,8 @@ def mode_ranks(shape: Sequence[int], rank: int, proj_type: str) -> tuple[int | N
     """Ranks of the left and the right basis of an (out, in) weight; None where that side is not projected.
 
     `std` projects the side of the smaller dimension (right when out >= in), `reverse_std` the other one, `left`,
-    `right` and `full` (both) what they say.
-
-    Raises:
-        InputError: the shape is no matrix's, or `rank` is not in 1 .. min(out, in).
+    `right` and `full` (both) what they say. Raises InputError where the shape is no matrix's, or `rank` is not in 1 ..
+    min(out, in).
     """
     if len(shape) != 2:
         raise InputError(f"shape {tuple(shape)} is not a matrix's; a gradient projection needs its rows and columns")

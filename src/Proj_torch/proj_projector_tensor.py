@@ -32,8 +32,7 @@ def mode_products(T: Tensor, matrices: Iterable[Tensor | None]) -> Tensor:
 def tucker_ranks(shape: Sequence[int], rank: int) -> tuple[int | None, ...]:
     """Rank of each mode: `rank`, or what the mode's unfolding allows if that is less; None where it is not projected.
 
-    Raises:
-        InputError: `rank` is not in 1 .. the largest dimension.
+    Raises InputError where `rank` is not in 1 .. the largest dimension.
     """
     if not 1 <= rank <= max(shape):
         raise InputError(f"rank {rank} does not fit shape {tuple(shape)}; allowed are 1 to {max(shape)}")

@@ -43,12 +43,9 @@ def energy_share(part: Tensor, whole: Tensor) -> Tensor:
 def truncated_svd(M: Tensor, rank: int, svd: str = "exact") -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular triplets U (m, k), s (k,) in descending order and V (n, k) of M (m, n), in float32 at least.
 
-    A tiny or huge M is first scaled by a power of two (which rounds nothing) to entries below 2, so that nothing
-    under- or overflows.
-
-    Args:
-        rank: k, at most min(m, n).
-        svd: "exact", or "lowrank" for a randomised range finder with a fixed seed.
+    k is `rank`, at most min(m, n); `svd` is "exact", or "lowrank" for a randomised range finder with a fixed seed. A
+    tiny or huge M is first scaled by a power of two (which rounds nothing) to entries below 2, so that nothing under-
+    or overflows.
 
     Raises:
         torch.linalg.LinAlgError: M is zero or not finite, or the SVD did not converge.

@@ -57,10 +57,7 @@ class CoreEngine:
     Its methods and attributes are those of every engine (`engine.py`); all but the constructor are collective.
     `CoreLinear` layers replace the plan's targets in the model, and a hook removes S from a factor's gradient before it
     is reduced. The plan's `svd` is "exact", "lowrank" (randomised SVD of the summed gradient) or "sketch" (no gradient
-    is summed).
-
-    Raises:
-        InputError: a rank does not fit a target.
+    is summed). Raises InputError where a rank does not fit a target.
     """
 
     name = "trainable cores, AdamW"

@@ -24,8 +24,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
     """Add the four factors at each module that `config.target_modules` matches; only `loranew_` factors train.
 
-    Raises:
-        InputError: `target_modules` matches nothing or a module that is not linear, or r is above a matrix's rank.
+    Raises InputError where it matches nothing or a module that is not linear, or r is above a matrix's rank.
     """
     try:
         targets = {name: module for name, module in model.named_modules()
@@ -41,11 +40,8 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
     """Add the adapter in `folder` to `model`: ours, O-LoRA's (with `r_sum`), or plain LoRA's (all of it is memory).
 
     Stored `lora_` factors become the frozen memory, in float32. `loranew_` factors are loaded if they are stored and
-    fresh otherwise. With `trainable` false nothing requires gradients.
-
-    Raises:
-        InputError: a file is missing, damaged or a pickle, or its tensors do not fit `adapter_config.json` and the
-            model.
+    fresh otherwise. With `trainable` false nothing requires gradients. Raises InputError as `read_config` and
+    `read_factors`, and where the tensors do not fit `adapter_config.json` and the model.
     """
     folder = Path(folder)
     config, tensors, path = read_config(folder), read_factors(folder), folder / WEIGHTS_FILE
@@ -124,11 +120,7 @@ def loranew_layers(peft_model: PeftModel) -> dict[str, LoraNewLinear]:
 
 
 def read_config(folder: Path) -> LoraNewConfig:
-    """The configuration of an adapter folder.
-
-    Raises:
-        InputError: the file is missing, or describes an adapter that is not supported.
-    """
+    """The configuration of an adapter folder; InputError where it is missing or describes no supported adapter."""
     path = folder / CONFIG_FILE
     content = read_object(path)
     if (kind := content.get("peft_type")) not in ("LORA", PEFT_TYPE):
@@ -142,11 +134,7 @@ def read_config(folder: Path) -> LoraNewConfig:
 
 
 def read_factors(folder: Path) -> dict[str, torch.Tensor]:
-    """The factors in an adapter folder, by name.
-
-    Raises:
-        InputError: the file is missing, damaged or a pickle.
-    """
+    """The factors in an adapter folder, by name; InputError where the file is missing, damaged or a pickle."""
     path, pickle = folder / WEIGHTS_FILE, folder / "adapter_model.bin"
     if pickle.is_file() and not path.is_file():
         raise InputError(

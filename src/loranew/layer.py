@@ -36,11 +36,7 @@ _FIXED_OPTIONS = (
 
 @dataclass
 class LoraNewConfig(LoraConfig):
-    """A `LoraConfig` with the total rank of earlier tasks.
-
-    Raises:
-        ValueError: r or r_sum out of range, or an unsupported option (DoRA, rank patterns, ...).
-    """
+    """A `LoraConfig` with the total rank of earlier tasks; ValueError for an option that is not supported, as DoRA."""
 
     r_sum: int = HfArg(default=0, help="Rows of lora_A: the ranks of all folded tasks together.")
     save_loranew: bool = HfArg(default=False, help="Keep new and old factors separate: fold_loranew does nothing.")
@@ -187,11 +183,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the change of the named adapters (by default the active ones) to W.
-
-        Raises:
-            ValueError: `safe_merge` is set and the sum is not finite; W does not change.
-        """
+        """Add the change of the named adapters (by default the active ones) to W; with `safe_merge` only if finite."""
         weight = self.get_base_layer().weight
         for adapter in check_adapters_to_merge(self, adapter_names):
             merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
