@@ -38,7 +38,7 @@ def save_weights(shapes: Mapping[str, Sequence[int]], weight: Callable[[str], to
 
 
 def exact(layer: nn.Linear) -> torch.Tensor:
-    """The weight (out, in), with what 16-bit rounding left out when it was loaded."""
+    """The weight (out, in), with what 16-bit rounding left out of it."""
     rounding = getattr(layer, "rounding", None)
     return layer.weight if rounding is None else layer.weight.float() + rounding.to(layer.weight.device)
 

@@ -73,8 +73,8 @@ class PlanArguments(GorpArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("gpus", "per_device_train_batch_size", "gradient_accumulation_steps", "max_source_length",
-                     "max_target_length"):
+        for name in ("gpus", "max_source_length", "max_target_length", "per_device_train_batch_size",
+                     "gradient_accumulation_steps"):
             check_number(self, name, least=1)
         check_number(self, "gpu_gib", above=0)
         check_number(self, "tasks_before", least=0)
@@ -94,18 +94,12 @@ class PlanArguments(GorpArguments):
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one rank.
+    """Bytes on one rank."""
 
-    Attributes:
-        parameters: numbers of parameters: the model's, the new LoRA's, the cores', and of the weights that cores train.
-        resident: by part, held all the time. moments: all parts at each moment that can be the peak.
-        host: in the CPU's memory, at each moment that can be its peak.
-    """
-
-    parameters: tuple[int, int, int, int]
-    resident: dict[str, int]
-    moments: dict[str, dict[str, int]]
-    host: dict[str, int]
+    parameters: tuple[int, int, int, int]  # how many: the model's, the new LoRA's, the cores', the weights' they train
+    resident: dict[str, int]  # by part, held all the time
+    moments: dict[str, dict[str, int]]  # all parts at each moment that can be the peak
+    host: dict[str, int]  # in the CPU's memory, at each moment that can be its peak
 
     def peak(self) -> tuple[int, str]:
         """The most bytes at one moment, and its name."""

@@ -111,11 +111,7 @@ def load_uie_dataset(
       train, `max_num_instances_per_eval_task` for dev; test has no limit. The published code takes the *first* N
       under this name, which in a file sorted by label are all of one label.
 
-    Args:
-        subsets: those to read of "train", "dev" and "test".
-
-    Raises:
-        InputError: an invalid file, example, label or name.
+    `subsets` are those to read of "train", "dev" and "test". What is invalid in a file is an InputError.
     """
     sources, splits = _sources(task_config_dir, options), datasets.DatasetDict()
     for subset in subsets:

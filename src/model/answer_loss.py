@@ -92,8 +92,7 @@ class AnswerLoss:
 def causal_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
     """Transformers' class of decoder-only models for `config`, with `AnswerLoss` in front, under the stock name.
 
-    Raises:
-        InputError: there is none, or its forward always computes the logits of every position.
+    It is an InputError if there is none, or if its forward always computes the logits of every position.
     """
     found = f"{name}/config.json: found model_type {config.model_type!r}"
     kinds = MODEL_FOR_CAUSAL_LM_MAPPING
@@ -109,11 +108,7 @@ def causal_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
 
 @torch.no_grad()
 def check_loss(model: PreTrainedModel, name: str) -> None:
-    """Reject a model whose loss on two left-padded examples is not its stock class's loss on each of them alone.
-
-    Raises:
-        InputError: with both losses.
-    """
+    """Reject a model whose loss on two left-padded examples is not its stock class's loss on each of them alone."""
     ids = torch.linspace(0, model.get_input_embeddings().num_embeddings - 1, 24, device=model.device).long().view(2, 12)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, :4], labels[:, :8] = 0, IGNORED
