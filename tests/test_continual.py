@@ -226,14 +226,18 @@ PAPER = f"{EXACT} --protect gp_first --protect_side output --space_from moments 
     ["small-t5-b", "--seeds", "1", "2", "3", "--methods", "sgorp", "sgorp --galore_svd exact", "gorp",
      "gorp --preset released"],
     ["smollm2-135m", "--orders", "A", "--seeds", "1", "2", "--methods", "sgorp", "gorp", "gorp --preset released"],
+    *([model, "--orders", "A", "--methods", "sgorp", "olora", "gorp", "multitask", "multitask --learning_rate 1e-3"]
+      for model in ("smollm2-135m", "gemma3-270m")),
+    ["gemma3-270m", "--orders", "A", "--settings_from", "small-t5", "--methods", "sgorp", "olora", "gorp"],
 ])  # fmt: skip
 def test_the_tables_of_reproduce_are_what_its_commands_print(words, tmp_path, monkeypatch, capsys):
     model, *rest = words
     for kept in (ROOT / "benchmarks" / "results").glob("*/outcomes.jsonl"):
         (tmp_path / kept.parent.name).mkdir()
         shutil.copy(kept, tmp_path / kept.parent.name)
-    if model != "small-t5":
-        rest += ["--settings_from", str(tmp_path / "small-t5"), str(tmp_path / "small-t5-b")]
+    monkeypatch.chdir(tmp_path)
+    if model != "small-t5" and "--settings_from" not in rest:
+        rest += ["--settings_from", "small-t5", "small-t5-b"]
     monkeypatch.setattr("sys.argv", ["continual.py", "--data_dir", "none", "--model", "none",
                                      "--out", str(tmp_path / model), *rest])
     assert continual.main() == 0
