@@ -12,7 +12,6 @@ counts a GPU's memory, so that its line is compared with what the process holds 
 import argparse
 import json
 import os
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -68,7 +67,7 @@ def make_model(name: str, folder: Path, tiny: bool) -> None:
 
 
 def command(name: str, folder: Path) -> list[str]:
-    """What the order's script would run, on the two tasks, with few tokens."""
+    """The arguments of `run_order.py` that the order's script would give, on the two tasks, with few tokens."""
     from make_order import make_order
 
     scripts, _, flags = SHAPES[name]
@@ -79,7 +78,7 @@ def command(name: str, folder: Path) -> list[str]:
     said = subprocess.run(["bash", f"{scripts}/order_1.sh"], cwd=ROOT, env=os.environ | variables, check=True,
                           stdout=subprocess.PIPE, text=True).stdout  # fmt: skip
     words = shlex.split(said)
-    return ["src/run_order.py", str(order), *words[words.index("configs/order1_configs") + 1 :]]
+    return [str(order), *words[words.index("configs/order1_configs") + 1 :]]
 
 
 def functions() -> Iterator[str]:
@@ -111,11 +110,11 @@ def run(folder: Path) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    sys.argv = json.loads((folder / "command.json").read_text())
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        assert not end.code, f"{sys.argv[0]}: exit code {end.code}"
+        import run_order
+
+        status = run_order.main(json.loads((folder / "command.json").read_text()))
+        assert status == 0, f"run_order: exit code {status}"
     finally:
         ended.set()
         watcher.join()

@@ -37,17 +37,15 @@ def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9) -> Tensor:
     """Extend S (d, c) by the fewest orthonormal columns that make it hold a share `energy` of M (d, n).
 
     The share is ||S'^T M||_F^2 / ||M||_F^2 of the result S' (d, c'), in float32 at least, whose first c columns are S.
-    None is an empty space.
-
-    Raises:
-        torch.linalg.LinAlgError: M is zero or not finite, or the SVD of M' did not converge.
+    None is an empty space. If M is not finite, or the SVD does not converge, torch.linalg.LinAlgError is raised.
     """
     M = at_least_float32(M)
+    peak = M.abs().max()
     S = M.new_zeros(len(M), 0) if S is None else S.to(M)
     free = len(M) - S.shape[1]
-    if free == 0:
+    if free == 0 or peak == 0:
         return S
-    M = M / M.abs().max()  # so that squares neither under- nor overflow
+    M = M / peak  # so that squares neither under- nor overflow
     residual = torch.addmm(M, S, S.T @ M, alpha=-1)
     total = M.double().square().sum()
     held = total - residual.double().square().sum()

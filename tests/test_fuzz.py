@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 import full_rank
-from arguments import check_deepspeed_file
+from arguments import UIETrainingArguments
 from command_line import parse_arguments
 from errors import InputError
 from files import read_json
@@ -79,7 +79,7 @@ READERS = {
     "read_labels": read_labels,
     "read_rows": lambda path: read_rows(path, ["A", "B"]),
     "read_instructions": read_instructions,
-    "check_deepspeed_file": lambda path: check_deepspeed_file(str(path), bf16=False, fp16=False, numbers={"stage": 1}),
+    "check_deepspeed": lambda path: UIETrainingArguments(use_cpu=True).check_deepspeed(str(path)),
     "parse_arguments": lambda path: parse_arguments([str(path)]),
 }
 
