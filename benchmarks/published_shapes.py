@@ -6,7 +6,8 @@
 The model has random weights. The order's script says how to train it; here that is with one micro-batch of one short
 prompt a step, on the first two tasks of order 1 in the mini benchmark. A thread looks every few milliseconds at what
 the program is doing and how much of its memory is resident; the table has both by part. The plan of `plan_memory.py`
-counts a GPU's memory, so that its line is compared with what the process holds beyond its imports.
+counts a GPU's memory, without the copies of --lamda_3, so that its line is compared with what the process holds beyond
+its imports.
 """
 
 import argparse
