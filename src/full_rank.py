@@ -5,8 +5,8 @@ values are stored in one safetensors file beside the LoRA factors.
 """
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,27 +20,34 @@ PEFT_TYPE = "LORA with full-rank weights, which README.md explains"
 """Of a LoRA that belongs to these weights: PEFT, which would load it without them, stops with this as the reason."""
 
 
-def save_weights(shapes: Mapping[str, Sequence[int]], weight: Callable[[str], torch.Tensor], folder: Path) -> None:
-    """Write the weights of these shapes, by module name, in float32 to `folder`.
+def save_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write weights (out, in), by module name, in float32 to `folder`.
 
-    `weight` is asked for one at a time: together, LLaMA-2-7B's take 5.4 GiB, which safetensors' own writer would need.
+    They are read from `weights` one at a time: safetensors' own writer needs all of them, 5.4 GiB of LLaMA-2-7B.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        header[f"{name}.weight"] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    for name, weight in weights.items():
+        begin, end = end, end + 4 * weight.numel()
+        header[f"{name}.weight"] = {"dtype": "F32", "shape": list(weight.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
     with whole_file(folder / FILE_NAME) as partial, open(partial, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            weight(name).detach().float().cpu().numpy().astype("<f4", copy=False).tofile(file)
+        for weight in weights.values():
+            weight.detach().float().cpu().numpy().astype("<f4", copy=False).tofile(file)
 
 
 def exact(layer: nn.Linear) -> torch.Tensor:
     """The weight (out, in), with what 16-bit rounding left out of it."""
     rounding = getattr(layer, "rounding", None)
     return layer.weight if rounding is None else layer.weight.float() + rounding.to(layer.weight.device)
+
+
+class ExactWeights(UserDict):
+    """Made of layers by name; reading one gives its `exact` weight, computed there and then."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return exact(self.data[name])
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def test_a_16_bit_weight_continues_from_the_float32_value_that_was_saved(tmp_pat
     model = load_model_and_tokenizer(str(LLAMA), dtype=torch.bfloat16).model
     layers = match_linear(model, [GATES], "--optim_target_modules")
     saved = {name: layer.weight.float() + 1e-5 * torch.randn(layer.weight.shape) for name, layer in layers.items()}
-    save_weights({name: weight.shape for name, weight in saved.items()}, saved.get, tmp_path)
+    save_weights(saved, tmp_path)
     stored = load_file(tmp_path / FILE_NAME)
     assert all(torch.equal(stored.pop(f"{name}.weight"), weight) for name, weight in saved.items()) and not stored
     loaded = load_weights(model, tmp_path)

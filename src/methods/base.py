@@ -168,15 +168,14 @@ class Method:
     def save(self, folder: Path) -> None:
         """Write what the next task needs to `folder`: here every changed full-rank weight, unknown to PEFT."""
         if self.changed:
-            shapes = {name: (layer.out_features, layer.in_features) for name, layer in self.changed.items()}
-            full_rank.save_weights(shapes, self.changed_weight, folder)
+            full_rank.save_weights(self.changed_weights(), folder)
             config = read_json(folder / CONFIG_FILE)
             if config["peft_type"] == "LORA":
                 write_json(folder / CONFIG_FILE, config | {"peft_type": full_rank.PEFT_TYPE}, indent=2)
 
-    def changed_weight(self, name: str) -> torch.Tensor:
-        """The value (out, in) of one of the full-rank weights that differ from the base model on disk."""
-        return full_rank.exact(self.changed[name])
+    def changed_weights(self) -> Mapping[str, torch.Tensor]:
+        """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
+        return full_rank.ExactWeights(self.changed)
 
     # Saying what the run does
 
@@ -365,8 +364,8 @@ class LoraMethod(Method):
             save_folded(self.model, self.factors_to_save, folder)
         super().save(folder)
 
-    def changed_weight(self, name):
-        return self.weights_to_save[name] if self.partitioned else super().changed_weight(name)
+    def changed_weights(self):
+        return self.weights_to_save if self.partitioned else super().changed_weights()
 
     def describe(self) -> str:
         new = sum(factor.numel() for factor in self._trained_factors().values())
