@@ -218,7 +218,7 @@ run_order() {  # FAMILY NAME
     local name=$2 label=$2 nodes node ranks started extra method preset seed requirements=(requirements.txt)
     local scripts model source small_flags outputs logs deepspeed_config batch rows released_precision=''
     local shared changed=() changed_penalties=() memory_options=() gpu_options=()
-    local values penalties values_from own_values=''
+    local values penalties values_from own_values='' port=''
     check_variables
     read_extra
     method=$(in_extra --method "${METHOD:-gorp}") preset=$(in_extra --preset default)
@@ -342,9 +342,10 @@ set_command() {
 # Set `launch`, what starts the processes: Python for one, DeepSpeed's launcher on one machine or those of HOSTFILE, and
 # torchrun on each of NNODES, or where CUDA_VISIBLE_DEVICES has no numbers, which DeepSpeed's launcher needs.
 set_launch() {
-    local devices=() processes=$((ranks / nodes)) port=${MASTER_PORT:-29500}
+    local devices=() processes=$((ranks / nodes))
     launch=("$PYTHON")
     uses_deepspeed || return 0
+    port=${MASTER_PORT:-29500}
     [[ -n ${MASTER_PORT:-} || $nodes -gt 1 ]] || port=$(free_port)
     options+=(--deepspeed "${DS_CONFIG:-$deepspeed_config}")
     if has_gpu; then
@@ -418,6 +419,8 @@ run_tasks() {
         say "checking $name: data, flags and model"
         exec "${command[@]}"
     } 2>&1 | "$PYTHON" scripts/terminal.py "$log" || status=$?
+    # On a CPU DeepSpeed leaves 67 MB of memory behind for each rank, even when it ends well.
+    [ -z "$port" ] || rm -f "/dev/shm/deepspeed_allreduce_buffer_${UID}_"*"_${port}_"*
     shopt -s nullglob
     tasks=("configs/${name}_configs"/*/) finished=("$order_dir"/outputs/*/completed.json)
     shopt -u nullglob

@@ -97,9 +97,10 @@ sys.exit(max(node.wait() for node in nodes))
     for program in ("ssh", "pdsh"):
         (tmp_path / "bin" / program).chmod(0o755)
     put(tmp_path / "hosts", "a slots=1\nb slots=1  \n# c slots=1\n")
+    port = free_port()
     try:
         done = bash("scripts/order.sh", "two_nodes_of_a_test", "--tiny", HOSTFILE=str(tmp_path / "hosts"),
-                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OUTPUT=str(tmp_path / "out"),
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OUTPUT=str(tmp_path / "out"),
                     DATA_DIR=str(mini_benchmark), EXTRA="--max_steps 2 --max_predict_samples 2",
                     PATH=f"{tmp_path / 'bin'}:{ENVIRONMENT['PATH']}", OMP_NUM_THREADS="1")  # fmt: skip
     finally:
@@ -109,3 +110,4 @@ sys.exit(max(node.wait() for node in nodes))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " on 2 processes of 2 machines" in done.stdout
     assert "[gorp] after 2-amazon" in done.stdout
+    assert not [*Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")], "memory is left behind"
