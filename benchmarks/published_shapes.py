@@ -3,11 +3,11 @@
     python benchmarks/published_shapes.py t5-large
     python benchmarks/published_shapes.py llama-2-7b      24 GB of memory and nothing else running; about half an hour
 
-The model has random weights. The order's script says how to train it; here that is with one micro-batch of one short
-prompt a step, on the first two tasks of order 1 in the mini benchmark. A thread looks every few milliseconds at what
-the program is doing and how much of its memory is resident; the table has both by part. The plan of `plan_memory.py`
-counts a GPU's memory, without the copies of --lamda_3, so that its line is compared with what the process holds beyond
-its imports.
+The model has random weights. It trains with the flags of order 1's script, except for one micro-batch of one short
+prompt a step, on two tasks of the mini benchmark with short prompts, IMDB and SST-2. Fifty times a second a thread
+looks at what the program is doing and how much of its memory is resident; the table has both by part.
+`plan_memory.py` counts a GPU's memory, without the copies of --lamda_3, so its figure stands beside what the process
+holds beyond its imports.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def run(folder: Path) -> None:
     (folder / "parts.json").write_text(json.dumps(parts))
 
 
-def planned(name: str) -> int | None:
+def planned(name: str) -> int:
     """Bytes at the peak that plan_memory counts, without its assumption about a GPU's context."""
     import plan_memory
 
