@@ -7,17 +7,19 @@
 
 Every method trains on the same 160 rows of each task for the same number of steps and answers the same test rows (200
 of each task, where it has them) after every task; on dev rows, and with a LLaMA, which answers slowly, after a task
-only that task's own, all of them after the last. A method is its name and, if wanted, flags, which win over all
-others: `--methods olora "sgorp --protect none"`. What is decided is decided on dev rows: `--question` compares
-variants of SGORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of
-the method's own knob (`KNOBS`), on one order. A comparison takes the settings that were best on average over seeds.
+only that task's own, all of them after the last. A method is its name and, if wanted, flags, which win over all others:
+`--methods olora "sgorp --protect none"`. What is decided is decided on dev rows: `--question` compares variants of
+SGORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of the method's
+own knob (`KNOBS`), or two more rates where it has none, on one order. A comparison takes the settings that were best on
+average over seeds.
 
 RESULTS/outcomes.jsonl gets a line for each finished trial, as it comes: all that the tables and intervals need, and no
 text of the benchmark. What it holds is not run again, so that with `--out benchmarks/results/small-t5`, this project's
 finished trials, the tables in REPRODUCE.md come at once, without model and data. RESULTS/made_of.json has the digests
 of model and data; others are refused. A trial that was ended goes on where it stood, unless the code has changed since:
-then its folder is to be deleted. Two methods differ where the interval of their difference (`src/report/bootstrap.py`)
-does not hold 0; that of a single seed holds for that seed.
+then its folder is to be deleted. `--learnt_by METHOD` adds the AP of those tasks alone that METHOD, multi-task
+training as a rule, answers better than by always giving the most frequent label. Two methods differ where the interval
+of their difference (`src/report/bootstrap.py`) does not hold 0; that of a single seed holds for that seed.
 """
 
 import argparse
@@ -25,40 +27,48 @@ import contextlib
 import json
 import multiprocessing
 import os
-import re
 import shlex
 import shutil
-import statistics
 import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "data")]
 
+from benchmarks.outcomes import (  # noqa: E402
+    SEARCHED,
+    Outcome,
+    Trial,
+    best_settings,
+    learnt_tasks,
+    read_outcomes,
+    table,
+    tried,
+)
 from errors import InputError  # noqa: E402
 from files import digest, read_json, write_json  # noqa: E402
 from make_order import make_order  # noqa: E402
 from methods import find_method  # noqa: E402
 from order_config import is_complete  # noqa: E402
-from report.bootstrap import paired_interval  # noqa: E402
-from report.matrix import Matrix, average_performance, backward_transfer  # noqa: E402
-from report.runs import read_run  # noqa: E402
-from run_record import RECORD, find_adapter  # noqa: E402
+from run_record import find_adapter  # noqa: E402
 
 ORDERS = {
     "A": ["TC/dbpedia", "SC/amazon", "SC/yelp", "TC/agnews"],
     "B": ["TC/agnews", "SC/yelp", "SC/amazon", "TC/dbpedia"],
     "C": ["NLI/MNLI", "NLI/CB", "WiC/WiC", "COPA/COPA", "QQP/QQP", "SC/SST-2", "TC/dbpedia", "TC/agnews"],
+    "L": ["NLI/MNLI", "NLI/CB", "WiC/WiC", "COPA/COPA", "QQP/QQP", "BoolQA/BoolQA", "NLI/RTE", "SC/IMDB", "SC/yelp",
+          "SC/amazon", "SC/SST-2", "TC/dbpedia", "TC/agnews", "MultiRC/MultiRC"],
 }
+"""L is the published order 4 without yahoo. It takes longer than the others together and runs only when asked for."""
+SHORT = ("A", "B", "C")
 OURS = "sgorp"
 METHODS = [
     "seqlora", "inclora", "olora", "nlora", "galore", "osf", "replay", "multitask", "gorp", "gorp --preset released",
@@ -121,104 +131,6 @@ KNOBS = {
     "sgorp": ["--galore_lr 1e-4", "--galore_lr 1e-3 --galore_rank 32"],
 }
 """By the method's name, or by its name and flags."""
-SEARCHED = "A"  # the order of the search
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One order, trained once: a method, as the command line names it, with the settings that were found for it."""
-
-    method: str
-    order: str
-    seed: int
-    settings: tuple[str, ...] = ()
-    split: str = "test"
-
-    def __str__(self) -> str:
-        return f"{' '.join([self.method, *self.settings])}, order {self.order}, seed {self.seed}, {self.split} rows"
-
-    def folder(self, out: Path) -> Path:
-        """Where its results are. Other settings go elsewhere, so that no trial meets another's results."""
-        words = shlex.split(self.method)
-        name = "_".join([words[0], *self.settings, *words[1:]])
-        return out / self.split / re.sub(r"[^A-Za-z0-9.=-]+", "_", name) / self.order / str(self.seed)
-
-    def effective_settings(self) -> str:
-        """Those of the settings that no flag of the method's own takes the place of."""
-        own, pairs = shlex.split(self.method), zip(self.settings[::2], self.settings[1::2])
-        return " ".join(f"{flag} {value}" for flag, value in pairs if flag not in own) or "defaults"
-
-    def flags(self) -> list[str]:
-        """Of `run_uie_lora.py`; what was found first, so that the method's own flags win."""
-        words = shlex.split(self.method)
-        return ["--method", words[0], "--seed", str(self.seed), *self.settings, *words[1:]]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished trial came to: a line of `outcomes.jsonl`.
-
-    Attributes:
-        accuracy: a[i][j], in per cent, on the order's task j after its task i (`src/report/matrix.py`).
-        right: by dataset, 1 or 0 for each test row after the order's last task, as text.
-        revision: of the code that ran.
-    """
-
-    trial: Trial
-    accuracy: Matrix
-    right: dict[str, str]
-    seconds: float
-    trained_values: int
-    stored_bytes: int
-    revision: str | None
-
-    @classmethod
-    def of(cls, trial: Trial, out: Path) -> "Outcome":
-        """Of a trial whose files are all there.
-
-        Raises:
-            InputError: they are not.
-        """
-        run = read_run(trial.folder(out))
-        if not run.right:
-            raise InputError(f"{run.folder}: the last task's predictions are not there")
-        right = {dataset: "".join(str(int(hit)) for hit in hits) for dataset, hits in run.right.items()}
-        record = read_json(run.folder / "outputs" / f"{len(run.tasks)}-{run.tasks[-1]}" / RECORD)
-        return cls(trial, run.matrix, right, run.seconds, run.trained_values, run.stored_bytes, record["git_revision"])
-
-    @classmethod
-    def from_line(cls, line: str) -> "Outcome":
-        read = json.loads(line)
-        trial = read.pop("trial")
-        return cls(Trial(**trial | {"settings": tuple(trial["settings"])}), **read)
-
-    @property
-    def measures(self) -> tuple[float, float]:
-        """AP and BWT."""
-        return average_performance(self.accuracy), backward_transfer(self.accuracy)
-
-    def rows(self) -> dict[str, np.ndarray]:
-        """`right` as numbers (n,)."""
-        return {dataset: np.array([int(hit) for hit in hits]) for dataset, hits in self.right.items()}
-
-
-def read_outcomes(out: Path) -> dict[Trial, Outcome]:
-    """Every trial that is finished.
-
-    Raises:
-        InputError: a line is none of a trial, as the last one is where a disk was full.
-    """
-    path = out / "outcomes.jsonl"
-    outcomes = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
-        try:
-            outcome = Outcome.from_line(line)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}, line {number}: no finished trial ({error!r}); delete the line") from None
-        outcomes[outcome.trial] = outcome
-    return outcomes
-
-
 @dataclass(frozen=True)
 class Bench:
     """What all trials share; `extra` flags, which an outcome does not tell, are for tests."""
@@ -258,6 +170,15 @@ class Bench:
             for name, source in [("labels", "labels"), ("train", "train"), ("dev", "dev"), ("test", "dev")]:
                 shutil.copyfile(self.data_dir / task / f"{source}.json", copy / f"{name}.json")
 
+    def majorities(self) -> dict[str, float]:
+        """By dataset, the share of its most frequent label among the test rows, 0 to 1."""
+        kept = self._made_of()
+        return {task.split("/")[1]: kept[f"{task}/majority"] for task in self.tasks() if f"{task}/majority" in kept}
+
+    def _made_of(self) -> dict[str, str | float]:
+        path = self.out / "made_of.json"
+        return read_json(path) if path.exists() else {}
+
     def tasks(self) -> list[str]:
         """Of all orders, each once."""
         return list(dict.fromkeys(task for tasks in self.orders.values() for task in tasks))
@@ -269,13 +190,13 @@ class Bench:
         files = {name: path for name, path in model_files(str(self.model)).items() if path.suffix == ".safetensors"}
         files |= {f"{task}/{part}.json": self.data_dir / task / f"{part}.json"
                   for task in self.tasks() for part in ("labels", "train", "dev", "test")}
-        found = {name: digest(path) for name, path in files.items()}
-        kept = self.out / "made_of.json"
-        before = read_json(kept) if kept.exists() else {}
+        found: dict[str, str | float] = {name: digest(path) for name, path in files.items()}
+        found |= {f"{task}/majority": majority(self.data_dir / task / "test.json") for task in self.tasks()}
+        before = self._made_of()
         for name, value in found.items():
             if before.get(name, value) != value:
                 raise InputError(f"--out: {self.out} holds results of another {name}; another folder, or that file")
-        write_json(kept, before | found, indent=2)
+        write_json(self.out / "made_of.json", before | found, indent=2)
 
     def command(self, trial: Trial, number: int, start: Path) -> list[str]:
         """Flags of a trial's task, counted from 1, that starts from the model or adapter folder `start`."""
@@ -289,6 +210,12 @@ class Bench:
             "--predict_tasks", "all" if trial.split == "test" and self.family() == "t5" else "ends",
             *COMMON, *FAMILIES[self.family()], *self.extra, *trial.flags(),
         ]  # fmt: skip
+
+
+def majority(rows: Path) -> float:
+    """The share of the most frequent label among a file's rows, 0 to 1."""
+    labels = Counter(row["label"] for row in read_json(rows))
+    return max(labels.values()) / labels.total()
 
 
 def run(bench: Bench, trial: Trial) -> Outcome | str:
@@ -366,8 +293,11 @@ def rates(method: str) -> list[tuple[str, ...]]:
 
 
 def knobs(method: str, rate: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """What it tries then, with the rate that was best."""
-    return [(*rate, *knob.split()) for knob in KNOBS.get(method, KNOBS.get(method.split()[0], []))]
+    """What it tries then: the knob with the rate that was best, or half and double that rate where there is no knob."""
+    if values := KNOBS.get(method, KNOBS.get(method.split()[0])):
+        return [(*rate, *knob.split()) for knob in values]
+    flag, best = rate
+    return [(flag, f"{float(best) * factor:g}") for factor in (0.5, 2)]
 
 
 def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> None:
@@ -381,80 +311,25 @@ def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> 
     try_all(lambda method: knobs(method, best_settings([bench.out], method)[:2]))
 
 
-def best_settings(folders: Sequence[Path], method: str) -> tuple[str, ...]:
-    """What the search found for a method, or else for it with fewer of its flags, or with others; nothing without one.
-
-    Settings are compared over the seeds that all of them were tried with (over all seeds where there is no such one).
-    """
-    searched = [outcome for folder in folders for outcome in read_outcomes(folder).values()
-                if outcome.trial.split == "dev" and outcome.trial.order == SEARCHED and outcome.trial.settings
-                and outcome.trial.method.split()[0] == method.split()[0]]
-    nearest = max((outcome.trial.method for outcome in searched), default=None, key=lambda name: (
-        f"{method} ".startswith(f"{name} "), len(name) if f"{method} ".startswith(f"{name} ") else -len(name)))
-    scores: dict[tuple[str, ...], dict[int, float]] = {}
-    for outcome in searched:
-        if outcome.trial.method == nearest:
-            scores.setdefault(outcome.trial.settings, {})[outcome.trial.seed] = outcome.measures[0]
-    common = set.intersection(*map(set, scores.values())) if scores else set()
-    return max(scores, default=(), key=lambda settings: statistics.mean(
-        value for seed, value in scores[settings].items() if seed in common or not common))
-
-
 # The comparison
 
 
-def table(reference: str, outcomes: list[Outcome]) -> str:
-    """Markdown: method x order, AP and BWT as mean and spread over seeds, by how much `reference` is above each, how
-    many values it trains and what it hands on from task to task. A method without some of the orders and seeds has no
-    mean, and comes last."""
-    orders = sorted({outcome.trial.order for outcome in outcomes})
-    of_method: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        of_method.setdefault(outcome.trial.method, []).append(outcome)
-    right = {method: {(one.trial.order, str(one.trial.seed)): one.rows() for one in own}
-             for method, own in of_method.items()}
-    everything = set().union(*right.values())
-    means = {method: _mean_over_orders(own) for method, own in of_method.items() if right[method].keys() == everything}
-    intervals = {method: paired_interval(right[reference], own) for method, own in right.items()
-                 if method != reference and right.get(reference, {}).keys() & own.keys()}
-    rows_alone = " over rows" if any(interval.seeds == 1 for interval in intervals.values()) else ""
-    lines = [f"| method | settings | {' | '.join(f'{order}: AP, BWT' for order in orders)} | mean AP | mean BWT "
-             f"| {reference} minus it, 95 %{rows_alone} | trains | stores |", "|---|---|" + "---|" * (len(orders) + 5)]
-    for method in sorted(of_method, key=lambda method: -means.get(method, (0, 0))[0]):
-        own = of_method[method]
-        cells = [f"{method} | `{own[0].trial.effective_settings()}`"]
-        cells += [", ".join(map(_spread, zip(*measures))) if (measures := _measures(own, order)) else "-"
-                  for order in orders]  # fmt: skip
-        cells += [f"{mean:.1f}" for mean in means[method]] if method in means else ["-", "-"]
-        cells.append(str(intervals.get(method, "-")))
-        cells += [f"{max(one.trained_values for one in own) / 1000:,.0f} k",
-                  f"{statistics.mean(one.stored_bytes for one in own) / 1e6:.1f} MB"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def compare(bench: Bench, reference: str, trials: list[Trial], workers: int,
+            searched: Sequence[Path] = (), learnt_by: str | None = None) -> str:
+    """Run the trials; their table, and a line for each that failed.
 
-
-def _measures(outcomes: list[Outcome], order: str) -> list[tuple[float, float]]:
-    return [outcome.measures for outcome in outcomes if outcome.trial.order == order]
-
-
-def _mean_over_orders(outcomes: list[Outcome]) -> tuple[float, float]:
-    """AP and BWT: the mean over orders of the mean over an order's seeds."""
-    of_orders = [_measures(outcomes, order) for order in sorted({outcome.trial.order for outcome in outcomes})]
-    performance, transfer = zip(*([statistics.mean(values) for values in zip(*one)] for one in of_orders))
-    return statistics.mean(performance), statistics.mean(transfer)
-
-
-def _spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def compare(bench: Bench, reference: str, trials: list[Trial], workers: int) -> str:
-    """Run the trials; their table, and a line for each that failed."""
+    Args:
+        searched: folders of the results in which the settings were found.
+        learnt_by: the method whose tasks learnt get a column.
+    """
     failures = run_all(bench, trials, workers)
-    outcomes = read_outcomes(bench.out)
+    finished = read_outcomes(bench.out)
+    outcomes = [finished[trial] for trial in trials if trial in finished]
+    counts = {trial.method: sum(map(len, tried(searched, trial.method).values())) for trial in trials}
+    learnt = learnt_tasks([one for one in outcomes if one.trial.method == learnt_by], bench.majorities()) \
+        if learnt_by else []  # fmt: skip
     lines = [f"failed: {trial}: {failure}" for trial, failure in failures.items()]
-    return "\n\n".join([table(reference, [outcomes[trial] for trial in trials if trial in outcomes]), *lines])
+    return "\n\n".join([table(reference, outcomes, counts, learnt), *lines])
 
 
 def main() -> int:
@@ -462,10 +337,12 @@ def main() -> int:
     parser.add_argument("--data_dir", type=Path, default=ROOT / "CL_Benchmark", help="<TASK>/<DATASET>/*.json below it")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--model", type=Path, default=ROOT / "initial_model" / "small-t5")
-    parser.add_argument("--orders", nargs="+", choices=ORDERS, help="default: all")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, help=f"default: {' '.join(SHORT)}")
     parser.add_argument("--methods", nargs="+", help="names, each with flags if wanted; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
+    parser.add_argument("--learnt_by", metavar="METHOD",
+                        help="one of --methods; add a column for the tasks that it learns")
     parser.add_argument("--dev", action="store_true", help="compare --methods on dev rows, to decide something")
     parser.add_argument("--settings_from", type=Path, nargs="+", default=[],
                         help="folders of the results that a search is in; default: --out")
@@ -473,7 +350,9 @@ def main() -> int:
     decide.add_argument("--search", action="store_true", help="find each method's settings, on dev rows")
     decide.add_argument("--question", choices=QUESTIONS, help="compare these variants of SGORP, on dev rows")
     args = parser.parse_args()
-    bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve())
+    orders = [SEARCHED] if args.search else args.orders or SHORT
+    bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve(),
+                  orders={order: ORDERS[order] for order in orders})
     try:
         _check(args)
         if args.search:
@@ -481,10 +360,11 @@ def main() -> int:
             return 0
         methods = QUESTIONS[args.question] if args.question else args.methods or METHODS
         split = "dev" if args.dev or args.question else "test"
-        searched = args.settings_from or [bench.out]
-        trials = [Trial(method, order, seed, () if args.question else best_settings(searched, method), split)
-                  for seed in args.seeds for order in args.orders or ORDERS for method in methods]
-        print(compare(bench, OURS if OURS in methods and split == "test" else methods[0], trials, args.workers))
+        folders = [] if args.question else args.settings_from or [bench.out]
+        trials = [Trial(method, order, seed, best_settings(folders, method), split)
+                  for seed in args.seeds for order in orders for method in methods]
+        reference = OURS if OURS in methods and split == "test" else methods[0]
+        print(compare(bench, reference, trials, args.workers, folders, args.learnt_by))
         return 0 if read_outcomes(bench.out).keys() >= set(trials) else 1
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
@@ -492,7 +372,8 @@ def main() -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse flags that would have no effect, and those that would end a run late."""
-    without_effect = {"search": ("dev", "orders", "settings_from"), "question": ("dev", "methods", "settings_from")}
+    without_effect = {"search": ("dev", "orders", "settings_from", "learnt_by"),
+                      "question": ("dev", "methods", "settings_from", "learnt_by")}
     for mode, flags in without_effect.items():
         for flag in flags:
             if getattr(args, mode) and getattr(args, flag):
@@ -500,6 +381,8 @@ def _check(args: argparse.Namespace) -> None:
     for folder in args.settings_from:
         if not (folder / "outcomes.jsonl").exists():
             raise InputError(f"--settings_from: {folder} has no outcomes.jsonl; a folder of --search is needed")
+    if args.learnt_by and args.learnt_by not in (args.methods or METHODS):
+        raise InputError(f"--learnt_by: found {args.learnt_by!r}; allowed: one of --methods")
     if args.workers < 1:
         raise InputError(f"--workers: found {args.workers}; 1 or more")
     for method in args.methods or []:

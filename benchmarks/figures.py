@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from benchmarks.continual import Outcome, read_outcomes  # noqa: E402
+from benchmarks.outcomes import Outcome, read_outcomes  # noqa: E402
 from errors import InputError  # noqa: E402
 from report.bootstrap import Interval, RunKey, paired_interval  # noqa: E402
 
@@ -81,19 +81,14 @@ def complete_methods(outcomes: Sequence[Outcome], panel: Panel) -> dict[str, Int
         if trial.split == "test" and trial.order in panel.orders:
             right.setdefault(trial.method, {})[trial.order, str(trial.seed)] = outcome.rows()
     intervals = {
-        method: _interval(runs) for method, runs in right.items() if {order for order, _ in runs} == set(panel.orders)
+        method: paired_interval(runs) for method, runs in right.items()
+        if {order for order, _ in runs} == set(panel.orders)
     }
     complete = {method: interval for method, interval in intervals.items() if interval.seeds >= panel.seeds}
     for method, name in STANDS_FOR.items():
         if method in complete:
             complete.setdefault(name, complete.pop(method))
     return complete
-
-
-def _interval(runs: Mapping[RunKey, Mapping[str, np.ndarray]]) -> Interval:
-    """Of AP itself: that of the difference from a method that answers nothing rightly."""
-    nothing = {run: {dataset: np.zeros_like(hits) for dataset, hits in rows.items()} for run, rows in runs.items()}
-    return paired_interval(runs, nothing)
 
 
 def draw(panels: Sequence[tuple[Panel, Mapping[str, Interval]]]) -> str:

@@ -12,18 +12,8 @@ import pytest
 import torch
 
 from benchmarks import continual
-from benchmarks.continual import (
-    Bench,
-    Outcome,
-    Trial,
-    best_settings,
-    compare,
-    knobs,
-    rates,
-    read_outcomes,
-    search,
-    table,
-)
+from benchmarks.continual import Bench, compare, knobs, rates, search
+from benchmarks.outcomes import Outcome, Trial, best_settings, learnt_tasks, read_outcomes, table, tried
 from errors import InputError
 from files import read_json
 from helpers import ROOT
@@ -49,10 +39,15 @@ def finish(out, trial, right=("11", "11"), accuracies=((80.0, None), (60.0, 90.0
     return outcome
 
 
-def test_every_method_is_searched_over_three_rates_and_at_most_two_more_values_of_its_knob():
+def test_every_method_is_searched_over_three_rates_and_two_more_settings():
     for method in continual.METHODS:
         assert len({rate for _, rate in rates(method)}) == 3
-        assert len(set(knobs(method, ("--learning_rate", "1e-3")))) <= 2
+        more = knobs(method, rates(method)[1])
+        assert len(set(more)) == 2 and not set(more) & set(rates(method))
+
+
+def test_a_method_without_a_knob_gets_two_more_rates():
+    assert knobs("slao", ("--learning_rate", "1e-3")) == [("--learning_rate", "0.0005"), ("--learning_rate", "0.002")]
 
 
 def test_the_search_tries_the_knob_with_the_rate_that_is_best_over_seeds(bench, monkeypatch):
@@ -137,6 +132,40 @@ def test_settings_are_compared_over_the_seeds_that_all_were_tried_with(tmp_path)
     assert best_settings([tmp_path], "gorp") == ("--lr", "1")
 
 
+def test_the_trials_of_a_search_are_counted_with_their_seeds(tmp_path):
+    for rate, seed in [("1", 1), ("1", 2), ("3", 1)]:
+        finish(tmp_path, Trial("gorp", "A", seed, ("--lr", rate), "dev"))
+    searched = finish(tmp_path, Trial("gorp", "A", 1, ("--lr", "1")))
+    assert sum(map(len, tried([tmp_path], "gorp --b 2").values())) == 3
+    assert "| gorp | `--lr 1` (best of 3) |" in table("gorp", [searched], {"gorp": 3})
+    unsearched = finish(tmp_path, Trial("gorp --lr 7", "A", 1, ("--lr", "1")))
+    assert "| gorp --lr 7 | `defaults` |" in table("gorp", [unsearched], {"gorp --lr 7": 3})
+
+
+def test_a_task_is_learnt_if_its_answers_beat_the_most_frequent_label_by_more_than_chance(tmp_path):
+    """13 of 16 right, standard error 9.8 points: above 62 % and not above 63 %."""
+    outcomes = [finish(tmp_path, Trial("multitask", "A", seed), ("1" * 13 + "000", "1" * 16)) for seed in (1, 2)]
+    assert learnt_tasks(outcomes, {"dbpedia": 0.62, "agnews": 0.99}) == ["dbpedia", "agnews"]
+    assert learnt_tasks(outcomes, {"dbpedia": 0.63, "agnews": 0.99}) == ["agnews"]
+    with pytest.raises(InputError, match="made_of.json lacks the most frequent labels of agnews"):
+        learnt_tasks(outcomes, {"dbpedia": 0.5})
+
+
+def test_the_column_of_learnt_tasks_leaves_the_others_out(tmp_path):
+    outcomes = [finish(tmp_path, Trial("gorp", "A", 1), ("1100", "0000")),
+                finish(tmp_path, Trial("olora", "A", 1), ("1000", "1111"))]
+    lines = table("gorp", outcomes, learnt=["dbpedia"]).splitlines()
+    assert lines[0].endswith("| 1 learnt tasks: AP, gorp minus it |") and lines[-1] == "Learnt: dbpedia."
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    cells = {line.split(" | ")[0]: line.split(" | ")[-1] for line in lines[2:4]}
+    assert cells["| gorp"] == "50.0, - |" and cells["| olora"].startswith("25.0, +25.0 [")
+
+
+def test_the_bench_keeps_the_share_of_the_most_frequent_label(bench, mini_benchmark):
+    labels = [row["label"] for row in read_json(mini_benchmark / "TC" / "agnews" / "test.json")]
+    assert bench.majorities()["agnews"] == max(map(labels.count, labels)) / len(labels)
+
+
 def test_settings_that_a_methods_own_flags_replace_are_not_shown():
     trial = Trial("gorp --lr 7 --b", "A", 1, ("--lr", "1", "--c", "2"))
     assert trial.effective_settings() == "--c 2"
@@ -164,6 +193,8 @@ def test_half_a_line_is_named(tmp_path):
     (["--question", "rank", "--methods", "gorp"], "--question: found --methods"),
     (["--settings_from", "/nowhere"], "--settings_from: /nowhere has no outcomes.jsonl"),
     (["--workers", "0"], "--workers: found 0"),
+    (["--search", "--learnt_by", "multitask"], "--search: found --learnt_by"),
+    (["--learnt_by", "multitask", "--methods", "gorp"], "--learnt_by: found 'multitask'; allowed: one of --methods"),
     (["--methods", "gorp", "olora 'x"], "--methods: found"),
     (["--methods", "gorpp"], "--method: found gorpp"),
     (["--methods", "gorp"], "--model: .* is a"),

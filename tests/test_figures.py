@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.continual import Outcome, Trial
+from benchmarks.outcomes import Outcome, Trial
 from benchmarks.figures import Panel, complete_methods, draw, main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -42,7 +42,7 @@ class Interval:
 
 def paired_interval(
     ours: Mapping[RunKey, Mapping[str, np.ndarray]],
-    theirs: Mapping[RunKey, Mapping[str, np.ndarray]],
+    theirs: Mapping[RunKey, Mapping[str, np.ndarray]] | None = None,
     *,
     level: float = 0.95,
     resamples: int = 2000,
@@ -52,8 +52,10 @@ def paired_interval(
 
     Args:
         ours, theirs: by order and seed, then by dataset, whether each test example (n,) was answered correctly at the
-            end.
+            end. Without `theirs` the difference is that from no correct answer, ours itself.
     """
+    if theirs is None:
+        theirs = {run: {name: np.zeros_like(hits) for name, hits in right.items()} for run, right in ours.items()}
     runs = [run for run in ours if run in theirs]
     if not runs:
         raise InputError("the two methods have no run of the same order and seed")

@@ -187,8 +187,7 @@ def paired_difference(ours: Iterable[Run], theirs: Iterable[Run]) -> Interval | 
 def interval(runs: Iterable[Run]) -> Interval | None:
     """The average performance of finished runs with predictions and its 95 % interval; None if there are none."""
     mine = _right(runs)
-    nothing = {key: {task: np.zeros_like(hits) for task, hits in right.items()} for key, right in mine.items()}
-    return paired_interval(mine, nothing) if mine else None
+    return paired_interval(mine) if mine else None
 
 
 def _right(runs: Iterable[Run]) -> dict[RunKey, dict[str, np.ndarray]]:

@@ -1,0 +1,234 @@
+"""Finished trials of `benchmarks/continual.py`: what is kept of each, and the tables that are made of them.
+
+`outcomes.jsonl` holds a line for each; figures.py draws them.
+"""
+
+import json
+import math
+import re
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError
+from files import read_json
+from report.bootstrap import Interval, RunKey, paired_interval
+from report.matrix import Matrix, average_performance, backward_transfer
+from report.runs import read_run
+from run_record import RECORD
+
+SEARCHED = "A"
+"""The order of the search for a method's settings."""
+DEFAULTS = "defaults"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One order, trained once: a method, as the command line names it, with the settings that were found for it."""
+
+    method: str
+    order: str
+    seed: int
+    settings: tuple[str, ...] = ()
+    split: str = "test"
+
+    def __str__(self) -> str:
+        return f"{' '.join([self.method, *self.settings])}, order {self.order}, seed {self.seed}, {self.split} rows"
+
+    def folder(self, out: Path) -> Path:
+        """Where its results are. Other settings go elsewhere, so that no trial meets another's results."""
+        words = shlex.split(self.method)
+        name = "_".join([words[0], *self.settings, *words[1:]])
+        return out / self.split / re.sub(r"[^A-Za-z0-9.=-]+", "_", name) / self.order / str(self.seed)
+
+    def effective_settings(self) -> str:
+        """Those of the settings that no flag of the method's own takes the place of."""
+        own, pairs = shlex.split(self.method), zip(self.settings[::2], self.settings[1::2])
+        return " ".join(f"{flag} {value}" for flag, value in pairs if flag not in own) or DEFAULTS
+
+    def flags(self) -> list[str]:
+        """Of `run_uie_lora.py`; what was found first, so that the method's own flags win."""
+        words = shlex.split(self.method)
+        return ["--method", words[0], "--seed", str(self.seed), *self.settings, *words[1:]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished trial came to: a line of `outcomes.jsonl`.
+
+    Attributes:
+        accuracy: a[i][j], in per cent, on the order's task j after its task i (`src/report/matrix.py`).
+        right: by dataset, 1 or 0 for each test row after the order's last task, as text.
+        revision: of the code that ran.
+    """
+
+    trial: Trial
+    accuracy: Matrix
+    right: dict[str, str]
+    seconds: float
+    trained_values: int
+    stored_bytes: int
+    revision: str | None
+
+    @classmethod
+    def of(cls, trial: Trial, out: Path) -> "Outcome":
+        """Of a trial whose files are all there.
+
+        Raises:
+            InputError: they are not.
+        """
+        run = read_run(trial.folder(out))
+        if not run.right:
+            raise InputError(f"{run.folder}: the last task's predictions are not there")
+        right = {dataset: "".join(str(int(hit)) for hit in hits) for dataset, hits in run.right.items()}
+        record = read_json(run.folder / "outputs" / f"{len(run.tasks)}-{run.tasks[-1]}" / RECORD)
+        return cls(trial, run.matrix, right, run.seconds, run.trained_values, run.stored_bytes, record["git_revision"])
+
+    @classmethod
+    def from_line(cls, line: str) -> "Outcome":
+        read = json.loads(line)
+        trial = read.pop("trial")
+        return cls(Trial(**trial | {"settings": tuple(trial["settings"])}), **read)
+
+    @property
+    def measures(self) -> tuple[float, float]:
+        """AP and BWT."""
+        return average_performance(self.accuracy), backward_transfer(self.accuracy)
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """`right` as numbers (n,)."""
+        return {dataset: np.array([int(hit) for hit in hits]) for dataset, hits in self.right.items()}
+
+
+def read_outcomes(out: Path) -> dict[Trial, Outcome]:
+    """Every trial that is finished.
+
+    Raises:
+        InputError: a line is none of a trial, as the last one is where a disk was full.
+    """
+    path = out / "outcomes.jsonl"
+    outcomes = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            outcome = Outcome.from_line(line)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}, line {number}: no finished trial ({error!r}); delete the line") from None
+        outcomes[outcome.trial] = outcome
+    return outcomes
+
+
+def tried(folders: Sequence[Path], method: str) -> dict[tuple[str, ...], dict[int, float]]:
+    """AP by settings and seed of the search for a method, or else for it with fewer of its flags, or with others."""
+    searched = [outcome for folder in folders for outcome in read_outcomes(folder).values()
+                if outcome.trial.split == "dev" and outcome.trial.order == SEARCHED and outcome.trial.settings
+                and outcome.trial.method.split()[0] == method.split()[0]]
+    nearest = max((outcome.trial.method for outcome in searched), default=None, key=lambda name: (
+        f"{method} ".startswith(f"{name} "), len(name) if f"{method} ".startswith(f"{name} ") else -len(name)))
+    scores: dict[tuple[str, ...], dict[int, float]] = {}
+    for outcome in searched:
+        if outcome.trial.method == nearest:
+            scores.setdefault(outcome.trial.settings, {})[outcome.trial.seed] = outcome.measures[0]
+    return scores
+
+
+def best_settings(folders: Sequence[Path], method: str) -> tuple[str, ...]:
+    """What the search found for a method; nothing without one.
+
+    Settings are compared over the seeds that all of them were tried with (over all seeds where there is no such one).
+    """
+    scores = tried(folders, method)
+    common = set.intersection(*map(set, scores.values())) if scores else set()
+    return max(scores, default=(), key=lambda settings: statistics.mean(
+        value for seed, value in scores[settings].items() if seed in common or not common))
+
+
+def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {}, learnt: Sequence[str] = ()) -> str:
+    """Markdown: method x order, AP and BWT as mean and spread over seeds, by how much `reference` is above each, how
+    many values it trains and what it hands on from task to task. A method without some of the orders and seeds has no
+    mean, and comes last.
+
+    Args:
+        trials: by method, how many the search for its settings had.
+        learnt: datasets whose AP, and the reference's lead in it, get a column.
+    """
+    orders = sorted({outcome.trial.order for outcome in outcomes})
+    of_method: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        of_method.setdefault(outcome.trial.method, []).append(outcome)
+    right = {method: _right(own) for method, own in of_method.items()}
+    everything = set().union(*right.values())
+    means = {method: _mean_over_orders(own) for method, own in of_method.items() if right[method].keys() == everything}
+    leads = _leads(reference, right)
+    rows_alone = " over rows" if any(lead.seeds == 1 for lead in leads.values()) else ""
+    lines = [f"| method | settings | {' | '.join(f'{order}: AP, BWT' for order in orders)} | mean AP | mean BWT "
+             f"| {reference} minus it, 95 %{rows_alone} | trains | stores |", "|---|---|" + "---|" * (len(orders) + 5)]
+    if learnt:
+        of_learnt = {method: _right(own, learnt) for method, own in of_method.items()}
+        leads_there = _leads(reference, of_learnt)
+        lines = [f"{lines[0]} {len(learnt)} learnt tasks: AP, {reference} minus it |", f"{lines[1]}---|"]
+    for method in sorted(of_method, key=lambda method: -means.get(method, (0, 0))[0]):
+        own = of_method[method]
+        settings, count = own[0].trial.effective_settings(), trials.get(method)
+        found = f" (best of {count})" if count and settings != DEFAULTS else ""
+        cells = [f"{method} | `{settings}`{found}"]
+        cells += [", ".join(map(_spread, zip(*measures))) if (measures := _measures(own, order)) else "-"
+                  for order in orders]  # fmt: skip
+        cells += [f"{mean:.1f}" for mean in means[method]] if method in means else ["-", "-"]
+        cells.append(str(leads.get(method, "-")))
+        cells += [f"{max(one.trained_values for one in own) / 1000:,.0f} k",
+                  f"{statistics.mean(one.stored_bytes for one in own) / 1e6:.1f} MB"]
+        if learnt:
+            cells.append(f"{paired_interval(of_learnt[method]).mean:.1f}, {leads_there.get(method, '-')}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Learnt: {', '.join(learnt)}."] if learnt else lines)
+
+
+def _right(outcomes: list[Outcome], datasets: Sequence[str] = ()) -> dict[RunKey, dict[str, np.ndarray]]:
+    """Correct answers by order and seed, then by dataset: of all of them, or of those named."""
+    return {(one.trial.order, str(one.trial.seed)): {
+        dataset: hits for dataset, hits in one.rows().items() if dataset in (datasets or one.right)}
+        for one in outcomes}  # fmt: skip
+
+
+def _leads(reference: str, right: Mapping[str, Mapping[RunKey, Mapping[str, np.ndarray]]]) -> dict[str, Interval]:
+    """By how much the reference is above every method that shares an order and seed with it."""
+    return {method: paired_interval(right[reference], own) for method, own in right.items()
+            if method != reference and right.get(reference, {}).keys() & own.keys()}
+
+
+def learnt_tasks(outcomes: list[Outcome], majorities: Mapping[str, float]) -> list[str]:
+    """The datasets that these outcomes, of one method, answer better than their most frequent label would, by more
+    than 1.96 standard errors over rows; seeds are averaged.
+
+    Raises:
+        InputError: the share of a dataset's most frequent label is not known.
+    """
+    hits: dict[str, list[np.ndarray]] = {}
+    for outcome in outcomes:
+        for dataset, own in outcome.rows().items():
+            hits.setdefault(dataset, []).append(own)
+    if missing := hits.keys() - majorities.keys():
+        raise InputError(f"--learnt_by: made_of.json lacks the most frequent labels of {', '.join(sorted(missing))}")
+    shares = {dataset: np.mean(own, axis=0) for dataset, own in hits.items()}
+    return [dataset for dataset, own in shares.items()
+            if own.mean() - 1.96 * own.std() / math.sqrt(len(own)) > majorities[dataset]]
+
+
+def _measures(outcomes: list[Outcome], order: str) -> list[tuple[float, float]]:
+    return [outcome.measures for outcome in outcomes if outcome.trial.order == order]
+
+
+def _mean_over_orders(outcomes: list[Outcome]) -> tuple[float, float]:
+    """AP and BWT: the mean over orders of the mean over an order's seeds."""
+    of_orders = [_measures(outcomes, order) for order in sorted({outcome.trial.order for outcome in outcomes})]
+    performance, transfer = zip(*([statistics.mean(values) for values in zip(*one)] for one in of_orders))
+    return statistics.mean(performance), statistics.mean(transfer)
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
