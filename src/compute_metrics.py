@@ -90,7 +90,7 @@ def score_key(metrics: Mapping[str, float], dataset: str = "", prefix: str = "")
     return score if score in metrics else f"{prefix}exact_match{ending}"
 
 
-def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: str = "", *, prefix: str = "") -> str:
+def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: str = "", prefix: str = "") -> str:
     """One line for the terminal: "after 2-amazon (41 s): dbpedia 97.5, amazon 54 (mean 75.75)".
 
     `metrics` are those of `evaluate_predictions` with `prefix` before each name, `step` what they were measured after.

@@ -187,18 +187,20 @@ def find_checkpoint(trainer: UIETrainer, progress: Progress) -> Path | None:
 
 
 def train(trainer: UIETrainer, checkpoint: Path | None) -> None:
-    """Train the task, from a checkpoint if there is one."""
+    """Train the task, from a checkpoint if there is one; its `train_runtime` includes the method's own passes."""
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
+    started = time.monotonic()
     trainer.method.begin_task(trainer.model, trainer.shown_batches())
     metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    record(trainer, "train", metrics | {"train_samples": len(trainer.train_dataset)})
+    trainer.method.revisit(trainer.model_wrapped, trainer.shown_batches())
+    trainer.method.end_task()
+    sums = {"train_samples": len(trainer.train_dataset), "train_runtime": round(time.monotonic() - started, 4)}
+    record(trainer, "train", metrics | sums)
 
 
 def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples: datasets.DatasetDict) -> None:
-    """Finish the task in the method and write the complete adapter folder."""
-    trainer.method.revisit(trainer.model_wrapped, trainer.shown_batches())
-    trainer.method.end_task()
+    """Write the complete adapter folder."""
     for line in trainer.method.closing_summary():
         detail.info(line)
     if trainer.is_world_process_zero():
@@ -236,8 +238,7 @@ def predict(trainer: UIETrainer, examples: datasets.Dataset, config_dir: str, st
     record(trainer, "predict", metrics)
     if trainer.is_world_process_zero():
         track(trainer, metrics, tested, index + 1)
-    took = f"{output_dir.name} ({time.monotonic() - started:.0f} s)"
-    logger.info(accuracy_line(metrics, tested, took, prefix="predict_"))
+    logger.info(accuracy_line(metrics, tested, f"{output_dir.name} ({time.monotonic() - started:.0f} s)", "predict_"))
 
 
 def track(trainer: UIETrainer, metrics: dict, tested: list[str], task: int) -> None:

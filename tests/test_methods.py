@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from command_line import parse_arguments
 from errors import InputError
 from helpers import LLAMA, LLAMA_MODULES, PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
 from methods import find_method, method_names
+from methods.seqlora import Seqlora
 from task_setup import load_examples
 from order_config import read_order
 
@@ -99,6 +101,21 @@ def test_two_tasks_then_the_folder_predicts_what_the_run_did(name, family, mini_
         before[key].shape == after[key].shape and torch.equal(before[key], after[key]) for key in before
     )
     assert same == (name == "multitask")
+
+
+def test_the_time_of_training_counts_the_methods_own_passes(mini_benchmark, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(run_uie_lora, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    for hook, seconds in (("begin_task", 100), ("revisit", 20), ("end_task", 3)):
+        def spend(method, *given, own=getattr(Seqlora, hook), seconds=seconds):
+            clock.now += seconds
+            return own(method, *given)
+
+        monkeypatch.setattr(Seqlora, hook, spend)
+    output = tmp_path / "1-dbpedia"
+    run = arguments(mini_benchmark, output, "dbpedia", T5, T5_MODULES, "--method", "seqlora", *SHORT)
+    assert run_uie_lora.main(run) == 0
+    assert json.loads((output / "train_results.json").read_text())["train_runtime"] == 123
 
 
 def test_multitask_trains_all_tasks_first_and_passes_its_folder_on(mini_benchmark, tmp_path, capfd):

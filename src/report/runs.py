@@ -79,8 +79,7 @@ def read_run(order_dir: Path) -> Run:
     steps = [order_dir / "outputs" / step_name(i, task) for i, task in enumerate(tasks, 1)]
     paths = [step / "run_record.json" for step in steps]
     records = [_object(path, "report") for path in paths]
-    last = last_finished(matrix)
-    unfinished = unfinished_steps(tasks, matrix)
+    last, unfinished = last_finished(matrix), unfinished_steps(tasks, matrix)
     trained = [step / "train_results.json" for step in steps[: last + 1]]
     seconds = [number(_object(path), "train_runtime", path) for path in trained]
     stored = [path.stat().st_size for path in steps[last].glob("*_adapter/*.safetensors")]
