@@ -1,19 +1,23 @@
-"""Draw docs/images/results.svg: each method's average performance (AP) with its 95 % interval.
+"""Draw results.svg, each method's average performance (AP) with its 95 % interval, and costs.svg, AP against costs.
 
-    python benchmarks/figures.py                                        the methods in SHOWN
-    python benchmarks/figures.py --methods gorp "gorp --preset released" sgorp olora
+    python benchmarks/figures.py                                        the methods in SHOWN, into docs/images
+    python benchmarks/figures.py --methods gorp "gorp --preset released" sgorp olora --out FOLDER
 
-The picture is made from the finished trials in `benchmarks/results/<model>/outcomes.jsonl`, without model or data, and
-is the same bytes each time. A method is complete in a panel if it has all of the panel's orders, with as many seeds as
-the panel asks for; others are left out. Where a method, order and seed has two lines, the later one counts.
+The pictures are made from the finished trials in `benchmarks/results/<model>/outcomes.jsonl`, without model or data,
+and are the same bytes each time. A method is complete in a panel if it has all of the panel's orders, with as many
+seeds as the panel asks for; others are left out. Where a method, order and seed has two lines, the later one counts.
 
 An interval is the bootstrap of `src/report/bootstrap.py`, over test rows and seeds, of the method's own AP. One seed is
 drawn hollow: its interval is over test rows alone. Two methods are compared by the interval of their difference
 (REPRODUCE.md), not by whether these bars overlap.
+
+The bytes are those that the last task saves for a next one. The times are of training, the method's own passes over a
+task's examples included, relative to `seqlora`, all measured on a machine without other work (`TIMES`).
 """
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +33,11 @@ from benchmarks.outcomes import Outcome, read_outcomes  # noqa: E402
 from errors import InputError  # noqa: E402
 from report.bootstrap import Interval, RunKey, paired_interval  # noqa: E402
 
-OUT = ROOT / "docs" / "images" / "results.svg"
+OUT = ROOT / "docs" / "images"
 
 FIRST = ("gorp", "gorp --preset released", "sgorp")
-SHOWN = (*FIRST, "olora", "nlora", "replay", "galore", "osf", "inclora", "seqlora", "multitask",
-         "multitask --learning_rate 1e-3")  # fmt: skip
+SHOWN = (*FIRST, "olora", "nlora", "inflora", "ella", "slao", "magmax", "ewc", "replay", "galore", "osf", "inclora",
+         "seqlora", "multitask", "multitask --learning_rate 1e-3")  # fmt: skip
 STANDS_FOR = {"sgorp --galore_svd exact": "sgorp"}
 """Trials from before a default changed are drawn under the method's name, unless it has complete trials of its own."""
 COLOURS = {
@@ -41,11 +45,14 @@ COLOURS = {
     "olora": ("#0969da", "#58a6ff"), "nlora": ("#0a7ea4", "#56c8e8"), "replay": ("#1a7f37", "#3fb950"),
     "galore": ("#bf3989", "#ff80c8"), "osf": ("#7d4e2d", "#d0a070"), "inclora": ("#4c5fd5", "#a5b4fc"),
     "seqlora": ("#a40e26", "#ff8a8a"), "multitask": ("#4d6b00", "#b5d334"),
+    "inflora": ("#1b6e6e", "#4fd1c5"), "ella": ("#8a2be2", "#d2a8ff"), "slao": ("#8c564b", "#c9a08f"),
+    "magmax": ("#b35900", "#ffb366"), "ewc": ("#5a5a00", "#cccc66"),
 }  # fmt: skip
 """Of each method's own, in a tone for light and one for dark backgrounds; with other flags it keeps its colour."""
 OTHER = ("#59636e", "#b1bac4")
 NOTES = {"multitask": "all tasks at once, the ceiling"}
 WIDTH, ROW, TOP, NAMES, GAP = 830, 33, 72, 220, 36
+HEIGHT, LABEL = 380, 16  # of a panel of costs; between two labels
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,44 @@ class Panel:
 PANELS = (
     Panel("small-t5", "Small T5, 1.5 million weights", ("A", "B", "C"), 3, again=("small-t5-b",)),
     Panel("smollm2-135m", "SmolLM2-135M", ("A",), 1),
+)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A panel of costs.svg: AP in a panel of results against one cost of each method."""
+
+    results: Panel
+    axis: str
+    times: str | None = None  # folder of trials that took their time alone; without one the cost is in bytes
+
+    def of(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        """By method, megabytes, or how many times as long as seqlora it trained."""
+        values: dict[str, list[float]] = {}
+        for outcome in outcomes:
+            if outcome.trial.split == "test" and outcome.trial.order in self.results.orders:
+                value = outcome.seconds if self.times else outcome.stored_bytes / 1e6
+                values.setdefault(outcome.trial.method, []).append(value)
+        means = {method: statistics.mean(own) for method, own in values.items()}
+        unit = means.get("seqlora") if self.times else 1
+        return {method: mean / unit for method, mean in means.items()} if unit else {}
+
+    def ticks(self, low: float, high: float) -> list[float]:
+        """Round values between the lowest cost and the highest."""
+        if self.times:
+            return [tick / 2 for tick in range(math.ceil(2 * low), math.floor(2 * high) + 1)]
+        return [unit * 10.0**power for power in range(-3, 4) for unit in (1, 2, 5) if low <= unit * 10.0**power <= high]
+
+    def position(self, cost: float) -> float:
+        """Along the axis, which is logarithmic for bytes."""
+        return cost if self.times else math.log(cost)
+
+
+TIMES = "small-t5-times"
+"""The folder of the trials that give the times."""
+COSTS = (
+    Costs(Panel("smollm2-135m", "SmolLM2-135M", ("A", "B"), 1), "MB kept for the next task"),
+    Costs(Panel("small-t5-b", "Small T5", ("A", "B"), 3), "training time, relative to one LoRA (seqlora)", TIMES),
 )
 
 
@@ -161,6 +206,64 @@ def _class(method: str) -> str:
     return f"c{list(COLOURS).index(key)}" if key in COLOURS else "other"
 
 
+def draw_costs(panels: Sequence[tuple[Costs, Mapping[str, tuple[float, Interval]]]]) -> str:
+    """The picture of costs, as SVG text: for each panel a point a method, named beside it."""
+    left, width = 40, (WIDTH - 8 - GAP * (len(panels) - 1)) / max(len(panels), 1)
+    parts = []
+    for index, (costs, points) in enumerate(panels):
+        parts += _cost_panel(costs, points, left + index * (width + GAP), width - left)
+    told = "; ".join(f"{costs.results.title}, {costs.axis}: " + ", ".join(
+        f"{method} {cost:.1f} with AP {interval.mean:.1f}" for method, (cost, interval) in points.items())
+        for costs, points in panels)  # fmt: skip
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {TOP + HEIGHT + 56}" role="img" '
+        'aria-labelledby="title desc">',
+        '<title id="title">Average performance of each method against what it keeps and how long it trains</title>',
+        f'<desc id="desc">{escape(told)}.</desc>', f"<style>{_style()}</style>", *parts, "</svg>", "",
+    ])  # fmt: skip
+
+
+def _cost_panel(costs: Costs, points: Mapping[str, tuple[float, Interval]], left: float, width: float) -> list[str]:
+    seeds = {interval.seeds for _, interval in points.values()}
+    means = [interval.mean for _, interval in points.values()]
+    low, high, bottom = 5 * math.floor(min(means) / 5), 5 * math.ceil(max(means) / 5), TOP + HEIGHT
+    places = [costs.position(cost) for cost, _ in points.values()]
+    first, reach = min(places), (max(places) - min(places)) or 1
+
+    def x(cost: float) -> float:  # the names of the last points need room
+        return left + 12 + (width - 110) * (costs.position(cost) - first) / reach
+
+    def y(value: float) -> float:
+        return TOP + HEIGHT * (high - value) / (high - low)
+
+    parts = [f'<text class="bold" x="{left:.0f}" y="26">{escape(costs.results.title)}</text>',
+             f'<text class="muted small" x="{left:.0f}" y="46">AP, {escape(costs.results.subtitle(seeds))}</text>',
+             f'<text class="muted small" x="{left:.0f}" y="{bottom + 44}">{escape(costs.axis)}</text>']  # fmt: skip
+    for value in range(low, high + 1, 5):
+        parts += [f'<path class="grid" d="M{left:.1f} {y(value):.1f}H{left + width:.1f}"/>',
+                  f'<text class="muted small" x="{left - 24:.1f}" y="{y(value) + 4:.1f}">{value}</text>']  # fmt: skip
+    for tick in costs.ticks(min(cost for cost, _ in points.values()), max(cost for cost, _ in points.values())):
+        parts.append(f'<text class="muted small mid" x="{x(tick):.1f}" y="{bottom + 20}">{tick:g}</text>')
+    beside: list[tuple[float, float]] = []
+    for method, (cost, interval) in sorted(points.items(), key=lambda item: -item[1][1].mean):
+        at, height = x(cost), y(interval.mean)
+        label = height + 4
+        while any(abs(at - other) < 110 and abs(label - taken) < LABEL for other, taken in beside):
+            label += 1
+        beside.append((at, label))
+        dot = "hollow" if interval.seeds == 1 else "dot"
+        if label > height + 5:
+            parts.append(f'<path class="grid" d="M{at:.1f} {height:.1f}L{at + 9:.1f} {label - 4:.1f}"/>')
+        parts += [f'<circle class="{dot} {_class(method)}" cx="{at:.1f}" cy="{height:.1f}" r="4.5"/>',
+                  f'<text class="small" x="{at + 11:.1f}" y="{label:.1f}">{escape(_short(method))}</text>']  # fmt: skip
+    return parts
+
+
+def _short(method: str) -> str:
+    """A method's name with the values of its flags alone."""
+    return " ".join(word for word in method.split() if not word.startswith("--"))
+
+
 def _style() -> str:
     tones = {f"c{number}": tones for number, tones in enumerate(COLOURS.values())} | {"other": OTHER}
     light, dark = ("\n".join(f"{' ' * (2 + 2 * i)}.{name} {{ color: {pair[i]} }}" for name, pair in tones.items())
@@ -191,29 +294,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", help="names as outcomes.jsonl has them; default: see SHOWN")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="<model>/outcomes.jsonl")
-    parser.add_argument("--out", type=Path, default=OUT, help="the picture")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the pictures")
     args = parser.parse_args(arguments)
     try:
-        panels = [
-            (panel, {method: interval for folder in (panel.folder, *panel.again) for method, interval in
-                     complete_methods(list(read_outcomes(args.results / folder).values()), panel).items()})
-            for panel in PANELS
-        ]
+        stored = {folder.name: list(read_outcomes(folder).values()) for folder in sorted(args.results.glob("*/"))}
+        panels = [(panel, {method: interval for folder in (panel.folder, *panel.again) for method, interval in
+                           complete_methods(stored.get(folder, []), panel).items()}) for panel in PANELS]  # fmt: skip
         known = {method for _, intervals in panels for method in intervals}
         for method in args.methods or []:
             if method not in known:
                 raise InputError(f"--methods: found {method!r}; complete are {', '.join(sorted(known)) or 'none'}")
-        wanted = args.methods or SHOWN
-        panels = [
-            (panel, {method: one for method, one in intervals.items() if method in wanted})
-            for panel, intervals in panels
-        ]
-        picture = draw([(panel, intervals) for panel, intervals in panels if intervals])
+        pictures = {
+            "results.svg": draw(_wanted(panels, args.methods or SHOWN)),
+            "costs.svg": draw_costs(_wanted([(one, points(one, stored)) for one in COSTS], args.methods or SHOWN)),
+        }
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
-    args.out.write_text(picture, encoding="utf-8")
-    print(args.out)
+    for name, picture in pictures.items():
+        (args.out / name).write_text(picture, encoding="utf-8")
+        print(args.out / name)
     return 0
+
+
+def points(costs: Costs, stored: Mapping[str, Sequence[Outcome]]) -> dict[str, tuple[float, Interval]]:
+    """By method that is complete and whose cost is known, that cost and AP."""
+    complete = complete_methods(stored.get(costs.results.folder, []), costs.results)
+    known = costs.of(stored.get(costs.times or costs.results.folder, []))
+    return {method: (known[method], interval) for method, interval in complete.items() if method in known}
+
+
+def _wanted(panels: Sequence[tuple], methods: Sequence[str]) -> list[tuple]:
+    """The panels that show one of these methods, with these alone."""
+    shown = [(panel, {method: one for method, one in found.items() if method in methods}) for panel, found in panels]
+    return [(panel, found) for panel, found in shown if found]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.outcomes import Outcome, Trial
-from benchmarks.figures import Panel, complete_methods, draw, main
+from benchmarks.figures import LABEL, Costs, Panel, complete_methods, draw, draw_costs, main, points
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = sorted((ROOT / "docs" / "images").glob("*.svg"))
@@ -14,8 +14,8 @@ PANEL = Panel("small", "Small", ("A", "B"), 2)
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def outcome(method, order, seed, right, split="test"):
-    return Outcome(Trial(method, order, seed, split=split), [[0.0]], right, 1.0, 1, 1, None)
+def outcome(method, order, seed, right, split="test", seconds=1.0, stored=1):
+    return Outcome(Trial(method, order, seed, split=split), [[0.0]], right, seconds, 1, stored, None)
 
 
 def trials(method, right, seeds=(1, 2)):
@@ -60,12 +60,43 @@ def test_an_unknown_method_is_rejected(capsys):
     assert "--methods: found 'nothing'; complete are " in capsys.readouterr().err
 
 
-def test_command_draws_the_stored_outcomes_and_prints_the_path_alone(tmp_path, capsys):
-    picture = tmp_path / "results.svg"
-    assert main(["--out", str(picture)]) == 0
-    assert capsys.readouterr().out == f"{picture}\n"
-    drawn = picture.read_text(encoding="utf-8")
+def test_costs_are_megabytes_or_times_of_one_lora():
+    panel = Panel("small", "Small", ("A",), 1)
+    kept = [outcome(method, "A", 1, {"one": "11"}, stored=size)
+            for method, size in (("seqlora", 2_000_000), ("gorp", 8_000_000), ("olora", 4_000_000))]
+    alone = [outcome(method, "A", 1, {"one": "00"}, seconds=time) for method, time in (("seqlora", 4), ("gorp", 6))]
+    stored = {"small": kept, "alone": alone}
+    in_bytes, in_time = points(Costs(panel, "MB"), stored), points(Costs(panel, "time", "alone"), stored)
+    assert {method: cost for method, (cost, _) in in_bytes.items()} == {"seqlora": 2, "gorp": 8, "olora": 4}
+    assert {method: cost for method, (cost, _) in in_time.items()} == {"seqlora": 1, "gorp": 1.5}
+    assert in_time["gorp"][1].mean == 100, "the AP is not that of the timed trials"
+    assert points(Costs(panel, "time", "alone"), {"small": kept}) == {}
+
+
+def test_names_of_neighbours_do_not_overlap():
+    panel = Panel("small", "Small", ("A",), 1)
+    runs = [outcome(method, "A", 1, {"one": right}, stored=size) for method, right, size in (
+        ("olora", "1100", 10), ("nlora", "1100", 10), ("inclora", "1100", 11), ("gorp", "1111", 90))]  # fmt: skip
+    costs = Costs(panel, "MB")
+    picture = ElementTree.fromstring(draw_costs([(costs, points(costs, {"small": runs}))]))
+    at = {"".join(text.itertext()): float(text.get("y")) for text in picture.iter(SVG + "text")}
+    heights = sorted(at[name] for name in ("olora", "nlora", "inclora"))
+    assert all(below - above >= LABEL for above, below in zip(heights, heights[1:]))
+
+
+def test_command_draws_the_stored_outcomes_and_prints_the_paths_alone(tmp_path, capsys):
+    assert main(["--out", str(tmp_path)]) == 0
+    pictures = [tmp_path / "results.svg", tmp_path / "costs.svg"]
+    assert capsys.readouterr().out == "".join(f"{picture}\n" for picture in pictures)
+    drawn = pictures[0].read_text(encoding="utf-8")
     assert all(f">{name}<" in drawn for name in ("olora", "nlora", "multitask"))
+    assert ">sgorp<" in pictures[1].read_text(encoding="utf-8")
+
+
+def test_the_pictures_in_the_docs_are_those_of_the_stored_trials(tmp_path):
+    main(["--out", str(tmp_path)])
+    for picture in tmp_path.iterdir():
+        assert (ROOT / "docs" / "images" / picture.name).read_bytes() == picture.read_bytes(), picture.name
 
 
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.stem)
