@@ -29,7 +29,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from benchmarks.outcomes import Outcome, read_outcomes  # noqa: E402
+from benchmarks.outcomes import STANDS_FOR, Outcome, read_outcomes  # noqa: E402
 from errors import InputError  # noqa: E402
 from report.bootstrap import Interval, RunKey, paired_interval  # noqa: E402
 
@@ -38,8 +38,6 @@ OUT = ROOT / "docs" / "images"
 FIRST = ("gorp", "gorp --preset released", "sgorp")
 SHOWN = (*FIRST, "olora", "nlora", "inflora", "ella", "slao", "magmax", "ewc", "replay", "galore", "osf", "inclora",
          "seqlora", "multitask", "multitask --learning_rate 1e-3")  # fmt: skip
-STANDS_FOR = {"sgorp --galore_svd exact": "sgorp"}
-"""Trials from before a default changed are drawn under the method's name, unless it has complete trials of its own."""
 COLOURS = {
     "gorp": ("#bc4c00", "#f0883e"), "gorp --preset released": ("#9a6700", "#e3b341"), "sgorp": ("#8250df", "#bc8cff"),
     "olora": ("#0969da", "#58a6ff"), "nlora": ("#0a7ea4", "#56c8e8"), "replay": ("#1a7f37", "#3fb950"),

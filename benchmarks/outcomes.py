@@ -24,6 +24,8 @@ from run_record import RECORD
 SEARCHED = "A"
 """The order of the search for a method's settings."""
 DEFAULTS = "defaults"
+STANDS_FOR = {"sgorp --galore_svd exact": "sgorp"}
+"""Trials from before a default changed, and the method they count for as long as it has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -122,17 +124,17 @@ def read_outcomes(out: Path) -> dict[Trial, Outcome]:
 
 
 def tried(folders: Sequence[Path], method: str) -> dict[tuple[str, ...], dict[int, float]]:
-    """AP by settings and seed of the search for a method, or else for it with fewer of its flags, or with others."""
-    searched = [outcome for folder in folders for outcome in read_outcomes(folder).values()
-                if outcome.trial.split == "dev" and outcome.trial.order == SEARCHED and outcome.trial.settings
-                and outcome.trial.method.split()[0] == method.split()[0]]
-    nearest = max((outcome.trial.method for outcome in searched), default=None, key=lambda name: (
-        f"{method} ".startswith(f"{name} "), len(name) if f"{method} ".startswith(f"{name} ") else -len(name)))
-    scores: dict[tuple[str, ...], dict[int, float]] = {}
-    for outcome in searched:
-        if outcome.trial.method == nearest:
-            scores.setdefault(outcome.trial.settings, {})[outcome.trial.seed] = outcome.measures[0]
-    return scores
+    """AP by settings and seed of the search for a method, or else for it with fewer of its flags."""
+    by_method: dict[str, dict[tuple[str, ...], dict[int, float]]] = {}
+    for outcome in (one for folder in folders for one in read_outcomes(folder).values()):
+        trial = outcome.trial
+        if trial.split == "dev" and trial.order == SEARCHED and trial.settings:
+            by_method.setdefault(trial.method, {}).setdefault(trial.settings, {})[trial.seed] = outcome.measures[0]
+    for former, name in STANDS_FOR.items():
+        if former in by_method:
+            by_method.setdefault(name, by_method[former])
+    nearest = max((name for name in by_method if f"{method} ".startswith(f"{name} ")), default=None, key=len)
+    return by_method.get(nearest, {})
 
 
 def best_settings(folders: Sequence[Path], method: str) -> tuple[str, ...]:

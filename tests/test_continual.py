@@ -126,6 +126,15 @@ def test_what_the_search_found_is_for_the_method_and_its_variants(tmp_path):
     assert best_settings([tmp_path], "olora") == ()
 
 
+def test_the_search_of_a_former_default_counts_for_the_method_alone(tmp_path):
+    finish(tmp_path, Trial("sgorp --galore_svd exact", "A", 1, ("--lr", "1"), "dev"))
+    finish(tmp_path, Trial("sgorp --protect step", "A", 1, ("--lr", "2"), "dev"))
+    assert best_settings([tmp_path], "sgorp") == best_settings([tmp_path], "sgorp --protect none") == ("--lr", "1")
+    assert best_settings([tmp_path], "sgorp --protect step") == ("--lr", "2")
+    finish(tmp_path, Trial("sgorp", "A", 1, ("--lr", "3"), "dev"))
+    assert best_settings([tmp_path], "sgorp") == ("--lr", "3")
+
+
 def test_settings_are_compared_over_the_seeds_that_all_were_tried_with(tmp_path):
     for rate, seed, value in [("1", 1, 34), ("3", 1, 33), ("3", 2, 99), ("1", 2, 20), ("9", 1, 30)]:
         finish(tmp_path, Trial("gorp", "A", seed, ("--lr", rate), "dev"), accuracies=((value, None), (value, value)))
