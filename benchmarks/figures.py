@@ -12,7 +12,7 @@ drawn hollow: its interval is over test rows alone. Two methods are compared by 
 (REPRODUCE.md), not by whether these bars overlap.
 
 The bytes are those that the last task saves for a next one. The times are of training, the method's own passes over a
-task's examples included, relative to `seqlora`, all measured on a machine without other work (`TIMES`).
+task's examples included.
 """
 
 import argparse
@@ -48,9 +48,9 @@ COLOURS = {
 }  # fmt: skip
 """Of each method's own, in a tone for light and one for dark backgrounds; with other flags it keeps its colour."""
 OTHER = ("#59636e", "#b1bac4")
-NOTES = {"multitask": "all tasks at once, the ceiling"}
+NOTES = {"multitask": "all tasks at once"}
 WIDTH, ROW, TOP, NAMES, GAP = 830, 33, 72, 220, 36
-HEIGHT, LABEL = 380, 16  # of a panel of costs; between two labels
+HEIGHT, LABEL, LETTER = 380, 15, 8.2  # of a panel of costs; of a name in it, and the width of its letters
 
 
 @dataclass(frozen=True)
@@ -84,36 +84,35 @@ class Costs:
 
     results: Panel
     axis: str
-    times: str | None = None  # folder of trials that took their time alone; without one the cost is in bytes
+    in_time: bool = False  # else in bytes
 
     def of(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """By method, megabytes, or how many times as long as seqlora it trained."""
         values: dict[str, list[float]] = {}
         for outcome in outcomes:
             if outcome.trial.split == "test" and outcome.trial.order in self.results.orders:
-                value = outcome.seconds if self.times else outcome.stored_bytes / 1e6
+                value = outcome.seconds if self.in_time else outcome.stored_bytes / 1e6
                 values.setdefault(outcome.trial.method, []).append(value)
         means = {method: statistics.mean(own) for method, own in values.items()}
-        unit = means.get("seqlora") if self.times else 1
+        unit = means.get("seqlora") if self.in_time else 1
         return {method: mean / unit for method, mean in means.items()} if unit else {}
 
     def ticks(self, low: float, high: float) -> list[float]:
         """Round values between the lowest cost and the highest."""
-        if self.times:
-            return [tick / 2 for tick in range(math.ceil(2 * low), math.floor(2 * high) + 1)]
+        if self.in_time:
+            return [tick / 10 for tick in range(math.ceil(10 * low), math.floor(10 * high) + 1)]
         return [unit * 10.0**power for power in range(-3, 4) for unit in (1, 2, 5) if low <= unit * 10.0**power <= high]
 
     def position(self, cost: float) -> float:
         """Along the axis, which is logarithmic for bytes."""
-        return cost if self.times else math.log(cost)
+        return cost if self.in_time else math.log(cost)
 
 
-TIMES = "small-t5-times"
-"""The folder of the trials that give the times."""
 COSTS = (
     Costs(Panel("smollm2-135m", "SmolLM2-135M", ("A", "B"), 1), "MB kept for the next task"),
-    Costs(Panel("small-t5-b", "Small T5", ("A", "B"), 3), "training time, relative to one LoRA (seqlora)", TIMES),
+    Costs(Panel("small-t5-times", "Small T5", ("A",), 1), "training time, as a multiple of seqlora's", in_time=True),
 )
+"""Nothing else ran on the machine while the trials of `small-t5-times` did, two at a time."""
 
 
 def complete_methods(outcomes: Sequence[Outcome], panel: Panel) -> dict[str, Interval]:
@@ -229,7 +228,7 @@ def _cost_panel(costs: Costs, points: Mapping[str, tuple[float, Interval]], left
     first, reach = min(places), (max(places) - min(places)) or 1
 
     def x(cost: float) -> float:  # the names of the last points need room
-        return left + 12 + (width - 110) * (costs.position(cost) - first) / reach
+        return left + 12 + (width - 80) * (costs.position(cost) - first) / reach
 
     def y(value: float) -> float:
         return TOP + HEIGHT * (high - value) / (high - low)
@@ -242,19 +241,34 @@ def _cost_panel(costs: Costs, points: Mapping[str, tuple[float, Interval]], left
                   f'<text class="muted small" x="{left - 24:.1f}" y="{y(value) + 4:.1f}">{value}</text>']  # fmt: skip
     for tick in costs.ticks(min(cost for cost, _ in points.values()), max(cost for cost, _ in points.values())):
         parts.append(f'<text class="muted small mid" x="{x(tick):.1f}" y="{bottom + 20}">{tick:g}</text>')
-    beside: list[tuple[float, float]] = []
-    for method, (cost, interval) in sorted(points.items(), key=lambda item: -item[1][1].mean):
-        at, height = x(cost), y(interval.mean)
-        label = height + 4
-        while any(abs(at - other) < 110 and abs(label - taken) < LABEL for other, taken in beside):
-            label += 1
-        beside.append((at, label))
+    at = {method: (x(cost), y(interval.mean)) for method, (cost, interval) in points.items()}
+    names = place_names({_short(method): place for method, place in at.items()}, left, left + width)
+    for method, (_, interval) in points.items():
+        name, (across, down) = _short(method), at[method]
+        start, line = names[name]
         dot = "hollow" if interval.seeds == 1 else "dot"
-        if label > height + 5:
-            parts.append(f'<path class="grid" d="M{at:.1f} {height:.1f}L{at + 9:.1f} {label - 4:.1f}"/>')
-        parts += [f'<circle class="{dot} {_class(method)}" cx="{at:.1f}" cy="{height:.1f}" r="4.5"/>',
-                  f'<text class="small" x="{at + 11:.1f}" y="{label:.1f}">{escape(_short(method))}</text>']  # fmt: skip
+        if abs(line - down) > LABEL:
+            near = start if start > across else start + LETTER * len(name)
+            parts.append(f'<path class="grid" d="M{across:.1f} {down:.1f}L{near:.1f} {line:.1f}"/>')
+        parts += [f'<circle class="{dot} {_class(method)}" cx="{across:.1f}" cy="{down:.1f}" r="4.5"/>',
+                  f'<text class="small" x="{start:.1f}" y="{line + 4:.1f}">{escape(name)}</text>']  # fmt: skip
     return parts
+
+
+def place_names(points: Mapping[str, tuple[float, float]], left: float, right: float) -> dict[str, tuple[float, float]]:
+    """Where each point's name begins, and its height: beside the point, as near as no point or other name is."""
+    taken = [(across - 6, across + 6, down, 6.0) for across, down in points.values()]
+    places = {}
+    for name, (across, down) in sorted(points.items(), key=lambda item: item[1][1]):
+        width = LETTER * len(name)
+        ways = [(start, down + shift) for shift in sorted(range(-150, 151, 2), key=abs)
+                for start in (across + 9, across - 9 - width) if left <= start <= right - width]  # fmt: skip
+        start, line = next(way for way in ways if not any(
+            way[0] < end and begin < way[0] + width and abs(way[1] - middle) < LABEL / 2 + half
+            for begin, end, middle, half in taken))  # fmt: skip
+        taken.append((start, start + width, line, LABEL / 2))
+        places[name] = (start, line)
+    return places
 
 
 def _short(method: str) -> str:
@@ -316,8 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def points(costs: Costs, stored: Mapping[str, Sequence[Outcome]]) -> dict[str, tuple[float, Interval]]:
     """By method that is complete and whose cost is known, that cost and AP."""
-    complete = complete_methods(stored.get(costs.results.folder, []), costs.results)
-    known = costs.of(stored.get(costs.times or costs.results.folder, []))
+    outcomes = stored.get(costs.results.folder, [])
+    complete, known = complete_methods(outcomes, costs.results), costs.of(outcomes)
     return {method: (known[method], interval) for method, interval in complete.items() if method in known}
 
 

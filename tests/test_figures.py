@@ -1,12 +1,13 @@
 """The pictures of README and docs: the results as `benchmarks/figures.py` draws them, and what holds for every SVG."""
 
+import itertools
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks.outcomes import Outcome, Trial
-from benchmarks.figures import LABEL, Costs, Panel, complete_methods, draw, draw_costs, main, points
+from benchmarks.figures import LABEL, LETTER, Costs, Panel, place_names, complete_methods, draw, main, points
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = sorted((ROOT / "docs" / "images").glob("*.svg"))
@@ -62,26 +63,24 @@ def test_an_unknown_method_is_rejected(capsys):
 
 def test_costs_are_megabytes_or_times_of_one_lora():
     panel = Panel("small", "Small", ("A",), 1)
-    kept = [outcome(method, "A", 1, {"one": "11"}, stored=size)
-            for method, size in (("seqlora", 2_000_000), ("gorp", 8_000_000), ("olora", 4_000_000))]
-    alone = [outcome(method, "A", 1, {"one": "00"}, seconds=time) for method, time in (("seqlora", 4), ("gorp", 6))]
-    stored = {"small": kept, "alone": alone}
-    in_bytes, in_time = points(Costs(panel, "MB"), stored), points(Costs(panel, "time", "alone"), stored)
-    assert {method: cost for method, (cost, _) in in_bytes.items()} == {"seqlora": 2, "gorp": 8, "olora": 4}
+    stored = {"small": [
+        outcome(method, "A", 1, {"one": "11"}, seconds=seconds, stored=size)
+        for method, seconds, size in (("seqlora", 4.0, 2_000_000), ("gorp", 6.0, 8_000_000))
+    ]}  # fmt: skip
+    in_bytes, in_time = (points(Costs(panel, "", in_time), stored) for in_time in (False, True))
+    assert {method: cost for method, (cost, _) in in_bytes.items()} == {"seqlora": 2, "gorp": 8}
     assert {method: cost for method, (cost, _) in in_time.items()} == {"seqlora": 1, "gorp": 1.5}
-    assert in_time["gorp"][1].mean == 100, "the AP is not that of the timed trials"
-    assert points(Costs(panel, "time", "alone"), {"small": kept}) == {}
+    assert points(Costs(panel, "", in_time=True), {"small": stored["small"][1:]}) == {}, "a multiple of what?"
 
 
 def test_names_of_neighbours_do_not_overlap():
-    panel = Panel("small", "Small", ("A",), 1)
-    runs = [outcome(method, "A", 1, {"one": right}, stored=size) for method, right, size in (
-        ("olora", "1100", 10), ("nlora", "1100", 10), ("inclora", "1100", 11), ("gorp", "1111", 90))]  # fmt: skip
-    costs = Costs(panel, "MB")
-    picture = ElementTree.fromstring(draw_costs([(costs, points(costs, {"small": runs}))]))
-    at = {"".join(text.itertext()): float(text.get("y")) for text in picture.iter(SVG + "text")}
-    heights = sorted(at[name] for name in ("olora", "nlora", "inclora"))
-    assert all(below - above >= LABEL for above, below in zip(heights, heights[1:]))
+    crowd = {"olora": (50.0, 40.0), "nlora": (50.0, 41.0), "inclora": (52.0, 40.0), "gorp": (90.0, 90.0)}
+    places = place_names(crowd, 0, 160)
+    boxes = [(start, start + LETTER * len(name), line) for name, (start, line) in places.items()]
+    for (start, end, line), (begin, stop, other) in itertools.combinations(boxes, 2):
+        assert end <= begin or stop <= start or abs(line - other) >= LABEL
+    assert all(0 <= start and end <= 160 for start, end, _ in boxes)
+    assert places["gorp"] == (99, 90), "a name stays beside its point where there is room"
 
 
 def test_command_draws_the_stored_outcomes_and_prints_the_paths_alone(tmp_path, capsys):
