@@ -150,7 +150,7 @@ def best_settings(folders: Sequence[Path], method: str) -> tuple[str, ...]:
 
 def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {}, learnt: Sequence[str] = ()) -> str:
     """Markdown: method x order, AP and BWT as mean and spread over seeds, by how much `reference` is above each, how
-    many values it trains and what it hands on from task to task. A method without some of the orders and seeds has no
+    many values it trains and what it keeps for the next task. A method without some of the orders and seeds has no
     mean, and comes last.
 
     Args:
