@@ -131,6 +131,8 @@ KNOBS = {
     "sgorp": ["--galore_lr 1e-4", "--galore_lr 1e-3 --galore_rank 32"],
 }
 """By the method's name, or by its name and flags."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all trials share; `extra` flags, which an outcome does not tell, are for tests."""

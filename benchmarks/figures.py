@@ -112,7 +112,7 @@ COSTS = (
     Costs(Panel("smollm2-135m", "SmolLM2-135M", ("A", "B"), 1), "MB kept for the next task"),
     Costs(Panel("small-t5-times", "Small T5", ("A",), 1), "training time, as a multiple of seqlora's", in_time=True),
 )
-"""Nothing else ran on the machine while the trials of `small-t5-times` did, two at a time."""
+"""The trials of `small-t5-times` ran two at a time, with next to nothing else on the machine."""
 
 
 def complete_methods(outcomes: Sequence[Outcome], panel: Panel) -> dict[str, Interval]:

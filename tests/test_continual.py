@@ -18,6 +18,7 @@ from errors import InputError
 from files import read_json
 from helpers import ROOT
 from initial_model import pretrain_small_t5
+from order_config import read_order
 
 TINY = ROOT / "initial_model" / "tiny-t5"
 
@@ -44,6 +45,12 @@ def test_every_method_is_searched_over_three_rates_and_two_more_settings():
         assert len({rate for _, rate in rates(method)}) == 3
         more = knobs(method, rates(method)[1])
         assert len(set(more)) == 2 and not set(more) & set(rates(method))
+
+
+def test_order_l_is_order_4_without_yahoo_and_runs_only_when_asked_for():
+    published = [f"{step.task}/{step.dataset}" for step in read_order(ROOT / "configs" / "order4_configs")]
+    assert continual.ORDERS["L"] == [task for task in published if task != "TC/yahoo"]
+    assert continual.ORDERS.keys() - set(continual.SHORT) == {"L"}
 
 
 def test_a_method_without_a_knob_gets_two_more_rates():
