@@ -43,7 +43,6 @@ class MagmaxArguments(LoraArguments):
         check_number(self, "magmax_scale", least=0)
 
 
-
 class Magmax(Seqlora):
     Arguments = MagmaxArguments
     float32_base = True
