@@ -41,20 +41,20 @@ def collate(pairs):
 def train(method, previous, pairs, epochs):
     base = AutoModelForSeq2SeqLM.from_pretrained(BASE, dtype=torch.float32)
     model = method.prepare(base, previous, decoder_only=False).train()
+    rows = pairs[: method.shown_rows]  # what it may see before and after training; None: all
+    shown = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
+    method.begin_task(model, iter(shown))
     optimizer = method.create_optimizer(lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     method.begin_training()
     for epoch in range(epochs):
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED + epoch))
-        for chosen in order.split(BATCH):
+        for chosen in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED + epoch)).split(BATCH):
             method.begin_micro_batch(is_last=True)  # an optimizer step follows every batch
-            loss = model(**collate([pairs[index] for index in chosen])).loss
-            if (penalty := method.penalty()) is not None:
-                loss = loss + penalty
-            loss.backward()
+            loss, penalty = model(**collate([pairs[index] for index in chosen])).loss, method.penalty()
+            (loss if penalty is None else loss + penalty).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    method.revisit(model, (collate(pairs[start : start + BATCH]) for start in range(0, min(64, len(pairs)), BATCH)))
+    method.revisit(model, iter(shown))
     method.end_task()
     return model.eval(), loss.item()
 

@@ -38,6 +38,7 @@ class MethodHooks:
 
     def create_optimizer(self, model=None):
         args = self.args
+        self.method.begin_task(self.model, self.shown_batches())
         self.optimizer = self.method.create_optimizer(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                                                       eps=args.adam_epsilon, weight_decay=args.weight_decay)
         self.method.begin_training()
@@ -49,14 +50,17 @@ class MethodHooks:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        penalty = self.method.penalty() if model.training else None
-        if penalty is not None:
+        if model.training and (penalty := self.method.penalty()) is not None:
             # Once an optimizer step. Where the Trainer does not count the answers' tokens, it divides the sum itself.
             loss = loss + penalty / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
         return (loss, outputs) if return_outputs else loss
 
+    def shown_batches(self):
+        rows = self.method.shown_rows  # what it may see before and after training; None: all
+        return islice(self.get_eval_dataloader(self.train_dataset), rows and rows // self.args.eval_batch_size)
+
     def end_task(self, folder):
-        self.method.revisit(self.model, islice(self.get_train_dataloader(), 8))
+        self.method.revisit(self.model, self.shown_batches())
         self.method.end_task()
         self.method.save(folder)
 
