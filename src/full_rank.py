@@ -43,6 +43,13 @@ def exact(layer: nn.Linear) -> torch.Tensor:
     return layer.weight if rounding is None else layer.weight.float() + rounding.to(layer.weight.device)
 
 
+def hold(layer: nn.Linear, W: torch.Tensor) -> None:
+    """Give a layer the weight W (out, in), and `exact` what 16 bits leave out of it."""
+    layer.weight.copy_(W)
+    if layer.weight.dtype != torch.float32:
+        layer.register_buffer("rounding", (W - layer.weight.float()).to(layer.weight.dtype), persistent=False)
+
+
 class ExactWeights(UserDict):
     """Made of layers by name; reading one gives its `exact` weight, computed there and then."""
 
@@ -59,8 +66,7 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
     path = folder / FILE_NAME
     if not path.exists():
         return {}
-    modules = dict(model.named_modules())
-    layers = {}
+    modules, layers = dict(model.named_modules()), {}
     with open_tensors(path) as file:
         for key in file.keys():
             name, saved = key.removesuffix(".weight"), file.get_tensor(key)
@@ -71,9 +77,6 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
                 raise InputError(f"{path}: {key} is {tuple(saved.shape)}; the base model's is "
                                  f"{tuple(layer.weight.shape)}")
             check_values(key, saved, path)
-            layer.weight.copy_(saved)
-            if layer.weight.dtype != torch.float32:
-                rounding = (saved - layer.weight.float()).to(layer.weight.dtype)
-                layer.register_buffer("rounding", rounding, persistent=False)
+            hold(layer, saved)
             layers[name] = layer
     return layers

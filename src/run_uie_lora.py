@@ -105,9 +105,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     unset_hf_deepspeed_config()
     narrow = training_args.bf16 and not method.float32_base  # what trains is float32 all the same
     how = {"dtype": torch.bfloat16 if narrow else torch.float32}
-    if model_args.load_in_4bit:  # what trains at full rank must be known before weights are read
+    if model_args.load_in_4bit:  # which weights change must be known before they are read
         choose_modules(method_args, load_model(model_args, data_args, weights=False).model)
-        how["not_in_4bit"] = getattr(method_args, "optim_target_modules", [])
+        how["not_in_4bit"] = method_args.changed_base()
     loaded = load_model(model_args, data_args, **how)
     choose_modules(method_args, loaded.model)
     sharded = bool(training_args.deepspeed) and training_args.do_train

@@ -71,10 +71,9 @@ class UIETrainer(Seq2SeqTrainer):
         """The method's optimizer, with its own learning rates per group."""
         if self.optimizer is None:
             args = self.args
-            betas, decay = (args.adam_beta1, args.adam_beta2), args.weight_decay
-            self.optimizer = self.method.create_optimizer(
-                lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=decay
-            )
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = self.method.create_optimizer(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon,
+                                                          weight_decay=args.weight_decay)
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):

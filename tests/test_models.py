@@ -342,9 +342,11 @@ def test_two_ranks(name, make, mini_benchmark, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
 
 
-@pytest.mark.parametrize("method", ["gorp", pytest.param("inclora", marks=pytest.mark.recipe)])
+@pytest.mark.parametrize("method", [
+    "gorp", *(pytest.param(name, marks=pytest.mark.recipe) for name in ("inclora", "inflora", "magmax")),
+])  # fmt: skip
 def test_a_frozen_base_in_4_bits(method, mini_benchmark, tmp_path, monkeypatch, capfd):
-    """Linear layers that do not train are NF4; the full-rank weights are not, and both kinds of tasks follow on."""
+    """Linear layers that do not change are NF4; the others are not, and all kinds of tasks follow on."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     import run_uie_lora
 
@@ -354,12 +356,14 @@ def test_a_frozen_base_in_4_bits(method, mini_benchmark, tmp_path, monkeypatch, 
         words = command(mini_benchmark, tmp_path / dataset, dataset, model, "--method", method, "--load_in_4bit")
         assert run_uie_lora.main(words) == 0
         model = adapter(tmp_path / dataset)
-    kinds = {name.split(".")[-1]: type(module) for name, module in prepared[-1].named_modules()}
-    assert kinds["o_proj"] is bitsandbytes.nn.Linear4bit and kinds["lm_head"] is torch.nn.Linear
-    assert (kinds["gate_proj"] is torch.nn.Linear) == (method == "gorp")
-    assert ("--optim_target_modules stay in float32" in capfd.readouterr().out) == (method == "gorp")
-    assert json.loads((model / "adapter_config.json").read_text())["r_sum"] == 16
-    assert (model / "full_rank_weights.safetensors").exists() == (method == "gorp")
+    kinds = {name.removesuffix(".base_layer").split(".")[-1]: type(module)
+             for name, module in prepared[-1].named_modules() if isinstance(module, torch.nn.Linear)}
+    changed = {"gorp": {"gate_proj"}, "magmax": {"q_proj", "v_proj"}}.get(method, set())
+    whole = {name for name in ("gate_proj", "q_proj", "v_proj", "o_proj", "lm_head") if kinds[name] is torch.nn.Linear}
+    assert whole == changed | {"lm_head"} and kinds["o_proj"] is bitsandbytes.nn.Linear4bit
+    said = capfd.readouterr().out
+    assert ("stay in float32" in said) == bool(changed) and all(name in said for name in changed)
+    assert (model / "full_rank_weights.safetensors").exists() == bool(changed)
 
 
 # The page

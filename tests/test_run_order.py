@@ -96,11 +96,15 @@ def test_a_chain_on_two_ranks_gives_what_two_processes_a_task_give(order, mini_b
 
 
 @pytest.mark.recipe
+@pytest.mark.parametrize("bits, loss_apart, apart", [(32, 2e-4, 1e-2), (16, 2e-2, 0.1)])
 @pytest.mark.parametrize("method", ["nlora", "inflora", "ella", "slao", "magmax", "ewc"])
-def test_other_methods_train_on_two_ranks_what_they_train_in_one_process(method, order, mini_benchmark, tmp_path):
+def test_other_methods_train_on_two_ranks_what_they_train_in_one_process(
+    method, bits, loss_apart, apart, order, mini_benchmark, tmp_path
+):
     """Both tasks, so that what a method passes on is read under DeepSpeed too."""
     exact = ["--method", method, "--lora_dropout", "0", "--learning_rate", "1e-4", "--adam_epsilon", "1e-4",
-             "--max_steps", "6", "--logging_steps", "1", "--max_train_samples", "48", "--max_predict_samples", "4"]
+             "--max_steps", "6", "--logging_steps", "1", "--max_train_samples", "48", "--max_predict_samples", "4",
+             "--bf16", str(bits == 16)]
     ranks = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
     stage_2 = ["--deepspeed", "configs/ds_configs/stage2.config", "--per_device_train_batch_size", "4"]
     for name, launch, sharded in (("one", [sys.executable], []), ("two", ranks, stage_2)):
@@ -110,7 +114,7 @@ def test_other_methods_train_on_two_ranks_what_they_train_in_one_process(method,
         assert done.returncode == 0, done.stdout + done.stderr
     for task in ("1-dbpedia", "2-amazon"):
         one, two = (tmp_path / name / task for name in ("one", "two"))
-        assert losses(two) == pytest.approx(losses(one), rel=2e-4)
+        assert losses(two) == pytest.approx(losses(one), rel=loss_apart)
         files = sorted(path.name for path in (one / "t5_adapter").glob("*.safetensors"))
         assert files == sorted(path.name for path in (two / "t5_adapter").glob("*.safetensors"))
         for file in files:
@@ -118,7 +122,7 @@ def test_other_methods_train_on_two_ranks_what_they_train_in_one_process(method,
             assert alone.keys() == sharded.keys()
             for name, tensor in alone.items():
                 # The sign that nlora's penalty takes of an entry near 0 turns with the last digits.
-                assert method == "nlora" or (sharded[name] - tensor).norm() <= 1e-2 * tensor.norm(), (file, name)
+                assert method == "nlora" or (sharded[name] - tensor).norm() <= apart * tensor.norm(), (file, name)
 
 
 def test_each_task_starts_from_the_one_before():

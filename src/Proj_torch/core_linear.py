@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from full_rank import hold
 from Proj_torch.layer_gradient import LayerGradient
 from Proj_torch.proj_projector import SIDES, Bases, Basis, back_factors, project, remove, remove_from_bases, times_thin
 
@@ -89,9 +90,7 @@ class CoreLinear(nn.Linear):
         if self.weight.dtype == torch.float32:
             self._add_update(self.weight.detach(), core)  # in place: nothing of W's size beside it
         else:
-            W = self.trained_weight(core)
-            self.weight.copy_(W)
-            self.rounding = (W - self.weight.float()).to(self.weight.dtype)
+            hold(self, self.trained_weight(core))
         self.decay = 1.0
 
     def trained_weight(self, core: Tensor) -> Tensor:

@@ -385,7 +385,8 @@ class LoraMethod(Method):
         for layer in loranew_layers(self.model).values() if lamda_1 or lamda_2 else []:
             A_new = layer.loranew_A[adapter].effective()
             if lamda_1 and adapter in layer.lora_A:
-                terms.append(lamda_1 * (layer.lora_A[adapter].weight.to(A_new.dtype) @ A_new.T).abs().sum())
+                overlap = layer.lora_A[adapter].weight.to(A_new.dtype) @ A_new.T
+                terms.append(lamda_1 * overlap.abs().sum(dtype=torch.float32))
             if lamda_2:
                 terms += [lamda_2 * A_new.norm(), lamda_2 * layer.loranew_B[adapter].weight.norm()]
         return terms

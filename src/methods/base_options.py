@@ -28,6 +28,10 @@ class MethodArguments:
     def __post_init__(self):
         pass
 
+    def changed_base(self) -> list[str]:
+        """Regular expressions for the base's weights that change, and so cannot be held in 4 bits."""
+        return []
+
     def check_with(self, training: UIETrainingArguments, zero_stage: int | None) -> None:
         """Reject options that contradict the training arguments; `zero_stage` is None without DeepSpeed.
 
@@ -102,6 +106,9 @@ class TargetArguments(MethodArguments):
         if isinstance(given, str):
             given = [given]
         self.optim_target_modules = [] if given == [NOTHING] else given
+
+    def changed_base(self):
+        return self.optim_target_modules
 
 
 @dataclass

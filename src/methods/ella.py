@@ -58,13 +58,15 @@ class Overlap(torch.autograd.Function):
 
     @staticmethod
     def forward(context, A: Tensor, B: Tensor, A_old: Tensor, B_old: Tensor) -> Tensor:
-        value, A_grad, B_grad = A.new_zeros((), dtype=torch.float32), torch.zeros_like(A), torch.zeros_like(B)
+        # In fp16 the products of small factors would underflow, and lambda times the loss scale overflow.
+        A, B, A_old, B_old = (factor.float() for factor in (A, B, A_old, B_old))
+        value, A_grad, B_grad = A.new_zeros(()), torch.zeros_like(A), torch.zeros_like(B)
         for start in range(0, len(B), BLOCK):
             rows = slice(start, start + BLOCK)
             weighted = (B_old[rows] @ A_old).square_()
             change = B[rows] @ A
             weighted *= change
-            value += (weighted * change).sum(dtype=torch.float32)
+            value += (weighted * change).sum()
             B_grad[rows] = weighted @ A.T
             A_grad += B[rows].T @ weighted
         context.save_for_backward(A_grad, B_grad)
@@ -73,4 +75,4 @@ class Overlap(torch.autograd.Function):
     @staticmethod
     def backward(context, grad: Tensor) -> tuple[Tensor | None, ...]:
         A_grad, B_grad = context.saved_tensors
-        return (2 * grad).to(A_grad.dtype) * A_grad, (2 * grad).to(B_grad.dtype) * B_grad, None, None
+        return 2 * grad * A_grad, 2 * grad * B_grad, None, None  # autograd casts them to their factors' dtypes

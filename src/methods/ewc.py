@@ -1,6 +1,6 @@
 """Online EWC (Schwarz et al., ICML 2018, https://arxiv.org/abs/1805.06370) on one LoRA that all tasks train.
 
-    loss += 1/2 lambda sum F (theta - theta*)^2
+    loss += 1/2 lambda sum decay F (theta - theta*)^2
 
 theta* is the LoRA as the last task left it, F the diagonal of the empirical Fisher information: after a task,
 F <- decay F + the mean over the task's examples of the squared gradient of log p(answer | prompt), one by one without
@@ -23,8 +23,8 @@ FISHER_FILE = "fisher.safetensors"
 
 @dataclass
 class EwcArguments(LoraArguments):
-    ewc_lamda: float = field(default=100.0, metadata={"help": "Weight lambda of 1/2 sum F (theta - theta*)^2; 0: off."})
-    ewc_decay: float = field(default=1.0, metadata={"help": "Factor on earlier tasks' F at the end of a task."})
+    ewc_lamda: float = field(default=100.0, metadata={"help": "Weight lambda of the penalty; 0: off."})
+    ewc_decay: float = field(default=1.0, metadata={"help": "Factor on earlier tasks' F."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,8 +56,9 @@ class Ewc(Seqlora):
     def penalty(self):
         if not self.options.ewc_lamda or not self.fisher:
             return None
+        weight = 0.5 * self.options.ewc_lamda * self.options.ewc_decay
         terms = [(self.fisher[name] * (factor - self.start[name]).square()).sum() for name, factor in self.factors()]
-        return 0.5 * self.options.ewc_lamda * torch.stack(terms).sum()
+        return weight * torch.stack(terms).sum()
 
     def revisit(self, model, batches):
         model = self.model  # not DeepSpeed's engine, which would take these gradients for a training step's

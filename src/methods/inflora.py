@@ -8,17 +8,20 @@ of x x^T over the inputs x that this task's examples give it.
 2. After the task, C is taken anew and M grows by GPM (`extend_basis`) until it holds a share
    eps_t = eps + (1 - eps) t / T of ||C||_F^2, t from 0, T the number of tasks in the order.
 
-Where fewer than r directions are left outside M, the rows of A_t without one are zero. The paper's DualGPM keeps the
-complement of M where that is smaller, which saves memory; here M is kept.
+Where fewer than r directions are left outside M, the rows of A_t without one are zero; a task for which no layer has
+one is an error. The paper's DualGPM keeps the complement of M where that is smaller, which saves memory; here M is
+kept.
 """
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from arguments import check
+from errors import InputError
 from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import LoraArguments
@@ -58,13 +61,17 @@ class Inflora(LoraMethod):
         eps = self.options.inflora_energy
         self.space = GradientSpace("input", eps + (1 - eps) * self.finished)
         if previous is not None:
-            weights = {name: layer.get_base_layer().weight for name, layer in self.layers.items()}
-            self.space.take_over(previous / SPACE_FILE, weights)
+            self.space.take_over(previous / SPACE_FILE, self.A)
         return model
 
     def begin_task(self, model, batches):
         for name, C in input_covariances(model, self.layers, batches).items():
+            if not C.isfinite().all():
+                raise InputError(f"--method inflora: the inputs of {name}, which choose A, are not finite")
             self.A[name].copy_(directions(C, self.space.get(name), len(self.A[name])) / math.sqrt(3))
+        if not any(A.any() for A in self.A.values()):
+            raise InputError("--method inflora: earlier tasks' inputs leave this task no direction in any layer, and "
+                             "nothing would train; allowed: a lower --inflora_energy from the first task on")
 
     def factors(self):
         return ((name, factor) for name, factor in super().factors() if factor.requires_grad)
@@ -96,19 +103,23 @@ def input_covariances(model, layers, batches) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
 
     def add(name: str, number: int, X: Tensor) -> None:
-        X = X.float()
-        total[name] = X.T @ X if name not in total else total[name].addmm_(X.T, X)
+        with torch.autocast(X.device.type, enabled=False):  # under --bf16 it would multiply in 16 bits
+            X = X.float()
+            total[name] = X.T @ X if name not in total else total[name].addmm_(X.T, X)
 
     see_inputs(model, layers, batches, add)
     return total
 
 
 def directions(C: Tensor, M: Tensor | None, rank: int) -> Tensor:
-    """The first `rank` left singular vectors of C - M M^T C as rows (rank, in); zero where M leaves no direction."""
+    """The first `rank` left singular vectors of C - M M^T C as rows (rank, in); zero where M leaves none.
+
+    Of a C of lower rank, what is left where M holds all of it is rounding error, whose singular vectors may lie in M.
+    """
     M = C.new_zeros(len(C), 0) if M is None else M.to(C)
-    count = min(rank, len(C) - M.shape[1])
-    rows = C.new_zeros(rank, len(C))
-    if count:
-        U, _, _ = truncated_svd(C - M @ (M.T @ C), count)
-        rows[:count] = orthonormal_against(M, U).T
+    rows, residual = C.new_zeros(rank, len(C)), C - M @ (M.T @ C)
+    if residual.any():
+        U, s, _ = truncated_svd(residual, min(rank, len(C) - M.shape[1]))
+        found = U[:, s > len(C) * torch.finfo(C.dtype).eps * torch.linalg.matrix_norm(C)]
+        rows[: found.shape[1]] = orthonormal_against(M, found).T
     return rows

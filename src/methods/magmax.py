@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import full_rank
 from arguments import check_number
 from files import read_tensors
 from loranew import loranew_layers
@@ -42,6 +43,9 @@ class MagmaxArguments(LoraArguments):
         super().__post_init__()
         check_number(self, "magmax_scale", least=0)
 
+    def changed_base(self):
+        return [self.lora_modules]
+
 
 class Magmax(Seqlora):
     Arguments = MagmaxArguments
@@ -49,7 +53,8 @@ class Magmax(Seqlora):
 
     def prepare(self, model, previous: Path | None, **kind):
         self.tasks: dict[str, Tensor] = {}  # of each factor, all tasks' (t, rows, columns)
-        self.base: dict[str, Tensor] = {}  # weights before merging, until training begins
+        self.sharded = kind.get("sharded", False)
+        self.base: dict[str, Tensor] = {}  # weights before merging; DeepSpeed may train on them in 16 bits
         if previous is not None:
             self.tasks, _ = read_tensors(previous / TASKS_FILE)
         merged = {name.partition(".loranew_")[0] for name in self.tasks}
@@ -63,8 +68,12 @@ class Magmax(Seqlora):
 
     @torch.no_grad()
     def begin_task(self, model, batches):
-        for name, layer in loranew_layers(self.model).items() if self.base else ():
-            layer.get_base_layer().weight.copy_(self.base.pop(name))
+        for name, layer in loranew_layers(self.model).items():
+            weight = layer.get_base_layer().weight
+            if name in self.base:
+                weight.copy_(self.base.pop(name))
+            if self.sharded:
+                self.base[name] = weight.to("cpu", copy=True)
         for name, factor in self.factors() if self.tasks else ():
             factor.copy_(self.tasks[name][-1])
 
@@ -77,11 +86,12 @@ class Magmax(Seqlora):
         merge = {"max": largest, "ties": ties}[self.options.magmax_merge]
         adapter = self.model.active_adapter
         for name, layer in loranew_layers(self.model).items():
-            weight, scale = layer.get_base_layer().weight, self.options.magmax_scale * layer.scaling[adapter]
+            target, scale = layer.get_base_layer(), self.options.magmax_scale * layer.scaling[adapter]
+            weight = self.base.pop(name, target.weight).to(target.weight.device)
             pairs = [self.tasks[f"{name}.loranew_{kind}.weight"].to(weight.device) for kind in "AB"]
-            weight += scale * merge([(A, B) for A, B in zip(*pairs)])
+            full_rank.hold(target, weight + scale * merge([(A, B) for A, B in zip(*pairs)]))
             layer.loranew_B[adapter].weight.zero_()
-            self.changed[name] = layer.get_base_layer()
+            self.changed[name] = target
 
     def save(self, folder: Path):
         super().save(folder)

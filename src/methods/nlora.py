@@ -60,5 +60,5 @@ class Nlora(LoraMethod):
         sizes = []
         for layer in loranew_layers(self.model).values():
             A, B = layer.loranew_A[adapter].weight, layer.loranew_B[adapter].weight
-            sizes.append((B @ A if self.options.nlora_form == "product" else A @ B).abs().sum())
+            sizes.append((B @ A if self.options.nlora_form == "product" else A @ B).abs().sum(dtype=torch.float32))
         return self.options.nlora_lamda * torch.stack(sizes).sum()

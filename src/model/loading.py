@@ -74,8 +74,7 @@ def load_model_and_tokenizer(
         resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
             warning. Only some models can (Pegasus can, BART and LLaMA cannot).
         family: "encoder-decoder" or "decoder-only", if it must be one of them.
-        not_in_4bit: None, or regular expressions for the linear layers that keep `dtype` while all others are held in 4
-            bits, but for the output embedding.
+        not_in_4bit: None, or regular expressions for layers that keep `dtype`; all others but the head are in 4 bits.
         weights: False leaves the model on the meta device: files and shapes are checked, no values are read.
 
     Raises:
@@ -246,7 +245,7 @@ def _four_bits(dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
     """NF4 with doubly quantised scales, as in QLoRA (Dettmers et al., NeurIPS 2023)."""
     if find_spec("bitsandbytes") is None:
         raise InputError("--load_in_4bit: package bitsandbytes is not installed; pip install bitsandbytes")
-    layers = f"; --optim_target_modules stay in {str(dtype).removeprefix('torch.')}" if kept else ""
+    layers = f"; {', '.join(kept)} stay in {str(dtype).removeprefix('torch.')}" if kept else ""
     logger.info("the frozen linear layers are held in 4 bits (NF4)%s", layers)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[*kept, "lm_head"])  # fmt: skip
