@@ -8,7 +8,7 @@
 Every method trains on the same 160 rows of each task for the same number of steps and answers the same test rows (200
 of each task, where it has them) after every task; on dev rows, and with a LLaMA, which answers slowly, after a task
 only that task's own, all of them after the last. A method is its name and, if wanted, flags, which win over all others:
-`--methods olora "sgorp --protect none"`. What is decided is decided on dev rows: `--question` compares variants of
+`--methods olora "sgorp --protect none"`. Settings are decided on dev rows: `--question` compares variants of
 SGORP (`QUESTIONS`); `--search` tries three learning rates, then with the best of them two more values of the method's
 own knob (`KNOBS`), or two more rates where it has none, on one order. A comparison takes the settings that were best on
 average over seeds.

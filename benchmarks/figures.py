@@ -4,8 +4,9 @@
     python benchmarks/figures.py --methods gorp "gorp --preset released" sgorp olora --out FOLDER
 
 The pictures are made from the finished trials in `benchmarks/results/<model>/outcomes.jsonl`, without model or data,
-and are the same bytes each time. A method is complete in a panel if it has all of the panel's orders, with as many
-seeds as the panel asks for; others are left out. Where a method, order and seed has two lines, the later one counts.
+and are the same bytes each time. A method is complete in a panel if it has as many seeds as the panel asks for in all
+of the panel's orders; others are left out, and so are seeds that it does not have in all of them. Where a method, order
+and seed has two lines, the later one counts.
 
 An interval is the bootstrap of `src/report/bootstrap.py`, over test rows and seeds, of the method's own AP. One seed is
 drawn hollow: its interval is over test rows alone. Two methods are compared by the interval of their difference
@@ -29,7 +30,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from benchmarks.outcomes import STANDS_FOR, Outcome, read_outcomes  # noqa: E402
+from benchmarks.outcomes import Outcome, read_outcomes  # noqa: E402
 from errors import InputError  # noqa: E402
 from report.bootstrap import Interval, RunKey, paired_interval  # noqa: E402
 
@@ -55,26 +56,22 @@ HEIGHT, LABEL, LETTER = 380, 15, 8.2  # of a panel of costs; of a name in it, an
 
 @dataclass(frozen=True)
 class Panel:
-    """One model: whose trials, which orders of them, and the seeds that a complete method has at least.
-
-    `again` are folders of the same model pretrained anew; a method that is there is drawn from there.
-    """
+    """One model: whose trials, which orders of them, and the seeds that a complete method has at least."""
 
     folder: str
     title: str
     orders: tuple[str, ...]
     seeds: int
-    again: tuple[str, ...] = ()
 
     def subtitle(self, seeds: set[int]) -> str:
-        orders = f"order {self.orders[0]}" if len(self.orders) == 1 else f"orders {self.orders[0]} to {self.orders[-1]}"
+        orders = f"order{'' if len(self.orders) == 1 else 's'} {' and '.join(self.orders)}"
         numbers = " or ".join(map(str, sorted(seeds)))
         return f"{orders}, {numbers} seed{'' if seeds == {1} else 's'}"
 
 
 PANELS = (
-    Panel("small-t5", "Small T5, 1.5 million weights", ("A", "B", "C"), 3, again=("small-t5-b",)),
-    Panel("smollm2-135m", "SmolLM2-135M", ("A",), 1),
+    Panel("small-t5-b", "Small T5, 1.5 million weights", ("A", "B"), 3),
+    Panel("smollm2-135m", "SmolLM2-135M", ("A", "B"), 1),
 )
 
 
@@ -122,14 +119,11 @@ def complete_methods(outcomes: Sequence[Outcome], panel: Panel) -> dict[str, Int
         trial = outcome.trial
         if trial.split == "test" and trial.order in panel.orders:
             right.setdefault(trial.method, {})[trial.order, str(trial.seed)] = outcome.rows()
-    intervals = {
-        method: paired_interval(runs) for method, runs in right.items()
-        if {order for order, _ in runs} == set(panel.orders)
-    }
-    complete = {method: interval for method, interval in intervals.items() if interval.seeds >= panel.seeds}
-    for method, name in STANDS_FOR.items():
-        if method in complete:
-            complete.setdefault(name, complete.pop(method))
+    complete = {}
+    for method, runs in right.items():
+        whole = set.intersection(*({seed for of, seed in runs if of == order} for order in panel.orders))
+        if len(whole) >= panel.seeds:
+            complete[method] = paired_interval({run: rows for run, rows in runs.items() if run[1] in whole})
     return complete
 
 
@@ -310,8 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         stored = {folder.name: list(read_outcomes(folder).values()) for folder in sorted(args.results.glob("*/"))}
-        panels = [(panel, {method: interval for folder in (panel.folder, *panel.again) for method, interval in
-                           complete_methods(stored.get(folder, []), panel).items()}) for panel in PANELS]  # fmt: skip
+        panels = [(panel, complete_methods(stored.get(panel.folder, []), panel)) for panel in PANELS]
         known = {method for _, intervals in panels for method in intervals}
         for method in args.methods or []:
             if method not in known:

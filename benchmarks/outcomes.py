@@ -175,7 +175,7 @@ def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {
     for method in sorted(of_method, key=lambda method: -means.get(method, (0, 0))[0]):
         own = of_method[method]
         settings, count = own[0].trial.effective_settings(), trials.get(method)
-        found = f" (best of {count})" if count and settings != DEFAULTS else ""
+        found = f" ({count} trials)" if count and settings != DEFAULTS else ""
         cells = [f"{method} | `{settings}`{found}"]
         cells += [", ".join(map(_spread, zip(*measures))) if (measures := _measures(own, order)) else "-"
                   for order in orders]  # fmt: skip

@@ -37,11 +37,10 @@ def test_only_complete_methods_are_drawn():
     assert complete_methods([*trials("sgorp", right), *one_seed, *one_order, *dev], PANEL).keys() == {"sgorp"}
 
 
-def test_a_former_default_stands_for_the_method_until_it_has_trials_of_its_own():
-    former = trials("sgorp --galore_svd exact", {"one": "1110"})
-    assert complete_methods(former, PANEL)["sgorp"].mean == 75
-    found = complete_methods([*former, *trials("sgorp", {"one": "1000"})], PANEL)
-    assert {method: interval.mean for method, interval in found.items()} == {"sgorp": 25}
+def test_a_seed_that_one_order_lacks_is_left_out_of_the_others():
+    alone = outcome("gorp", "A", 3, {"one": "0000"})
+    found = complete_methods([*trials("gorp", {"one": "1110"}), alone], PANEL)["gorp"]
+    assert (found.mean, found.runs, found.seeds) == (75, 4, 2)
 
 
 def test_every_method_has_one_row_best_first():
@@ -88,7 +87,7 @@ def test_command_draws_the_stored_outcomes_and_prints_the_paths_alone(tmp_path, 
     pictures = [tmp_path / "results.svg", tmp_path / "costs.svg"]
     assert capsys.readouterr().out == "".join(f"{picture}\n" for picture in pictures)
     drawn = pictures[0].read_text(encoding="utf-8")
-    assert all(f">{name}<" in drawn for name in ("olora", "nlora", "multitask"))
+    assert all(f">{name}<" in drawn for name in ("olora", "inflora", "multitask"))
     assert ">sgorp<" in pictures[1].read_text(encoding="utf-8")
 
 
