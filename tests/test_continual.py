@@ -277,7 +277,8 @@ NAMES = ["sgorp", "gorp", "gorp --preset released"]
     ["smollm2-135m", "--orders", "A", "--methods", "sgorp", "sgorp --galore_lr 1e-5 --galore_rank 8", "olora",
      "olora --lamda_1 0.05", "nlora", "osf", "magmax", "inclora", "seqlora", "multitask",
      "multitask --learning_rate 1e-3"],
-    ["smollm2-135m", "--orders", "L", "--methods", "sgorp", "olora"],
+    ["smollm2-135m", "--orders", "L", "--learnt_by", "multitask --learning_rate 1e-3", "--methods", "sgorp", "olora",
+     "multitask --learning_rate 1e-3"],
     ["gemma3-270m", "--orders", "A", "--methods", "sgorp", "olora", "gorp", "gorp --galore_lr 1e-5 --galore_rank 8",
      "multitask", "multitask --learning_rate 1e-3"],
 ])  # fmt: skip
