@@ -5,6 +5,7 @@
 With TRL: `class MethodSFTTrainer(MethodHooks, SFTTrainer)`, see docs/METHODS.md.
 """
 
+import math
 import sys
 from itertools import islice
 from pathlib import Path
@@ -57,7 +58,8 @@ class MethodHooks:
 
     def shown_batches(self):
         rows = self.method.shown_rows  # what it may see before and after training; None: all
-        return islice(self.get_eval_dataloader(self.train_dataset), rows and rows // self.args.eval_batch_size)
+        most = rows and math.ceil(rows / self.args.eval_batch_size)
+        return islice(self.get_eval_dataloader(self.train_dataset), most)
 
     def end_task(self, folder):
         self.method.revisit(self.model, self.shown_batches())

@@ -1,7 +1,6 @@
-"""Rival methods: each has the property that defines it, resumes to the same bits, and exports what it evaluates."""
+"""Rival methods: each has the property that defines it. tests/test_every_method.py runs them through the entry."""
 
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import export
-import run_uie_lora
 from command_line import parse_arguments
 from errors import InputError
-from helpers import PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
+from helpers import ROOT, T5, T5_MODULES, arguments
 from loranew import loranew_layers
 from methods import find_method
 from subspace import see_inputs
 from task_examples import OrderExamples
 
-SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "16"]
 STAGE_2 = str(ROOT / "configs" / "ds_configs" / "stage2.config")
 FULL_RANK = "full_rank_weights.safetensors"
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -143,7 +140,7 @@ def test_inflora_has_zero_rows_where_no_direction_is_left(kept, found):
     Q = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
     C = (Q[:, :6] * torch.tensor([50.0, 40, 30, 20, 2, 1])) @ Q[:, :6].T  # nothing in the last two directions
     rows = directions(C, Q[:, kept], 3)
-    assert (rows @ Q[:, kept] < 1e-5).all() and (rows @ Q[:, kept] > -1e-5).all()
+    assert ((rows @ Q[:, kept]).abs() < 1e-5).all()
     assert (rows @ Q[:, 6:]).abs().max() < 1e-4
     torch.testing.assert_close(rows[:found] @ rows[:found].T, torch.eye(found))
     assert not rows[found:].any() and not directions(torch.zeros(8, 8), None, 3).any()
@@ -466,49 +463,3 @@ def test_sgorp_step_protects_the_input_side_in_one_process(tmp_path):
                          (["--deepspeed", STAGE_2], "--protect: found step; structural under DeepSpeed")):
         with pytest.raises(InputError, match=fault):
             method_of("sgorp", "--protect", "step", *flags, folder=tmp_path)
-
-
-# All of them, through the entry
-
-
-RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc", "nlora --nlora_form factors",
-          "inclora --lora_optimizer muon", "seqlora --lora_optimizer muon", "sgorp --protect step"]
-
-
-@pytest.mark.parametrize("name", RIVALS)
-@pytest.mark.parametrize("family", PREFIX)
-def test_a_second_task_resumes_to_the_same_bits_and_exports_what_it_predicts(name, family, mini_benchmark, tmp_path):
-    model, modules = PREFIX[family]
-    flags = ["--method", *name.split(), *SHORT, "--save_strategy", "steps", "--save_steps", "2"]
-
-    def run(folder: str, dataset: str, start: Path, *extra: str) -> Path:
-        words = arguments(mini_benchmark, tmp_path / folder, dataset, start, modules, *flags, *extra)
-        assert run_uie_lora.main(words) == 0
-        return tmp_path / folder
-
-    first = run("first", "dbpedia", model)
-    whole = run("whole", "amazon", first / family)
-    shutil.copytree(whole / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
-    cut = run("cut", "amazon", first / family, "--resume_from_checkpoint", "True")
-    assert predictions(cut) == predictions(whole)
-    for path in (whole / family).glob("*.safetensors"):
-        once, again = load_file(path), load_file(cut / family / path.name)
-        assert once.keys() == again.keys() and all(torch.equal(once[key], again[key]) for key in once)
-    assert export.main([str(whole), "--to", str(tmp_path / "model")]) == 0
-    words = arguments(mini_benchmark, tmp_path / "again", "amazon", tmp_path / "model", modules, "--method", "inclora",
-                      *SHORT)  # fmt: skip
-    words.remove("--do_train")
-    assert run_uie_lora.main(words) == 0
-    assert predictions(tmp_path / "again") == predictions(whole)
-
-
-@pytest.mark.parametrize("name", RIVALS)
-def test_two_tasks_in_16_bits(name, mini_benchmark, tmp_path):
-    model, modules = PREFIX["t5_adapter"]
-    for dataset in ("dbpedia", "amazon"):
-        flags = ["--method", *name.split(), "--bf16", "True", *SHORT]
-        words = arguments(mini_benchmark, tmp_path / dataset, dataset, model, modules, *flags)
-        assert run_uie_lora.main(words) == 0
-        model = tmp_path / dataset / "t5_adapter"
-        tensors = [tensor for path in model.glob("*.safetensors") for tensor in load_file(path).values()]
-        assert tensors and all(tensor.isfinite().all() for tensor in tensors)
