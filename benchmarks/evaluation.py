@@ -1,10 +1,10 @@
-"""Evaluation of test sets: the plain loop against ours, what each measure saves, and what a row costs among others.
+"""Time the evaluation of test sets: the plain loop against ours, what each measure saves, and growth with the datasets.
 
     python benchmarks/evaluation.py --data CL_Benchmark --model initial_model/smollm2-135m --rows 4
 
-The plain loop takes rows in file order, pads every prompt to one length and generates a fixed number of tokens. The
-measures are then added one by one; all must give the same predictions, or the run ends with an error. A model that was
-never trained rambles, so it is first taught on training rows, in its last layers, to answer with a label.
+The plain loop takes examples in file order, pads every prompt to one length and generates a fixed number of tokens. The
+measures are then added one by one; all must give the same predictions, or the run ends with an error. A model that has
+not been trained on these tasks does not stop after a label, so it is first taught to, on training examples.
 """
 
 import argparse
@@ -42,7 +42,7 @@ FINISHED, MERGE_LENGTH = 15, 64  # tasks whose LoRA is old; prompt tokens of the
 
 @dataclass
 class Subject:
-    """A model that has learned to answer, and the test rows of each dataset by its name, in the order's order."""
+    """A model that has learned to answer, and dataset -> its test examples, in the order's sequence."""
 
     name: str
     model: torch.nn.Module
@@ -56,7 +56,7 @@ class Subject:
 
 
 def load(args: argparse.Namespace) -> Subject:
-    """The model of `args`, taught, with `args.rows` test rows of each dataset of the order that `args.data` has."""
+    """The model, taught to answer, with `args.rows` test examples of each of the order's datasets in `args.data`."""
     loaded = load_model_and_tokenizer(args.model)
     collator = DataCollatorForUIE(
         loaded.tokenizer, decoder_only=loaded.decoder_only, add_task_name=True, add_dataset_name=True,
@@ -72,22 +72,22 @@ def load(args: argparse.Namespace) -> Subject:
 
 
 def rows_of_order(data: Path, datasets: int) -> list[dict]:
-    """Training and test rows of the first datasets of the order that `data` has."""
+    """Training and test examples of the order's first `datasets` datasets that `data` has."""
     steps = [step for step in read_order(ORDER) if any(data.glob(f"*/{step.dataset}/test.json"))][:datasets]
     if not steps:
-        raise InputError(f"--data: {data} has no dataset of {ORDER.name}; a folder <TASK>/<DATASET>/test.json")
+        raise InputError(f"--data: {data} has no dataset of {ORDER.name}; expected <TASK>/<DATASET>/test.json")
     options = ExampleOptions(data, INSTRUCTIONS, max_num_instances_per_task=None, max_num_instances_per_eval_task=None)
     return [row for step in steps for row in step_rows(step, options)]
 
 
 def step_rows(step, options: ExampleOptions) -> list[dict]:
-    """Rows of the dataset that a step trains, which its task files name among those of earlier steps."""
+    """Examples of the dataset that a step trains; its task files also name those of earlier steps."""
     rows = read_examples([step.folder], options)
     return [row for row in rows if row["Dataset"] == step.dataset]
 
 
 def teach(model: torch.nn.Module, collator: DataCollatorForUIE, rows: list[dict], steps: int) -> None:
-    """Train the last layers on short training rows, until answers are labels and end."""
+    """Train a decoder-only model's last layers, or all of a T5, on short prompts, to answer with a label and end."""
     torch.manual_seed(0)
     model.requires_grad_(False)
     blocks = model.model.layers if collator.decoder_only else [*model.encoder.block, *model.decoder.block]
@@ -111,12 +111,12 @@ def teach(model: torch.nn.Module, collator: DataCollatorForUIE, rows: list[dict]
 
 @torch.no_grad()
 def loop(subject: Subject, *, one_length: bool = False, stop: bool = True, loss: bool = False) -> list[list[int]]:
-    """Answers in file order: padded to one length or to their batch's, up to the end token or for all new tokens."""
+    """Answers in file order: prompts padded to one length or their batch's, generated to the end token or the limit."""
     rows, collator, answers = subject.all_rows, subject.collator, []
     width = max(prompt for prompt, _ in collator.lengths(rows)) if one_length else None
     for start in range(0, len(rows), subject.batch_rows):
         examples = rows[start : start + subject.batch_rows]
-        if loss:  # as the Trainer's step: prompts and answers in a forward pass of their own
+        if loss:  # as in the Trainer's step: a separate forward pass over prompts and answers
             prediction(subject, examples).loss()
         collator.pad_to_multiple_of = width
         batch = collator(examples)
@@ -163,7 +163,7 @@ PLAIN, OURS = list(CONTENDERS)[0], list(CONTENDERS)[5]
 
 
 def measure(subject: Subject, repeats: int) -> dict[str, float]:
-    """Contender -> median seconds; they take turns, so that load from elsewhere hits all alike.
+    """Contender -> median seconds; they take turns, so that other load affects all of them equally.
 
     Raises:
         InputError: a contender's predictions differ from the plain loop's.
@@ -184,13 +184,13 @@ def measure(subject: Subject, repeats: int) -> dict[str, float]:
 
 
 def until_end(ids: list[int], tokenizer) -> str:
-    """The prediction that these ids are, as a run reads it."""
+    """The text of these ids up to the end token, as a run reads a prediction."""
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
     return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
 
 def growth(subject: Subject, repeats: int) -> dict[int, float]:
-    """Number of datasets t -> seconds for all their rows together as a multiple of the sum of each one's alone."""
+    """Number of datasets -> seconds for all of them together, as a multiple of the seconds for them one by one."""
     names = list(subject.rows)
     counts = sorted({min(count, len(names)) for count in TASKS})
 
@@ -209,7 +209,7 @@ def growth(subject: Subject, repeats: int) -> dict[int, float]:
 
 
 def tokenising(subject: Subject) -> tuple[float, float]:
-    """Seconds to tokenise the rows: for the first time, and again."""
+    """Seconds to tokenise the examples: for the first time, and again."""
     shared_ids.cache_clear()
     subject.collator.__post_init__()
     seconds = []
@@ -249,14 +249,14 @@ def loops(subject: Subject, repeats: int) -> Iterator[Row]:
 
 
 def counts_of_datasets(subject: Subject, repeats: int) -> Iterator[Row]:
-    """What a row costs among the rows of more datasets."""
+    """The cost of an example as datasets are added."""
     for tasks, ratio in growth(subject, repeats).items():
         met = "met" if ratio < 1.1 else "not met"
         yield f"{tasks} datasets at once", "the sum of each alone", f"{ratio:.2f} x the time", f"1 x: {met}"
 
 
 def tokens(subject: Subject, repeats: int) -> Iterator[Row]:
-    """What tokenising costs, once and again, and how many tokens are padding."""
+    """What tokenising costs, the first time and again, and how many tokens are padding."""
     first, again = tokenising(subject)
     figure = f"{1000 * first / len(subject.all_rows):.2f} ms a row"
     yield "tokenising, first time", "-", figure, "-"
@@ -266,7 +266,7 @@ def tokens(subject: Subject, repeats: int) -> Iterator[Row]:
 
 
 def finished_tasks(subject: Subject, repeats: int) -> Iterator[Row]:
-    """A forward pass after 15 tasks against one after the first, with the old LoRA beside the weights and in them."""
+    """A forward pass after 15 tasks against one after the first, with the old LoRAs beside the weights and merged."""
     modules = r".*(SelfAttention\.(q|v)|self_attn\.(q_proj|v_proj))"
     task = "CAUSAL_LM" if subject.collator.decoder_only else "SEQ_2_SEQ_LM"
     batch = subject.collator(subject.all_rows[:4])
@@ -306,7 +306,7 @@ def fastest_pass(model: torch.nn.Module, inputs: dict[str, torch.Tensor], passes
 
 
 def past_bound(subject: Subject) -> float:
-    """Share of the rows that have not ended where the longest label of their dataset does."""
+    """Share of the examples whose answer has not ended at the length of their dataset's longest label."""
     evaluated = prediction(subject, subject.all_rows)
     end = subject.collator.tokenizer.eos_token_id
     return statistics.mean(
@@ -340,11 +340,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="benchmark folder: <TASK>/<DATASET>/*.json")
     parser.add_argument("--model", default="initial_model/tiny-t5", help="default: %(default)s")
-    parser.add_argument("--rows", type=int, default=8, help="test rows of each dataset (%(default)s)")
-    parser.add_argument("--datasets", type=int, default=15, help="of the order, the first so many (%(default)s)")
-    parser.add_argument("--batch_rows", type=int, default=16, help="rows of a batch at most (%(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="test examples of each dataset (%(default)s)")
+    parser.add_argument("--datasets", type=int, default=15, help="the order's first N datasets (%(default)s)")
+    parser.add_argument("--batch_rows", type=int, default=16, help="most examples per batch (%(default)s)")
     parser.add_argument("--max_source_length", type=int, default=512, help="default: %(default)s")
-    parser.add_argument("--teach", type=int, default=40, help="training steps before (%(default)s)")
+    parser.add_argument("--teach", type=int, default=40, help="training steps before the measurement (%(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args(argv)
     for name in ("rows", "datasets", "batch_rows", "max_source_length", "repeats"):
@@ -355,7 +355,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
-    hf_logging.set_verbosity_error()  # a fixed number of tokens is asked for on purpose
+    hf_logging.set_verbosity_error()  # a fixed number of tokens is requested on purpose
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, float32, processor time\n")
     print("| what | against | figure | target |\n|---|---|---|---|")
     for row in results(arguments(argv)):

@@ -3,17 +3,17 @@
     python benchmarks/figures.py                                        the methods in SHOWN, into docs/images
     python benchmarks/figures.py --methods gorp "gorp --preset released" sgorp olora --out FOLDER
 
-The pictures are made from the finished trials in `benchmarks/results/<model>/outcomes.jsonl`, without model or data,
-and are the same bytes each time. A method is complete in a panel if it has as many seeds as the panel asks for in all
-of the panel's orders; others are left out, and so are seeds that it does not have in all of them. Where a method, order
-and seed has two lines, the later one counts.
+The pictures are drawn from the finished trials in `benchmarks/results/<model>/outcomes.jsonl`, without model or data,
+and are the same bytes each time. A method is complete in a panel if it has at least the panel's number of seeds in all
+of the panel's orders. Other methods are left out, and so are seeds that a method does not have in all of these orders.
+If a method, order and seed has two lines, the later one counts.
 
-An interval is the bootstrap of `src/report/bootstrap.py`, over test rows and seeds, of the method's own AP. One seed is
-drawn hollow: its interval is over test rows alone. Two methods are compared by the interval of their difference
-(REPRODUCE.md), not by whether these bars overlap.
+An interval is the bootstrap interval (`src/report/bootstrap.py`) of a method's own AP over test examples and seeds. A
+hollow dot is a single seed, with an interval over test examples alone. Two methods are compared by the interval of
+their difference (REPRODUCE.md), not by whether their bars overlap.
 
-The bytes are those that the last task saves for a next one. The times are of training, the method's own passes over a
-task's examples included.
+Bytes are what the last task saves for a next one. Times are those of training, including the method's own passes over a
+task's examples.
 """
 
 import argparse
@@ -25,14 +25,12 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from benchmarks.outcomes import Outcome, read_outcomes  # noqa: E402
 from errors import InputError  # noqa: E402
-from report.bootstrap import Interval, RunKey, paired_interval  # noqa: E402
+from report.bootstrap import Interval, paired_interval  # noqa: E402
 
 OUT = ROOT / "docs" / "images"
 
@@ -47,16 +45,16 @@ COLOURS = {
     "inflora": ("#1b6e6e", "#4fd1c5"), "ella": ("#8a2be2", "#d2a8ff"), "slao": ("#8c564b", "#c9a08f"),
     "magmax": ("#b35900", "#ffb366"), "ewc": ("#5a5a00", "#cccc66"),
 }  # fmt: skip
-"""Of each method's own, in a tone for light and one for dark backgrounds; with other flags it keeps its colour."""
+"""Each method's colour on light and on dark backgrounds, also with flags that have no entry of their own."""
 OTHER = ("#59636e", "#b1bac4")
 NOTES = {"multitask": "all tasks at once"}
 WIDTH, ROW, TOP, NAMES, GAP = 830, 33, 72, 220, 36
-HEIGHT, LABEL, LETTER = 380, 15, 8.2  # of a panel of costs; of a name in it, and the width of its letters
+HEIGHT, LABEL, LETTER = 380, 15, 8.2  # heights of a costs panel and of a name in it, width of a letter
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One model: whose trials, which orders of them, and the seeds that a complete method has at least."""
+    """A panel of results.svg: the folder and orders of its trials, and the fewest seeds of a complete method."""
 
     folder: str
     title: str
@@ -77,20 +75,16 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Costs:
-    """A panel of costs.svg: AP in a panel of results against one cost of each method."""
+    """A panel of costs.svg: each method's AP against one of its costs."""
 
     results: Panel
     axis: str
     in_time: bool = False  # else in bytes
 
-    def of(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """By method, megabytes, or how many times as long as seqlora it trained."""
-        values: dict[str, list[float]] = {}
-        for outcome in outcomes:
-            if outcome.trial.split == "test" and outcome.trial.order in self.results.orders:
-                value = outcome.seconds if self.in_time else outcome.stored_bytes / 1e6
-                values.setdefault(outcome.trial.method, []).append(value)
-        means = {method: statistics.mean(own) for method, own in values.items()}
+    def of(self, runs: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
+        """Method -> megabytes saved, or training time as a multiple of seqlora's; means over the method's runs."""
+        means = {method: statistics.mean(run.seconds if self.in_time else run.stored_bytes / 1e6 for run in own)
+                 for method, own in runs.items()}
         unit = means.get("seqlora") if self.in_time else 1
         return {method: mean / unit for method, mean in means.items()} if unit else {}
 
@@ -109,26 +103,33 @@ COSTS = (
     Costs(Panel("smollm2-135m", "SmolLM2-135M", ("A", "B"), 1), "MB kept for the next task"),
     Costs(Panel("small-t5-times", "Small T5", ("A",), 1), "training time, as a multiple of seqlora's", in_time=True),
 )
-"""The trials of `small-t5-times` ran two at a time, with next to nothing else on the machine."""
+"""The trials of `small-t5-times` ran two at a time, with almost nothing else on the machine."""
 
 
-def complete_methods(outcomes: Sequence[Outcome], panel: Panel) -> dict[str, Interval]:
-    """AP with its interval of every method that has the panel's orders and seeds on test rows."""
-    right: dict[str, dict[RunKey, Mapping[str, np.ndarray]]] = {}
+def complete_runs(outcomes: Sequence[Outcome], panel: Panel) -> dict[str, list[Outcome]]:
+    """Method -> its runs on test examples, for each method that has the panel's orders and seeds: those of the seeds
+    that it has in all of these orders."""
+    runs: dict[str, dict[tuple[str, int], Outcome]] = {}
     for outcome in outcomes:
         trial = outcome.trial
         if trial.split == "test" and trial.order in panel.orders:
-            right.setdefault(trial.method, {})[trial.order, str(trial.seed)] = outcome.rows()
+            runs.setdefault(trial.method, {})[trial.order, trial.seed] = outcome
     complete = {}
-    for method, runs in right.items():
-        whole = set.intersection(*({seed for of, seed in runs if of == order} for order in panel.orders))
-        if len(whole) >= panel.seeds:
-            complete[method] = paired_interval({run: rows for run, rows in runs.items() if run[1] in whole})
+    for method, own in runs.items():
+        seeds = set.intersection(*({seed for of, seed in own if of == order} for order in panel.orders))
+        if len(seeds) >= panel.seeds:
+            complete[method] = [outcome for (_, seed), outcome in own.items() if seed in seeds]
     return complete
 
 
+def performance(runs: Mapping[str, Sequence[Outcome]]) -> dict[str, Interval]:
+    """Method -> AP with its interval."""
+    return {method: paired_interval({(run.trial.order, str(run.trial.seed)): run.rows() for run in own})
+            for method, own in runs.items()}
+
+
 def draw(panels: Sequence[tuple[Panel, Mapping[str, Interval]]]) -> str:
-    """The picture, as SVG text: a row for each method, best first as the first panel has it."""
+    """The picture, as SVG text: a row for each method, in the order of the first panel, best first."""
     methods = sorted({method for _, intervals in panels for method in intervals},
                      key=lambda method: [-intervals[method].mean if method in intervals else math.inf
                                          for _, intervals in panels])  # fmt: skip
@@ -154,10 +155,11 @@ def draw(panels: Sequence[tuple[Panel, Mapping[str, Interval]]]) -> str:
     ])  # fmt: skip
 
 
-def _panel(panel, intervals, methods, left, width, bottom) -> list[str]:
-    low = 5 * math.floor(min(interval.low for interval in intervals.values()) / 5)
-    high = 5 * math.ceil(max(interval.high for interval in intervals.values()) / 5)
-
+def _panel(panel: Panel, intervals: Mapping[str, Interval], methods: Sequence[str], left: float, width: float,
+           bottom: float) -> list[str]:
+    """A panel of results.svg: its title, its axis and a bar for each method."""
+    low, high = _fives(*(interval.low for interval in intervals.values()),
+                       *(interval.high for interval in intervals.values()))
     seeds = {interval.seeds for interval in intervals.values()}
 
     def at(value: float) -> float:
@@ -180,6 +182,12 @@ def _panel(panel, intervals, methods, left, width, bottom) -> list[str]:
     return parts
 
 
+def _fives(*values: float) -> tuple[int, int]:
+    """The ends of an axis: the multiples of 5 around the values, which differ."""
+    low = 5 * math.floor(min(values) / 5)
+    return low, max(5 * math.ceil(max(values) / 5), low + 5)
+
+
 def _name(method: str, y: float, first: bool) -> list[str]:
     """A method's name, its flags below in small print."""
     name, _, flags = method.partition(" ")
@@ -192,13 +200,13 @@ def _name(method: str, y: float, first: bool) -> list[str]:
 
 
 def _class(method: str) -> str:
-    """The class of a method's colour."""
+    """The CSS class of a method's colour."""
     key = method if method in COLOURS else method.split()[0]
     return f"c{list(COLOURS).index(key)}" if key in COLOURS else "other"
 
 
 def draw_costs(panels: Sequence[tuple[Costs, Mapping[str, tuple[float, Interval]]]]) -> str:
-    """The picture of costs, as SVG text: for each panel a point a method, named beside it."""
+    """The picture of costs, as SVG text: in each panel a point for each method, with its name beside it."""
     left, width = 40, (WIDTH - 8 - GAP * (len(panels) - 1)) / max(len(panels), 1)
     parts = []
     for index, (costs, points) in enumerate(panels):
@@ -217,7 +225,7 @@ def draw_costs(panels: Sequence[tuple[Costs, Mapping[str, tuple[float, Interval]
 def _cost_panel(costs: Costs, points: Mapping[str, tuple[float, Interval]], left: float, width: float) -> list[str]:
     seeds = {interval.seeds for _, interval in points.values()}
     means = [interval.mean for _, interval in points.values()]
-    low, high, bottom = 5 * math.floor(min(means) / 5), 5 * math.ceil(max(means) / 5), TOP + HEIGHT
+    (low, high), bottom = _fives(*means), TOP + HEIGHT
     places = [costs.position(cost) for cost, _ in points.values()]
     first, reach = min(places), (max(places) - min(places)) or 1
 
@@ -250,7 +258,7 @@ def _cost_panel(costs: Costs, points: Mapping[str, tuple[float, Interval]], left
 
 
 def place_names(points: Mapping[str, tuple[float, float]], left: float, right: float) -> dict[str, tuple[float, float]]:
-    """Where each point's name begins, and its height: beside the point, as near as no point or other name is."""
+    """Where each point's name begins, and its height: beside the point, as near as the points and other names allow."""
     taken = [(across - 6, across + 6, down, 6.0) for across, down in points.values()]
     places = {}
     for name, (across, down) in sorted(points.items(), key=lambda item: item[1][1]):
@@ -266,7 +274,7 @@ def place_names(points: Mapping[str, tuple[float, float]], left: float, right: f
 
 
 def _short(method: str) -> str:
-    """A method's name with the values of its flags alone."""
+    """A method's name with the values of its flags, without the flags themselves."""
     return " ".join(word for word in method.split() if not word.startswith("--"))
 
 
@@ -298,13 +306,13 @@ def _style() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", help="names as outcomes.jsonl has them; default: see SHOWN")
+    parser.add_argument("--methods", nargs="+", help="names as in outcomes.jsonl; default: see SHOWN")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="<model>/outcomes.jsonl")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the pictures")
     args = parser.parse_args(arguments)
     try:
         stored = {folder.name: list(read_outcomes(folder).values()) for folder in sorted(args.results.glob("*/"))}
-        panels = [(panel, complete_methods(stored.get(panel.folder, []), panel)) for panel in PANELS]
+        panels = [(panel, performance(complete_runs(stored.get(panel.folder, []), panel))) for panel in PANELS]
         known = {method for _, intervals in panels for method in intervals}
         for method in args.methods or []:
             if method not in known:
@@ -315,6 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         (args.out / name).write_text(picture, encoding="utf-8")
         print(args.out / name)
@@ -322,14 +331,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def points(costs: Costs, stored: Mapping[str, Sequence[Outcome]]) -> dict[str, tuple[float, Interval]]:
-    """By method that is complete and whose cost is known, that cost and AP."""
-    outcomes = stored.get(costs.results.folder, [])
-    complete, known = complete_methods(outcomes, costs.results), costs.of(outcomes)
-    return {method: (known[method], interval) for method, interval in complete.items() if method in known}
+    """Method -> cost and AP of the same runs, for each complete method whose cost is known."""
+    runs = complete_runs(stored.get(costs.results.folder, []), costs.results)
+    known, intervals = costs.of(runs), performance(runs)
+    return {method: (cost, intervals[method]) for method, cost in known.items()}
 
 
 def _wanted(panels: Sequence[tuple], methods: Sequence[str]) -> list[tuple]:
-    """The panels that show one of these methods, with these alone."""
+    """The panels that have any of these methods, reduced to these methods."""
     shown = [(panel, {method: one for method, one in found.items() if method in methods}) for panel, found in panels]
     return [(panel, found) for panel, found in shown if found]
 

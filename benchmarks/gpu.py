@@ -1,18 +1,18 @@
-"""What the published sizes cost on one GPU: models of random weights at the shapes of LLaMA-2-7B and T5-large.
+"""What the published sizes cost on one GPU: models with random weights at the shapes of LLaMA-2-7B and T5-large.
 
     bash benchmarks/gpu.sh [SECTION ...] [--tiny]
 
-Prints one table, and writes each row, as it comes, as a JSON object to `--out`. Sections, the most important first:
+Prints one table, and appends each row at once to `--out` as a JSON object. Sections, the most important first:
 
-* step: tokens a second and peak memory of a training step, without a new basis: `gorp` as the scripts run it and with
+* step: tokens per second and peak memory of a training step without new bases: `gorp` as the scripts run it and with
   bases from a sketch, `sgorp`, PEFT's LoRA on the same layers, and galore-torch in place of gorp's full-rank training.
-  All compute logits at answers alone. With it: the peak against plan_memory's, the seconds of a step with new bases
-  (galore-torch's and an exact SVD are timed on one weight and multiplied), and of a task's end.
+  All compute logits only at answers. Also: the overall peak against plan_memory's, the seconds of a step with new bases
+  (for galore-torch, one exact SVD is timed and multiplied), and those of a task's end.
 * zero: a step under ZeRO-2 on one rank against one without DeepSpeed.
 * agree: the tiny order's first task on the GPU and on the CPU: weights after 20 steps, accuracies.
-* resume: a task resumed from a checkpoint against the same task without a break, deterministic algorithms on.
+* resume: a task resumed from a checkpoint against the same task without interruption, with deterministic algorithms.
 
-LLaMA is bf16 with recomputation, 1 x (512 + 50) tokens; T5 is float32, 4 x 512 tokens and 4 x 50.
+LLaMA: bf16, activations recomputed, 1 x (512 + 50) tokens a step. T5: float32, 4 x 512 prompt and 4 x 50 answer tokens.
 """
 
 import argparse
@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("step", "zero", "agree", "resume")
 STEPS, WARM_UP = 5, 2
 SOURCE, ANSWER = 512, 50
-TIME, MEMORY, PLAN = 1.10, 1.05, 0.10  # targets: at most this many times LoRA's; the plan's distance from the peak
+TIME, MEMORY, PLAN = 1.10, 1.05, 0.10  # targets: most time and memory relative to LoRA's; the plan's largest error
 MODULES = {
     "llama": {"lora_modules": ".*self_attn.(q_proj|v_proj).*", "optim_target_modules": [".*mlp.gate_proj.*"],
               "proj_lora_modules": ".*self_attn.(q_proj|v_proj).loranew_A.*"},
@@ -56,7 +56,7 @@ TINY = {
                          num_attention_heads=4, num_key_value_heads=4),
     "t5": T5Config(vocab_size=256, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16, decoder_start_token_id=0),
 }  # fmt: skip
-CONTENDERS = {  # of each model: name -> method and options, see `contender`
+CONTENDERS = {  # name -> method and its options, for both models; see `Training`
     "gorp": ("gorp", {}),
     "sgorp": ("sgorp", {}),
     "lora": ("lora", {}),
@@ -70,7 +70,7 @@ PLANNED = CUDA  # whether peaks are compared with plan_memory's
 
 
 class Table:
-    """Rows, printed and written as they come."""
+    """A table whose rows are printed and written as soon as they are measured."""
 
     def __init__(self, path: Path):
         self.path, self.card = path, torch.cuda.get_device_name() if CUDA else "no GPU"
@@ -88,7 +88,7 @@ class Table:
 
 
 class Training:
-    """A model of random weights with what trains it.
+    """A model with random weights, and the method or optimizer that trains it.
 
     Args:
         kind: llama or t5.
@@ -121,7 +121,7 @@ class Training:
         self.batch = self.make_batch(config.vocab_size)
 
     def build_other(self, model, full_rank: bool) -> None:
-        """PEFT's LoRA, on gorp's full-rank weights too; or there galore-torch's optimizer."""
+        """PEFT's LoRA, and for gorp's full-rank weights either LoRA as well or galore-torch's optimizer."""
         ends = {"llama": (["q_proj", "v_proj"], ["gate_proj"]),
                 "t5": (["SelfAttention.q", "SelfAttention.v"], ["EncDecAttention.q", "EncDecAttention.v"])}[self.kind]
         targets = ends[0] if full_rank else ends[0] + ends[1]
@@ -133,7 +133,7 @@ class Training:
         from galore_torch import GaLoreAdamW
         from galore_torch.galore_projector import GaLoreProjector
 
-        def one_of_them(projector, weights, rank, type):  # exact SVDs take minutes: `refresh` times one
+        def one_of_them(projector, weights, rank, type):  # exact SVDs take minutes; `measure` times one
             shape = (weights.shape[0], rank) if type == "left" else (rank, weights.shape[1])
             return torch.linalg.qr(torch.randn(max(shape), rank, device=weights.device))[0].to(weights).reshape(shape)
 
@@ -154,7 +154,7 @@ class Training:
         return {"input_ids": ids, "labels": labels, "answer_length": ANSWER}
 
     def step(self, model=None, backward: Callable | None = None, update: Callable | None = None) -> None:
-        """One optimizer step; `backward` and `update` are DeepSpeed's engine's."""
+        """One optimizer step; `backward` and `update` are those of DeepSpeed's engine."""
         if self.method is not None:
             self.method.begin_micro_batch(is_last=True)
         autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bf16 and model is None)
@@ -179,7 +179,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 @contextlib.contextmanager
 def peak() -> Iterator[list[float]]:
-    """A list that gets the block's peak of allocated bytes, None without a GPU."""
+    """Yield a list; at the block's end its peak of allocated bytes is appended, None without a GPU."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     found: list = []
@@ -208,7 +208,7 @@ def section_step(table: Table, configs: dict) -> None:
 
 
 def measure(kind: str, name: str, config, table: Table) -> tuple[float, float | None]:
-    """Median seconds of an ordinary step and its peak; rows of one contender."""
+    """Measure a contender and add its rows; return median seconds and peak bytes of a step without new bases."""
     training = Training(kind, name, config)
     method: Method | None = training.method
     if method is not None:
@@ -244,7 +244,7 @@ def end(method: Method, training: Training) -> None:
 
 
 def plan_of(kind: str, method: Method, training: Training) -> int:
-    """Bytes that plan_memory expects at the peak of a step, CUDA's own left out."""
+    """Bytes that plan_memory expects at the peak of a step, without CUDA's own."""
     preset = {"llama": "llama-2-7b", "t5": "t5-large"}[kind]
     words = ["--model_name_or_path", preset, "--lora_modules", MODULES[kind]["lora_modules"], "--optim_target_modules",
              *MODULES[kind]["optim_target_modules"], "--per_device_train_batch_size", str(training.rows),
@@ -287,7 +287,7 @@ def zero_step(config, initialize: Callable | None) -> float:
 
 
 def train(folder: Path, name: str, *extra: str) -> Path:
-    """One task of the mini benchmark on the tiny T5, by the entry; its output folder."""
+    """Train one task of the mini benchmark on the tiny T5 through the entry point; return its output folder."""
     modules = MODULES["t5"]
     command = [
         sys.executable, "src/run_uie_lora.py", "--model_name_or_path", "initial_model/tiny-t5",

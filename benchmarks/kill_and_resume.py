@@ -1,13 +1,13 @@
-"""Kill a four-task order at random moments, start it again each time, and compare with an order that was left alone.
+"""Kill a four-task order at random moments, restart it after each kill, and compare it with an uninterrupted order.
 
     python benchmarks/kill_and_resume.py              # 20 kills of the tiny T5's order 1, one process
     python benchmarks/kill_and_resume.py --ranks 2    # under ZeRO-2; each kill hits one rank
 
-Every kill is SIGKILL: of the training process, of everything at once, or of one rank, at a moment drawn from four
-kinds (see MOMENTS). Prints what each kill met and how long the rest then took to end, and at the end whether the
-predictions of all tasks are equal, byte by byte. Exit code 1 if they are not, or if anything outlived a killed rank by
-a minute. An order that finishes before the next kill is compared, thrown away and begun anew. With `--out`, a second
-call goes on with the orders of the first.
+Every kill is a SIGKILL to the training process, to all processes at once, or to one rank, at a moment drawn from four
+kinds (see MOMENTS). Prints what each kill interrupted and how long the other processes then took to end, and finally
+whether the predictions of all tasks are equal, byte by byte. Exits with 1 if they are not, or if a process outlives a
+killed rank by a minute. An order that finishes before the next kill is compared, deleted and started again. With
+`--out`, a second call resumes the orders of the first.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRY = "src/run_order.py"
 TASKS = ("1-dbpedia", "2-amazon", "3-yahoo", "4-agnews")
 PREDICTIONS = "predict_eval_predictions.jsonl"
-GRACE = 60  # seconds for everything to end after one rank was killed
+GRACE = 60  # seconds within which everything must end after one rank was killed
 
 
 def half_saved(task: Path) -> bool:
@@ -45,7 +45,7 @@ def trained(task: Path) -> bool:
     return (task / "t5_adapter").exists() and not (task / "completed.json").exists()
 
 
-# Kind of moment: what is waited for in any task's folder, and the longest delay (seconds) after it.
+# Kind of moment -> condition to wait for in any task's folder, and the longest delay after it in seconds.
 MOMENTS: dict[str, tuple[Callable[[Path], bool], float]] = {
     "saving": (half_saved, 0.02),
     "training": (begun, 6.0),
@@ -67,7 +67,7 @@ class Order:
         }
 
     def start(self) -> None:
-        """Start the script, in a session of its own, by which its processes are found again."""
+        """Start the script in a session of its own, by which `workers` finds its processes."""
         self.shown = tempfile.TemporaryFile("w+")
         self.script = subprocess.Popen(["bash", "scripts/order_1.sh", "--tiny"], cwd=ROOT, env=self.environment,
                                        stdout=self.shown, stderr=subprocess.STDOUT, start_new_session=True)
@@ -79,7 +79,7 @@ class Order:
             sys.exit(f"error: the order ended with exit code {self.script.returncode}\n{self.said()}")
 
     def end(self) -> None:
-        """Leave nothing running."""
+        """Kill whatever is still running."""
         if self.script is not None and (self.script.poll() is None or self.workers()):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.script.pid, signal.SIGKILL)
@@ -89,7 +89,7 @@ class Order:
         return self.shown.read()
 
     def wait_for(self, reached: Callable[[Path], bool]) -> bool:
-        """Wait until a task's folder is as wanted; false if the order ended before."""
+        """Wait until some task's folder satisfies `reached`; False if the order ends first."""
         outputs = self.folder / "order_1" / "outputs"
         while self.script.poll() is None:
             if any(reached(outputs / task) for task in TASKS) and self.workers():
@@ -98,7 +98,7 @@ class Order:
         return False
 
     def workers(self) -> list[int]:
-        """Process ids of the training processes: those of this session whose program is the entry itself."""
+        """Process ids of the training processes: those of this session that run the entry itself, not a launcher."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -112,7 +112,7 @@ class Order:
         return sorted(found)
 
     def kill(self, draw: random.Random) -> str | None:
-        """Kill one process or all; what happened in words, None if there was nothing left to kill."""
+        """Kill one process or all; return what was killed, in words, or None if nothing was left to kill."""
         workers = self.workers()
         if not workers:
             return None
@@ -133,7 +133,7 @@ class Order:
         return f"process {rank + 1} of {len(workers)}; the rest ended in {time.monotonic() - killed:.1f} s: {reason}"
 
     def state(self) -> str:
-        """How far the order is, in words."""
+        """How far the order has come, in words."""
         outputs = self.folder / "order_1" / "outputs"
         done = sum((outputs / task / "completed.json").exists() for task in TASKS)
         current = outputs / TASKS[min(done, len(TASKS) - 1)]
@@ -141,7 +141,7 @@ class Order:
         whole = sum((folder / "manifest.json").exists() for folder in checkpoints)
         adapter = ", trained" if trained(current) else ""
         partial = ", a write under way" if list(current.glob(".*.partial")) else ""
-        return f"{done} tasks done, {whole} of {len(checkpoints)} checkpoints whole{adapter}{partial}"
+        return f"{done} tasks done, {whole} of {len(checkpoints)} checkpoints complete{adapter}{partial}"
 
 
 def differing(one: Order, other: Order) -> list[str]:
@@ -154,7 +154,7 @@ def differing(one: Order, other: Order) -> list[str]:
 
 def check_equal(whole: Order, killed: Order) -> None:
     if tasks := differing(whole, killed):
-        sys.exit(f"error: predictions differ from the order that was left alone: {', '.join(tasks)}")
+        sys.exit(f"error: predictions differ from those of the uninterrupted order: {', '.join(tasks)}")
 
 
 def main() -> None:
@@ -162,9 +162,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a task")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps per task")
     parser.add_argument("--save_steps", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=None, help="a folder for both orders; a temporary one if left out")
+    parser.add_argument("--out", type=Path, default=None, help="folder for both orders (default: a temporary one)")
     options = parser.parse_args()
     root = options.out or Path(tempfile.mkdtemp(prefix="kill_and_resume-"))
     draw = random.Random(options.seed)
@@ -180,7 +180,7 @@ def main() -> None:
 
 def kill_and_compare(whole: Order, killed: Order, draw: random.Random, wanted: int, started: float) -> None:
     whole.finish()
-    print(f"left alone: {time.monotonic() - started:.0f} s; both orders in {whole.folder.parent}", flush=True)
+    print(f"uninterrupted: {time.monotonic() - started:.0f} s; both orders in {whole.folder.parent}", flush=True)
     kills = 0
     while kills < wanted:
         moment = draw.choice(list(MOMENTS))
@@ -196,7 +196,7 @@ def kill_and_compare(whole: Order, killed: Order, draw: random.Random, wanted: i
         if killed.script.wait():
             sys.exit(f"error: the order ended with exit code {killed.script.returncode}\n{killed.said()}")
         check_equal(whole, killed)
-        print("finished before the next kill, with equal predictions; begun anew", flush=True)
+        print("finished before the next kill, with equal predictions; started again", flush=True)
         shutil.rmtree(killed.folder)
 
     killed.finish()

@@ -2,15 +2,15 @@
 
     python benchmarks/layer_step.py --shapes 1024x1024x200 11008x4096x512
 
-Forward, backward and optimizer step of one linear layer with an input that needs a gradient, amortised over a gap of
-ten steps with its one refresh:
+Times the forward pass, backward pass and optimizer step of one linear layer whose input needs a gradient, averaged over
+a gap of ten steps, which has one refresh:
 
-* `published`: the weight's dense gradient, galore-torch's AdamW with an exact SVD at every gap;
+* `published`: the weight's dense gradient, galore-torch's AdamW with an exact SVD once per gap;
 * `ours, exact` and `ours, sketch`: a frozen weight with a trainable core (`zero_core.py`), refreshed by an exact SVD of
-  the layer's gradient or by a sketch without that matrix;
+  the layer's gradient or by a sketch that does not form this matrix;
 * `LoRA`: a frozen weight and two factors of the same rank, AdamW.
 
-Memory is the weight and all that the step needs, at its peak. Each contender runs in a process of its own.
+Memory is the peak of the weight and all that the step needs. Each contender runs in a process of its own.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from Proj_torch.zero_core import CoreEngine  # noqa: E402
 from training_step import AT_LEAST, AT_MOST, GAP, Row, peak_bytes, reset_peak, resident_bytes, row  # noqa: E402
 
 RANK = 8
-# Of T5-large EncDecAttention.q and .v (4 rows of 50 and of 512 tokens), of LLaMA-2-7B mlp.gate_proj (a row).
+# T5-large's EncDecAttention.q and .v (4 examples of 50 and of 512 tokens), LLaMA-2-7B's mlp.gate_proj (one example).
 PUBLISHED = [(1024, 1024, 200), (1024, 1024, 2048), (11008, 4096, 512)]
-RATIOS = (  # what, against, sense of the targets, of time, of memory
+RATIOS = (  # what, against, sense of the targets, target for time, target for memory
     ("published", "ours, sketch", AT_LEAST, 3.0, 1.5),
     ("published", "ours, exact", AT_LEAST, None, None),
     ("ours, sketch", "LoRA", AT_MOST, None, None),
@@ -96,19 +96,19 @@ CONTENDERS: dict[str, Callable[[nn.Linear], Step]] = {
 
 
 def measure(contender: str, shape: tuple[int, int], tokens: int) -> dict[str, float]:
-    """Seconds of a step, amortised over a gap, and the peak of memory in bytes; to be run in a new process."""
-    import galore_torch  # noqa: F401  # in every process, so that libraries weigh alike
+    """Seconds of a step, amortised over a gap, and peak memory in bytes; to be run in a new process."""
+    import galore_torch  # noqa: F401  # in every process, so that each has the same libraries in memory
 
     torch.manual_seed(0)
     linear = nn.Linear(shape[1], shape[0], bias=False)
-    # The inputs of a trained layer lie near few directions, and so the gradient's spectrum falls.
+    # The inputs of a trained layer lie close to a few directions, so the gradient's spectrum decays.
     x = (torch.randn(tokens, 64) @ torch.randn(64, shape[1]) / 8).requires_grad_()
     grad_y = torch.randn(tokens, shape[0]) / tokens
     linear(x).backward(grad_y)
     x.grad = linear.weight.grad = None
     before = resident_bytes()
     step = CONTENDERS[contender](linear)
-    for _ in range(GAP):  # makes the state; from here on whole gaps
+    for _ in range(GAP):  # creates the state; from here on, gaps are complete
         step(x, grad_y)
     reset_peak()
     start = time.perf_counter()

@@ -38,7 +38,7 @@ def gradient(seed: int) -> Tensor:
 
 
 def contenders(gradients: Sequence[Tensor], rank: int, gap: int) -> dict[str, Optimizer]:
-    """Name -> optimizer of its own weights; the gradients are shared, as no optimizer changes them."""
+    """Name -> optimizer with its own weights; the gradients are shared, as no optimizer changes them."""
     try:
         from galore_torch import GaLoreAdamW
     except ImportError:
@@ -60,7 +60,7 @@ def contenders(gradients: Sequence[Tensor], rank: int, gap: int) -> dict[str, Op
 
 
 def seconds_of_gap(optimizer: Optimizer, gap: int) -> list[float]:
-    """Time of each of the next `gap` steps; the first of them refreshes, if all calls take whole gaps."""
+    """Time of each of the next `gap` steps; the first of them refreshes, if all calls run complete gaps."""
     seconds = []
     for _ in range(gap):
         start = time.perf_counter()
@@ -70,9 +70,9 @@ def seconds_of_gap(optimizer: Optimizer, gap: int) -> list[float]:
 
 
 def measure(optimizers: dict[str, Optimizer], gap: int, repeats: int) -> dict[str, tuple[float, float, float]]:
-    """Name -> median milliseconds of a step: amortised, with refresh, without (those of each gap averaged first).
+    """Name -> median milliseconds of a step: amortised, with refresh, without (median of each gap first).
 
-    The contenders take turns, so that load from elsewhere hits all alike. The first round, which also makes the
+    The contenders take turns, so that other load affects all equally. The first round, which also creates the
     state, is not counted.
     """
     rounds: dict[str, list[list[float]]] = {name: [] for name in optimizers}
@@ -123,7 +123,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=positive, default=6, help="of T5-large's 24, two matrices each (%(default)s)")
     parser.add_argument("--rank", type=positive, default=8, help="default: %(default)s")
     parser.add_argument("--gap", type=positive, default=10, help="steps between two refreshes (%(default)s)")
-    parser.add_argument("--repeats", type=positive, default=3, help="gaps timed of each optimizer (%(default)s)")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed gaps per optimizer (%(default)s)")
     args = parser.parse_args(argv)
     if args.rank >= SIZE:
         raise InputError(f"--rank: found {args.rank}; allowed is 1 to {SIZE - 1}")

@@ -1,10 +1,10 @@
-"""An order's tasks in one process against one process a task, the start of a run, and what grows with the tasks.
+"""An order's tasks in one process against one process per task, a run's start-up time, and what grows with the tasks.
 
     python benchmarks/orders.py --steps 200         # the tiny T5's order 4, 15 tasks
     python benchmarks/orders.py --order order1 --steps 20
 
-`src/run_order.py` runs an order in one process. The same tasks are then run one process each, by the command lines
-that it printed, and must leave the same predictions and tensors, bit for bit, or the run ends with an error.
+`src/run_order.py` runs an order in one process. The same tasks then run in one process each, by the command lines that
+it printed. They must save the same predictions and tensors, bit for bit; otherwise this benchmark ends with an error.
 """
 
 import argparse
@@ -31,7 +31,7 @@ Row = tuple[str, str, str, str]  # what, against, figure, target
 
 
 def order_command(args: argparse.Namespace, output: Path) -> list[str]:
-    """What the script would run, by its own account."""
+    """The command that the script would run, as DRY_RUN=1 prints it."""
     environment = ENVIRONMENT | {"DRY_RUN": "1", "OUTPUT": str(output), "EXTRA": f"--max_steps {args.steps}"}
     done = subprocess.run(["bash", "scripts/order.sh", "--tiny", args.order], cwd=ROOT, env=environment, text=True,
                           capture_output=True, check=True)  # fmt: skip
@@ -65,13 +65,13 @@ def seconds_to_first_step(args: argparse.Namespace, output: Path) -> float:
 
 
 def contents(outputs: Path) -> dict[str, str | dict[str, Tensor]]:
-    """File -> its digest, or its tensors (safetensors orders its header anew each time)."""
+    """File -> its digest, or for safetensors its tensors, as the order of their header varies."""
     files = {str(path.relative_to(outputs)): digest(path) for path in outputs.glob(f"*/{PREDICTIONS}")}
     return files | {str(path.relative_to(outputs)): load_file(path) for path in outputs.glob(f"*/{TENSORS}")}
 
 
 def same(one: dict, other: dict) -> bool:
-    """Whether two of `contents` are equal bit by bit."""
+    """Whether two of `contents` are equal bit for bit."""
     return one.keys() == other.keys() and all(
         one[key].equal(other[key]) if isinstance(one[key], Tensor)
         else same(one[key], other[key]) if isinstance(one[key], dict)
@@ -81,7 +81,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def chain(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
-    """Seconds of both ways, and the equality of what they left."""
+    """Time both ways, and check that they saved the same."""
     shown, together = run(order_command(args, scratch))
     outputs = next(scratch.glob("*/outputs"))
     left = contents(outputs)
@@ -89,7 +89,7 @@ def chain(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     outputs.rename(outputs.with_name("together"))
     apart = sum(run([sys.executable, *shlex.split(task)[1:]])[1] for task in tasks)
     if not same(left, contents(outputs)):
-        sys.exit("error: one process a task left something else than one process")
+        sys.exit("error: one process per task did not save the same as one process for all")
     ratio = apart / together
     figure = f"{ratio:.2f} x faster ({together:.0f} s against {apart:.0f} s)"
     yield (f"{args.order}, {len(tasks)} tasks of {args.steps} steps, in one process", "one process a task", figure,
@@ -97,7 +97,7 @@ def chain(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
 
 
 def growth(outputs: Path) -> Iterator[Row]:
-    """What the adapter folder holds after each task: of the shared space and of the stack of old LoRAs."""
+    """How the shared space and the stack of old LoRAs in the adapter folder grow with the tasks."""
     folders = sorted(outputs.glob("*/t5_adapter"), key=lambda folder: int(folder.parent.name.split("-")[0]))
     for what, file in (("shared space", "gradient_space"), ("stack of LoRAs", "adapter_model")):
         sizes = [sum(tensor.nbytes for tensor in load_file(folder / f"{file}.safetensors").values())

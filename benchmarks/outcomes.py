@@ -1,6 +1,6 @@
-"""Finished trials of `benchmarks/continual.py`: what is kept of each, and the tables that are made of them.
+"""Finished trials of `benchmarks/continual.py`: what is stored of each, and the tables made from them.
 
-`outcomes.jsonl` holds a line for each; figures.py draws them.
+`outcomes.jsonl` has a line for each trial; figures.py draws them.
 """
 
 import json
@@ -22,15 +22,15 @@ from report.runs import read_run
 from run_record import RECORD
 
 SEARCHED = "A"
-"""The order of the search for a method's settings."""
+"""The order on which a method's settings are searched."""
 DEFAULTS = "defaults"
 STANDS_FOR = {"sgorp --galore_svd exact": "sgorp"}
-"""Trials from before a default changed, and the method they count for as long as it has none of its own."""
+"""Searches from before a default changed -> the method that they count for, until it has a search of its own."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One order, trained once: a method, as the command line names it, with the settings that were found for it."""
+    """One training run over an order: a method, as named on the command line, with the settings found for it."""
 
     method: str
     order: str
@@ -39,33 +39,33 @@ class Trial:
     split: str = "test"
 
     def __str__(self) -> str:
-        return f"{' '.join([self.method, *self.settings])}, order {self.order}, seed {self.seed}, {self.split} rows"
+        return f"{' '.join([self.method, *self.settings])}, order {self.order}, seed {self.seed}, {self.split} examples"
 
     def folder(self, out: Path) -> Path:
-        """Where its results are. Other settings go elsewhere, so that no trial meets another's results."""
+        """The folder of its results. Other flags get another folder, so that no trial finds another's results."""
         words = shlex.split(self.method)
         name = "_".join([words[0], *self.settings, *words[1:]])
         return out / self.split / re.sub(r"[^A-Za-z0-9.=-]+", "_", name) / self.order / str(self.seed)
 
     def effective_settings(self) -> str:
-        """Those of the settings that no flag of the method's own takes the place of."""
+        """The settings that the method's own flags do not override."""
         own, pairs = shlex.split(self.method), zip(self.settings[::2], self.settings[1::2])
         return " ".join(f"{flag} {value}" for flag, value in pairs if flag not in own) or DEFAULTS
 
     def flags(self) -> list[str]:
-        """Of `run_uie_lora.py`; what was found first, so that the method's own flags win."""
+        """Flags for `run_uie_lora.py`: the settings first, so that the method's own flags override them."""
         words = shlex.split(self.method)
         return ["--method", words[0], "--seed", str(self.seed), *self.settings, *words[1:]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished trial came to: a line of `outcomes.jsonl`.
+    """The result of a finished trial: a line of `outcomes.jsonl`.
 
     Attributes:
         accuracy: a[i][j], in per cent, on the order's task j after its task i (`src/report/matrix.py`).
-        right: by dataset, 1 or 0 for each test row after the order's last task, as text.
-        revision: of the code that ran.
+        right: dataset -> a string with 1 or 0 for each test example, as answered after the order's last task.
+        revision: git revision of the code that ran.
     """
 
     trial: Trial
@@ -78,10 +78,10 @@ class Outcome:
 
     @classmethod
     def of(cls, trial: Trial, out: Path) -> "Outcome":
-        """Of a trial whose files are all there.
+        """Read the outcome of a trial from its files.
 
         Raises:
-            InputError: they are not.
+            InputError: some are missing.
         """
         run = read_run(trial.folder(out))
         if not run.right:
@@ -102,15 +102,15 @@ class Outcome:
         return average_performance(self.accuracy), backward_transfer(self.accuracy)
 
     def rows(self) -> dict[str, np.ndarray]:
-        """`right` as numbers (n,)."""
+        """`right` as arrays of 0 and 1, (n,) for the n test examples of a dataset."""
         return {dataset: np.array([int(hit) for hit in hits]) for dataset, hits in self.right.items()}
 
 
 def read_outcomes(out: Path) -> dict[Trial, Outcome]:
-    """Every trial that is finished.
+    """The finished trials in the results folder `out`.
 
     Raises:
-        InputError: a line is none of a trial, as the last one is where a disk was full.
+        InputError: a line is not a complete trial, such as the last one after a full disk.
     """
     path = out / "outcomes.jsonl"
     outcomes = {}
@@ -124,7 +124,7 @@ def read_outcomes(out: Path) -> dict[Trial, Outcome]:
 
 
 def tried(folders: Sequence[Path], method: str) -> dict[tuple[str, ...], dict[int, float]]:
-    """AP by settings and seed of the search for a method, or else for it with fewer of its flags."""
+    """Settings -> seed -> AP in the search for a method, or else for this method with fewer of its flags."""
     by_method: dict[str, dict[tuple[str, ...], dict[int, float]]] = {}
     for outcome in (one for folder in folders for one in read_outcomes(folder).values()):
         trial = outcome.trial
@@ -137,25 +137,27 @@ def tried(folders: Sequence[Path], method: str) -> dict[tuple[str, ...], dict[in
     return by_method.get(nearest, {})
 
 
-def best_settings(folders: Sequence[Path], method: str) -> tuple[str, ...]:
-    """What the search found for a method; nothing without one.
+def best_settings(folders: Sequence[Path], method: str, among: Sequence[tuple[str, ...]] = ()) -> tuple[str, ...]:
+    """The best settings that the search found for a method, or the best `among` these; empty without a search.
 
-    Settings are compared over the seeds that all of them were tried with (over all seeds where there is no such one).
+    They are compared over the seeds with which all of them were tried, or over all seeds if there is no such seed.
     """
-    scores = tried(folders, method)
+    scores = {settings: of_seeds for settings, of_seeds in tried(folders, method).items()
+              if not among or settings in among}
     common = set.intersection(*map(set, scores.values())) if scores else set()
     return max(scores, default=(), key=lambda settings: statistics.mean(
         value for seed, value in scores[settings].items() if seed in common or not common))
 
 
-def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {}, learnt: Sequence[str] = ()) -> str:
-    """Markdown: method x order, AP and BWT as mean and spread over seeds, by how much `reference` is above each, how
-    many values it trains and what it keeps for the next task. A method without some of the orders and seeds has no
-    mean, and comes last.
+def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {},
+          learnt: Sequence[str] | None = None) -> str:
+    """Return a Markdown table, a row per method: AP and BWT of each order (mean and standard deviation over seeds), the
+    lead of `reference` over the method, the parameters that it trains and the bytes that it saves for the next task. A
+    method that lacks some of the orders and seeds has no mean, and comes last.
 
     Args:
-        trials: by method, how many the search for its settings had.
-        learnt: datasets whose AP, and the reference's lead in it, get a column.
+        trials: method -> number of trials in the search for its settings.
+        learnt: datasets over which AP, with the reference's lead, gets a column.
     """
     orders = sorted({outcome.trial.order for outcome in outcomes})
     of_method: dict[str, list[Outcome]] = {}
@@ -165,9 +167,9 @@ def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {
     everything = set().union(*right.values())
     means = {method: _mean_over_orders(own) for method, own in of_method.items() if right[method].keys() == everything}
     leads = _leads(reference, right)
-    rows_alone = " over rows" if any(lead.seeds == 1 for lead in leads.values()) else ""
+    of_one_seed = " over examples" if any(lead.seeds == 1 for lead in leads.values()) else ""
     lines = [f"| method | settings | {' | '.join(f'{order}: AP, BWT' for order in orders)} | mean AP | mean BWT "
-             f"| {reference} minus it, 95 %{rows_alone} | trains | stores |", "|---|---|" + "---|" * (len(orders) + 5)]
+             f"| {reference} minus it, 95 %{of_one_seed} | trains | stores |", "|---|---|" + "---|" * (len(orders) + 5)]
     if learnt:
         of_learnt = {method: _right(own, learnt) for method, own in of_method.items()}
         leads_there = _leads(reference, of_learnt)
@@ -186,25 +188,27 @@ def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {
         if learnt:
             cells.append(f"{paired_interval(of_learnt[method]).mean:.1f}, {leads_there.get(method, '-')}")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Learnt: {', '.join(learnt)}."] if learnt else lines)
+    if learnt is not None:
+        lines += ["", f"Learnt: {', '.join(learnt) or 'none'}."]
+    return "\n".join(lines)
 
 
 def _right(outcomes: list[Outcome], datasets: Sequence[str] = ()) -> dict[RunKey, dict[str, np.ndarray]]:
-    """Correct answers by order and seed, then by dataset: of all of them, or of those named."""
+    """Correct answers by order and seed, then by dataset: all of them, or those in `datasets`."""
     return {(one.trial.order, str(one.trial.seed)): {
         dataset: hits for dataset, hits in one.rows().items() if dataset in (datasets or one.right)}
         for one in outcomes}  # fmt: skip
 
 
 def _leads(reference: str, right: Mapping[str, Mapping[RunKey, Mapping[str, np.ndarray]]]) -> dict[str, Interval]:
-    """By how much the reference is above every method that shares an order and seed with it."""
+    """By how much the reference is above each method that shares an order and seed with it."""
     return {method: paired_interval(right[reference], own) for method, own in right.items()
             if method != reference and right.get(reference, {}).keys() & own.keys()}
 
 
 def learnt_tasks(outcomes: list[Outcome], majorities: Mapping[str, float]) -> list[str]:
-    """The datasets that these outcomes, of one method, answer better than their most frequent label would, by more
-    than 1.96 standard errors over rows; seeds are averaged.
+    """The datasets that these outcomes, all of one method, answer better than by always giving the most frequent label,
+    by more than 1.96 standard errors over examples; seeds are averaged first.
 
     Raises:
         InputError: the share of a dataset's most frequent label is not known.

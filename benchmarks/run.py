@@ -2,8 +2,8 @@
 
     python benchmarks/run.py --data CL_Benchmark [--short]
 
-Each part is a program of its own in this folder, which can be run alone and says what it does; this one runs them one
-after the other, on an otherwise idle machine for figures that mean anything, and measures the machine itself first.
+Each part is a program in this folder, which can also run alone and whose head says what it does. This one measures the
+machine itself and then runs them one after the other. On a machine that is not otherwise idle, the figures mean little.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def parts(data: str, short: bool) -> list[list[str]]:
         ["training_step.py", "--data", data, "--length", "384", "--rows", "1" if short else "2", "--contenders", "gorp",
          "gorp, full logits"],
         ["training_step.py", "--data", data, "--model", TINY, "--length", "128", "--rows", "1", "--contenders", "gorp",
-         "gorp, bf16", "gorp, compiled"],
+         "gorp, bf16"],
         ["layer_step.py", *(["--shapes", "256x256x64"] if short else [])],
         ["evaluation.py", "--data", data, *few],
         ["evaluation.py", "--data", data, "--model", SMOLLM2, "--batch_rows", "8", *(few or ["--rows", "4"])],

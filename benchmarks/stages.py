@@ -2,13 +2,13 @@
 
     python benchmarks/stages.py --family t5 --order order1 --steps 300 --out FOLDER
 
-Runs the real script with `--tiny` once for each way and prints one table. A way whose results are in the folder
-already is not run again. Two targets: every accuracy of the last row within 2 points of one process, and the averages
-of 16-bit training within 1 point of float32. A control, one process with two threads, shows how far other last digits
-alone lead away; no way can be asked to be closer than that.
+Runs the scripts with `--tiny` once for each way and prints one table. A way that has results in the folder is not run
+again. There are two targets: every accuracy after the last task within 2 points of one process, and the averages of
+16-bit training within 1 point of float32. A control, one process with two threads, shows how far rounding alone moves
+the results; no way can be expected to be closer than that.
 
-DeepSpeed refuses fp16 on a CPU without fast kernels for it. PyTorch computes it there all the same, so for that way
-`sitecustomize.py` of a temporary folder says that the CPU can.
+DeepSpeed rejects fp16 on a CPU without fast kernels for it, although PyTorch can compute it there. For that way, a
+`sitecustomize.py` in a temporary folder therefore declares that the CPU supports it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SCRIPTS = {"t5": "scripts/order.sh", "llama": "scripts_llama/order.sh"}
 STAGES_APART, PRECISIONS_APART = 2.0, 1.0  # points
 ANY_CPU = """
 import os
-if "LOCAL_RANK" in os.environ:  # not in the scripts' own calls of Python, to whose output DeepSpeed would add
+if "LOCAL_RANK" in os.environ:  # not in the scripts' own calls of Python, whose output DeepSpeed would add to
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     set_accelerator(type("AnyCPU", (CPU_Accelerator,), {"is_fp16_supported": lambda self: True})())
@@ -35,7 +35,7 @@ if "LOCAL_RANK" in os.environ:  # not in the scripts' own calls of Python, to wh
 
 @dataclass(frozen=True)
 class Way:
-    """How an order is trained: without DeepSpeed where there is no stage."""
+    """How an order is trained; without DeepSpeed if `stage` is None."""
 
     stage: int | None = None
     precision: str = "fp32"
@@ -50,7 +50,7 @@ WAYS = [Way(), Way(threads=2), *(Way(stage) for stage in range(4)), Way(2, "bf16
 
 
 def run(way: Way, args: argparse.Namespace, shim: Path) -> dict:
-    """The order's results as its report wrote them."""
+    """The order's results, as its report wrote them; the order runs first if there are none."""
     folder = args.out / str(way).replace(", ", "-").replace(" ", "-")
     label = re.sub(r"^order(\d+)$", r"order_\1", args.order)  # as the scripts call it
     results = folder / label / "order_results.json"
@@ -72,7 +72,7 @@ def run(way: Way, args: argparse.Namespace, shim: Path) -> dict:
 
 
 def table(results: dict[Way, dict]) -> str:
-    """Markdown: what was learned, what was left at the end, and the distances from one process."""
+    """Markdown: the accuracies at the end and right after learning, and the largest distance from one process."""
     alone = results[Way()]
     lines = [f"| | {' | '.join(alone['tasks'])} | average | learned | furthest from one process |",
              "|---|" + "---|" * (len(alone["tasks"]) + 3)]
@@ -110,10 +110,10 @@ def main() -> None:
     parser.add_argument("--galore_lr", default="1e-5", help="of the full-rank weights (%(default)s)")
     parser.add_argument("--extra", default="", help="more flags of src/run_uie_lora.py")
     parser.add_argument("--ways", nargs="+", choices=[str(way) for way in WAYS], metavar="WAY",
-                        help=f"some of: {'; '.join(map(str, WAYS))} (all); what they are measured against runs too")
+                        help=f"some of: {'; '.join(map(str, WAYS))} (all); the ways they are compared with run too")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     args = parser.parse_args()
-    # float32 under the same stage is what a 16-bit way is measured against.
+    # A 16-bit way is compared with float32 under the same stage.
     chosen = [way for way in WAYS if args.ways is None or str(way) in args.ways]
     ways = dict.fromkeys([Way(), *(Way(way.stage) for way in chosen), *chosen])
     with tempfile.TemporaryDirectory() as shim:

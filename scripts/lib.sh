@@ -3,11 +3,11 @@
 # Settings that the orders of a model family share are in settings.sh, an order's own values in order_K.sh. Paths are
 # relative to the repository's root.
 #
-# While a task runs, the terminal shows progress bars, and lines that begin with `[gorp] ` or `error: `. The log has
+# While a task runs, the terminal shows progress bars and lines that begin with `[gorp] ` or `error: `. The log has
 # everything (see terminal.py).
 
 set -euo pipefail
-script=$0   # with its folder, as this changes the current one
+script=$0   # made absolute, as the current folder changes below
 [[ $script == /* ]] || script=$PWD/$script
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/settings.sh
@@ -19,8 +19,8 @@ masked() { sed -E 's/(--hub[_-]token[= ])[^ )]+/\1***/g'; }   # as terminal.py m
 # --- set-up ---
 
 # Set PYTHON to an interpreter with the packages of the requirements files, and put its folder first on PATH: the active
-# environment or .venv with the exact versions of requirements.lock, else a .venv that is made or updated. With
-# GORP_ENV=active it is the active environment, as long as it has the lower bounds of the requirements files.
+# environment or .venv if it has the exact versions of requirements.lock, otherwise a .venv that is created or updated.
+# With GORP_ENV=active it is the active environment, which only has to meet the requirements files' lower bounds.
 set_up() {  # REQUIREMENTS_FILE ...
     local differences
     if [ -n "${GORP_ENV:-}" ]; then
@@ -63,7 +63,7 @@ find_environment() {  # REQUIREMENTS_FILE ...
     return 1
 }
 
-# Whether these scripts made .venv, and so may change it: they use --clear, which Python writes down.
+# Whether these scripts made .venv, and so may change it: they use --clear, which Python records in pyvenv.cfg.
 is_ours() { [ ! -L .venv ] && grep -qs '^command = .* -m venv --clear ' .venv/pyvenv.cfg; }
 
 make_venv() {
@@ -88,7 +88,7 @@ find_python() {
     fail "Python: found no version 3.11 or newer on PATH; install one, with its venv and pip modules"
 }
 
-# Whether PyTorch finds a GPU. It is asked, which takes seconds, only where the system has a device for one.
+# Whether PyTorch finds a GPU. Asking it takes seconds, so it is asked only if the system has a GPU device.
 has_gpu() {
     compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]] || return 1
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
@@ -121,7 +121,7 @@ print_head() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"; }
 variables=(MODEL DATA_DIR METHOD NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE DS_CONFIG SEED SAVE_STEPS
            OUTPUT EXTRA DRY_RUN GORP_ENV)
 
-# Reject a variable that is one letter, or its case, away from one of ours: METOD=olora would run gorp.
+# Reject a variable that differs from one of ours by one letter or in case: METOD=olora would run gorp.
 check_variables() {
     local found known i
     for found in $(compgen -e); do
@@ -145,12 +145,12 @@ read_extra() {
     words=$(printf '%s .' "${EXTRA:-}" | xargs printf '%s\n' 2>/dev/null) ||
         fail "EXTRA=${EXTRA:-}: a quotation is not closed"
     mapfile -t extra <<< "$words"
-    unset 'extra[-1]'   # the dot, without which xargs would print a word where there is none
+    unset 'extra[-1]'   # the dot; without it, xargs would print one empty word for an empty EXTRA
 }
 
 uses_deepspeed() { [[ $ranks -gt 1 || -n ${DS_CONFIG:-} ]]; }
 
-# What needs no Python is checked before anything is installed.
+# Check what needs no Python, before anything is installed.
 check_settings() {
     [[ ${GORP_ENV:-active} == active ]] || fail "GORP_ENV=$GORP_ENV: active, or unset"
     [[ $name =~ ^[A-Za-z0-9_.-]+$ && $name != ds && -d configs/${name}_configs ]] ||
@@ -167,8 +167,8 @@ check_settings() {
              "DeepSpeed is allowed"
 }
 
-# Set `nodes`, the machines, and `ranks`, the processes on all of them: NPROC on each, or as HOSTFILE says. On one of
-# several machines, `node` is its number.
+# Set `nodes`, the number of machines, and `ranks`, that of processes on all of them: NPROC on each, or as HOSTFILE
+# says. With NNODES above 1, set `node` to the number of this machine.
 count_ranks() {
     nodes=${NNODES:-1} node=0 ranks=$((${NNODES:-1} * ${NPROC:-1}))
     if [ -n "${HOSTFILE:-}" ]; then
@@ -192,7 +192,7 @@ check_model() {
         "MODEL=FOLDER_OR_HUB_ID, or use a small model on a CPU: the same command with $small_flags"
 }
 
-# Run a command while no other node or job with this folder runs one.
+# Run a command while no other node or job that shares this folder runs one.
 one_at_a_time() {  # COMMAND ...
     if [ -w requirements.txt ] && command -v flock >/dev/null; then { flock 9; "$@"; } 9>>requirements.txt; else "$@"; fi
 }
@@ -253,7 +253,7 @@ run_order() {  # FAMILY NAME
     fi
 }
 
-# Whether the mode finds examples in CL_Benchmark; a small model does without them.
+# Whether to use CL_Benchmark: always in a full run, with --small if it has examples, never with --tiny.
 has_examples() {
     [[ $mode == full ]] || { [[ $mode == small ]] && compgen -G 'CL_Benchmark/*/*/train.json' >/dev/null; }
 }
@@ -319,7 +319,7 @@ set_command() {
         options+=("${memory_options[@]}")
         [ ${#gpu_options[@]} -eq 0 ] || ! has_gpu || options+=("${gpu_options[@]}")
     fi
-    # An optimizer step sees `rows` examples on any number of ranks that divides it.
+    # An optimizer step sees `rows` examples on any number of ranks that divides `rows`.
     [ $((batch * ranks)) -le "$rows" ] || batch=$((rows > ranks ? rows / ranks : 1))
     accumulation=$((rows / (batch * ranks)))
     [ "$accumulation" -ge 1 ] || accumulation=1
@@ -335,12 +335,12 @@ set_command() {
     )
     [[ -n ${HOSTFILE:-} && $nodes -gt 1 ]] || return 0
     for ((index = ${#launch[@]} + 1; index < ${#command[@]}; index++)); do
-        printf -v "command[index]" '%q' "${command[index]}"   # a shell on each machine reads them once more
+        printf -v "command[index]" '%q' "${command[index]}"   # a shell on each machine parses them once more
     done
 }
 
-# Set `launch`, what starts the processes: Python for one, DeepSpeed's launcher on one machine or those of HOSTFILE, and
-# torchrun on each of NNODES, or where CUDA_VISIBLE_DEVICES has no numbers, which DeepSpeed's launcher needs.
+# Set `launch`, the program that starts the processes: Python for one; DeepSpeed's launcher on one machine or those of
+# HOSTFILE; torchrun on each of NNODES, or if CUDA_VISIBLE_DEVICES is not the numbers that DeepSpeed's launcher needs.
 set_launch() {
     local devices=() processes=$((ranks / nodes))
     launch=("$PYTHON")
@@ -406,7 +406,7 @@ describe() {
 
 counted() { if [ "$1" -eq 1 ]; then echo "1 $2"; else echo "$1 $2$3"; fi; }  # NUMBER NOUN PLURAL_ENDING
 
-# Run the command with a log, and check that all tasks are finished.
+# Run the command, log its output, and check that all tasks are finished.
 run_tasks() {
     local status=0 tasks finished
     export TOKENIZERS_PARALLELISM=false
@@ -419,7 +419,7 @@ run_tasks() {
         say "checking $name: data, flags and model"
         exec "${command[@]}"
     } 2>&1 | "$PYTHON" scripts/terminal.py "$log" || status=$?
-    # On a CPU DeepSpeed leaves 67 MB of memory behind for each rank, even when it ends well.
+    # On a CPU, DeepSpeed does not free 67 MB of shared memory for each rank, even when it ends normally.
     [ -z "$port" ] || rm -f "/dev/shm/deepspeed_allreduce_buffer_${UID}_"*"_${port}_"*
     shopt -s nullglob
     tasks=("configs/${name}_configs"/*/) finished=("$order_dir"/outputs/*/completed.json)

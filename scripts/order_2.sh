@@ -18,5 +18,5 @@ values=(
 # shellcheck disable=SC2034
 penalties=(--lamda_1 0.5 --lamda_2 0 --lamda_3 0.05)  # only METHOD=gorp gets them
 
-# Launched, it runs; read by order.sh or run.sh, it only gives its values.
+# Started directly, this script trains the order; sourced by order.sh or run.sh, it only sets its values.
 [[ ${BASH_SOURCE[0]} != "$0" ]] || exec bash "$(dirname "$0")/order.sh" order2 "$@"

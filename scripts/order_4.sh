@@ -13,11 +13,11 @@
 # shellcheck disable=SC2034  # order.sh and run.sh read them
 values=(
     --galore_rank 32 --galore_scale 0.25
-    --galore_update_proj_gap 20  # the released script passes no gap: its default
+    --galore_update_proj_gap 20  # the default of the released code, whose script passes none
     --per_device_eval_batch_size 128
 )
 # shellcheck disable=SC2034
 penalties=(--lamda_1 0.5 --lamda_2 0.1 --lamda_3 0)  # only METHOD=gorp gets them
 
-# Launched, it runs; read by order.sh or run.sh, it only gives its values.
+# Started directly, this script trains the order; sourced by order.sh or run.sh, it only sets its values.
 [[ ${BASH_SOURCE[0]} != "$0" ]] || exec bash "$(dirname "$0")/order.sh" order4 "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The published orders on T5-large, one after the other.
+# Train the published orders on T5-large, one after the other.
 #
 #   Model     pip install huggingface_hub && hf download google-t5/t5-large --local-dir initial_model/t5-large
 #   Launch    bash scripts/run.sh             (orders 1-6)

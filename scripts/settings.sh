@@ -6,17 +6,17 @@
 #   scripts             the folder of the orders' scripts
 #   model               the base model's folder, unless MODEL is set
 #   source              the hub id of that model
-#   small_flags         flags that run without it
+#   small_flags         flags that run without that model
 #   outputs, logs       where results and logs go
 #   deepspeed_config    for several ranks, unless DS_CONFIG is set
 #   batch, rows         examples per device and micro-batch, and per optimizer step over all ranks
 #   shared              flags of src/run_order.py; the order's values follow them
 #   changed             flags of a small model that override published ones; EXTRA comes last
 #   changed_penalties   the same for penalty weights, which only `METHOD=gorp` gets
-#   memory_options      flags that save memory, with a GPU also gpu_options; not with --preset released
-#   released_precision  what the released runs did instead, for the first lines
+#   memory_options      flags that save memory; on a GPU also gpu_options; neither with --preset released
+#   released_precision  what the released runs used instead, to be reported when a run starts
 
-published_rows=64  # on 8 GPUs: T5 4 x 2 micro-batches each, LLaMA 1 x 8
+published_rows=64  # on 8 GPUs, each with 2 micro-batches of 4 (T5) or 8 micro-batches of 1 (LLaMA)
 
 common=(
     --do_train --do_predict --predict_with_generate
@@ -30,7 +30,7 @@ common=(
 
 # The tiny models: the same number of steps for every task, without lamda_2 and lamda_3. Steps, batch and learning rate
 # were chosen for T5 on dev examples of the mini benchmark by how well seqlora and multitask learn each task of order 1
-# (80 % or more), whatever is kept of it later.
+# (80 % or more), regardless of how much is forgotten later.
 tiny=(
     --max_steps 150 --learning_rate 3e-3 --galore_lr 3e-3 --galore_rank 16 --galore_scale 1 --lr_scheduler_type cosine
     --lora_dropout 0 --per_device_eval_batch_size 64

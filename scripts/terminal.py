@@ -1,4 +1,4 @@
-"""Copy a program's output to a log, and what a user follows to the terminal.
+"""Copy a program's output to a log, and the part meant for the user to the terminal.
 
     program 2>&1 | python scripts/terminal.py [--all] LOG
 
@@ -89,7 +89,7 @@ class Terminal:
 
 
 class Log:
-    """A file that is appended to. A deleted folder is created again; a write that fails warns once."""
+    """A file that is appended to. A deleted folder is created again; a failed write warns once."""
 
     def __init__(self, path: str):
         self.path = path

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tests, after setting up what they need; arguments go to pytest: bash scripts/test.sh tests/test_x.py. Complete
-# runs (minutes each) are left out; -m "" adds them, -m recipe takes them alone.
-# Two files are tested at a time, each with one thread; WORKERS=0 runs them one after the other in one process.
+# Set up what the tests need and run them; arguments go to pytest: bash scripts/test.sh tests/test_x.py. Complete runs
+# (minutes each) are left out; -m "" adds them, -m recipe runs only them.
+# Two files are tested at a time, each with one thread; WORKERS=0 tests all files one after the other in one process.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 source "$(dirname "$0")/lib.sh"
 case ${1:-} in -h | --help) echo "usage: bash scripts/test.sh [pytest's arguments]"; print_head; exit 0 ;; esac

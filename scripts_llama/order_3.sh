@@ -2,7 +2,7 @@
 # Order 3 on LLaMA-2-7B: yahoo, amazon, agnews, dbpedia.
 #
 #   Model     pip install huggingface_hub && hf download meta-llama/Llama-2-7b-hf --local-dir initial_model/llama
-#             (once `hf auth login` knows you and access is granted; MODEL= takes any decoder-only model)
+#             (after `hf auth login`, once access is granted; MODEL= takes any decoder-only model)
 #   Launch    NPROC=8 bash scripts_llama/order_3.sh     (published on 8 GPUs; 1, 2 or 4 see the same 64 examples a step)
 #             --small: SmolLM2-135M instead; --tiny: a tiny LLaMA and made-up data, minutes on a CPU
 #   Override  EXTRA="--max_source_length 384" bash scripts_llama/order_3.sh     (less memory)
@@ -14,11 +14,11 @@
 # shellcheck disable=SC2034  # order.sh and run_llama.sh read them
 values=(
     --galore_rank 8 --galore_scale 0.25
-    --galore_update_proj_gap 20  # the released script passes no gap: its default
+    --galore_update_proj_gap 20  # the default of the released code, whose script passes none
     --per_device_eval_batch_size 4
 )
 # shellcheck disable=SC2034
 penalties=(--lamda_1 0.5 --lamda_2 0 --lamda_3 0)  # only METHOD=gorp gets them
 
-# Launched, it runs; read by order.sh or run_llama.sh, it only gives its values.
+# Started directly, this script trains the order; sourced by order.sh or run_llama.sh, it only sets its values.
 [[ ${BASH_SOURCE[0]} != "$0" ]] || exec bash "$(dirname "$0")/order.sh" order3 "$@"

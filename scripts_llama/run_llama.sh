@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The published orders on LLaMA-2-7B, one after the other.
+# Train the published orders on LLaMA-2-7B, one after the other.
 #
 #   Model     pip install huggingface_hub && hf download meta-llama/Llama-2-7b-hf --local-dir initial_model/llama
 #   Launch    NPROC=8 bash scripts_llama/run_llama.sh     (orders 1-3, as published on 8 GPUs)

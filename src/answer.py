@@ -1,9 +1,9 @@
-"""Ask a finished model about texts, in the words of its training.
+"""Ask a finished model about texts, with the prompts that it was trained on.
 
     python src/answer.py logs_and_outputs/order_1/outputs/4-agnews --dataset TC/dbpedia --text "..."
     python src/answer.py exported --dataset TC/agnews --file texts.txt
 
-FOLDER is a task's output folder, the adapter folder in it, or what `export.py` wrote. Prints an answer a line.
+FOLDER is a task's output folder, the adapter folder in it, or what `export.py` wrote. Prints one answer per line.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True, help="TASK/NAME, whose prompt is used, such as TC/dbpedia")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text to ask about, as it would stand in the benchmark")
-    source.add_argument("--file", type=Path, help="a UTF-8 file with a text a line, \\n in it for a line break")
+    source.add_argument("--file", type=Path, help="a UTF-8 file, one text per line, \\n for a line break in a text")
     options = parser.parse_args(arguments)
     texts = [options.text]
     if options.file is not None:

@@ -26,7 +26,7 @@ from errors import InputError, nearest
 from files import check_writable, read_json
 
 NOTHING = "none"
-"""The value of `--optim_target_modules` and `--proj_lora_modules` that overrides a script's with nothing."""
+"""The value of `--optim_target_modules` and `--proj_lora_modules` that clears what a script passes."""
 
 
 @dataclass
@@ -55,8 +55,8 @@ class DataArguments:
     instruction_strategy: str = HfArg(default="single", help="single: the first instruction; multiple: a random one.")
     overwrite_cache: bool = HfArg(default=False, help="Published, and ignored: examples are not cached.")
     input_record_file: str | None = HfArg(default=None, help="Append every batch to this file as text.")
-    max_source_length: int = HfArg(default=512, help="Most tokens of a prompt; the text is cut to fit.")
-    max_target_length: int = HfArg(default=50, help="Most tokens of an answer; a longer one is an error.")
+    max_source_length: int = HfArg(default=512, help="Maximum number of tokens in a prompt; the text is cut to fit.")
+    max_target_length: int = HfArg(default=50, help="Maximum number of tokens in an answer; a longer one is an error.")
     repetition_penalty: float = HfArg(default=1.0, help="Generation: 1.0 is no penalty.")
     num_beams: int = HfArg(default=1, help="Generation: beams; 1 is greedy.")
     max_num_instances_per_task: int | None = HfArg(default=10000, help="Training examples of a 'random' dataset.")
@@ -66,17 +66,17 @@ class DataArguments:
     max_eval_samples: int | None = HfArg(default=None, help="Validate on this many examples at most.")
     max_predict_samples: int | None = HfArg(default=None, help="Test on this many examples of each dataset at most.")
     predict_tasks: Literal["all", "ends"] = HfArg(
-        default="all", help="Test after each task on all tasks so far, or, except after the order's last, on itself."
+        default="all", help="After each task test all so far (all), or only itself, and all after the last one (ends)."
     )
     zero_shot: bool = HfArg(default=False, help="Before training, test on this and later tasks (forward transfer).")
-    unseen_config_dir: str | None = HfArg(default=None, help="A step's folder: also test what is new in it.")
+    unseen_config_dir: str | None = HfArg(default=None, help="A step's folder: also test datasets new to this order.")
     num_examples: int = HfArg(default=0, help="Solved examples shown in each prompt (few-shot).")
     add_task_name: bool = HfArg(default=False, help="Begin the prompt with the task's name.")
     add_dataset_name: bool = HfArg(default=False, help="Begin the prompt with the dataset's name.")
     multilingual: bool = HfArg(default=False, help="ROUGE over GPT-2's pieces instead of English words.")
 
 
-# Of Hugging Face's training arguments, by the reason: those of which only the default is allowed ...
+# Hugging Face's training arguments of which only the default is allowed, by reason, ...
 REJECTED = {
     "the method brings its own optimizer": "optim optim_args",
     "the engines' hooks do not run in compiled or replaced modules":
@@ -95,7 +95,7 @@ REJECTED = {
     "a command line is logged; `hf auth login` or the variable HF_TOKEN keeps it secret": "hub_token",
     "--max_non_finite_steps watches losses and gradients": "debug logging_nan_inf_filter",
 }
-# ... and those that decide nothing here, which the run reports; the last ones are for --report_to trackio.
+# ... and those that are ignored here, which the run reports; those in TRACKIO count with --report_to trackio.
 IGNORED = (
     "use_cache eval_accumulation_steps eval_do_concat_batches eval_use_gather_object include_for_metrics "
     "batch_eval_metrics sortish_sampler length_column_name hub_private_repo hub_model_id hub_strategy hub_always_push "
@@ -119,12 +119,12 @@ DATA_ABOVE_0 = (
 
 @dataclass
 class UIETrainingArguments(Seq2SeqTrainingArguments):
-    """Hugging Face's arguments, this project's additions, and earlier checks of contradictions."""
+    """Hugging Face's arguments, this project's additions, and early checks for contradictions."""
 
     overwrite_output_dir: bool = HfArg(default=False, help="Start over, and replace the results in output_dir.")
     denser_evaluation: bool = HfArg(default=False, help="Also log and evaluate at steps 1, 50, 100 and 200.")
     max_non_finite_steps: int = HfArg(default=3, help="End the run at this many non-finite steps in a row.")
-    eval_batch_tokens: int | None = HfArg(default=None, help="Most prompt tokens of an evaluation batch, with padding.")
+    eval_batch_tokens: int | None = HfArg(default=None, help="Maximum prompt tokens of an evaluation batch, padded.")
     predict_loss: bool = HfArg(default=False, help="Also compute the loss of the test examples' answers.")
     remove_unused_columns: bool = HfArg(default=False, help="Always false.")
     predict_with_generate: bool = HfArg(default=True, help="Always true.")
@@ -155,8 +155,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         return self._changed(IGNORED + TRACKIO * ("trackio" not in self.report_to))
 
     def _changed(self, names: list[str]) -> list[str]:
-        """Which of these options are not at their defaults; those that this version of Transformers lacks are."""
-        defaults = {name: getattr(type(self), name, []) for name in names}  # a list is no attribute of a dataclass
+        """Which of these options are not at their defaults; one that Transformers lacks is never among them."""
+        defaults = {name: getattr(type(self), name, []) for name in names}  # a list default is no class attribute
         return [name for name in names if getattr(self, name, []) not in (None, defaults[name])]
 
     def _check_library_options(self) -> None:
@@ -185,7 +185,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             check_number(self, "num_train_epochs", above=0)
 
     def _check_settings(self) -> None:
-        """Build on stand-ins what training will need: the schedule, the loader, the recomputation of activations."""
+        """Try on stand-ins what training will need: the schedule, the loader, the recomputation of activations."""
         kind, settings = self.lr_scheduler_type, self.lr_scheduler_kwargs
         check(kind != SchedulerType.CONSTANT or not self.warmup_steps, "warmup_steps", self.warmup_steps,
               "0 with --lr_scheduler_type constant; constant_with_warmup has them")
@@ -246,7 +246,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         return stage
 
 
-# Keys of a DeepSpeed file that may repeat an option, and all that are known.
+# Keys of a DeepSpeed file that may repeat an option, and all known keys.
 REPEATED_KEYS = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",

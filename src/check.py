@@ -1,12 +1,12 @@
-"""Check orders before anything is trained: in seconds, without reading a model's weights.
+"""Check orders before anything is trained, in seconds and without reading a model's weights.
 
     python src/check.py configs/order1_configs configs/mine_configs --data_dir CL_Benchmark
     python src/check.py configs/order1_configs --model_name_or_path initial_model/t5-large --lora_modules ... ...
 
-Folders of orders come first (none: every order in configs/), then flags of `run_uie_lora.py`; the scripts in `scripts/`
-pass those of the run. The run's own functions check orders, examples, labels, instructions, flags and a DeepSpeed file;
-with `--model_name_or_path` also the files of the model or the adapter, module names and ranks, and whether every prompt
-and answer fits. Prints one line for each valid order, and `error: ...` and exit code 2 for any other.
+Folders of orders come first (by default every order in configs/), then flags of `run_uie_lora.py`; the scripts in
+`scripts/` pass those of the run. The run's own functions check orders, examples, labels, instructions, flags and a
+DeepSpeed file; with `--model_name_or_path` also the files of the model or the adapter, module names and ranks, and
+whether every prompt and answer fits. Prints a line for each order: `error: ...` if it is invalid, with exit code 2.
 """
 
 import itertools
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | None]:
-    """Check the flags, and model and adapter if one is named; the example options, and the collator of the model."""
+    """Check the flags, and the model or adapter if one is named; returns the example options and model's collator."""
     # --deepspeed is parsed separately: the file is checked, but DeepSpeed is not started.
     parser = Parser(usage="check.py [ORDER ...] [flags of run_uie_lora.py]", description=__doc__)
     parser.add_argument("--deepspeed", help="a DeepSpeed file to check")

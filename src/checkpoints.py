@@ -76,7 +76,7 @@ def training_state(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer)
 def load_training_state(
     parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, saved: Mapping[str, Tensor]
 ) -> None:
-    """Set parameters and optimizer state to what `training_state` returned; InputError if it was of other ones."""
+    """Set parameters and optimizer state to what `training_state` returned; InputError unless it fits them."""
     state = {name: {} for name in parameters}
     for key, value in saved.items():
         if key in parameters:

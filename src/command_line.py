@@ -1,12 +1,12 @@
-"""The command line of one task of an order: flags, or one JSON file of them, to the four groups of options.
+"""The command line of one task of an order: turns flags, or one JSON file of them, into the four groups of options.
 
     python src/run_uie_lora.py --model_name_or_path initial_model/t5-large --task_config_dir
         configs/order1_configs/dbpedia --output_dir outputs/1-dbpedia --lora_modules '.*SelfAttention.(q|v).*'
         --method olora --do_train --do_predict --predict_with_generate
 
-For a complete order: src/run_order.py; for the published ones: scripts/. The options of this project and of the methods
-come first, then those of Hugging Face's Seq2SeqTrainingArguments and what this project adds to them. Everything that
-flags and the DeepSpeed file alone decide is checked before data or a model is read.
+For a complete order use src/run_order.py, for the published ones scripts/. The options of this project and of the
+methods come first, then those of Hugging Face's Seq2SeqTrainingArguments and what this project adds to them. Whatever
+depends on the flags and the DeepSpeed file alone is checked before data or a model is read.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from methods.base_options import MethodArguments
 
 
 class Parser(HfArgumentParser):
-    """Flags by their complete names; an error is an InputError and prints no usage."""
+    """A parser that takes flags by their complete names only; an error raises InputError and prints no usage."""
 
     def __init__(self, *groups: type, **options):
         super().__init__(groups, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -35,7 +35,7 @@ class Parser(HfArgumentParser):
 
 
 def peek(argv: Sequence[str], **defaults: str | int) -> argparse.Namespace:
-    """The values that a command line gives a few flags, whatever else it holds."""
+    """The values of a few flags on a command line; its other words are ignored."""
     parser = Parser(add_help=False)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", default=default, type=type(default))
@@ -82,7 +82,7 @@ def _check_together(
     model: ModelArguments, data: DataArguments, method: MethodArguments, training: UIETrainingArguments,
     deepspeed_file: str | None, most: int | None,
 ) -> None:
-    """Reject flags that exclude each other, and a ZeRO stage above the highest (`most`) of the method."""
+    """Reject flags that exclude each other, and a ZeRO stage above `most`, the highest that the method supports."""
     stage = None if deepspeed_file is None else training.check_deepspeed(deepspeed_file)
     under = f"--deepspeed {deepspeed_file}"
     if model.load_in_4bit:
@@ -91,7 +91,7 @@ def _check_together(
     check(training.generation_max_length in (None, data.max_target_length), "generation_max_length",
           training.generation_max_length, f"{data.max_target_length}, as --max_target_length, or the flag left out")
     if not training.do_train:
-        stage = None  # without an engine
+        stage = None  # nothing trains, so DeepSpeed's engine is not used
     elif data.zero_shot:
         check(not (training.bf16_full_eval or training.fp16_full_eval), "zero_shot", "true with 16-bit evaluation",
               "either, as the model would then also train in 16 bits")
@@ -116,7 +116,7 @@ def _others(method: type[Method]) -> type:
 
 
 def _flags(path: str) -> list[str]:
-    """The flags of a JSON object of arguments, so that both are checked in the same way; null omits a flag."""
+    """The flags that a JSON object of arguments stands for, so that both are checked alike; null omits a flag."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: found a JSON {type(content).__name__}; an object of flag -> value is allowed")

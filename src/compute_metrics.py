@@ -101,11 +101,11 @@ def accuracy_line(metrics: Mapping[str, float], datasets: Sequence[str], step: s
 
 
 def read_predictions(path: str | os.PathLike) -> list[dict]:
-    """The examples of a predictions file: a JSON object a line, with `Task`, `Dataset`, `Instance` and `Prediction`."""
+    """The examples of a predictions file: on each line an object of `Task`, `Dataset`, `Instance` and `Prediction`."""
     lines = enumerate(read_text(path).split("\n"), 1)
     examples = [_predicted(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not examples:
-        raise InputError(f"{path}: no predictions; allowed: a JSON object a line")
+        raise InputError(f"{path}: no predictions; allowed: one JSON object per line")
     return examples
 
 
@@ -128,7 +128,7 @@ def _predicted(line: str, where: str) -> dict:
 def _scores(predictions: Sequence[str], references: Sequence[str], multilingual: bool) -> list[dict[str, float]]:
     """The three metrics of every pair of texts, each in [0, 1]."""
     if not predictions or len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; need as many, at least one")
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; both must be equal and > 0")
     rouge = _rouge_scorer(multilingual)
     scores = []
     for prediction, reference in zip(predictions, references):

@@ -16,7 +16,7 @@ class InputError(Exception):
     """Bad input, in one line: which file or flag, what was found, what is allowed.
 
     Entry points print the message after ``error: `` and exit with code 2. Characters that are not printable (control
-    codes, changes of direction, halves of surrogate pairs) are escaped, so that no file can act on a terminal.
+    codes, changes of direction, halves of surrogate pairs) are escaped, so that no file can control the terminal.
     """
 
     def __init__(self, message: str):
@@ -26,7 +26,7 @@ class InputError(Exception):
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """What a message about an unknown word ends with: the known one that is most like it, if there is one."""
+    """The end of a message about an unknown word: the most similar known word, if there is one."""
     found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
     return f"; did you mean {found[0]!r}?" if found else ""
 

@@ -3,7 +3,7 @@
     python src/export.py logs_and_outputs/order_1/outputs/4-agnews --to exported
     python src/export.py logs_and_outputs/order_1/outputs/4-agnews --to exported --as adapter
 
-The model has LoRA and full-rank weights merged into the base, and needs nothing of this project. The adapter belongs
+The model has LoRA and full-rank weights merged into the base, and needs nothing from this project. The adapter belongs
 to the base model it was trained on; it exists only where no full-rank weight has changed.
 """
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_model(adapter, partial, getattr(torch, options.dtype or "float32"))
         else:
             write_adapter(adapter, partial)
-        if (adapter / PROMPTS).exists():  # a method alone, without the entry, saves none
+        if (adapter / PROMPTS).exists():  # a method in a loop of one's own saves none
             shutil.copy(adapter / PROMPTS, partial)
     print(f"{options.form} written to {options.to}")
 
@@ -65,7 +65,7 @@ def adapter_folder(run: Path) -> Path:
 
 
 def load_finished(run: Path) -> tuple[Path, LoadedModel]:
-    """Load what a task left or `export.py` wrote: its folder, and base, LoRA and full-rank changes merged in float32.
+    """Load what a task saved or `export.py` wrote: its folder, and base, LoRA and full-rank changes merged in float32.
 
     Raises InputError where the base model is missing, or a file is damaged or does not fit it.
     """
@@ -80,7 +80,7 @@ def load_finished(run: Path) -> tuple[Path, LoadedModel]:
 
 
 def write_model(adapter: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write base, LoRA and full-rank changes as one model with its tokenizer. Raises as `load_finished`."""
+    """Write base, LoRA and full-rank changes as one model with its tokenizer. Raises as `load_finished` does."""
     _, loaded = load_finished(adapter)
     loaded.model.to(dtype).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)

@@ -24,7 +24,7 @@ DIGESTED_END = 2**26
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike) -> Iterator[None]:
-    """Turn what keeps the block from reading a file into an InputError that names it."""
+    """Turn whatever keeps the block from reading a file into an InputError that names the file."""
     try:
         yield
     except FileNotFoundError:
@@ -93,7 +93,7 @@ def json_kind(value: Any) -> str:
 
 @contextlib.contextmanager
 def open_tensors(path: str | os.PathLike) -> Iterator["safe_open"]:
-    """A safetensors file, open for reading on the CPU; what keeps the block from it is an InputError."""
+    """Open a safetensors file for reading on the CPU; whatever keeps the block from reading it is an InputError."""
     from safetensors import SafetensorError, safe_open  # imports torch, which the scripts in data/ do without
 
     try:
@@ -128,7 +128,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     mode = partial.stat().st_mode
     try:
         yield partial
-        partial.chmod(mode)  # a writer may have put a file of its own in this one's place
+        partial.chmod(mode)  # a writer may have replaced this file with one of its own
         sync(partial)
         partial.replace(path)
         sync(path.parent)
@@ -139,7 +139,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """`whole_file` for a folder: what the block writes replaces `path` at once."""
+    """`whole_file` for a folder: what the block writes replaces `path` once it is complete."""
     path, partial = Path(path), _beside(path)
     partial.mkdir()
     try:
@@ -162,7 +162,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _beside(path: str | os.PathLike) -> Path:
-    """A new name in the folder of `path`, which is made if necessary; a leading dot marks what is incomplete."""
+    """A new name in the folder of `path`, which is created if necessary; a leading dot marks what is incomplete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"

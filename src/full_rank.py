@@ -17,13 +17,13 @@ from files import check_values, open_tensors, whole_file
 
 FILE_NAME = "full_rank_weights.safetensors"
 PEFT_TYPE = "LORA with full-rank weights, which README.md explains"
-"""Of a LoRA that belongs to these weights: PEFT, which would load it without them, stops with this as the reason."""
+"""The `peft_type` of a LoRA with these weights: PEFT, which would load it without them, stops and gives this reason."""
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Write weights (out, in), by module name, in float32 to `folder`.
 
-    They are read from `weights` one at a time: safetensors' own writer needs all of them, 5.4 GiB of LLaMA-2-7B.
+    They are read from `weights` one at a time: safetensors' own writer needs all at once, 5.4 GiB for LLaMA-2-7B.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, weight in weights.items():
@@ -38,20 +38,20 @@ def save_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
 
 
 def exact(layer: nn.Linear) -> torch.Tensor:
-    """The weight (out, in), with what 16-bit rounding left out of it."""
+    """The weight (out, in), with its 16-bit rounding error added back."""
     rounding = getattr(layer, "rounding", None)
     return layer.weight if rounding is None else layer.weight.float() + rounding.to(layer.weight.device)
 
 
 def hold(layer: nn.Linear, W: torch.Tensor) -> None:
-    """Give a layer the weight W (out, in), and `exact` what 16 bits leave out of it."""
+    """Set a layer's weight to W (out, in), and keep the error of rounding it to 16 bits for `exact`."""
     layer.weight.copy_(W)
     if layer.weight.dtype != torch.float32:
         layer.register_buffer("rounding", (W - layer.weight.float()).to(layer.weight.dtype), persistent=False)
 
 
 class ExactWeights(UserDict):
-    """Made of layers by name; reading one gives its `exact` weight, computed there and then."""
+    """A mapping made of layers by name; reading an entry computes that layer's `exact` weight."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return exact(self.data[name])

@@ -1,4 +1,4 @@
-"""The linear layers of a model that regular expressions name, and checks of what is asked of them.
+"""Find the linear layers of a model that regular expressions name, and check that they suit their purpose.
 
 All raise InputError; `where` begins its message: the flag or argument that named the layers, such as `--lora_modules`.
 """
@@ -40,7 +40,7 @@ def match_names(names: Iterable[str], pattern: str | None, where: str, ending: s
     if others := [name for name in matched if not name.endswith(ending)]:
         kind = ending.removeprefix(".").removesuffix(".weight")
         raise InputError(f"{where}: '{pattern}' matches {others[0]}; with --space_from inputs or --protect structural "
-                         f"only factors {kind} can be protected")  # fmt: skip
+                         f"only {kind} factors can be protected")  # fmt: skip
     return matched
 
 

@@ -20,7 +20,7 @@ class NonFiniteGuard:
 
     Right before the optimizer steps, all ranks agree whether one of them has seen a loss or gradient that is not
     finite. If so, every gradient becomes None, so that the optimizer leaves parameters, moments and counts as they
-    are. That takes one value of a step from the device, and works for each slice that a ZeRO optimizer steps.
+    are. This reads one value per step from the device, and works for each slice that a ZeRO optimizer updates.
 
     Args:
         limit: number of non-finite steps in a row that ends the run.
@@ -38,7 +38,7 @@ class NonFiniteGuard:
     def watch(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter] = ()) -> None:
         """Guard the steps of `optimizer`.
 
-        Where the gradients' norm is known only after the step, as under DeepSpeed, give the `parameters`: their
+        Where the gradients' norm is known only after the step, as under DeepSpeed, pass the `parameters`: their
         gradients are then checked in the backward pass, and set to zero if they are not finite.
         """
         optimizer.register_step_pre_hook(self._before_step)
@@ -56,7 +56,7 @@ class NonFiniteGuard:
             self._gradients_bad.append(~torch.as_tensor(norm).isfinite())
 
     def leaves_out_step(self) -> bool:
-        """Whether the step of the noted micro-batches changes nothing (RunStopped after `limit`); collective."""
+        """Whether the step of the noted micro-batches is skipped (RunStopped after `limit` in a row); collective."""
         if self._left_out is None and self._micro_batches:
             self._left_out = self._is_bad()
             self.in_a_row = self.in_a_row + 1 if self._left_out else 0

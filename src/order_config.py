@@ -1,6 +1,6 @@
 """Orders of tasks as JSON files: read, check and write ``configs/<order>_configs/``.
 
-An order is a folder with one folder a step, each holding ``train_tasks.json``, ``dev_tasks.json`` and
+An order is a folder with one folder per step, each holding ``train_tasks.json``, ``dev_tasks.json`` and
 ``test_tasks.json``. Each file maps task names to lists of ``{"sampling strategy": ..., "dataset name": ...}``. A step
 trains on one dataset and tests on all datasets seen so far, so the sizes of the test files give the order of the steps.
 """
@@ -34,8 +34,8 @@ class OrderStep:
 
 
 def read_task_config(path: str | Path) -> dict[str, list[dict[str, str]]]:
-    """Read and check a task file: every published task and every other one in the file, with its (possibly empty) list
-    of entries, whose sampling strategy is ``random`` by default, as in the published loader."""
+    """Read and check a task file; returns every published task, and any other in the file, with its (possibly empty)
+    list of entries. The sampling strategy is ``random`` by default, as in the published loader."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; a step's folder holds {_listed(TASK_FILES)}")
     content = read_object(path, f"an object whose keys are tasks, such as {_listed(TASKS)}")
@@ -55,15 +55,15 @@ def read_task_config(path: str | Path) -> dict[str, list[dict[str, str]]]:
 
 
 def read_order(config_dir: str | Path) -> list[OrderStep]:
-    """The steps of an order, first to last: each trains one dataset, that of its folder's name, by which the test files
-    grow at every step."""
+    """The steps of an order, first to last. Each trains the dataset that its folder is named after, and its test file
+    lists one dataset more than that of the previous step."""
     config_dir = Path(config_dir)
     if not config_dir.is_dir():
         known = sorted(path.name for path in config_dir.parent.glob("[!.]*_configs"))
         raise InputError(f"{config_dir}: no such order folder; in {config_dir.parent}: {_listed(known)}")
     folders = sorted(path for path in config_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
-        raise InputError(f"{config_dir}: no steps; allowed: one folder a dataset, with {_listed(TASK_FILES)}")
+        raise InputError(f"{config_dir}: no steps; allowed: one folder per dataset, with {_listed(TASK_FILES)}")
     steps = [_read_step(folder) for folder in folders]
     steps.sort(key=lambda step_and_tested: len(step_and_tested[1]))
     _check_growth(steps)
@@ -76,7 +76,7 @@ def write_order(
     """Write the JSON files of an order atomically, and return it as `read_order` reads it.
 
     Args:
-        config_dir: folder of the order, such as ``configs/mine_configs``, which only `overwrite` replaces.
+        config_dir: folder of the order, such as ``configs/mine_configs``; an existing one needs `overwrite`.
         datasets: (task, dataset) of each step, first to last.
         sampling: strategy of every entry, ``full`` or ``random``.
     """

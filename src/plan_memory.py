@@ -1,4 +1,4 @@
-"""Whether a GORP run fits in memory: bytes on each rank from a model's config alone, before any weight is read.
+"""Estimate whether a GORP run fits in memory: bytes on each rank from a model's config alone, with no weight read.
 
     python src/plan_memory.py --model_name_or_path llama-2-7b --gpus 2 --gpu_gib 24 --stage 2 --bf16
         --activation_checkpointing --lora_modules '.*self_attn.(q_proj|v_proj).*'
@@ -8,7 +8,7 @@ The model is built on the meta device, where parameters have shapes and no value
 run, and a forward pass of one micro-batch shows what autograd keeps. One GPU without `--stage` runs without DeepSpeed.
 ZeRO divides optimizer state between ranks (stages 1 to 3), gradients (2, 3) and weights (3), the last only after each
 GPU has held all of them. 1 GiB for CUDA and NCCL is assumed. Not counted: the shared space S (4 bytes x side of the
-weight x directions), the copies of --lamda_3, evaluation, and fragmentation.
+weight x directions), the copies for --lamda_3, evaluation, and fragmentation.
 """
 
 import math
@@ -38,8 +38,8 @@ from Proj_torch.svd import OVERSAMPLING
 
 GIB = 1024**3
 CONTEXT = GIB
-MARGIN = 0.1  # a plan warns when less of a GPU stays free
-BUCKET = 200_000_000  # reduce_bucket_size of configs/ds_configs, numbers
+MARGIN = 0.1  # a plan warns when a smaller share of a GPU stays free
+BUCKET = 200_000_000  # reduce_bucket_size of configs/ds_configs, in numbers
 PREFETCH, LIVE = 50_000_000, 1_000_000_000  # stage3_prefetch_bucket_size, stage3_max_live_parameters
 PRESETS = {
     "llama-2-7b": LlamaConfig(),
@@ -96,7 +96,7 @@ class PlanArguments(GorpArguments):
 class Plan:
     """Bytes on one rank."""
 
-    parameters: tuple[int, int, int, int]  # how many: the model's, the new LoRA's, the cores', the weights' they train
+    parameters: tuple[int, int, int, int]  # counts: the model, the new LoRA, the cores, the weights that cores train
     resident: dict[str, int]  # by part, held all the time
     moments: dict[str, dict[str, int]]  # all parts at each moment that can be the peak
     host: dict[str, int]  # in the CPU's memory, at each moment that can be its peak
@@ -164,8 +164,8 @@ def make_plan(options: PlanArguments) -> Plan:
 def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that the forward and backward pass of a micro-batch needs, and the tokens that each target sees.
 
-    What autograd keeps is counted; with checkpointing each layer's input, and everything of one layer. Estimated: of a
-    layer's backward pass 3 f + 2 h numbers a token (f: widest linear layer, h: hidden size), and the loss's logits.
+    What autograd keeps is counted: with checkpointing each layer's input, and everything in one layer. Estimates are
+    3 f + 2 h numbers per token in a layer's backward pass (f: widest linear layer, h: hidden size), and the logits.
     """
     model, config = method.model.get_base_model().train(), method.model.config
     rows, source, answer = options.per_device_train_batch_size, options.max_source_length, options.max_target_length
@@ -174,7 +174,7 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage()._cdata not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # held: its identity stays its own
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # held, so that its identity stays its own
         return tensor
 
     def checkpoint(call: Callable, x: torch.Tensor, *args) -> object:

@@ -33,7 +33,7 @@ following, with a text in place of TEXT; those of other datasets are in `{prompt
 
 
 def save_prompts(folder: Path, examples: Iterable[dict], collator) -> None:
-    """Write the prompt of each dataset among the examples, the last one's last."""
+    """Write the prompt of each dataset among the examples, in the order in which the datasets last occur."""
     heads: dict[str, str] = {}
     for example in examples:
         dataset = f"{example['Task']}/{example['Dataset']}"
@@ -51,7 +51,7 @@ def read_prompts(folder: Path) -> dict:
 
 
 def save_card(folder: Path, method: str, base: str) -> None:
-    """Write README.md, in place of the model card that PEFT leaves to be filled in."""
+    """Write README.md in place of PEFT's model card, which is an empty form."""
     prompts = read_prompts(folder)
     last, holds = list(prompts["heads"])[-1], []
     if (folder / "adapter_model.safetensors").exists():

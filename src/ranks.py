@@ -21,7 +21,7 @@ def is_first() -> bool:
 def of_first_rank(decide: Callable[[], Any]) -> Any:
     """What `decide` returns on the first rank, which alone calls it; collective, after the ranks are connected.
 
-    If it raises InputError, so does this there; the other ranks exit with code 2, so that the message is printed once.
+    If it raises InputError, the first rank raises it too and the others exit with code 2, so it is printed only once.
     """
     result, fault = None, None
     if is_first():

@@ -1,15 +1,15 @@
-"""Entry: the tasks of one order, one after the other in one process, each from the previous task's adapter.
+"""Run the tasks of one order, one after the other in one process, each from the previous task's adapter.
 
     python src/run_order.py configs/order1_configs --model_name_or_path initial_model/t5-large
         --output_dir logs_and_outputs/order_1/outputs --lora_modules ... ...
 
 The folder of the order comes first, then the flags of `run_uie_lora.py`, which runs each task. The first task starts
 from `--model_name_or_path`, `--output_dir` gets a folder `<number>-<dataset>` for each task, and `--task_epochs MNLI=2`
-trains that dataset for two epochs whatever `--num_train_epochs` says. Everything that `check.py` checks is checked
+trains that dataset for two epochs, whatever `--num_train_epochs` says. Everything that `check.py` checks is checked
 before the first task. The same command resumes an unfinished order.
 
-One process saves imports and reading unchanged files for each task. Under DeepSpeed's launcher or torchrun each rank
-runs the complete order; the first one checks, writes and prints, and decides for all where a task starts (`ranks.py`).
+In one process, later tasks import nothing anew and read no unchanged file twice. Under DeepSpeed's launcher or torchrun
+each rank runs the complete order; the first one checks, writes and prints, and decides for all where a task starts.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first():
             print(f"error: {error}", file=sys.stderr)
         return 2
-    gc.freeze()  # keeps collections from scanning what imports have made
+    gc.freeze()  # keeps garbage collections from scanning what the imports have created
     start, group = options.model_name_or_path, run_group(options, flags)
     for name in ("WANDB_RUN_GROUP", "MLFLOW_EXPERIMENT_NAME"):
         os.environ.setdefault(name, group)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(shlex.join(["python", "src/run_uie_lora.py", *command]), flush=True)
         if status := run_uie_lora.main(command):
             return status
-        gc.collect()  # trainer, optimizer and engine refer to one another
+        gc.collect()  # trainer, optimizer and engine refer to each other
         folder = options.output_dir / task_folder(number, step)
         if options.drop_checkpoints and is_first():
             for checkpoint in checkpoint_folders(folder):
@@ -95,7 +95,7 @@ def _epochs(word: str) -> tuple[str, str]:
 
 
 def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
-    """The order's steps, once the first rank has checked them and claimed the folder; collective."""
+    """Return the order's steps after the first rank has checked them and claimed the folder; collective."""
     steps = read_order(options.order)
     trained = [step.dataset for step in steps]
     if unknown := [dataset for dataset in options.task_epochs if dataset not in trained]:
@@ -106,7 +106,7 @@ def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
         options.task_epochs = {}
         if is_first():
             print(f"[gorp] --task_epochs is ignored: each task trains for --max_steps {max_steps}", flush=True)
-    checked = check_flags(["--model_name_or_path", options.model_name_or_path, *flags])  # on every rank: connects them
+    checked = check_flags(["--model_name_or_path", options.model_name_or_path, *flags])  # every rank: connects them
 
     def check_and_claim() -> None:
         print(f"[gorp] {options.order}: valid, {check_order(options.order, *checked)}", flush=True)
@@ -117,8 +117,8 @@ def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
 
 
 def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:
-    """Make the output folder this order's. Results of an unfinished order stay, to be resumed; with `--fresh` they are
-    moved aside together with the log."""
+    """Claim the output folder for this order. Results of an unfinished order stay, to be resumed; with `--fresh` they
+    are moved aside together with the log."""
     outputs, name = options.output_dir, order_name(options.order)
     check_writable(outputs.parent)
     if options.fresh is not None and outputs.exists():
@@ -134,7 +134,7 @@ def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:
 
 
 def run_group(options: argparse.Namespace, flags: list[str]) -> str:
-    """What trackers call the runs of an order together: `order1-gorp-seed42`."""
+    """The name under which trackers group the runs of an order: `order1-gorp-seed42`."""
     found = peek(flags, method="gorp", preset="", seed=42)
     return "-".join(filter(None, [order_name(options.order), found.method, found.preset, f"seed{found.seed}"]))
 

@@ -3,12 +3,12 @@
 In a task's output folder,
 
 * `run_record.json` is written before training: every option that can change a result, digests of the data, the model
-  and the code, and the packages' versions; for information the git revision, the machine, and what a report needs.
+  and the code, and the packages' versions; also, not compared, the git revision, the machine, and what a report needs.
 * The adapter folder appears, complete, when training is done.
 * `completed.json` is written last, with digests of the results.
 
-A run that is started again resumes if its record equals the one in the folder; otherwise it is rejected with what has
-changed.
+A run that is started again resumes if its record equals the one in the folder; otherwise it is rejected, with an error
+that lists what has changed.
 """
 
 import ast
@@ -179,15 +179,15 @@ class _WithoutDocstrings(ast.NodeTransformer):
 
 
 def _git_revision() -> str | None:
-    """The commit of the code, with `-dirty` if files differ from it; None outside its own repository, of which a copy
-    of src/ in another one has no scripts."""
+    """The commit of the code, with `-dirty` if files differ from it; None outside this project's repository, which is
+    recognised by its scripts: a copy of src/ in another repository lacks them."""
     if _git("ls-files", "--full-name", "run_record.py", "../scripts/lib.sh") != "scripts/lib.sh\nsrc/run_record.py":
         return None
     return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def _git(*command: str) -> str | None:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # no other repository
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # they may name another
     try:
         done = subprocess.run(["git", "-C", str(SOURCE), *command], capture_output=True, text=True, timeout=20, env=own)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Entry: one task of an order. Arguments -> data -> model -> method -> training -> saving -> evaluation.
+"""Run one task of an order: arguments -> data -> model -> method -> training -> saving -> evaluation.
 
 `command_line.py` has an example; `run_order.py` chains the tasks of an order. Lines that begin with `[gorp]` report
 what the run trains, projects and protects, and its scores.
@@ -45,7 +45,7 @@ logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one task; returns 0, or after one line 2 for bad input, 1 for a run that was stopped, 130 for Ctrl-C."""
+    """Run one task; returns 0, or, after one printed line, 2 for bad input, 1 for a stopped run, 130 for Ctrl-C."""
     try:
         groups = parse_arguments(argv)
         with only_run_in(Path(groups[-1].output_dir)):
@@ -70,7 +70,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         training_args: UIETrainingArguments) -> None:
     """Train and evaluate one task, resuming an earlier run with the same record.
 
-    What a user can fix is an InputError, before training where possible, and before earlier results are changed.
+    Anything that a user can fix raises InputError, before training where possible and before earlier results change.
     """
     started = time.monotonic()
     set_up_logging(training_args)
@@ -101,11 +101,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     set_seed(training_args.seed)
     examples = load_examples(data_args, training_args, method)
 
-    # ZeRO-3 must not shard the model while it is read, but when training begins, after the method is attached.
+    # ZeRO-3 must shard the model only when training begins, after the method is attached, not while it is read.
     unset_hf_deepspeed_config()
-    narrow = training_args.bf16 and not method.float32_base  # what trains is float32 all the same
+    narrow = training_args.bf16 and not method.float32_base  # trainable parameters are float32 all the same
     how = {"dtype": torch.bfloat16 if narrow else torch.float32}
-    if model_args.load_in_4bit:  # which weights change must be known before they are read
+    if model_args.load_in_4bit:  # the weights that change must be known before any are read
         choose_modules(method_args, load_model(model_args, data_args, weights=False).model)
         how["not_in_4bit"] = method_args.changed_base()
     loaded = load_model(model_args, data_args, **how)
@@ -154,7 +154,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
 
 @contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Lock the output folder, so that a process that outlived its script does not write beside a later one."""
+    """Lock the output folder, so that a process that outlived its script does not write alongside a later one."""
     with contextlib.ExitStack() as held:
 
         def lock() -> None:
@@ -162,7 +162,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
                 held.enter_context(FileLock(folder / ".lock", timeout=0))
             except Timeout:
                 raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
-            except OSError as error:  # perhaps it is another user's
+            except OSError as error:  # the file may be another user's
                 raise InputError(f"{folder / '.lock'}: cannot be locked ({error.strerror})") from None
 
         of_first_rank(lock)
@@ -172,7 +172,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 def find_checkpoint(trainer: UIETrainer, progress: Progress) -> Path | None:
     """The checkpoint to resume from: the last complete one of the same run, or that of `--resume_from_checkpoint`
-    ("True": the last in the output folder); None without one."""
+    ("True" means the last one in the output folder); None if there is none."""
     named, most = trainer.args.resume_from_checkpoint, trainer.args.max_steps
     if named in ("True", "true") or (named is None and progress is Progress.BEGUN):
         return latest_complete(Path(trainer.args.output_dir))
@@ -246,7 +246,7 @@ def track(trainer: UIETrainer, metrics: dict, tested: list[str], task: int) -> N
     task is a run of its own."""
     args = trainer.args
     scores = {f"test_accuracy_{dataset}": metrics[score_key(metrics, dataset, "predict_")] for dataset in tested}
-    with contextlib.suppress(InputError):  # a folder of one's own, not an order's
+    with contextlib.suppress(InputError):  # the output folder is not in an order's
         _, matrix = accuracy_matrix(Path(args.output_dir).parents[1])
         measures = {"AP": average_performance(matrix), "BWT": backward_transfer(matrix)}
         scores |= {f"test_{name}": value for name, value in measures.items() if value is not None}
@@ -261,7 +261,7 @@ def track(trainer: UIETrainer, metrics: dict, tested: list[str], task: int) -> N
 
 
 def score(trainer: UIETrainer, examples: datasets.Dataset, part: str) -> dict:
-    """The scores, without predictions, on examples beyond those of the tasks so far."""
+    """The scores on examples beyond those of the tasks so far; predictions are not saved."""
     datasets_tested = list(dict.fromkeys(examples["Dataset"]))
     counted = {f"{part}_samples": len(examples), f"{part}_datasets": datasets_tested}
     metrics = trainer.predict(examples, metric_key_prefix=part).metrics | counted
@@ -270,7 +270,7 @@ def score(trainer: UIETrainer, examples: datasets.Dataset, part: str) -> dict:
 
 
 def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) -> dict:
-    """What a report shows of a run beside its scores; part of its record."""
+    """What a report shows of a run besides its scores; part of its record."""
     args, options, config = trainer.args, trainer.method.effective_options(), Path(data_args.task_config_dir)
     parameters = list(trainer.model.parameters())
     settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
@@ -303,7 +303,7 @@ def record(trainer: UIETrainer, part: str, metrics: dict) -> None:
 
 
 def claim_output_dir(trainer: UIETrainer, run_record: dict, progress: Progress, zero_shot: dict) -> None:
-    """Make the folder this run's, once all of its input is checked; collective."""
+    """Claim the output folder for this run, once all of its input is checked; collective."""
     trainer.accelerator.wait_for_everyone()  # before the first rank removes what the others read
     if trainer.is_world_process_zero():
         keep = trainer.args.resume_from_checkpoint is not None

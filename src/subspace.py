@@ -28,7 +28,7 @@ log, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 FORMAT = "gorp-gradient-space"
 VERSION = "1"
 ROUNDING = 1e-6  # share of the energy that is within float32's rounding error
-SAMPLE = 16  # input vectors of an example in a layer's sample
+SAMPLE = 16  # input vectors from each example in a layer's sample
 
 Moment = Tensor | tuple[Tensor, ...]  # a matrix, or two thin ones whose product it is
 
@@ -36,8 +36,8 @@ Moment = Tensor | tuple[Tensor, ...]  # a matrix, or two thin ones whose product
 def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9) -> Tensor:
     """Extend S (d, c) by the fewest orthonormal columns that make it hold a share `energy` of M (d, n).
 
-    The share is ||S'^T M||_F^2 / ||M||_F^2 of the result S' (d, c'), in float32 at least, whose first c columns are S.
-    None is an empty space. If M is not finite, or the SVD does not converge, torch.linalg.LinAlgError is raised.
+    The share is ||S'^T M||_F^2 / ||M||_F^2, where S' (d, c') is the result, in float32 at least; its first c columns
+    are S. None is an empty space. Raises torch.linalg.LinAlgError if M is not finite or the SVD does not converge.
     """
     M = at_least_float32(M)
     peak = M.abs().max()
@@ -61,7 +61,7 @@ def extend_basis(S: Tensor | None, M: Tensor, energy: float = 0.9) -> Tensor:
 def orthonormal_against(S: Tensor, U: Tensor) -> Tensor:
     """Orthonormal columns that span U's directions and are orthogonal to S.
 
-    In float64, so that errors do not add up over many extensions; twice is enough (Giraud, Langou and Rozloznik 2005).
+    In float64, so that errors do not add up over many extensions; two passes suffice (Giraud, Langou, Rozloznik 2005).
     """
     Q, wide = U.double(), S.double()
     for _ in range(2):
@@ -72,8 +72,8 @@ def orthonormal_against(S: Tensor, U: Tensor) -> Tensor:
 def columns_of(moment: Moment, side: str) -> Tensor:
     """A matrix whose column space and energies are those of M (out, in), or of M^T for side "input".
 
-    Of a product M = A B with A (out, k) and B (k, in) it has k columns: with the QR decomposition B^T = Q R, M is
-    (A R^T) Q^T, and Q does not change what lies in the column space.
+    For a product M = A B with A (out, k) and B (k, in) it has k columns: with the QR decomposition B^T = Q R, M is
+    (A R^T) Q^T, and Q^T changes neither the column space nor the energies.
     """
     factors = moment if isinstance(moment, tuple) else (moment,)
     if side == "input":
@@ -91,7 +91,7 @@ class GradientSpace:
     Attributes:
         side: "output" (S has the weight's rows) or "input" (its columns).
         energy: the share of a moment that its basis must hold, above 0 and at most 1.
-        bases: name -> S (d, c); the name of a weight is its layer's: parameters lose their `.weight`.
+        bases: name -> S (d, c); the name is that of the weight's layer, without the parameter's `.weight`.
     """
 
     side: str = "output"
@@ -105,13 +105,13 @@ class GradientSpace:
     def extend(self, moments: Mapping[str, Moment]) -> None:
         """Extend the basis of every weight by its moment (out, in), or by a sample of its inputs (n, in).
 
-        The SVDs run where the moments are, and on the first of several ranks only, as that one saves the space. A
-        moment that is not finite, or whose SVD does not converge, is skipped with a warning, a zero one with a line in
-        the log.
+        The SVDs run on the moments' device, and with several ranks only on the first, which saves the space. A moment
+        that is not finite, or whose SVD does not converge, is skipped with a warning; a zero one with a line in the
+        log.
         """
         for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1) if is_first() else ():
             M = columns_of(moment, self.side)
-            if not M.any():  # as in every later task where S is full: nothing that a user must act on
+            if not M.any():  # as in every later task once S is full: no reason to warn
                 detail.info("%s: the moment is zero; its gradient space does not change", name)
                 continue
             try:
@@ -163,7 +163,7 @@ def _key(name: str) -> str:
 def layer_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """A sample of each layer's input vectors (n, in), where the layer is: `SAMPLE` of each example, without padding.
+    """A sample of each layer's input vectors (n, in), on its device: `SAMPLE` from each example, without padding.
 
     The positions depend only on the example's number, so the sample does not depend on the batch size. The arguments
     are those of `see_inputs`.
@@ -211,7 +211,7 @@ def see_inputs(
         for batch in batches:
             labels = batch["labels"]
             if two_stacks and labels.shape == batch["attention_mask"].shape:
-                # One more position of padding distinguishes them.
+                # One more position of padding makes them differ.
                 labels = nn.functional.pad(labels, (0, 1), value=-100)
             positions.clear()
             for mask in (labels != -100, batch["attention_mask"].bool()):

@@ -46,8 +46,8 @@ class OrderExamples:
 
 
 def place_in_order(config_dir: str | Path) -> tuple[int, list[str]]:
-    """The index of a task in its order, from 0, and the order's datasets; a folder outside an order is one of its own.
-    """
+    """The index of a task in its order, from 0, and the order's datasets; a folder outside an order counts as an order
+    of its own."""
     config_dir = Path(config_dir)
     try:
         names = [step.dataset for step in read_order(config_dir.parent)]

@@ -26,7 +26,7 @@ def example_options(data_args: DataArguments, training_args: UIETrainingArgument
 
 
 def load_examples(data_args: DataArguments, training_args: UIETrainingArguments, method: Method) -> DatasetDict:
-    """The task's examples within the limits, with some in every split that the run needs.
+    """The task's examples within the limits; InputError if a split that the run needs has none.
 
     The method chooses the training examples, and its step factor multiplies `--max_steps`.
     """
@@ -72,7 +72,7 @@ def _of_datasets(examples: Dataset, wanted: Container[str]) -> Dataset:
 
 
 def check_best_metric(validation: Dataset, training_args: UIETrainingArguments) -> None:
-    """Reject a `--metric_for_best_model` that an evaluation of these examples does not have."""
+    """Reject a `--metric_for_best_model` that an evaluation of these examples does not compute."""
     groups = dict.fromkeys([*validation["Dataset"], *validation["Task"]])
     metrics = [*MEASURED, *["score"] * ("rougeL" in validation["Metric"])]
     known = ["loss", "gen_len", *metrics, *(f"{metric}_for_{group}" for metric in metrics for group in groups)]
@@ -82,7 +82,7 @@ def check_best_metric(validation: Dataset, training_args: UIETrainingArguments) 
 
 
 def load_model(model_args: ModelArguments, data_args: DataArguments, **how) -> LoadedModel:
-    """The model that the arguments name; `how` is `weights`, `dtype` and `not_in_4bit` of the loading."""
+    """Load the model that the arguments name; `how` passes `weights`, `dtype` and `not_in_4bit` to the loading."""
     same = ("cache_dir", "config_name", "tokenizer_name", "resize_position_embeddings", "family")
     return load_model_and_tokenizer(
         model_args.model_name_or_path,

@@ -19,7 +19,7 @@ class KeptIds:
         self._ids: dict[bytes, array] = {}
 
     def look_up(self, texts: list[str], encode: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
-        """The ids of each text; `encode` computes those of the texts at the given indices, which are not kept."""
+        """The ids of each text; `encode` computes those of the texts at the given indices, which are not kept yet."""
         keys = [hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest() for text in texts]
         found = [list(self._ids[key]) if key in self._ids else None for key in keys]
         missing = [index for index, ids in enumerate(found) if ids is None]

@@ -1,4 +1,4 @@
-"""Examples -> batches, for encoder-decoder and decoder-only models.
+"""Turn examples into batches, for encoder-decoder and decoder-only models.
 
 Prompt and answer are tokenised separately and joined as ids, so that the loss mask ends exactly where the answer
 begins. Only the sentence is ever cut. Later epochs and tasks reuse the ids of texts seen before (`token_ids.py`).
@@ -40,8 +40,8 @@ class DataCollatorForUIE:
     in front, if the tokenizer adds it to text. Special tokens spelled out in the data (`<s>`, a tag in web pages) are
     not parsed. T5's tokenizer parses them anyway; an answer that spells one is rejected.
 
-    A prompt longer than `max_source_length` loses the right ends of its sentence's longest lines: in MultiRC the
-    paragraph, never the question. An answer has at most `max_target_length` ids, EOS included, and is never cut.
+    A prompt longer than `max_source_length` loses the right ends of its sentence's longest lines: in MultiRC that is
+    the paragraph, never the question. An answer has at most `max_target_length` ids, EOS included, and is never cut.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ class DataCollatorForUIE:
     pad_to_multiple_of: int | None = None  # every width is rounded up to a multiple
     label_pad_token_id: int = -100  # the label that the loss ignores
     name_rows: bool = False  # whether a training batch has its examples' names, as the list `rows`
-    input_record_file: str | os.PathLike | None = None  # each batch is appended, an object {"source", "label"} a line
+    input_record_file: str | os.PathLike | None = None  # gets a line {"source": ..., "label": ...} per example
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -71,10 +71,10 @@ class DataCollatorForUIE:
         self._record([], [])
 
     def check(self, examples: Iterable[dict]) -> None:
-        """Raise what batches of these examples would raise, from one example of each prompt head and answer.
+        """Raise what batches of these examples would raise, after trying one of each prompt head and answer.
 
-        Also rejects a label that the tokenizer does not write back, so that no prediction could equal it; free-text
-        answers of this kind are counted.
+        Also rejects a label that the tokenizer does not reproduce, so that no prediction could equal it; free-text
+        answers of this kind are counted in a warning.
         """
         distinct, changed = {}, collections.Counter()
         for example in examples:
@@ -92,12 +92,12 @@ class DataCollatorForUIE:
             if example.get("Metric") != "rougeL":
                 raise InputError(
                     f"{_name(example)}: the answer {label!r} becomes {written!r} in the tokenizer {name}; allowed: "
-                    "answers that it writes back, but for case, spaces and punctuation, which the score ignores"
+                    "answers that it reproduces, except for case, spaces and punctuation, which the score ignores"
                 )
             changed[example["Dataset"]] += 1
         for dataset, count in changed.items():
-            logger.warning("%s: %d different answers do not come back from the tokenizer as they are, so that no "
-                           "prediction can equal them", dataset, count)
+            logger.warning("%s: the tokenizer does not reproduce %d different answers, so that no prediction can equal "
+                           "them", dataset, count)
 
     def decode(self, tokens) -> list[str]:
         """The texts that answers' ids stand for, without special tokens: what evaluation scores."""
@@ -126,7 +126,7 @@ class DataCollatorForUIE:
         return batch
 
     def lengths(self, examples: list[dict]) -> list[tuple[int, int]]:
-        """The number of ids in each example's prompt, as cut, and in its answer, EOS included."""
+        """The number of ids in each example's prompt, after cutting, and in its answer, EOS included."""
         _, prompts = self._prompts(examples)
         return [(len(prompt), len(answer)) for prompt, answer in zip(prompts, self._answers(examples))]
 
@@ -199,7 +199,7 @@ class DataCollatorForUIE:
         return answers
 
     def _continuations(self, labels: list[str]) -> list[list[int]]:
-        """The ids of each label after the cue; of " <label>" where the tokenizer merges across the cue's end."""
+        """The ids of each label after the cue; of " <label>" alone if the tokenizer merges across the cue's end."""
         [cue] = self._encode([ANSWER_CUE], add_special_tokens=False)
         joined = self._encode([f"{ANSWER_CUE} {label}" for label in labels], add_special_tokens=False)
         alone = self._encode([f" {label}" for label in labels], add_special_tokens=False)

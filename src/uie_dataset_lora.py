@@ -44,7 +44,7 @@ FEATURES = datasets.Features(
 
 @dataclasses.dataclass(frozen=True)
 class ExampleOptions:
-    """What decides a step's examples beside its task files."""
+    """What decides a step's examples besides its task files."""
 
     data_dir: str | os.PathLike
     instruction_file: str | os.PathLike
@@ -65,7 +65,7 @@ class ExampleOptions:
             raise InputError(f"--num_examples: {self.num_examples}; allowed: 0 or more")
 
     def limit(self, subset: str) -> int | None:
-        """Most examples of `subset` ("train", "dev", "test") to keep; None means all."""
+        """The maximum number of examples of `subset` ("train", "dev", "test") to keep; None means all."""
         limit = {"train": self.max_num_instances_per_task, "dev": self.max_num_instances_per_eval_task}.get(subset)
         return None if limit is None or limit < 0 else limit
 
@@ -90,7 +90,7 @@ class _Source:
         return self.folder / f"{name}.json"
 
     def files(self, options: ExampleOptions) -> list[Path]:
-        """What is read of this dataset: examples, labels (none for free text) and, few-shot, the examples to show."""
+        """The files to read: examples, labels (none for free text) and, for few-shot prompts, the examples to show."""
         names = [self.subset] + ["labels"] * (self.metric == "exact_match") + ["train"] * (options.num_examples > 0)
         return [self.file(name) for name in names]
 
@@ -111,7 +111,7 @@ def load_uie_dataset(
       train, `max_num_instances_per_eval_task` for dev; test has no limit. The published code takes the *first* N
       under this name, which in a file sorted by label are all of one label.
 
-    `subsets` are those to read of "train", "dev" and "test". What is invalid in a file is an InputError.
+    `subsets` are those to read of "train", "dev" and "test". Anything invalid in a file raises InputError.
     """
     sources, splits = _sources(task_config_dir, options), datasets.DatasetDict()
     for subset in subsets:
@@ -129,7 +129,7 @@ def read_examples(task_config_dirs: Iterable[str | os.PathLike], options: Exampl
 
 
 def data_files(task_config_dir: str | os.PathLike, options: ExampleOptions) -> dict[str, Path]:
-    """Every file that a step's examples are made from, by a name that does not depend on the folders' location."""
+    """Every file that a step's examples come from, by a name that does not depend on where the folders are."""
     files = {"instructions": Path(options.instruction_file)}
     files |= {f"{subset}_tasks.json": Path(task_config_dir) / f"{subset}_tasks.json" for subset in SUBSETS}
     for source in _sources(task_config_dir, options):
@@ -267,8 +267,8 @@ def _check_place(path: Path, data_dir: Path) -> None:
     """Reject a file that is missing, or that a link puts outside the benchmark."""
     if not path.is_file():
         raise InputError(
-            f"{path}: no such file; data/prepare_benchmark.py fills CL_Benchmark, and --data_dir (of the scripts "
-            "DATA_DIR) names another benchmark"
+            f"{path}: no such file; data/prepare_benchmark.py fills CL_Benchmark, and --data_dir (DATA_DIR for the "
+            "scripts) names another benchmark"
         )
     place = path.resolve()
     if not place.is_relative_to(data_dir.resolve()):
@@ -286,7 +286,7 @@ def _choose_instructions(task: str, instructions: dict[str, dict], options: Exam
 
 
 def _examples(source: _Source, options: ExampleOptions) -> list[dict]:
-    """The examples of one file, laid out as `FEATURES`."""
+    """The examples of one file, with the fields of `FEATURES`."""
     labels = read_labels(source.file("labels")) if source.metric == "exact_match" else None
     rows = _choose(read_rows(source.file(source.subset), labels), source, options)
     pool = read_rows(source.file("train"), labels) if options.num_examples else []

@@ -37,7 +37,7 @@ class UIETrainer(Seq2SeqTrainer):
         name: the task, as progress bars show it; tasks_left: number of tasks of the order that follow it.
 
     Attributes:
-        when_prepared: called before the first step, when optimizer and schedule exist and a checkpoint is loaded.
+        when_prepared: called before the first step, once optimizer and schedule exist and any checkpoint is loaded.
     """
 
     # compute_loss divides by the tokens of the global batch, whatever the accumulation.
@@ -59,7 +59,7 @@ class UIETrainer(Seq2SeqTrainer):
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self._quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         self.non_finite = NonFiniteGuard(self.args.max_non_finite_steps, watch_gradients=not self.args.fp16)
-        self.args.logging_nan_inf_filter = False  # it would read a value from the device in every micro-batch
+        self.args.logging_nan_inf_filter = False  # would read a value from the device in every micro-batch
         if self.is_deepspeed_enabled and not self.args.do_train and not self.args.hf_deepspeed_config.is_zero3():
             self.is_deepspeed_enabled = False  # evaluation alone needs no engine, and Hugging Face would reject it
             if self.args.bf16 or self.args.fp16:  # the precision in which the engine would hold the model
@@ -77,14 +77,14 @@ class UIETrainer(Seq2SeqTrainer):
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """The parent's step; the method is notified first, as a sharded projection acts within forward and backward."""
+        """Take the parent's step, after notifying the method: a sharded projection acts in forward and backward."""
         self._examples = inputs.pop("rows", [])
         self.method.begin_micro_batch(self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # for the log; a step left out counts nothing
+        return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # for the log; a skipped step counts as 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross entropy per answer token, plus the method's penalty once an optimizer step.
+        """Cross entropy per answer token, plus the method's penalty once per optimizer step.
 
         The model returns the mean over its own answer tokens. It is scaled to this batch's share of the mean over the
         global batch (all micro-batches, all ranks), so that neither accumulation nor the number of ranks changes the
@@ -138,7 +138,7 @@ class UIETrainer(Seq2SeqTrainer):
         super().log(logs, start_time)
 
     def release(self) -> None:
-        """Let go of the engine and the model, which DeepSpeed's hooks would keep alive through the next tasks."""
+        """Release the engine and the model, which DeepSpeed's hooks would keep alive through the next tasks."""
         self.accelerator.free_memory()  # also destroys the engine
         if self.is_deepspeed_enabled:
             from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
@@ -153,8 +153,8 @@ class UIETrainer(Seq2SeqTrainer):
         """Predict every example as text and score the predictions per task and dataset, see `evaluation/generate.py`.
 
         The parent's loop prepares the model (device, precision, DeepSpeed) and gets no batch to run. The loss of the
-        reference answers, a forward pass of its own, is computed in validation, where it may choose the best step, and
-        with `--predict_loss`. Returns the parent's output with `predictions` as a list of strings.
+        reference answers costs a separate forward pass. It is computed in validation, where it may choose the best
+        step, and with `--predict_loss`. Returns the parent's output with `predictions` as a list of strings.
         """
         output = super().evaluation_loop(DataLoader([]), description, True, ignore_keys, metric_key_prefix)
         examples, metrics, args, collator = dataloader.dataset, {}, self.args, self.data_collator
@@ -176,10 +176,10 @@ class UIETrainer(Seq2SeqTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output._replace(predictions=texts, num_samples=len(examples))
 
-    # Private methods of Hugging Face's Trainer. tests/test_resume.py lists them and why no public one would do.
+    # Private methods of Hugging Face's Trainer. tests/test_resume.py lists them and says why no public one would do.
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """The parent's preparation without a checkpoint; then the method gets the engine, and ours is read."""
+        """Prepare as the parent does without a checkpoint, give the method the engine, then read our checkpoint."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.method.begin_training(self.model_wrapped if self.is_deepspeed_enabled else None)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -194,7 +194,7 @@ class UIETrainer(Seq2SeqTrainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Do nothing: `_prepare_for_training` reads the checkpoint when there is an optimizer."""
+        """Do nothing: `_prepare_for_training` reads the checkpoint once there is an optimizer."""
 
     def _load_rng_state(self, checkpoint) -> None:
         """Restore the generators; called before the first batch after the checkpoint."""
@@ -223,18 +223,18 @@ class UIETrainer(Seq2SeqTrainer):
             rotate_checkpoints(args.output_dir, args.save_total_limit, self.state.best_model_checkpoint)
 
     def _run_epoch(self, *args, **kwargs):
-        """The parent's epoch, unless the checkpoint is of the last step: the parent would take one more."""
+        """Run the parent's epoch, unless the checkpoint is of the last step: the parent would take one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The gradient's norm, which is computed right before the optimizer's step; under DeepSpeed after it."""
+        """The gradient's norm, computed right before the optimizer's step, or under DeepSpeed right after it."""
         norm = super()._get_grad_norm(model, grad_norm)
         if not self.is_deepspeed_enabled:
             self.non_finite.note_gradient_norm(norm)
-        self.non_finite.leaves_out_step()  # here too, for fp16's loss scaler may skip the optimizer's step
+        self.non_finite.leaves_out_step()  # here too, as fp16's loss scaler may skip the optimizer's step
         return norm
 
     def _load_state(self, folder: Path) -> None:
@@ -269,8 +269,8 @@ class UIETrainer(Seq2SeqTrainer):
 
 
 class OrderProgress(ProgressCallback):
-    """The bar of training, with the task's name, the last loss, and the order's remaining time of training as if every
-    task that is left took as long as this one."""
+    """The training progress bar, with the task's name, the last loss, and the order's remaining training time, which
+    assumes that every remaining task takes as long as this one."""
 
     def __init__(self, name: str, tasks_left: int):
         super().__init__()
@@ -296,7 +296,7 @@ class OrderProgress(ProgressCallback):
 
 
 class DenserEvaluation(TrainerCallback):
-    """Also logs and evaluates at a few early steps (`--denser_evaluation`)."""
+    """Logs and evaluates at a few early steps as well (`--denser_evaluation`)."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in (1, 50, 100, 200):

@@ -74,6 +74,21 @@ def test_the_search_tries_the_knob_with_the_rate_that_is_best_over_seeds(bench, 
     assert best_settings([bench.out], "olora") == ("--learning_rate", "1e-3", "--lamda_1", "5")
 
 
+def test_a_repeated_search_tries_nothing_new(bench, monkeypatch):
+    """Not even where the second stage found a better learning rate."""
+    def fake(_, trials, __):
+        for trial in set(trials) - read_outcomes(bench.out).keys():
+            value = {"3e-4": 50, "0.0006": 60}.get(trial.settings[-1], 0)
+            finish(bench.out, trial, accuracies=((value, None), (value, value)))
+
+    monkeypatch.setattr(continual, "run_all", fake)
+    search(bench, ["slao"], [1], 1)
+    found = read_outcomes(bench.out)
+    search(bench, ["slao"], [1], 1)
+    assert len(found) == 5 and read_outcomes(bench.out) == found
+    assert best_settings([bench.out], "slao") == ("--learning_rate", "0.0006")
+
+
 def test_a_method_is_its_name_with_flags_that_win():
     trial = Trial("gorp --learning_rate 7e-3", "A", 3, ("--learning_rate", "1e-3"))
     flags = trial.flags()
@@ -103,6 +118,10 @@ def test_results_of_other_weights_or_rows_are_not_mixed(bench, mini_benchmark, t
     rows.write_text(json.dumps(read_json(rows)[:-1]))
     with pytest.raises(InputError, match="--out: .*another TC/agnews/dev.json"):
         dataclasses.replace(bench, data_dir=tmp_path / "data").prepare()
+    path = bench.out / "made_of.json"
+    path.write_text(path.read_text().replace("model.safetensors", "model-00001-of-00002.safetensors"))
+    with pytest.raises(InputError, match="--out: .*another base/model-00001-of-00002.safetensors"):
+        bench.prepare()
 
 
 def test_missing_rows_are_named_before_anything_runs(bench, mini_benchmark, tmp_path):
@@ -110,6 +129,7 @@ def test_missing_rows_are_named_before_anything_runs(bench, mini_benchmark, tmp_
     (tmp_path / "data" / "TC" / "agnews" / "test.json").unlink()
     with pytest.raises(InputError, match="--data_dir: .*TC/agnews"):
         dataclasses.replace(bench, data_dir=tmp_path / "data", out=tmp_path / "other").prepare()
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_whole_matrix_is_measured_on_test_rows_of_the_small_t5(bench):
@@ -173,6 +193,7 @@ def test_the_column_of_learnt_tasks_leaves_the_others_out(tmp_path):
     lines = table("gorp", outcomes, learnt=["dbpedia"]).splitlines()
     assert lines[0].endswith("| 1 learnt tasks: AP, gorp minus it |") and lines[-1] == "Learnt: dbpedia."
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert table("gorp", outcomes, learnt=[]).endswith("\n\nLearnt: none.")
     cells = {line.split(" | ")[0]: line.split(" | ")[-1] for line in lines[2:4]}
     assert cells["| gorp"] == "50.0, - |" and cells["| olora"].startswith("25.0, +25.0 [")
 
@@ -206,7 +227,6 @@ def test_half_a_line_is_named(tmp_path):
 
 @pytest.mark.parametrize("flags, fault", [
     (["--search", "--orders", "B"], "--search: found --orders"),
-    (["--question", "rank", "--methods", "gorp"], "--question: found --methods"),
     (["--settings_from", "/nowhere"], "--settings_from: /nowhere has no outcomes.jsonl"),
     (["--workers", "0"], "--workers: found 0"),
     (["--search", "--learnt_by", "multitask"], "--search: found --learnt_by"),
@@ -239,7 +259,7 @@ def test_the_table_has_means_spreads_and_the_interval(tmp_path):
     assert "| gorp | `defaults` | 100.0 ± 0.0, 20.0 ± 0.0 | 100.0 | 20.0 | - | 0 k | 0.0 MB |" in text
     assert "| olora | `defaults` | 10.0 ± 14.1, -70.0 ± 14.1 | 10.0 | -70.0 | +100.0 [+100.0, +100.0] |" in text
     assert text.index("| gorp") < text.index("| olora"), "the best first"
-    assert "95 % |" in text and "95 % over rows |" in table("gorp", outcomes[::2])
+    assert "95 % |" in text and "95 % over examples |" in table("gorp", outcomes[::2])
 
 
 def test_a_method_without_some_of_the_trials_has_no_mean_and_comes_last(tmp_path):

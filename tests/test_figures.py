@@ -1,13 +1,15 @@
 """The pictures of README and docs: the results as `benchmarks/figures.py` draws them, and what holds for every SVG."""
 
+import dataclasses
 import itertools
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks.outcomes import Outcome, Trial
-from benchmarks.figures import LABEL, LETTER, Costs, Panel, place_names, complete_methods, draw, main, points
+from benchmarks.figures import LABEL, LETTER, Costs, Panel, complete_runs, draw, main, performance, place_names, points
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = sorted((ROOT / "docs" / "images").glob("*.svg"))
@@ -24,28 +26,28 @@ def trials(method, right, seeds=(1, 2)):
 
 
 def test_interval_is_around_the_average_performance():
-    found = complete_methods(trials("gorp", {"one": "1100", "two": "1111"}), PANEL)["gorp"]
+    found = performance(complete_runs(trials("gorp", {"one": "1100", "two": "1111"}), PANEL))["gorp"]
     assert found.mean == 75
     assert found.low < 75 < found.high
     assert (found.runs, found.seeds) == (4, 2)
 
 
-def test_only_complete_methods_are_drawn():
+def test_only_methods_with_every_run_are_drawn():
     right = {"one": "1100"}
     one_seed, one_order = trials("olora", right, seeds=(1,)), [outcome("nlora", "A", seed, right) for seed in (1, 2)]
     dev = [outcome("osf", order, seed, right, split="dev") for order in "AB" for seed in (1, 2)]
-    assert complete_methods([*trials("sgorp", right), *one_seed, *one_order, *dev], PANEL).keys() == {"sgorp"}
+    assert complete_runs([*trials("sgorp", right), *one_seed, *one_order, *dev], PANEL).keys() == {"sgorp"}
 
 
 def test_a_seed_that_one_order_lacks_is_left_out_of_the_others():
     alone = outcome("gorp", "A", 3, {"one": "0000"})
-    found = complete_methods([*trials("gorp", {"one": "1110"}), alone], PANEL)["gorp"]
+    found = performance(complete_runs([*trials("gorp", {"one": "1110"}), alone], PANEL))["gorp"]
     assert (found.mean, found.runs, found.seeds) == (75, 4, 2)
 
 
 def test_every_method_has_one_row_best_first():
     runs = [*trials("olora", {"one": "1000"}), *trials("gorp --preset released", {"one": "1100"})]
-    picture = ElementTree.fromstring(draw([(PANEL, complete_methods(runs, PANEL))]))
+    picture = ElementTree.fromstring(draw([(PANEL, performance(complete_runs(runs, PANEL)))]))
     texts = ["".join(text.itertext()) for text in picture.iter(SVG + "text")]
     assert [text for text in texts if text in ("olora", "gorp", "--preset released")] == [
         "gorp", "--preset released", "olora",
@@ -70,6 +72,23 @@ def test_costs_are_megabytes_or_times_of_one_lora():
     assert {method: cost for method, (cost, _) in in_bytes.items()} == {"seqlora": 2, "gorp": 8}
     assert {method: cost for method, (cost, _) in in_time.items()} == {"seqlora": 1, "gorp": 1.5}
     assert points(Costs(panel, "", in_time=True), {"small": stored["small"][1:]}) == {}, "a multiple of what?"
+
+
+def test_costs_and_performance_are_of_the_same_runs():
+    runs = [outcome("gorp", order, 1, {"one": "11"}, stored=2_000_000) for order in "AB"]
+    alone = outcome("gorp", "A", 2, {"one": "00"}, stored=9_000_000)
+    (cost, interval), = points(Costs(Panel("small", "Small", ("A", "B"), 1), ""), {"small": [*runs, alone]}).values()
+    assert (cost, interval.mean) == (2, 100)
+
+
+def test_a_single_method_at_a_multiple_of_five_is_drawn(tmp_path):
+    folder = tmp_path / "results" / "smollm2-135m"
+    folder.mkdir(parents=True)
+    lines = [json.dumps(dataclasses.asdict(outcome("gorp", order, 1, {"one": "11"}))) for order in "AB"]
+    (folder / "outcomes.jsonl").write_text("\n".join(lines))
+    assert main(["--results", str(folder.parent), "--out", str(tmp_path / "new" / "folder")]) == 0
+    for name in ("results.svg", "costs.svg"):
+        assert ">gorp<" in (tmp_path / "new" / "folder" / name).read_text()
 
 
 def test_names_of_neighbours_do_not_overlap():

@@ -284,7 +284,7 @@ def test_a_method_without_lora_refuses_a_folder_that_holds_one(name, tmp_path, m
 @pytest.mark.parametrize("before, after", [("galore", "osf"), ("osf", "galore")])
 def test_methods_without_lora_refuse_each_others_folders(before, after, tmp_path):
     train(method_of(before, output=tmp_path), None, tmp_path / "before", steps=1)
-    with pytest.raises(InputError, match=f"--method {after}: .*before was left by {before}; by {after} is needed"):
+    with pytest.raises(InputError, match=f"--method {after}: .*before was saved by {before}; one saved by {after} is"):
         method_of(after, output=tmp_path).prepare(tiny_t5(), tmp_path / "before", decoder_only=False)
     method_of(before, output=tmp_path).prepare(tiny_t5(), tmp_path / "before", decoder_only=False)
 
@@ -377,7 +377,7 @@ def test_cores_protect_the_lora_alone_where_no_full_rank_weight_trains(mini_benc
 
 @pytest.mark.parametrize("name, flags, fault", [
     ("sgorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"],
-     "--proj_lora_modules: .*only factors loranew_A"),
+     "--proj_lora_modules: .*only loranew_A factors"),
     ("gorp", ["--optim_target_modules", ".*SelfAttention.q", "--galore_engine", "cores"],
      "--optim_target_modules: matches .*SelfAttention.q, which has a LoRA too"),
 ])  # fmt: skip
@@ -389,7 +389,7 @@ def test_what_gorp_cannot_protect_or_project_is_refused(name, flags, fault, tmp_
 @pytest.mark.parametrize("before, after", [("inclora", "seqlora"), ("replay", "gorp")])
 def test_one_lora_for_all_tasks_and_one_for_each_are_not_mixed(before, after, tmp_path):
     train(method_of(before, output=tmp_path), None, tmp_path / "before", steps=1)
-    with pytest.raises(InputError, match=f"--method {after}: .*before was left by a method that"):
+    with pytest.raises(InputError, match=f"--method {after}: .*before was saved by a method that"):
         method_of(after, output=tmp_path).prepare(tiny_t5(), tmp_path / "before", decoder_only=False)
 
 

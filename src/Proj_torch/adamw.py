@@ -61,19 +61,19 @@ class ProjAdamW(Optimizer):
     """AdamW with per-group gradient projection and protected spaces; groups without either are plain AdamW.
 
     Args:
-        params: parameters, named parameters, or groups of them. Beside Adam's settings a group may hold
+        params: parameters, named parameters, or groups of them. Besides Adam's settings a group may hold
 
             * `rank`, `update_proj_gap`, `scale`, `proj_type` (all four) and `svd` ("exact", the default, or
               "lowrank"): the projection, see `ProjProjector`; tensors of more than two dimensions get
               `ProjProjectorTensor`;
-            * `scale_mats`: one entry a parameter, S with orthonormal columns ((out, c) or (in, c), as `protect_side`
+            * `scale_mats`: one entry per parameter, S with orthonormal columns ((out, c) or (in, c), as `protect_side`
               says) or None where nothing is protected; `gp_first`, `gp_second`, `orthogonal`: how S acts, see the
               head of this file; `protect_side`: "output" (the default, as published) or "input".
         lr, betas, eps, weight_decay: defaults of the groups, as in `torch.optim.AdamW`.
         eps_before_correction: add eps to sqrt(v) before the bias correction, as Hugging Face's former AdamW does; it is
             then eps / sqrt(1 - beta2^t) in the usual place.
 
-    The moments and bases are float32 whatever the parameter's dtype (float64 for float64), and saved and loaded so.
+    The moments and bases are float32 whatever the parameter's dtype (float64 for float64), also when saved and loaded.
 
     Raises:
         InputError: a group's key or value is not one of those above, or a rank or S does not fit its parameter.
@@ -110,7 +110,7 @@ class ProjAdamW(Optimizer):
         return loss
 
     def _step(self, weights: list["Weight"], group: dict[str, Any]) -> None:
-        """The step described at the head of this file; of a plain weight, the core is W itself."""
+        """Take the step described at the head of this file; for a plain weight, the core is W itself."""
         projected = [weight.projected_gradient() for weight in weights]
         if group["weight_decay"] and weights:
             torch._foreach_mul_([weight.p for weight in weights], 1 - group["lr"] * group["weight_decay"])
@@ -128,7 +128,7 @@ class ProjAdamW(Optimizer):
             if "exp_avg" not in state:
                 state["step"] = torch.tensor(0.0)  # on the CPU, as torch.optim.AdamW keeps it
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        by_eps = defaultdict(list)  # parameters that have taken different numbers of steps may differ in it
+        by_eps = defaultdict(list)  # it may differ between parameters that have taken different numbers of steps
         for index, state in enumerate(states):
             by_eps[_eps(group, state, ahead=1)].append(index)
         for eps, chosen in by_eps.items():
@@ -161,7 +161,7 @@ class ProjAdamW(Optimizer):
         found = [Weight(group, index, p, self.state.get(p, {})) for group in self.param_groups
                  for index, p in enumerate(group["params"]) if p is param]  # fmt: skip
         if not found:
-            raise InputError(f"first moment asked for a parameter {tuple(param.shape)} that is not the optimizer's")
+            raise InputError(f"no first moment: the parameter {tuple(param.shape)} is not one of this optimizer's")
         weight, moment = found[0], found[0].state.get("exp_avg")
         if moment is None:
             return (torch.zeros_like(at_least_float32(param.detach())),)
@@ -189,7 +189,7 @@ class ProjAdamW(Optimizer):
         """Load what `state_dict` gave, each tensor in the dtype it was saved in, so that a run resumes bitwise."""
         super().load_state_dict(state_dict)
         params = (p for group in self.param_groups for p in group["params"])
-        for number, p in enumerate(params):  # by which `state_dict` calls it
+        for number, p in enumerate(params):  # `state_dict` calls p by this number
             for key, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor) and key != "step":  # the base class casts to the parameter's dtype
                     self.state[p][key] = value.to(p.device)
@@ -198,7 +198,7 @@ class ProjAdamW(Optimizer):
 
 
 def _eps(group: dict[str, Any], state: dict[str, Any], ahead: int = 0) -> float:
-    """eps of the step that `state` has taken, or of the next one."""
+    """eps of the last step that `state` has taken, or with `ahead` 1 of the next one."""
     if not group["eps_before_correction"]:
         return group["eps"]
     return group["eps"] / math.sqrt(1 - group["betas"][1] ** (int(state["step"]) + ahead))
@@ -235,7 +235,7 @@ class Weight:
         self.is_plain = "rank" not in group and S is None and p.dtype in (torch.float32, torch.float64)
 
     def projected_gradient(self) -> Tensor:
-        """R, (out or k, in or l), by new bases where they are due."""
+        """R (out or k, in or l), with new bases where they are due."""
         G = self.p.grad
         if "rank" in self.group and (
             self.state.get("fell_back") or int(self.state.get("step", 0)) % self.group["update_proj_gap"] == 0
@@ -244,7 +244,7 @@ class Weight:
         return self.projector.project(G, self.from_gradient, self.side)
 
     def _refresh(self, G: Tensor) -> None:
-        """New bases from G into the projector and the state, with the share of G's energy that they hold."""
+        """Give the projector and the state new bases from G, with the share of G's energy that they hold."""
         found = self.projector.refresh(G)
         for mode, basis in enumerate(self.projector.bases):
             if basis is not None:
@@ -255,7 +255,7 @@ class Weight:
             self.state["energy"] = energy_share(self.projector.project(G), G)
 
     def direction_of_cleared_moment(self, eps: float) -> Tensor:
-        """m_hat / (sqrt(v_hat) + eps) of the step just taken, of the first moment without its component in S."""
+        """m_hat / (sqrt(v_hat) + eps) of the step just taken, with S removed from the first moment."""
         betas = self.group["betas"]
         moment = remove_projected(self.state["exp_avg"], *self.projector.bases, self.from_moment, self.side)
         step = int(self.state["step"])
@@ -313,7 +313,7 @@ def _check(group: dict[str, Any]) -> None:
     if "scale_mats" in group and len(spaces) != len(group["params"]):
         raise InputError(
             f"optimizer group: scale_mats has {len(spaces)} entries for {len(group['params'])} parameters; "
-            "allowed is one a parameter, None where nothing is protected"
+            "allowed is one per parameter, None where nothing is protected"
         )
     names = group.get("param_names", [f"number {index}" for index in range(len(group["params"]))])
     for index, (name, p) in enumerate(zip(names, group["params"], strict=True)):

@@ -13,7 +13,7 @@ from Proj_torch.proj_projector import SIDES, Bases, Basis, back_factors, project
 
 
 class CoreLinear(nn.Linear):
-    """A frozen linear layer and a trainable core: y = (d W + L C R^T) x + b. Keeps the name `weight`.
+    """A frozen linear layer and a trainable core: y = (d W + L C R^T) x + b. W keeps the name `weight`.
 
     Args:
         linear: the layer whose weight and bias this one takes over.
@@ -44,7 +44,7 @@ class CoreLinear(nn.Linear):
         self.share: Tensor | float = 0.0  # of the last refresh's gradient, in its bases: ||L^T G R||^2 / ||G||^2
         self.refreshes = 0  # that found bases
         self.fell_back = False  # whether the last refresh found none, so that the next step refreshes again
-        self.before: tuple | None = None  # bases, share and fell_back that a step left out returns to
+        self.before: tuple | None = None  # bases, share and fell_back to restore after a skipped step
         # A 16-bit weight's rounding error, in the weight's dtype; None until a fold has one.
         self.register_buffer("rounding", getattr(linear, "rounding", None), persistent=False)
         self.gradient: LayerGradient | None = None  # collects a refresh step's gradient
@@ -76,7 +76,7 @@ class CoreLinear(nn.Linear):
         self.gradient, self.before = LayerGradient(self.shape), (self.bases, self.share, self.fell_back)
 
     def close_refresh(self, taken: bool) -> None:
-        """End a step that refreshed: count it, or undo it if the optimizer left the step out."""
+        """End a step that refreshed: count the refresh, or undo it if the optimizer skipped the step."""
         if self.gradient is not None:
             if not taken:
                 self.bases, self.share, self.fell_back = self.before
@@ -88,7 +88,7 @@ class CoreLinear(nn.Linear):
     def fold(self, core: Tensor) -> None:
         """W <- d W + L C R^T (out, in), d <- 1. The weight must be complete (see `gathered`)."""
         if self.weight.dtype == torch.float32:
-            self._add_update(self.weight.detach(), core)  # in place: nothing of W's size beside it
+            self._add_update(self.weight.detach(), core)  # in place, without a copy of W's size
         else:
             hold(self, self.trained_weight(core))
         self.decay = 1.0
@@ -152,7 +152,7 @@ class _CoreTerm(torch.autograd.Function):
 
 
 class EffectiveWeight(torch.autograd.Function):
-    """d W + L C R^T (out, in), float32; its gradient reaches the core in the way of the layer's own."""
+    """d W + L C R^T (out, in), float32; its gradient reaches the core in the same way as the layer's own."""
 
     @staticmethod
     def forward(ctx: Any, core: Tensor, layer: CoreLinear) -> Tensor:

@@ -2,9 +2,9 @@
 
 * `DenseEngine`, the reference: `ProjAdamW` on complete weights, in one process.
 * `CoreEngine` (`zero_core.py`): small trainable cores beside frozen weights, which DeepSpeed can shard. It must equal
-  the reference, and the tests say so.
+  the reference, and the tests check that it does.
 
-A method describes what it keeps in a `Plan` and does not ask which engine it gets. In the order of the calls:
+A method describes in a `Plan` what trains and is protected, and does not ask which engine it gets. Calls in order:
 
     engine = make_engine(model, plan, cores=...)
     optimizer = engine.create_optimizer(factors, lr=..., betas=..., eps=..., weight_decay=...)
@@ -33,7 +33,7 @@ def make_engine(
 ) -> "DenseEngine | CoreEngine":
     """The engine that trains `plan.targets` of `model`: a `CoreEngine`, as DeepSpeed needs, if `cores`.
 
-    `eps_before_correction`, as in `ProjAdamW`, is only for the other one. Raises InputError where a rank, a setting or
+    `eps_before_correction`, as in `ProjAdamW`, is for `DenseEngine` only. Raises InputError where a rank, a setting or
     a space does not fit, and with cores for a target that has a LoRA too.
     """
     if not cores:
@@ -90,7 +90,7 @@ class DenseEngine:
         return _group(params) | {"scale_mats": spaces, "protect_side": self.plan.side, self.plan.way: True}
 
     def _nothing(self, *_: Any) -> None:
-        """Of an engine's calls, these have nothing to do where an optimizer steps complete weights."""
+        """Do nothing: these calls have no work to do where the optimizer updates complete weights."""
 
     begin_training = begin_micro_batch = load_state_dict = finish = _nothing
 

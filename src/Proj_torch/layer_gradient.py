@@ -1,8 +1,8 @@
-"""The gradient of a linear layer's weight without its matrix: factors that add up, and bases from a random sketch.
+"""The gradient of a linear layer's weight without forming it: factors that add up, and bases from a random sketch.
 
 The backward pass of y = W x has the input X (tokens, in) and the gradient of the output GY (tokens, out); the gradient
 of W is G = GY^T X. Products of G with thin matrices need no G: G M = GY^T (X M). A sketch is a few such products, and
-ranks sum sketches instead of gradients: (out + in) (k + p) numbers a pass instead of out * in.
+ranks sum sketches instead of gradients: (out + in) (k + p) numbers per pass instead of out * in.
 """
 
 from collections.abc import Sequence
@@ -77,9 +77,9 @@ def sketched_bases(
 ) -> tuple[Bases, Tensor]:
     """Bases of G (out, in) for `mode_ranks`' ranks, from products with G alone, and the energy share they hold.
 
-    By `randomised_svd`, whose starting block holds the previous basis beside `OVERSAMPLING` Gaussian columns. The share
-    is an estimate: what lies outside the subspace is taken from E ||G Omega||_F^2 = columns * ||G||_F^2 for Gaussian
-    Omega. The products G M and G^T M, the ranks (not both None) and the seed of Omega are the same on every rank.
+    By `randomised_svd`, whose starting block holds the previous basis and `OVERSAMPLING` Gaussian columns. The share is
+    an estimate: the energy outside the subspace is taken from E ||G Omega||_F^2 = columns * ||G||_F^2 for Gaussian
+    Omega. The products G M and G^T M, `ranks` (not both None) and the seed of Omega are the same in every process.
 
     Raises:
         torch.linalg.LinAlgError: G is not finite or zero.

@@ -55,7 +55,7 @@ def write_parameters(
 
 
 def steps_taken(optimizer: Optimizer) -> int:
-    """Steps that Adam's bias correction has counted, without those left out."""
+    """Steps that Adam's bias correction has counted, without skipped ones."""
     return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
 
 
@@ -73,12 +73,12 @@ class LocalState:
                 raise InputError("DeepSpeed stage 0: 16-bit training with a fused optimizer; allowed are stages 1 to 3")
             for copies, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
                 self._masters.update(zip(copies, masters, strict=True))
-            if engine.global_steps == 0:  # DeepSpeed makes this state in an empty step, which is not to be counted
+            if engine.global_steps == 0:  # DeepSpeed makes this state in an empty step, which must not count
                 for state in optimizer.state.values():
                     state["step"].zero_()
 
     def gathered(self, params: list[nn.Parameter]) -> contextlib.AbstractContextManager:
-        """Inside the block `params` are complete: they can be read, and written alike on every rank."""
+        """Inside the block `params` are complete: they can be read, and written if all ranks write the same."""
         return contextlib.nullcontext()
 
     def read_master(self, param: nn.Parameter) -> Tensor:
@@ -121,7 +121,7 @@ class ZeroState:
         """Zero moments, as AdamW makes them itself in its first step.
 
         At stages 1 and 2 DeepSpeed 0.19.8 steps one group after another and makes the moments of all groups
-        accessible after the first, when the others have none; theirs would stay out of reach for good.
+        accessible after the first, when the others have none; theirs would then stay out of reach.
         """
         for slice_ in (p for group in self.optimizer.param_groups for p in group["params"]):
             if not self.optimizer.state[slice_]:
@@ -150,7 +150,7 @@ class ZeroState:
         return self._utils.safe_get_full_optimizer_state(param, key).detach().float().clone()
 
     def write_moments(self, moments: Mapping[nn.Parameter, dict[str, Tensor]], step: int) -> None:
-        """For all parameters at once, since their step count is one; after `start_moments`."""
+        """For all parameters at once, as they share one step count; after `start_moments`."""
         for param, values in moments.items():
             for key, value in values.items():
                 if self._partitioned:
@@ -163,7 +163,7 @@ class ZeroState:
 
 
 def _own_slice(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of `value`, flattened and padded so that every rank has as many numbers as `like`."""
+    """This rank's slice of `value`, flattened and padded so that every rank's slice has the size of `like`."""
     flat = value.flatten().to(like)
     padding = like.numel() * torch.distributed.get_world_size() - flat.numel()
     start = like.numel() * torch.distributed.get_rank()
@@ -175,7 +175,7 @@ def start_moments(engine: Any, optimizer: Optimizer, loss: Callable[[], Tensor])
 
     ZeRO creates the moments in its first step, and only then can they be set; this is that step, with no gradient
     and no learning rate. It counts in the engine's own step and schedule, which the caller sets afterwards. `loss`
-    computes that of a micro-batch, through the engine.
+    computes the loss of a micro-batch through the engine.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

@@ -15,7 +15,7 @@ class Plan:
         targets: module name -> linear layer whose weight (out, in) trains by projection.
         projection: a projected group's settings in `ProjAdamW`: rank, update_proj_gap, scale, proj_type, svd, lr. With
             cores `svd` may also be "sketch".
-        factors: parameter name -> LoRA factor whose first moment is asked for.
+        factors: parameter name -> LoRA factor whose first moment `first_moments` returns.
         spaces: name of a target or factor -> S, (out, c) or (in, c) as `side` says; without an entry it is unprotected.
         side: "output" or "input".
         way: how S acts, one of `ProjAdamW`'s `gp_first`, `gp_second` and `orthogonal`. With cores S is always removed

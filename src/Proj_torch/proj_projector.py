@@ -64,7 +64,7 @@ def matrix_bases(G: Tensor, ranks: Sequence[int | None], svd: str = "exact") -> 
 
 
 def kept_bases(like: Tensor, ranks: Sequence[int | None], previous: Bases | None) -> Bases:
-    """The previous bases; before the first refresh the first unit vectors, with the shape and device of `like`."""
+    """The previous bases; before the first refresh the first unit vectors, for the shape and device of `like`."""
     if previous is not None:
         return previous
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -137,7 +137,7 @@ def product(factors: Sequence[Tensor]) -> Tensor:
 
 
 def back_factors(R: Tensor, left: Basis, right: Basis, S: Basis = None, side: str = "output") -> tuple[Tensor, ...]:
-    """One or two matrices whose product is `project_back` of the same arguments, which can be added in place."""
+    """One or two matrices whose product is `project_back` of the same arguments; a weight can add it in place."""
     left, right, S = remove_from_bases(left, right, S, side)
     R = remove(R, S, side)
     if left is not None and right is not None:

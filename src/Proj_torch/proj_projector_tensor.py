@@ -22,7 +22,7 @@ def unfold(T: Tensor, mode: int) -> Tensor:
 
 
 def mode_products(T: Tensor, matrices: Iterable[Tensor | None]) -> Tensor:
-    """T with each dimension (d) taken through its matrix (e, d), so of size e there; None leaves it as it is."""
+    """T with each dimension of size d multiplied by its matrix (e, d), so that its size is e; None leaves it alone."""
     for mode, M in enumerate(matrices):
         if M is not None:
             T = torch.tensordot(T, M, dims=([mode], [1])).movedim(-1, mode)

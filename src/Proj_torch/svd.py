@@ -15,8 +15,8 @@ log = logging.getLogger("gorp")
 
 SVD_METHODS = ("exact", "lowrank")
 SKETCH_SEED = 0  # the sketch is the same on every rank and in every run
-# More columns than the 5 to 10 of Halko, Martinsson and Tropp 2011 (section 4.2), and one pass over the matrix less:
-# faster, and closer to the best basis, 99 % of whose energy 24 columns hold where 8 hold 98 % (docs/LOG.md).
+# More columns than the 5 to 10 of Halko, Martinsson and Tropp 2011 (section 4.2), and one pass fewer over the matrix:
+# faster, and closer to the best basis, of whose energy 24 columns hold 99 % and 8 hold 98 % (docs/LOG.md).
 OVERSAMPLING = 24
 SAFE_PEAKS = (2.0**-30, 2.0**30)  # entries whose squares and sums of squares stay far from a float32's limits
 
@@ -29,7 +29,7 @@ def at_least_float32(X: Tensor) -> Tensor:
 
 
 def largest(X: Tensor) -> Tensor:
-    """The largest magnitude in X, NaN if there is one; on a CPU far faster than the maximum norm."""
+    """The largest magnitude in X, or NaN if X has one; on a CPU far faster than the maximum norm."""
     low, high = X.aminmax()
     return torch.maximum(-low, high)
 
@@ -104,7 +104,7 @@ def randomised_svd(
     block = _orthonormal(transposed_times(_orthonormal(times(start))))
     Y = times(block if probe is None else torch.cat((block, probe), dim=1))
     Q, probed = _orthonormal(Y[:, : block.shape[1]]), Y[:, block.shape[1] :]
-    V, triangle = torch.linalg.qr(transposed_times(Q))  # far faster than the SVD of a tall matrix itself
+    V, triangle = torch.linalg.qr(transposed_times(Q))  # far faster than an SVD of the tall matrix
     W, s, Uh = torch.linalg.svd(triangle)
     return Q @ Uh.mT, s, V @ W, None if probe is None else probed - Q @ (Q.mT @ probed)
 

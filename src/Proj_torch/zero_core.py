@@ -11,22 +11,22 @@ with elementwise AdamW on C, whose result does not depend on how C is partitione
 * **Frozen, complete on every rank** (at stage 3 partitioned by DeepSpeed): the weight W. No gradient and no optimizer
   state of its size exist between refreshes.
 * **Trained, sharded by ZeRO**: the cores and their moments, ordinary parameters of an ordinary AdamW.
-* **The bases**, float32, complete on every rank. In a refresh step each rank's backward pass leaves its share of the
-  gradient at the layer, as the factors GY and X. After the last micro-batch the shares are summed over the ranks
+* **The bases**, float32, complete on every rank. In a refresh step each rank's backward pass stores its share of the
+  gradient in the layer, as the factors GY and X. After the last micro-batch the shares are summed over the ranks
   (`exact`, `lowrank`: the matrix, on rank 0, which sends the bases to the others; `sketch`: only thin products), and
   the core's gradient L^T G R is formed with the new bases, before ZeRO reduces it like any other. Earlier
   micro-batches give the core a zero gradient, so that the basis sees the complete batch and nothing is lost.
 * **The fold**: before the first micro-batch of a refresh step, W <- d W + L C R^T on every rank, C <- 0, d <- 1. The
   moments stay, as in published GaLore. A 16-bit W keeps its rounding error beside it, so small updates are not lost.
 * **Weight decay** W <- (1 - lr wd) W is the number d of each layer, applied in the forward pass and in the fold; on C
-  it is AdamW's own. GaLore's scale and the learning rate are one number, because the fold is linear: the core trains
-  with lr * scale, and with wd / scale, so that lr wd is the same. eps acts on the gradient's own scale, as in
-  ProjAdamW.
+  it is AdamW's own. GaLore's scale multiplies the learning rate, because the fold is linear: the core trains with
+  lr * scale, and with wd / scale, so that lr wd is the same. eps acts on the gradient's own scale, as in ProjAdamW.
 
-A step that the optimizer leaves out (all gradients None, or fp16 overflow) changes nothing, and its refresh is due
-again. A protected space S acts as in ProjAdamW. As `gp_first` it is removed from the core's gradient; as `orthogonal`
-also from the gradient that the bases are taken from, and from L C R^T in the forward pass and in the fold. `gp_second`
-would have to change Adam's moment within its step, which works on ZeRO's slices: only ProjAdamW has it.
+A step that the optimizer skips (all gradients None, or fp16 overflow) changes nothing, and its refresh is due again.
+
+A protected space S acts as in ProjAdamW. As `gp_first` it is removed from the core's gradient; as `orthogonal` also
+from the gradient that the bases are taken from, and from L C R^T in the forward pass and in the fold. `gp_second` would
+have to change Adam's moment within its step, which works on ZeRO's slices: only ProjAdamW has it.
 
 Clipping: the core's gradient enters the norm that DeepSpeed or `clip_grad_norm_` clips, not the full gradient.
 """
@@ -137,14 +137,14 @@ class CoreEngine:
         self.optimizer_state.write_master(layer.core, torch.zeros_like(core))
 
     def _settle(self) -> None:
-        """If the last step was left out, return to the bases before it."""
+        """If the last step was skipped, return to the bases before it."""
         if self._open:
             for layer in self.layers.values():
                 layer.close_refresh(taken=False)
             self._open = False
 
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """After the optimizer's step, which ZeRO makes once a group or slice, and not at all when it overflows."""
+        """Called after the optimizer's step, which ZeRO takes once per group or slice, and not at all on overflow."""
         for group in optimizer.param_groups:
             if self._open and group.get(CORE_GROUP) and any(slice_.grad is not None for slice_ in group["params"]):
                 self._open = False
@@ -167,7 +167,7 @@ class CoreEngine:
     # ------------------------------------------------------------------------------- after the last step
 
     def first_moments(self) -> dict[str, tuple[Tensor, ...]]:
-        """Of each factor, and of each target projected back with the current bases and without `scale`; float32."""
+        """Those of the factors, and of the targets projected back with the current bases, without `scale`; float32."""
         self._settle()
         read = self.optimizer_state.read_moment
         moments = {name: (read(factor, "exp_avg"),) for name, factor in self.plan.factors.items()}
@@ -178,7 +178,7 @@ class CoreEngine:
         return moments
 
     def effective_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Not at ZeRO stage 3, where no rank has a complete weight."""
+        """By name, (out, in), differentiable; not at ZeRO stage 3, where no rank has a complete weight."""
         for name, layer in self.layers.items():
             yield name, EffectiveWeight.apply(layer.core, layer)
 
@@ -188,7 +188,7 @@ class CoreEngine:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """As CPU tensors, the same for any number of ranks."""
+        """The engine's state as CPU tensors, the same for any number of ranks."""
         self._settle()
         state = {"step": torch.tensor(self.step)} | read_parameters(self.optimizer_state, self._cores())
         for name, layer in self.layers.items():
@@ -201,7 +201,7 @@ class CoreEngine:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Resume where `state_dict` was taken, after `begin_training`; raises InputError as `write_parameters`."""
+        """Resume where `state_dict` was taken, after `begin_training`; raises InputError as `write_parameters` does."""
         self.step = int(state["step"])
         write_parameters(self.optimizer_state, self._cores(), state, self.step)
         for name, layer in self.layers.items():
@@ -222,7 +222,7 @@ class CoreEngine:
 def _refresh(layer: CoreLinear, svd: str, seed: int) -> None:
     """Give `layer` the bases of its gradient summed over the ranks; rank 0 decides and sends them to the others.
 
-    Where the gradient has none, the previous bases stay, and the share that is sent is NaN.
+    Where it has none, as when it is zero, the previous bases stay, and the share that is sent is NaN.
     """
     if not any(layer.ranks):  # full rank: plain AdamW
         layer.bases, layer.share = (None, None), 1.0

@@ -6,7 +6,7 @@ answer would keep the complete batch going; unfinished answers are collected and
 The prompts of a dataset begin alike (task, instruction, options), so for a decoder-only model the examples of a batch
 are of one dataset, and the keys and values of their common prefix are computed once (a prefix cache), unless a sliding
 window is too short for it or the model is recurrent. With greedy search an example's answer does not depend on what
-shares its batch, but for near ties in 16 bits.
+shares its batch, except for near ties in 16 bits.
 
 Each of W ranks takes every W-th example. ZeRO-3 gathers weights in each forward pass, so all ranks must call the model
 equally often: a rank without batches left runs one more and discards its result.
@@ -27,20 +27,20 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from uie_collator import DataCollatorForUIE
 
 TOKENISED_AT_ONCE = 1000
-TWICE_AT_MOST = 1 / 4  # share of the examples generated twice, above which batches have no first bound
+TWICE_AT_MOST = 1 / 4  # if a larger share of the examples is generated twice, batches have no first bound
 
 
 @dataclass
 class Prediction:
-    """One evaluation of the examples `rows`. All ranks make it, call the same methods and get the same results."""
+    """One evaluation of the examples `rows`. All ranks create it, call the same methods and get the same results."""
 
     model: nn.Module  # in evaluation mode, on the accelerator's device
     collator: DataCollatorForUIE
     rows: Dataset
     accelerator: Accelerator
     generation: dict  # arguments of `generate`; `max_new_tokens` is the limit of an answer
-    most_rows: int  # of a batch
-    most_tokens: int  # prompt tokens of a batch, padding included; a longer prompt is a batch of its own
+    most_rows: int  # examples in a batch
+    most_tokens: int  # prompt tokens in a batch, padding included; a longer prompt is a batch of its own
     # Whether to compute a batch's common prefix once. Only decoder-only models have one, and under ZeRO-3 all ranks
     # would need one in the same batches.
     shares_beginnings: bool = False
@@ -61,7 +61,7 @@ class Prediction:
                 self.bounds[example["Dataset"]] = max(answer, self.bounds.get(example["Dataset"], 1))
         greedy = self.generation.get("num_beams", 1) == 1
         self.shares_beginnings = self.shares_beginnings and greedy
-        self.bounded = greedy  # at a bound beams are ranked: another bound could change the answer
+        self.bounded = greedy  # beams are ranked at the bound, so another bound could change the answer
 
     @torch.no_grad()
     def answers(self) -> torch.Tensor:
@@ -81,13 +81,13 @@ class Prediction:
         for batch, counts in self._batches(places):
             examples = [self.rows[place] for place in batch]
             bound = self.longest_answer
-            if bounded and TWICE_AT_MOST * tried >= len(cut):  # with many long answers, a bound only costs
+            if bounded and TWICE_AT_MOST * tried >= len(cut):  # otherwise a bound only costs
                 bound = min(bound, max(self.bounds.get(example["Dataset"], bound) for example in examples))
             tokens = self._generate(examples, bound).cpu()
             if not counts:
                 continue
             ends = torch.isin(tokens, torch.tensor(self.model.generation_config.eos_token_id))
-            tokens[ends.cumsum(1) > ends] = self.collator.tokenizer.pad_token_id  # beam search pads otherwise
+            tokens[ends.cumsum(1) > ends] = self.collator.tokenizer.pad_token_id  # beam search pads differently
             ended = ends.any(1) | (bound == self.longest_answer)
             cut += [place for place, has_ended in zip(batch, ended.tolist()) if not has_ended]
             tried += len(batch)
@@ -105,7 +105,7 @@ class Prediction:
         return generated[:, prompts["input_ids"].shape[1] if self.collator.decoder_only else 1 :]
 
     def _sees_all(self, length: int) -> bool:
-        """Whether padding may follow a cached prefix: a sliding window counts it, and a recurrent state takes it in."""
+        """Whether padding may follow a cached prefix: a sliding window counts it, and a recurrent state absorbs it."""
         return all(
             type(layer) is DynamicLayer or type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window
             for layer in DynamicCache(config=self.model.config).layers
@@ -120,8 +120,8 @@ class Prediction:
         length = input_ids.shape[1]
         column = torch.arange(length, device=input_ids.device)
         padded = (attention_mask == 0).sum(1, keepdim=True)  # (n, 1), columns of padding
-        left_aligned = input_ids.gather(1, (column + padded).clamp(max=length - 1))  # beyond a prompt's end: anything
-        same_in_all = (left_aligned == left_aligned[0]).all(0)[: length - int(padded.max()) - 1]  # each keeps a token
+        left_aligned = input_ids.gather(1, (column + padded).clamp(max=length - 1))  # arbitrary beyond a prompt's end
+        same_in_all = (left_aligned == left_aligned[0]).all(0)[: length - int(padded.max()) - 1]  # one token stays
         common = int(same_in_all.long().cumprod(0).sum())
         if not common:
             return {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -153,7 +153,7 @@ class Prediction:
         return loss / tokens
 
     def _batches(self, places: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """Batches of indices in `rows`, equally many on every rank, each with whether its result counts."""
+        """Yield batches of indices in `rows`, equally many on every rank, and for each whether its result counts."""
         groups: dict[str, list[int]] = {}
         for place in places:
             groups.setdefault(self.rows[place]["Dataset"] if self.shares_beginnings else "", []).append(place)
@@ -169,7 +169,7 @@ class Prediction:
 
 
 def plan_batches(lengths: Sequence[int], most_rows: int, most_tokens: int) -> list[list[int]]:
-    """Group the indices of `lengths` by length, longest first, so that a lack of memory shows at once.
+    """Group the indices of `lengths` by length, longest first, so that a lack of memory shows immediately.
 
     A batch has at most `most_rows` indices and, padded to its longest, `most_tokens` tokens, or else one index.
     """

@@ -22,9 +22,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
-    """Add the four factors at each module that `config.target_modules` matches; only `loranew_` factors train.
+    """Add the four factors to each module that `config.target_modules` matches; only `loranew_` factors train.
 
-    Raises InputError where it matches nothing or a module that is not linear, or r is above a matrix's rank.
+    Raises InputError where the pattern matches nothing or a module that is not linear, or r is above a matrix's rank.
     """
     try:
         targets = {name: module for name, module in model.named_modules()
@@ -37,11 +37,11 @@ def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
 
 
 def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> PeftModel:
-    """Add the adapter in `folder` to `model`: ours, O-LoRA's (with `r_sum`), or plain LoRA's (all of it is memory).
+    """Add the adapter in `folder` to `model`: ours, O-LoRA's (with `r_sum`), or a plain LoRA (all of it is memory).
 
     Stored `lora_` factors become the frozen memory, in float32. `loranew_` factors are loaded if they are stored and
     fresh otherwise. With `trainable` false nothing requires gradients. Raises InputError as `read_config` and
-    `read_factors`, and where the tensors do not fit `adapter_config.json` and the model.
+    `read_factors` do, and where the tensors do not fit `adapter_config.json` and the model.
     """
     folder = Path(folder)
     config, tensors, path = read_config(folder), read_factors(folder), folder / WEIGHTS_FILE
@@ -67,8 +67,8 @@ def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True
 def fold_loranew(peft_model: PeftModel) -> None:
     """Fold the new factors into the memory: r_sum grows by r, and the model computes the same function.
 
-    The layers then have no new factors until their `renew`, and `save_pretrained` writes the memory alone (`lora_A`,
-    `lora_B`), as in published adapters. With `save_loranew` in the config the two pairs stay separate.
+    The layers then have no new factors until `renew` is called, and `save_pretrained` writes the memory alone
+    (`lora_A`, `lora_B`), as in published adapters. With `save_loranew` in the config the two pairs stay separate.
     """
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
@@ -85,7 +85,7 @@ def folded_factors(
 ) -> dict[str, torch.Tensor]:
     """The factors that would be saved after `fold_loranew`, on the CPU; the model does not change.
 
-    `read` gives a factor's complete value, for models that do not have it (ZeRO) or only in 16 bits.
+    `read` gives a factor's complete value, for models that do not hold it (ZeRO) or hold it only in 16 bits.
     """
     adapter, tensors = peft_model.active_adapter, {}
     for name, layer in loranew_layers(peft_model).items():
@@ -114,13 +114,13 @@ def set_input_space(peft_model: PeftModel, spaces: Mapping[str, torch.Tensor | N
 
 
 def loranew_layers(peft_model: PeftModel) -> dict[str, LoraNewLinear]:
-    """The LoRA layers by their names in the base model."""
+    """The LoRA layers, by their names in the base model."""
     base = peft_model.get_base_model()
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraNewLinear)}
 
 
 def read_config(folder: Path) -> LoraNewConfig:
-    """The configuration of an adapter folder; InputError where it is missing or describes no supported adapter."""
+    """The configuration in an adapter folder; InputError where it is missing or describes no supported adapter."""
     path = folder / CONFIG_FILE
     content = read_object(path)
     if (kind := content.get("peft_type")) not in ("LORA", PEFT_TYPE):

@@ -36,7 +36,7 @@ _FIXED_OPTIONS = (
 
 @dataclass
 class LoraNewConfig(LoraConfig):
-    """A `LoraConfig` with the total rank of earlier tasks; ValueError for an option that is not supported, as DoRA."""
+    """A `LoraConfig` with the total rank of earlier tasks; ValueError for unsupported options such as DoRA."""
 
     r_sum: int = HfArg(default=0, help="Rows of lora_A: the ranks of all folded tasks together.")
     save_loranew: bool = HfArg(default=False, help="Keep new and old factors separate: fold_loranew does nothing.")
@@ -50,7 +50,7 @@ class LoraNewConfig(LoraConfig):
         plain, options = LoraConfig(), dataclasses.fields(LoraConfig)
         variants = [option.name for option in options if option.metadata.get("is_lora_variant")]
         for name in (*_FIXED_OPTIONS, *variants):
-            if getattr(self, name) not in (getattr(plain, name), None, []):  # PEFT empties one for experts
+            if getattr(self, name) not in (getattr(plain, name), None, []):  # PEFT sets one to [] for experts
                 raise ValueError(f"{name}: found {getattr(self, name)!r}; only {getattr(plain, name)!r} is supported")
         # Other initialisations also change W, which is not part of an adapter.
         if not isinstance(self.init_lora_weights, bool):
@@ -122,7 +122,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
     def merge_old(self, adapter: str) -> None:
         """Add the part of the old pair that W does not contain yet to W; the function stays the same up to rounding.
 
-        W must be complete, and float32, as in 16 bits most of the small change would be lost.
+        W must be complete and in float32, as in 16 bits most of the small change would be lost.
         """
         if self.has_old_branch(adapter):
             A, B = self._old_branch(adapter)
@@ -148,7 +148,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def fold(self, adapter: str) -> None:
-        """Append the new pair to the old one, as `folded` does; there is no new pair then until `renew`."""
+        """Append the new pair to the old one, as `folded` does; after that there is no new pair until `renew`."""
         if self.merged:
             raise ValueError("the adapter is merged into the weight; unmerge it before folding")
         A, B = self.folded(adapter)
@@ -156,7 +156,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
         del self.loranew_A[adapter], self.loranew_B[adapter]
 
     def folded(self, adapter: str, read: Callable[[nn.Parameter], torch.Tensor] = lambda factor: factor):
-        """A = [A_old; A_new - A_new S S^T] (r_sum + r, in), B = [B_old, B_new] (out, r_sum + r), by `read`."""
+        """A = [A_old; A_new - A_new S S^T] (r_sum + r, in), B = [B_old, B_new] (out, r_sum + r), read by `read`."""
         new_A = self.loranew_A[adapter]
         rows, columns = [new_A.effective(read(new_A.weight))], [read(self.loranew_B[adapter].weight)]
         if adapter in self.lora_A:
@@ -165,7 +165,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
         return torch.cat(rows), torch.cat(columns, dim=1)
 
     def renew(self, adapter: str) -> None:
-        """Make a fresh new pair: A Kaiming-uniform as nn.Linear's, B zero."""
+        """Make a fresh pair: A is Kaiming-uniform, as in nn.Linear, and B is zero."""
         like = self.lora_A[adapter].weight if adapter in self.lora_A else torch.empty(0)
         A = nn.init.kaiming_uniform_(like.new_empty(self.r[adapter], self.in_features), a=math.sqrt(5))
         self.loranew_A[adapter] = _linear(A, trainable=True, kind=InputProjected)
@@ -201,7 +201,7 @@ class LoraNewLinear(nn.Module, LoraLayer):
 
 
 class InputProjected(nn.Linear):
-    """`loranew_A`: x (..., in) to (A - A S S^T) x (..., r) for an input space S (in, c), to A x without one.
+    """`loranew_A`: maps x (..., in) to (A - A S S^T) x (..., r) with an input space S (in, c), to A x without one.
 
     S acts on A, not on x, so that its cost does not grow with the number of tokens, and in float32 whatever the
     model's precision.
@@ -211,11 +211,11 @@ class InputProjected(nn.Linear):
     space: torch.Tensor | None = None
 
     def effective(self, A: torch.Tensor | None = None) -> torch.Tensor:
-        """A - A S S^T (r, in), in float32 where there is an S; A is by default the weight."""
+        """A - A S S^T (r, in), in float32 where there is an S; A is the weight by default."""
         A = self.weight if A is None else A
         if self.space is None:
             return A
-        self.space = self.space.to(A.device)  # the layer moves once
+        self.space = self.space.to(A.device)  # copies only once, when the layer has moved
         with torch.autocast(A.device.type, enabled=False):
             A = A.float()
             return A - (A @ self.space) @ self.space.T

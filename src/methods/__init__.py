@@ -40,8 +40,8 @@ def find_method(name: str) -> type[Method]:
 def make_method(name: str, **options) -> Method:
     """The method of that name; its options have the names of the flags.
 
-    An option that only other methods read is ignored, and `Method.summary` says so: the same settings suit every
-    method.
+    An option that only other methods read is ignored, and `Method.summary` says so. The same settings can thus be
+    passed to every method.
 
     Raises:
         InputError: an unknown method, or a value that is not allowed.

@@ -1,4 +1,4 @@
-"""What methods share: the hooks of `Method`, and the two kinds of weights that one can train.
+"""What methods share: the hooks of `Method`, and the two kinds of weights that a method can train.
 
 A method is a subclass in a file of its own that overrides the few hooks in which it differs. `LoraMethod` adds a new
 LoRA for each task and puts no constraint on it; `FullRankMethod` trains weights of the base model and no LoRA.
@@ -40,10 +40,10 @@ logger = logging.getLogger("gorp")
 class Method:
     """One task's training by one method.
 
-    Life of an instance: `training_rows`, `prepare`, `begin_task`, `create_optimizer` and `begin_training`, once each;
-    `begin_micro_batch` and `penalty` in every training step; `revisit` and `end_task` after the last one; `save` to
+    Calls on an instance: `training_rows`, `prepare`, `begin_task`, `create_optimizer` and `begin_training`, once each;
+    `begin_micro_batch` and `penalty` in every micro-batch; `revisit` and `end_task` after the last step; `save` to
     write the adapter folder from which the next task's `prepare` starts. `examples/loop.py` shows them. After `prepare`
-    and after `end_task` the model is ready for evaluation; in between it may hold other weights, as in methods that
+    and after `end_task` the model is ready for evaluation. In between it may hold other weights, because some methods
     evaluate merged weights and train others.
 
     Attributes:
@@ -54,7 +54,7 @@ class Method:
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
-        float32_base: whether the base model is read in float32 under `--bf16` too, as its weights themselves change.
+        float32_base: whether the base model is read in float32 even under `--bf16`, as its own weights change.
         trains: whether training follows; otherwise the folder to load is this task's own. Set before `prepare`.
     """
 
@@ -75,7 +75,7 @@ class Method:
         self.own_state = False
         # Weights of the base that differ from the base model on disk, by module name: earlier tasks' and this one's.
         self.changed: dict[str, nn.Linear] = {}
-        # Options that are read, but decide nothing in this run.
+        # Options of this method that are ignored in this run.
         self.idle: set[str] = set()
 
     @classmethod
@@ -96,7 +96,7 @@ class Method:
     # Setting up
 
     def training_rows(self, own: Dataset, order: OrderExamples) -> Dataset:
-        """The rows to train on: the task's `own`. Without rows nothing trains, and the folder before is passed on."""
+        """The examples to train on: the task's `own`. If empty, nothing trains and the previous folder is copied."""
         return own
 
     def prepare(
@@ -107,19 +107,19 @@ class Method:
         `sharded` says that DeepSpeed will train the model, so that the optimizer sees flat pieces of the parameters.
 
         Raises:
-            InputError: a regular expression that matches nothing or not linear layers, a rank above a matrix, or an
-                adapter folder that does not fit the model.
+            InputError: a regular expression that matches nothing or a layer that is not linear, a rank above that of a
+                matrix, or an adapter folder that does not fit the model.
         """
         raise NotImplementedError
 
     # Training
 
     def begin_task(self, model: nn.Module, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        """Called before training, and before it resumes, with the complete model and batches of the task's examples,
-        which are made on demand; under DeepSpeed before it has the model, on every rank alike."""
+        """Called before training starts or resumes, with the complete model and batches of the task's examples, made
+        on demand; under DeepSpeed before DeepSpeed has the model, and on every rank."""
 
     def create_optimizer(self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
-        """Optimizer of everything that trains."""
+        """The optimizer of all trainable parameters."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         return self.optimizer
@@ -133,7 +133,7 @@ class Method:
     def penalty(self) -> torch.Tensor | None:
         """A scalar to add to the loss, or None where there is nothing to add.
 
-        Called in every micro-batch, whose share of it the trainer adds, so that it counts once an optimizer step.
+        Called in every micro-batch. The trainer adds a share of it each time, so it counts once per optimizer step.
         """
         return None
 
@@ -145,7 +145,7 @@ class Method:
         return checkpoints.training_state(self._trainable(), self.optimizer)
 
     def load_training_state(self, saved: dict[str, torch.Tensor]) -> None:
-        """Resume where `training_state` was taken; collective, and under DeepSpeed once it has moments
+        """Resume where `training_state` was taken; collective, and under DeepSpeed only once it has moments
         (`start_moments`).
 
         Raises:
@@ -166,7 +166,7 @@ class Method:
         """Turn what was trained into what is saved. Collective."""
 
     def save(self, folder: Path) -> None:
-        """Write what the next task needs to `folder`: here every changed full-rank weight, unknown to PEFT."""
+        """Write what the next task needs to `folder`: here every changed full-rank weight, as PEFT saves none."""
         if self.changed:
             full_rank.save_weights(self.changed_weights(), folder)
             config = read_json(folder / CONFIG_FILE)
@@ -177,7 +177,7 @@ class Method:
         """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
         return full_rank.ExactWeights(self.changed)
 
-    # Saying what the run does
+    # Describing the run
 
     def summary(self) -> list[str]:
         """Lines for the start of a run: first what trains, is projected and is protected, then what is ignored."""
@@ -189,7 +189,7 @@ class Method:
         return lines
 
     def ignored(self) -> list[str]:
-        """Options on the command line that decide nothing: other methods', and idle ones that are not at their
+        """Options on the command line that are ignored: other methods', and this one's idle ones that are not at their
         defaults."""
         options = {option.name: option for option in dataclasses.fields(self.options)}
         idle = [name for name in sorted(self.idle & options.keys())
@@ -202,7 +202,7 @@ class Method:
         return self.options.method + (f" --preset {self.options.preset}" if self.options.preset else "")
 
     def effective_options(self) -> dict[str, object]:
-        """The options that decide something in this run, by name."""
+        """The options that are not ignored in this run, by name."""
         options = dataclasses.asdict(self.options)
         return {name: value for name, value in options.items()
                 if name not in {"method", "preset", "ignored"} | self.idle}
@@ -249,35 +249,35 @@ class LoraMethod(Method):
         return self.model
 
     def keeps_changes(self) -> bool:
-        """Whether the full-rank changes in the folder to load stay."""
+        """Whether the full-rank changes in the previous task's folder are loaded."""
         return True
 
     def _reject_other_kind(self, previous: Path, one_for_all: bool) -> None:
         if self.model.peft_config[self.model.active_adapter].save_loranew != one_for_all:
             kinds = {True: "trains one LoRA through all tasks", False: "adds a LoRA for each task"}
             raise InputError(
-                f"--method {self.options.method}: {kinds[one_for_all]}, and {previous} was left by "
+                f"--method {self.options.method}: {kinds[one_for_all]}, but {previous} was saved by "
                 f"a method that {kinds[not one_for_all]}"
             )
 
     def _say_what_stays(self, previous: Path, named_layers: Collection[str]) -> None:
-        """All tasks have the LoRA of the first, whatever the flags of a later one say."""
+        """Warn of flags that are ignored because all tasks have the LoRA of the first."""
         config = self.model.peft_config[self.model.active_adapter]
         kept = {"lora_dim": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
         for flag, value in kept.items():
             if (given := getattr(self.options, flag)) != value:
-                logger.warning("--%s %s has no effect: %s was left with %s, which stays", flag, given, previous, value)
+                logger.warning("--%s %s is ignored: %s was saved with %s, which stays", flag, given, previous, value)
         if named_layers != loranew_layers(self.model).keys():
             logger.warning(
-                "--lora_modules: matches %d layers, without effect: %s was left with a LoRA in %d, which stay",
+                "--lora_modules, which matches %d layers, is ignored: %s was saved with a LoRA in %d, which stay",
                 len(named_layers), previous, len(loranew_layers(self.model)),
             )  # fmt: skip
 
     def _merge_old(self) -> None:
-        """Let the base weights hold the LoRA of earlier tasks, before DeepSpeed may cut them up.
+        """Add the LoRA of earlier tasks to the base weights, before DeepSpeed can partition them.
 
         Raises:
-            InputError: a weight that would not then be the LoRA layer's alone.
+            InputError: a weight that the LoRA layer shares, or that is also a full-rank weight.
         """
         layers = loranew_layers(self.model)
         check_unshared(self.model, {name: layer.get_base_layer() for name, layer in layers.items()}, "--merge_old")
@@ -298,7 +298,7 @@ class LoraMethod(Method):
         )
 
     def create_optimizer(self, *, lr, betas, eps, weight_decay):
-        """AdamW, or Muon where the method has the choice; all that trains is matrices."""
+        """AdamW, or Muon where the method offers it; every trainable parameter is a matrix."""
         if not isinstance(self.options, OptimizerArguments) or self.options.lora_optimizer == "adamw":
             return super().create_optimizer(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         factors = [factor for _, factor in self.factors()]
@@ -344,8 +344,8 @@ class LoraMethod(Method):
         fold_loranew(self.model)
 
     def _exact_values(self) -> Callable[[nn.Parameter], torch.Tensor]:
-        """What returns a factor in float32 where DeepSpeed has it in 16 bits: the optimizer's value, or if it is frozen
-        that of the previous task's file."""
+        """A function that returns a factor in float32 where DeepSpeed has it in 16 bits: the optimizer's value, or for
+        a frozen factor that in the previous task's file."""
         stored = {} if self.previous is None else read_factors(self.previous)
         names = {parameter: name.replace(".default.", ".") for name, parameter in self.model.named_parameters()}
 
@@ -374,11 +374,11 @@ class LoraMethod(Method):
     # Access for subclasses
 
     def lora_penalties(self) -> list[torch.Tensor]:
-        """The weighted terms of `lamda_1` and `lamda_2`; none of a term whose weight is 0.
+        """The weighted terms of `lamda_1` and `lamda_2`, without those of weight 0.
 
-        O-LoRA's overlap sum |A_old A_new^T| of each layer that has old factors (Wang et al., 2023), A_new as it acts on
-        the layer's input (a structural projection leaves a part of it without effect), and the Frobenius norm of that
-        A_new and of B_new.
+        They are O-LoRA's overlap sum |A_old A_new^T| of each layer that has old factors (Wang et al., 2023), and the
+        Frobenius norms of A_new and of B_new. A_new is taken as it acts on the layer's input, so without the component
+        that a structural projection removes.
         """
         terms = []
         lamda_1, lamda_2, adapter = self.options.lamda_1, self.options.lamda_2, self.model.active_adapter
@@ -398,11 +398,11 @@ class LoraMethod(Method):
                 yield name.removeprefix("base_model.model.").replace(".default.", "."), parameter
 
     def _trained_factors(self) -> dict[str, nn.Parameter]:
-        """The factors that train: a method may have frozen some in `prepare`."""
+        """The trainable factors; a method may have frozen others in `prepare`."""
         return {name: factor for name, factor in self.factors() if factor.requires_grad}
 
     def check_like_factors(self, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-        """Reject what a file beside the adapter holds unless it is a matrix, or several in one tensor, for each factor.
+        """Reject a file beside the adapter unless it holds a matrix, or several in one tensor, for each factor.
 
         Raises:
             InputError: a name or a shape is not a factor's.
@@ -413,7 +413,7 @@ class LoraMethod(Method):
 
 
 class FullRankMethod(Method):
-    """The weights of the base model that `--optim_target_modules` names train themselves; there is no LoRA."""
+    """Trains the weights of the base model that `--optim_target_modules` names; there is no LoRA."""
 
     Arguments: type[TargetArguments] = TargetArguments
     float32_base = True
@@ -428,10 +428,10 @@ class FullRankMethod(Method):
         self.targets = match_linear(model, self.options.optim_target_modules, "--optim_target_modules")
         if previous is not None:
             if (previous / WEIGHTS_FILE).exists():
-                raise InputError(f"--method {name}: {previous} holds a LoRA; only a folder that {name} left is loaded")
+                raise InputError(f"--method {name}: {previous} holds a LoRA; only a folder that {name} saved is loaded")
             left_by = read_json(previous / CONFIG_FILE).get("method")
             if left_by != name:
-                raise InputError(f"--method {name}: {previous} was left by {left_by}; by {name} is needed")
+                raise InputError(f"--method {name}: {previous} was saved by {left_by}; one saved by {name} is needed")
             self.changed = full_rank.load_weights(model, previous)
         self.changed |= self.targets
         model.requires_grad_(False)
@@ -440,7 +440,7 @@ class FullRankMethod(Method):
         return model
 
     def save(self, folder: Path) -> None:
-        """Write the changed weights, and a file that names the base model, by which the next task knows the folder."""
+        """Write the changed weights, and a file that names the base model, which marks the folder for the next task."""
         about = {"base_model_name_or_path": self.base_name, "peft_type": None, "method": self.options.method}
         write_json(folder / CONFIG_FILE, about)
         super().save(folder)

@@ -1,4 +1,4 @@
-"""Where LoRA and full-rank training go in each type of model, for `--lora_modules auto` and its like.
+"""Where LoRA and full-rank training go in each type of model, for `--lora_modules auto` and similar flags.
 
 LoRA goes to the queries and values of self-attention, as published. The full-rank weights are those of the published
 scripts where a model has them: the queries and values of cross-attention, or the gates of the MLP.
@@ -17,7 +17,7 @@ CHOICES = {  # types of model -> --lora_modules, --optim_target_modules
     "t5 mt5 umt5": (".*SelfAttention.(q|v).*", ".*EncDecAttention.(q|v).*"),
     "bart mbart m2m_100 pegasus": (".*self_attn.(q_proj|v_proj).*", ".*encoder_attn.(q_proj|v_proj).*"),
     "llama qwen2 qwen3 mistral gemma gemma2 gemma3_text olmo2 smollm3 granite": ORDINARY,
-    # Queries, keys and values are one matrix, so LoRA trains keys too; so are the gate and what it multiplies.
+    # Queries, keys and values are one matrix, so LoRA trains keys too. The gate and what it multiplies are also one.
     "phi3": (".*self_attn.qkv_proj.*", ".*mlp.gate_up_proj.*"),
     # The experts are one tensor of three dimensions, not linear layers.
     "mixtral qwen3_moe": (ORDINARY[0], ".*self_attn.o_proj.*"),
@@ -31,7 +31,7 @@ def choose_modules(options, model: nn.Module) -> None:
     """Replace `auto` in a method's options by what suits the type of `model`, and log what was chosen.
 
     Raises:
-        InputError: `auto` for a type that is not listed; the message has the model's linear layers.
+        InputError: `auto` for a type that is not listed; the message lists the model's linear layers.
     """
     kind, lora = model.config.model_type, f"{getattr(options, 'lora_modules', None)}"
     targets = getattr(options, "optim_target_modules", None) or []

@@ -14,7 +14,7 @@ from Proj_torch.proj_projector import PROJ_TYPES
 
 @dataclass
 class MethodArguments:
-    """What every method has."""
+    """The options of every method."""
 
     method: str = field(default="gorp", metadata={"help": "A file name of src/methods, without .py."})
     preset: str | None = field(
@@ -148,7 +148,7 @@ class ProjectionArguments(TargetArguments):
 
     @staticmethod
     def of_projection() -> set[str]:
-        """Names of the options that decide nothing where there is no full-rank weight."""
+        """Names of the options that are ignored where there is no full-rank weight."""
         return {option.name for option in fields(ProjectionArguments) if option.name.startswith("galore_")}
 
     def check_with(self, training, zero_stage):
@@ -162,7 +162,7 @@ class ProjectionArguments(TargetArguments):
                   "exact or lowrank, or sketch with --galore_engine cores")
 
     def projection(self) -> dict:
-        """The settings of a group of ProjAdamW."""
+        """The projection settings of a ProjAdamW group."""
         return {
             "rank": self.galore_rank,
             "update_proj_gap": self.galore_update_proj_gap,
@@ -200,14 +200,14 @@ class SpaceArguments(MethodArguments):
         default="moments",
         metadata={
             "help": "What a finished task adds to the space: directions of Adam's first moment (as in the paper), or "
-            "of the inputs that the layers see on its examples (as GPM).",
+            "of the inputs that the layers see on its examples (as in GPM).",
             "choices": ["inputs", "moments"],
         },
     )
 
     @staticmethod
     def of_space() -> set[str]:
-        """Names of the options that decide nothing where nothing is protected."""
+        """Names of the options that are ignored where nothing is protected."""
         return {"proj_lora_modules", "protect_side", "space_energy", "space_from"}
 
     def __post_init__(self):
@@ -221,7 +221,7 @@ class SpaceArguments(MethodArguments):
 
 @dataclass
 class PenaltyArguments(MethodArguments):
-    """Penalties of the LoRA factors."""
+    """Penalties on the LoRA factors."""
 
     lamda_1: float = field(default=0.5, metadata={"help": "Weight of sum |A_old A_new^T|; 0: off."})
     lamda_2: float = field(default=0.0, metadata={"help": "Weight of the L2 norms of the new LoRA; 0: off."})
@@ -243,6 +243,6 @@ class PenaltyArguments(MethodArguments):
 
 @dataclass
 class ChangePenaltyArguments(PenaltyArguments):
-    """Penalties of the LoRA factors and of the full-rank weights' change."""
+    """Penalties on the LoRA factors and on the full-rank weights' change."""
 
     lamda_3: float = field(default=0.0, metadata={"help": "Weight of ||dW dW^T - I||, full-rank weights; 0: off."})

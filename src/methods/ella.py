@@ -1,16 +1,16 @@
-"""ELLA (Das Biswas et al., EACL 2026, https://arxiv.org/abs/2601.02232): a new change avoids where the old are large.
+"""ELLA (Das Biswas et al., EACL 2026, https://arxiv.org/abs/2601.02232): new changes avoid large entries of old ones.
 
 A new LoRA for each task, the old ones frozen, and a penalty, the sum over LoRA layers of
 
     lambda ||dW * W_past||_F^2     dW = s B_new A_new, W_past = s B_old A_old (all earlier tasks), * elementwise
 
 An entry that earlier tasks have changed much is expensive to change again; one that they left alone is free. The paper
-keeps W_past, (out, in) a layer. The old factors, which are there anyway, are enough: the penalty and its gradient
+keeps W_past (out, in) for each layer. The old factors, which are kept anyway, are enough: the penalty and its gradient
 
     df/dB = 2 lambda s^2 (W_past^2 * B A) A^T      df/dA = 2 lambda s^2 B^T (W_past^2 * B A),   A, B of the new LoRA
 
-are computed for `BLOCK` rows of W_past at a time, and autograd keeps the gradient's two factors alone. lambda is this
-project's choice and wants a search: entries of changes are small, and their products enter squared.
+are computed for `BLOCK` rows of W_past at a time, and autograd keeps only df/dA and df/dB. The default lambda is this
+project's choice and needs a search: the entries of changes are small, and their products enter squared.
 """
 
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class EllaArguments(LoraArguments):
 
 
 class Ella(LoraMethod):
-    """The base method with a penalty where the new change meets the old ones."""
+    """The base method with a penalty where the new change overlaps the old ones."""
 
     Arguments = EllaArguments
     zero_stage = 2  # no rank has a complete factor at stage 3

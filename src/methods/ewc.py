@@ -2,9 +2,9 @@
 
     loss += 1/2 lambda sum decay F (theta - theta*)^2
 
-theta* is the LoRA as the last task left it, F the diagonal of the empirical Fisher information: after a task,
-F <- decay F + the mean over the task's examples of the squared gradient of log p(answer | prompt), one by one without
-dropout. EWC (Kirkpatrick et al., PNAS 2017) keeps a theta* and an F of every task; here one of each is enough.
+theta* is the LoRA as the previous task saved it, F the diagonal of the empirical Fisher information: after a task,
+F <- decay F + the mean over the task's examples of the squared gradient of log p(answer | prompt), taken one example at
+a time without dropout. EWC (Kirkpatrick et al., PNAS 2017) keeps theta* and F of every task; here one of each suffices.
 """
 
 from dataclasses import dataclass, field

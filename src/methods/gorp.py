@@ -6,8 +6,8 @@ For each task:
    gradients G projected to rank k by bases taken from G at every `--galore_update_proj_gap`-th step.
 2. S is the shared gradient space of earlier tasks, one orthonormal basis for each protected LoRA factor and full-rank
    weight. A (projected) gradient R becomes R - S S^T R before Adam.
-3. When the task ends, S grows by the fewest leading left singular vectors of Adam's first moment M, less S S^T M, that
-   make it hold a share `--space_energy` of M; the new LoRA joins the old one, which is frozen.
+3. M is Adam's first moment when the task ends. S grows by the fewest leading left singular vectors of M - S S^T M that
+   make it hold a share `--space_energy` of M. The new LoRA joins the old one, which is frozen.
 
 Points 1 and 2 are the engine's work (`Proj_torch/engine.py`, `Proj_torch/adamw.py`), point 3 that of `subspace.py` and
 `loranew`. The paper, the code that its authors released and this project differ in places: docs/DEVIATIONS.md.
@@ -31,7 +31,7 @@ from subspace import GradientSpace, layer_inputs
 detail = logging.getLogger("gorp.detail")
 SPACE_FILE = "gradient_space.safetensors"
 
-# What a clean run of the released scripts computes, whatever it passes; the method's options and Hugging Face's.
+# What a clean run of the released scripts computes, whatever flags it passes: options of the method and Hugging Face's.
 RELEASED = {
     "protect": "none", "lamda_1": 0.0, "lamda_2": 0.0, "lamda_3": 0.0,
     "galore_svd": "exact", "galore_engine": "dense", "merge_old": False,
@@ -41,7 +41,7 @@ RELEASED = {
 
 NOT_REPRODUCED = (
     "preset released computes what the released scripts compute: nothing protected, no penalty, full-rank changes for "
-    "their own task alone; not their ranks that train apart, their reading of data and evaluation (docs/DEVIATIONS.md)"
+    "their own task alone; not reproduced: ranks that train apart, reading of data, evaluation (docs/DEVIATIONS.md)"
 )
 
 

@@ -5,12 +5,12 @@ of x x^T over the inputs x that this task's examples give it.
 
 1. Before task t, C <- C - M M^T C; A_t has the first r left singular vectors of C as rows, divided by sqrt 3, and is
    frozen. B_t begins at zero and trains, so that a change s B_t A_t does not touch what lies in M.
-2. After the task, C is taken anew and M grows by GPM (`extend_basis`) until it holds a share
-   eps_t = eps + (1 - eps) t / T of ||C||_F^2, t from 0, T the number of tasks in the order.
+2. After the task, C is computed again, and M grows by GPM (`extend_basis`) until it holds a share
+   eps_t = eps + (1 - eps) t / T of ||C||_F^2, where t counts from 0 and T is the number of tasks in the order.
 
-Where fewer than r directions are left outside M, the rows of A_t without one are zero; a task for which no layer has
-one is an error. The paper's DualGPM keeps the complement of M where that is smaller, which saves memory; here M is
-kept.
+Where fewer than r directions are left outside M, the remaining rows of A_t are zero; a task for which no layer has a
+direction left is an error. The paper's DualGPM keeps the complement of M where that is smaller, which saves memory;
+here M is kept.
 """
 
 import math
@@ -114,7 +114,7 @@ def input_covariances(model, layers, batches) -> dict[str, Tensor]:
 def directions(C: Tensor, M: Tensor | None, rank: int) -> Tensor:
     """The first `rank` left singular vectors of C - M M^T C as rows (rank, in); zero where M leaves none.
 
-    Of a C of lower rank, what is left where M holds all of it is rounding error, whose singular vectors may lie in M.
+    If M holds all of a C of lower rank, what is left is rounding error, whose singular vectors may lie in M.
     """
     M = C.new_zeros(len(C), 0) if M is None else M.to(C)
     rows, residual = C.new_zeros(rank, len(C)), C - M @ (M.T @ C)

@@ -1,15 +1,15 @@
 """MagMax (Marczak et al., ECCV 2024, https://arxiv.org/abs/2407.06322): tasks train one after the other, changes merge.
 
-One LoRA trains through all tasks. tau_t = s B_t A_t (out, in) is all that it has changed when task t ends, not that
-task's share of it. What is evaluated is W + lambda tau, with tau merged from tau_1 ... tau_t entry by entry:
+One LoRA trains through all tasks. tau_t = s B_t A_t (out, in) is its total change when task t ends, not that task's
+share of it. What is evaluated is W + lambda tau, with tau merged from tau_1 ... tau_t entry by entry:
 
 * `--magmax_merge max`: the value of largest magnitude.
 * `--magmax_merge ties` (TIES, Yadav et al., NeurIPS 2023, https://arxiv.org/abs/2306.01708): each tau_t keeps the
-  largest 20 % of its entries in each weight; the sign of their sum is elected; the mean of those that have it.
+  largest 20 % of its entries in each weight; the sign of their sum is elected; those that have it are averaged.
 
-Training continues from W and (A_t, B_t). Merging is not linear, so the merged weight is no LoRA: the folder holds it
-as a full-rank weight, beside a LoRA that adds nothing. The factors of all tasks, which give every tau_t, take less
-room than the tau_t themselves.
+Training continues from W and (A_t, B_t). Merging is not linear, so the merged change is not a LoRA: the folder holds
+the merged weight as a full-rank weight, beside a LoRA that adds nothing. The factors of all tasks, which give every
+tau_t, take less space than the tau_t themselves.
 """
 
 from collections.abc import Iterable
@@ -103,7 +103,7 @@ class Magmax(Seqlora):
 
 
 def largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Of B A (out, in) over the pairs A (r, in), B (out, r), each entry's value of largest magnitude."""
+    """For each entry, the value of largest magnitude in B A (out, in) over the pairs A (r, in), B (out, r)."""
     merged = None
     for A, B in pairs:
         change = B @ A
@@ -112,7 +112,7 @@ def largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def ties(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Of B A over the pairs, trimmed, the mean of those with the elected sign; 0 where none is left or signs cancel."""
+    """For each entry, the mean of the trimmed B A that have the elected sign; 0 if none is left or signs cancel."""
     total = sum(trimmed(B @ A) for A, B in pairs)
     agreeing, count = torch.zeros_like(total), torch.zeros_like(total)
     for A, B in pairs:
@@ -124,6 +124,6 @@ def ties(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def trimmed(change: Tensor) -> Tensor:
-    """The largest `TIES_SHARE` of the entries by magnitude, 0 in place of the others."""
+    """The share `TIES_SHARE` of the entries with the largest magnitudes, with 0 in place of the others."""
     dropped = int((1 - TIES_SHARE) * change.numel())
     return change * (change.abs() > change.abs().flatten().kthvalue(dropped).values) if dropped else change

@@ -1,9 +1,9 @@
-"""Multi-task training: all tasks of the order at once, the ceiling of what training them in sequence could reach.
+"""Multi-task training: all tasks of the order at once, the ceiling for what training them in sequence could reach.
 
 The order's first step trains one LoRA on the examples of all T tasks, shuffled together, with equal steps per task: T
 times `--max_steps`, every task's examples repeated up to the largest task's number. Without `--max_steps` each example
-counts once an epoch, and a task gets the steps that it would have had alone. The later steps train nothing: they pass
-the first one's folder on and evaluate, so that the same scripts and the same report can be used.
+counts once per epoch, and a task gets the steps that it would have had alone. The later steps train nothing: they copy
+the first one's folder and evaluate, so that the same scripts and the same report can be used.
 """
 
 from datasets import concatenate_datasets

@@ -1,8 +1,8 @@
 """OSF (Nayak et al., 2025, "Sculpting Subspaces"): orthogonal subspace fine-tuning, as PEFT ships it.
 
 `peft.OSFConfig` splits each weight by its SVD. The leading `effective_rank` directions stay, the others train, with
-gradients kept orthogonal to the leading ones. PEFT's guide takes the SVD anew between tasks and preserves more each
-time; its example calls `unload`, which in this PEFT drops what was trained, so here the change is merged first.
+gradients kept orthogonal to the leading ones. PEFT's guide computes a new SVD between tasks and preserves more each
+time. Its example calls `unload`, which in this PEFT drops what was trained, so here the change is merged first.
 The weights are those that `--optim_target_modules` names, and `--learning_rate` is theirs.
 """
 
@@ -52,12 +52,12 @@ class Osf(FullRankMethod):
         return self.model
 
     def _preserved_share(self) -> float:
-        """Of the singular directions of every weight; grows with the tasks that are finished."""
+        """The share of every weight's singular directions to preserve; grows with the finished tasks."""
         first = self.options.osf_preserved
         return max(first, min(MOST_PRESERVED, first + self.finished * self.options.osf_growth))
 
     def end_task(self) -> None:
-        """Put the change into the weights, whose SVD the next task takes anew."""
+        """Merge the change into the weights; the next task computes a new SVD of them."""
         self.model.merge_adapter()
         self.finished += 1
 

@@ -1,9 +1,9 @@
 """Experience replay: one LoRA trained through all tasks, on each task's examples and a buffer of earlier ones.
 
-The buffer: of every earlier task, `--replay_rows` of the rows that it trained on, drawn without replacement by the
-run's seed and the task's place in the order, so that every later task meets the same ones (all of them where a task
-had fewer). They are mixed with the task's own rows, each once an epoch; the number of optimizer steps stays that of
-`--max_steps`, so that a step on an old row is a step less on a new one.
+The buffer holds `--replay_rows` of the examples that each earlier task trained on, or all if it had fewer. They are
+drawn without replacement by the run's seed and the task's place in the order, so every later task gets the same ones.
+They are mixed with the task's own examples, each once per epoch. The number of optimizer steps stays `--max_steps`, so
+a step on an old example is one step less on a new one.
 """
 
 import random
@@ -18,7 +18,7 @@ from methods.seqlora import Seqlora
 
 @dataclass
 class ReplayArguments(LoraArguments):
-    replay_rows: int = field(default=16, metadata={"help": "Rows of each earlier task in the buffer."})
+    replay_rows: int = field(default=16, metadata={"help": "Examples of each earlier task in the buffer."})
 
     def __post_init__(self):
         super().__post_init__()

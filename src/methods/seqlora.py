@@ -15,7 +15,7 @@ class Seqlora(LoraMethod):
     """The new LoRA never joins a memory; the next task continues to train it."""
 
     Arguments = SeqloraArguments
-    zero_stage = 2  # what is gathered from stage 3 is a folded memory
+    zero_stage = 2  # at stage 3 `end_task` gathers only a folded memory
 
     def lora_config(self, decoder_only: bool):
         config = super().lora_config(decoder_only)

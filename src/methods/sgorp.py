@@ -1,13 +1,13 @@
 """SGORP, Structural GORP: this project's variant, in which a task's change is orthogonal to the shared space exactly.
 
-Removing S from a gradient does not keep an update clear of S: Adam divides elementwise, and a `loranew_A` begins with a
+Removing S from a gradient does not keep an update clear of S: Adam divides elementwise, and a `loranew_A` starts with a
 component in S (docs/LOG.md). Here the new LoRA sees x - S S^T x, and a full-rank weight's update loses its component in
-S after Adam. S lives on the input side and comes from what the layers see on a task's examples, for which forgetting
-has a theory (GPM, Saha et al. 2021; InfLoRA, Liang and Li 2024).
+S after Adam. S lives on the input side and comes from what the layers see on a task's examples. For such an S there is
+a theory of forgetting (GPM, Saha et al. 2021; InfLoRA, Liang and Li 2024).
 
 With `--protect step` the new LoRA sees x itself, and A loses its component in S instead, A <- A - A S S^T, before
-training and after each optimizer step. The change is orthogonal to S as well; what differs is that Adam's moments, and
-the gradient of B, hold what S takes away.
+training and after each optimizer step. The change is then orthogonal to S too, but Adam's moments and the gradient of B
+still contain the component in S.
 """
 
 from dataclasses import dataclass, field
@@ -25,8 +25,8 @@ class SgorpArguments(GorpArguments):
     protect: str = field(
         default="structural",
         metadata={
-            "help": "structural: the change is orthogonal to the shared space exactly, by the forward pass; step: so "
-            "too, by removing the space from loranew_A after each step; or as --method gorp.",
+            "help": "structural: the change is orthogonal to the shared space exactly, by the forward pass; step: the "
+            "same, by removing the space from loranew_A after each step; the others: as in --method gorp.",
             "choices": ["structural", "step", "gp_first", "gp_second", "none"],
         },
     )

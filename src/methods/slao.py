@@ -4,10 +4,10 @@ Two pairs of factors: the fine-tuned A_i, B_i of the last task, from which train
 which are evaluated.
 
 1. Task i > 1 starts from B = B_{i-1} and A = Q^T, where A_{i-1}^T = Q R with R's diagonal positive: A's rows are
-   orthonormal and span what those of A_{i-1} do.
+   orthonormal and span the same space as those of A_{i-1}.
 2. After task i: A_m <- A_i, B_m <- B_m + (B_i - B_m) / sqrt(i); after task 1 both are that task's.
 
-The adapter folder is the merged LoRA; the fine-tuned one lies beside it.
+The adapter folder holds the merged LoRA, and beside it the fine-tuned one.
 """
 
 import math

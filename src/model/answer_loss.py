@@ -1,4 +1,4 @@
-"""A training loss for any decoder-only model that computes logits only where a token is to be predicted."""
+"""A training loss for any decoder-only model, with logits computed only where a token is to be predicted."""
 
 import functools
 import inspect
@@ -20,11 +20,11 @@ IGNORED = -100
 
 
 class AnswerLoss:
-    """In front of a causal language model of Transformers: the same loss for less memory.
+    """A mixin in front of a causal language model of Transformers: the same loss for less memory.
 
-    An answer is a few tokens of a prompt of hundreds, and each position's logits span the vocabulary. The stock forward
-    computes them, with whatever scaling or soft-capping it has, from the first position that precedes a label of any
-    row (`logits_to_keep`). Without labels (generation) this is the stock class.
+    An answer has a few tokens after a prompt of hundreds, and each position's logits span the vocabulary. Here the
+    stock forward, with whatever scaling or soft-capping it has, computes logits only from the first position on that
+    precedes a label in any example (`logits_to_keep`). Without labels (in generation) this is the stock class.
     """
 
     @can_return_tuple
@@ -39,30 +39,30 @@ class AnswerLoss:
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Token ids to loss; every other argument is the stock class's.
+        """Compute the loss of token ids; arguments not listed here are the stock class's.
 
         Args:
             input_ids, attention_mask: (batch, length).
             labels: (batch, length), the inputs' own tokens; -100 where none is to be predicted.
-            loss_mask: (batch, length), weight of the loss at each *predicting* position, one before its label; 1 by
+            loss_mask: (batch, length), weight of the loss at each *predicting* position, the one before its label; 1 by
                 default. Positions of weight 0 are not scored.
-            answer_length: all labels are in the last so many columns. By default it is read from the labels, for which
-                the CPU has to wait for the GPU.
+            answer_length: how many of the last columns hold all labels. By default it is read from the labels, for
+                which the CPU has to wait for the GPU.
             num_items_in_batch: tokens to average over, which the Trainer counts over all micro-batches of a step;
                 by default the scored tokens of this batch.
-            logits_to_keep: without labels, the stock class's. `generate` asks for the last position only if `forward`
-                names this argument.
+            logits_to_keep: without labels, as in the stock class. If `forward` names this argument, `generate` asks for
+                the last position alone.
 
         Returns:
             With labels: `loss`, 0 if nothing is scored, and `logits` (batch, answer_length, vocabulary), of the
             positions that predict the last columns. A mixture of experts adds its balance loss as the stock class
-            does. Without: the stock output.
+            does. Without labels: the stock output.
 
         Raises:
-            ValueError: labels of another shape than the inputs.
+            ValueError: the labels do not have the shape of the inputs.
         """
         if labels is None and getattr(self.config, "output_router_logits", False):
-            kwargs.setdefault("output_router_logits", False)  # the balance loss fails where a mask covers a cache, too
+            kwargs.setdefault("output_router_logits", False)  # its loss fails where the mask also covers a cache
         stock = functools.partial(super().forward, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if labels is None:
             return stock(logits_to_keep=logits_to_keep)
@@ -82,7 +82,7 @@ class AnswerLoss:
         losses = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none", ignore_index=IGNORED)
         total = (losses * weights).sum()
         count = num_items_in_batch if num_items_in_batch is not None else (weights != 0).sum()
-        # Without a target: an empty sum over one token, which is 0 with a graph, not 0 / 0.
+        # Without a target this is an empty sum over one token: 0 with a graph, not 0 / 0.
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if (balance := getattr(outputs, "aux_loss", None)) is not None:
             loss = loss + self.router_aux_loss_coef * balance
@@ -90,9 +90,9 @@ class AnswerLoss:
 
 
 def causal_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
-    """Transformers' class of decoder-only models for `config`, with `AnswerLoss` in front, under the stock name.
+    """Transformers' decoder-only class for `config`, with `AnswerLoss` in front of it, under the stock name.
 
-    It is an InputError if there is none, or if its forward always computes the logits of every position.
+    Raises InputError if there is no such class, or if its forward always computes the logits of every position.
     """
     found = f"{name}/config.json: found model_type {config.model_type!r}"
     kinds = MODEL_FOR_CAUSAL_LM_MAPPING
@@ -108,7 +108,7 @@ def causal_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
 
 @torch.no_grad()
 def check_loss(model: PreTrainedModel, name: str) -> None:
-    """Reject a model whose loss on two left-padded examples is not its stock class's loss on each of them alone."""
+    """Reject a model whose loss on two left-padded examples differs from the stock class's on each of them alone."""
     ids = torch.linspace(0, model.get_input_embeddings().num_embeddings - 1, 24, device=model.device).long().view(2, 12)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, :4], labels[:, :8] = 0, IGNORED
@@ -118,5 +118,5 @@ def check_loss(model: PreTrainedModel, name: str) -> None:
              for ids, wanted, cut in zip(ids, labels, (0, 4))]  # fmt: skip
     stock, tolerance = sum(alone) / 2, 1e-4 if model.dtype == torch.float32 else 3e-2
     if not abs(ours - stock) <= tolerance * max(1, abs(stock)):
-        raise InputError(f"{name}: a left-padded batch has a loss of {ours:.4f}, in the stock {type(model).__name__}, "
-                         f"not padded, {stock:.4f}; docs/MODELS.md lists models whose loss is the same")  # fmt: skip
+        raise InputError(f"{name}: a left-padded batch has a loss of {ours:.4f}, but without padding the stock "
+                         f"{type(model).__name__} has {stock:.4f}; docs/MODELS.md lists models where they are equal")

@@ -1,6 +1,6 @@
-"""From `--model_name_or_path` to a base model and its tokenizer.
+"""Load the base model and tokenizer that `--model_name_or_path` leads to.
 
-What the folder holds, not its name, decides which: an adapter folder leads to the base model that it names; an
+The folder's content, not its name, decides what is loaded: an adapter folder leads to the base model that it names; an
 encoder-decoder (T5, BART, ...) gets its own class, a decoder-only model its own with a cheaper loss (`answer_loss.py`).
 Weights are read from safetensors only, after all other checks, and no code that comes with a model is run.
 """
@@ -25,7 +25,7 @@ from model.llama import LlamaForCausalLM_with_lossmask
 
 ADAPTER_CONFIG = "adapter_config.json"
 FLAG = "--model_name_or_path"
-# In a generation config, but no settings of the base: the token ids are the tokenizer's, or those of training.
+# Keys of a generation config that are not settings of the base: token ids come from the tokenizer, or from training.
 NO_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_from_model_config",
                "transformers_version")
 SAME_LOSS = {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite",
@@ -66,20 +66,20 @@ def load_model_and_tokenizer(
     not_in_4bit: Sequence[str] | None = None,
     **hub: str | bool | None,
 ) -> LoadedModel:
-    """Load the base model that is named, or that the named adapter folder was trained on.
+    """Load the named base model, or the one that the named adapter folder was trained on.
 
     Args:
         model_name_or_path: a folder or a hub id; `hub` are `cache_dir`, `revision` and `token` of from_pretrained.
-        config_name, tokenizer_name: where config and tokenizer are, if not with the model.
+        config_name, tokenizer_name: where the config and the tokenizer are, if not with the model.
         resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
             warning. Only some models can (Pegasus can, BART and LLaMA cannot).
-        family: "encoder-decoder" or "decoder-only", if it must be one of them.
+        family: "encoder-decoder" or "decoder-only", if the model must be of that family.
         not_in_4bit: None, or regular expressions for layers that keep `dtype`; all others but the head are in 4 bits.
         weights: False leaves the model on the meta device: files and shapes are checked, no values are read.
 
     Raises:
-        InputError: the model is missing, a pickle, incomplete, of an unsupported kind or another family, or too short
-            for `max_source_length`; the hub cannot be reached.
+        InputError: the model is missing, a pickle, incomplete, of an unsupported kind or another family, or has too few
+            positions for `max_source_length`; the hub cannot be reached.
     """
     previous, base_name = _find_base(model_name_or_path)
     hub["trust_remote_code"] = False
@@ -108,7 +108,7 @@ def load_model_and_tokenizer(
 
 
 def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
-    """The class of the model in `name` that trains here; InputError unless it maps text to text."""
+    """The class with which the model in `name` trains here; InputError unless it maps text to text."""
     if type(config) in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise InputError(f"{name}/config.json: found model_type {config.model_type!r}, a vision-language model; "
                          "allowed: a model of text alone")
@@ -134,7 +134,7 @@ def model_files(model_name_or_path: str) -> dict[str, Path]:
     }
 
 
-# Finding it
+# Finding the model
 
 
 def _find_base(name: str) -> tuple[Path | None, str]:
@@ -174,12 +174,12 @@ def _is_missing_folder(name: str) -> bool:
     return path.exists() or no_hub_id or beside_a_folder
 
 
-# Loading it
+# Loading the model
 
 
 @contextlib.contextmanager
 def _loading(what: str, name: str) -> Iterator[None]:
-    """Third-party loading without progress bars and warnings, its failures reported in one line."""
+    """Run third-party loading without progress bars and warnings; a failure is reported in one line."""
     bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
@@ -211,7 +211,7 @@ def _load_config(name: str, hub: dict) -> PreTrainedConfig:
     with _loading("config", name):
         config = AutoConfig.from_pretrained(name, **hub)
     attention = config._attn_implementation
-    if attention is not None and "/" in str(attention):  # compiled kernels on the hub, to be fetched and run
+    if attention is not None and "/" in str(attention):  # compiled kernels that would be fetched from the hub and run
         raise InputError(f"{found} attention code from {attention!r}; allowed: eager, sdpa")
     return config
 
@@ -252,7 +252,7 @@ def _four_bits(dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
 
 
 def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
-    """Load a model, every weight from its checkpoint."""
+    """Load a model; InputError unless every weight comes from its checkpoint."""
     with _loading("model", name):
         model, report = model_class.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -270,9 +270,9 @@ def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
 
 
 def _drop_generation_settings(model: PreTrainedModel, base_name: str) -> None:
-    """Drop the base's own generation settings, which `generate` would mix into every answer, and log them.
+    """Drop the base's own generation settings, which `generate` would apply to every answer, and log them.
 
-    An answer begins with the token that it begins with in training; see `_set_special_tokens` for its end.
+    An answer begins with the same token as in training; see `_set_special_tokens` for its end.
     """
     found = model.generation_config.to_diff_dict()
     model.generation_config = GenerationConfig(
@@ -313,10 +313,10 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """Write the tokenizer's special tokens to config and generation config.
 
     Answers are trained to end with the tokenizer's eos. The base's other end tokens (Llama 3 has several) end them too,
-    but not an ordinary piece of text, which an answer may contain.
+    unless one is an ordinary piece of text, which an answer may contain.
     """
     settings = model.generation_config
-    if getattr(tokenizer, "tgt_lang", None):  # an answer begins with its language: as the decoder's start, or after it
+    if getattr(tokenizer, "tgt_lang", None):  # an answer begins with its language, as the decoder's start or after it
         language = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
         if tokenizer(text_target="a").input_ids[-1] == language:
             model.config.decoder_start_token_id = settings.decoder_start_token_id = language
@@ -339,7 +339,7 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
 
 
 def _grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add an embedding row for every token id; never remove any, as a checkpoint may round their number up."""
+    """Add embedding rows until every token id has one; remove none, as a checkpoint may round their number up."""
     rows = model.get_input_embeddings().num_embeddings
     needed = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     if needed <= rows:

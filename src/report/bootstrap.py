@@ -1,9 +1,9 @@
 """A paired bootstrap interval for the difference of two methods' average performance.
 
-Two runs of one order and seed differ by the test examples there happen to be and by what the seed draws, so both are
-resampled: each dataset's examples (the same draw for every run, as two methods answer the same examples) and each
-order's seeds. A difference is not significant if its interval contains 0, nor with a single seed, where the interval
-does not cover what another seed would draw.
+The difference between two runs of one order and seed depends on which test examples there happen to be and on what the
+seed draws, so both are resampled: each dataset's examples (the same draw for every run, as two methods answer the same
+examples) and each order's seeds. A difference is not significant if its interval contains 0, or if there is a single
+seed, as the interval does not then cover what another seed would draw.
 """
 
 from collections import Counter
@@ -52,7 +52,7 @@ def paired_interval(
 
     Args:
         ours, theirs: by order and seed, then by dataset, whether each test example (n,) was answered correctly at the
-            end. Without `theirs` the difference is that from no correct answer, ours itself.
+            end. Without `theirs` the difference is ours itself, as if no answer of theirs were correct.
     """
     if theirs is None:
         theirs = {run: {name: np.zeros_like(hits) for name, hits in right.items()} for run, right in ours.items()}

@@ -1,6 +1,6 @@
 """The report's figures, drawn by matplotlib: methods as bars and against their cost, curves of tasks, heat maps.
 
-`svg` gives a figure as text for a page, whose lines and letters take the page's text colour, also in dark mode.
+`svg` turns a figure into text for a page; its lines and letters take the page's text colour, also in dark mode.
 """
 
 import io
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from report.bootstrap import Interval
 from report.runs import Run
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish; a dashed line or a hatch marks the second round.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; dashes or hatches mark a colour's second use.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
 INK = "#24292f"  # of text and axes; `svg` replaces it
 matplotlib.rcParams |= {
@@ -34,7 +34,7 @@ def styles(methods: Sequence[str]) -> Styles:
 
 
 def svg(figure: Figure) -> str:
-    """An `<svg>` element, which stands alone and in a page."""
+    """The figure as an `<svg>` element, which works alone and within a page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     element = text.getvalue()[text.getvalue().index("<svg"):]
@@ -60,7 +60,7 @@ def bars(scores: Mapping[str, tuple[float, Interval | None]], look: Styles, titl
 
 
 def costs(points: Mapping[str, tuple[float, float, float]], look: Styles, title: str) -> Figure:
-    """Each method's average performance against its training time in seconds and the bytes that it keeps."""
+    """Each method's average performance against its training time in seconds and the megabytes that it keeps."""
     figure = Figure(figsize=(7, 2.6 + 0.16 * len(points)))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, column, label in zip(panels, (1, 2), ("training of an order, seconds", "kept between tasks, MB")):

@@ -63,7 +63,7 @@ def forward_transfer(before: Matrix, tasks_finished: int) -> float | None:
 
 
 def zero_shot_matrix(order_dir: str | os.PathLike, tasks: Sequence[str]) -> Matrix:
-    """b, None where `--zero_shot` did not measure it."""
+    """The matrix b, None where `--zero_shot` did not measure it."""
     return [_row(folder, "zero_shot", tasks) for folder in _step_folders(Path(order_dir) / "outputs")]
 
 

@@ -27,7 +27,7 @@ TITLE = "Continual learning: methods side by side"
 HERE = Path(__file__).parent
 STYLE = (HERE / "page.css").read_text(encoding="utf-8")
 PUBLISHED = read_object(HERE / "published.json")
-"""Results by model, read in secondary summaries, not in the papers' own tables; means over the orders."""
+"""Results by model, taken from secondary summaries, not from the papers' own tables; means over the orders."""
 NOTE = (
     "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
     "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
@@ -105,7 +105,7 @@ def _lead(own: Sequence[Run], second: Sequence[Run], name: str) -> str:
     """Say by how much one method's runs lead another's."""
     gap = paired_difference(own, second)
     if gap is None:
-        return f"It shares no order and seed that have predictions with {name}."
+        return f"It has no order and seed in common with {name} for which both have predictions."
     # It may lead on average and yet be behind on the orders and seeds that both have.
     place = f"It leads {name}" if gap.mean >= 0 else f"On the same orders and seeds {name} leads"
     low, high = (gap.low, gap.high) if gap.mean >= 0 else (-gap.high, -gap.low)
@@ -114,7 +114,7 @@ def _lead(own: Sequence[Run], second: Sequence[Run], name: str) -> str:
 
 
 def _caution(gap: Interval) -> str:
-    """Why a difference is not significant; empty if it is."""
+    """Say why a difference is not significant; empty if it is."""
     if gap.contains_zero:
         return ", not significant: the interval contains 0"
     return "" if gap.is_significant else ", over test examples alone: another seed may differ"
@@ -161,7 +161,7 @@ def _model_lines(runs: Sequence[Run], figures: dict[str, Figure], look: draw.Sty
         if abs((runs[0].values or 0) / published["parameters"] - 1) < 0.05:
             rows = [[orders, method, f"{performance:.1f}", "-" if transfer is None else f"{transfer:+.1f}"]
                     for orders, method, performance, transfer in published["orders, method, AP, BWT"]]
-            note = "Not measured here, and read in secondary summaries, not in the papers' own tables."
+            note = "Not measured here, and taken from secondary summaries, not from the papers' own tables."
             lines += ["### Published results of this size", note, _table(["orders", "method", "AP", "BWT"], rows)]
     return lines
 
@@ -245,7 +245,7 @@ def _cells(run: Run) -> list[dict]:
 
 
 def write_csv(path: Path, rows: Sequence[tuple[Run, dict]]) -> None:
-    """Write a table: for each row what identifies its run, then the values, under the names of the first row."""
+    """Write a table whose rows hold what identifies a run, then its values; the first row's keys name the columns."""
     table = [{name: getattr(run, name) for name in ("model", "method", "order", "seed")} | row for run, row in rows]
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, table[0], lineterminator="\n")
@@ -254,7 +254,7 @@ def write_csv(path: Path, rows: Sequence[tuple[Run, dict]]) -> None:
 
 
 def _plain(text: str) -> str:
-    """Escape what HTML and Markdown would read as marks, also within a table's cell."""
+    """Escape what HTML and Markdown would read as markup, also within a table's cell."""
     return re.sub(r"([\\|*_`\[\]])", r"\\\1", escape(" ".join(text.split()), quote=False))
 
 

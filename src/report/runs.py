@@ -74,7 +74,7 @@ def is_order(folder: Path) -> bool:
 
 
 def read_run(order_dir: Path) -> Run:
-    """The run in an order's output folder; without `run_record.json` its folders name method and order."""
+    """The run in an order's output folder; without `run_record.json`, folder names stand for method and order."""
     tasks, matrix = accuracy_matrix(order_dir)
     steps = [order_dir / "outputs" / step_name(i, task) for i, task in enumerate(tasks, 1)]
     paths = [step / "run_record.json" for step in steps]
@@ -105,7 +105,7 @@ def read_run(order_dir: Path) -> Run:
 
 
 def _options(record: Path) -> dict:
-    """What distinguishes runs of a method beside order and seed; input files (data, instructions, DeepSpeed) count by
+    """What distinguishes runs of a method besides order and seed; input files (data, instructions, DeepSpeed) count by
     their contents."""
     made_of = {"processes": _object(record, "report").get("processes")}
     if files := _object(record, "data"):
