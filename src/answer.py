@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = [options.text]
     if options.file is not None:
         texts = [line.replace("\\n", "\n") for line in read_text(options.file).splitlines() if line.strip()]
-    if not all(text.strip() for text in texts):
-        raise InputError("--text: found a blank text")
+    if not texts or not all(text.strip() for text in texts):
+        raise InputError("--text or --file: found no text")
     print(*answers(options.folder, options.dataset, texts), sep="\n")
 
 

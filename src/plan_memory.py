@@ -119,9 +119,9 @@ def make_plan(options: PlanArguments) -> Plan:
     ranks = {name: mode_ranks(shape, options.galore_rank, options.galore_proj_type) for name, shape in shapes.items()}
     core = sum((ranks[name][0] or out) * (ranks[name][1] or inp) for name, (out, inp) in shapes.items())
     bases = sum((ranks[name][0] or 0) * out + (ranks[name][1] or 0) * inp for name, (out, inp) in shapes.items())
-    weights, largest = (of(out * inp for out, inp in shapes.values()) for of in (sum, max))
+    sizes = [out * inp for out, inp in shapes.values()]
+    weights, largest = sum(sizes), max(sizes, default=0)
     old, in_model = options.tasks_before * lora, lora + core * cores
-
     masters = 2 if stage is None or (stage, number) == (0, 4) else 3  # float32 parameters are the masters
     state = options.share(4 * masters * (lora + core), 1)
     buffers = {  # stages 1 and 2 hold two, as communication overlaps with the backward pass; stage 1 sums in float32
@@ -141,10 +141,10 @@ def make_plan(options: PlanArguments) -> Plan:
         "CUDA context (assumed)": CONTEXT,
     }
     step, tokens = forward_pass(method, options)
-    thin = 4 * max(map(sum, shapes.values())) * (options.galore_rank + OVERSAMPLING)  # a sketch, or of float32 matrices
+    sketch = 4 * max(map(sum, shapes.values()), default=0) * (options.galore_rank + OVERSAMPLING)
     seen = {name: options.gradient_accumulation_steps * count for name, count in tokens.items()}
     collect = cores * sum(collected(shape, seen[name], number) for name, shape in shapes.items())
-    svd = 4 * (thin if options.galore_svd == "sketch" else (3 + (options.gpus > 1)) * largest)
+    svd = 4 * (sketch if options.galore_svd == "sketch" else (3 + (options.gpus > 1)) * largest)
     from_moments = options.space_from == "moments"
     moments = {
         "loading": {"weights, complete": number * base + trained * (old + in_model), "CUDA context (assumed)": CONTEXT},
@@ -169,12 +169,12 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
     """
     model, config = method.model.get_base_model().train(), method.model.config
     rows, source, answer = options.per_device_train_batch_size, options.max_source_length, options.max_target_length
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept, layers, tokens = {}, [0], {}  # storages by identity
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept, layers, tokens = {}, [0], dict.fromkeys(method.targets, rows * answer)  # so many in an output layer
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # held, so that its identity stays its own
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # by an identity that none can reuse
         return tensor
 
     def checkpoint(call: Callable, x: torch.Tensor, *args) -> object:

@@ -1,6 +1,7 @@
 """Exported models and adapters against the runs that they come from, read by transformers and peft alone."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -98,8 +99,9 @@ def test_answers_are_those_of_the_run(run, tmp_path, capfd):
 
 @pytest.mark.parametrize("words, fault", [
     (["--dataset", "TC/cnn", "--text", "x"], "--dataset: found TC/cnn; allowed: TC/dbpedia, SC/amazon"),
-    (["--dataset", "SC/amazon", "--text", " "], "--text: found a blank text"),
+    (["--dataset", "SC/amazon", "--text", " "], "--text or --file: found no text"),
     (["--dataset", "SC/amazon", "--file", "nowhere"], "nowhere: no such file"),
+    (["--dataset", "SC/amazon", "--file", os.devnull], "--text or --file: found no text"),
 ])
 def test_what_cannot_be_asked_is_refused(words, fault, tmp_path, capfd):
     shutil.copytree(PREFIX["t5_adapter"][0], tmp_path / "model")

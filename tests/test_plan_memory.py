@@ -346,6 +346,13 @@ def test_bad_input_is_one_line_and_exit_code_2(more, said, capsys, monkeypatch):
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and said in captured.err
 
 
+@pytest.mark.parametrize("targets", ("none", "lm_head"))
+def test_no_full_rank_weights_and_the_output_layer_have_plans(targets):
+    plan, options = plan_of(*LLAMA, "--optim_target_modules", targets, "--proj_lora_modules", ".*loranew_A.*")
+    assert plan.parameters[3] == (VOCABULARY * H if targets == "lm_head" else 0)
+    assert (plan.moments[STEP]["gradients collected"] > 0) == (targets == "lm_head")
+
+
 def test_a_config_of_another_kind_is_rejected(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     code = plan_memory.main(["--model_name_or_path", str(tmp_path), "--lora_modules", "x",
