@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,13 +118,13 @@ KNOBS = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What all trials share. The flags in `extra`, which outcomes do not record, are for tests."""
+    """What all trials share: the tasks of each order, and for tests flags (`extra`) that no outcome records."""
 
     data_dir: Path
     model: Path
     out: Path
+    orders: Mapping[str, list[str]]
     extra: tuple[str, ...] = ()
-    orders: Mapping[str, list[str]] = field(default_factory=lambda: ORDERS)
 
     def family(self) -> str:
         """The key of `FAMILIES` whose flags the model gets: t5 or llama, whichever has the same module names."""
@@ -342,7 +342,7 @@ def main() -> int:
     args = parser.parse_args()
     orders = [SEARCHED] if args.search else args.orders or SHORT
     bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve(),
-                  orders={order: ORDERS[order] for order in orders})
+                  {order: ORDERS[order] for order in orders})
     try:
         _check(args)
         if args.search:

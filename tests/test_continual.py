@@ -25,8 +25,8 @@ TINY = ROOT / "initial_model" / "tiny-t5"
 
 @pytest.fixture
 def bench(mini_benchmark, tmp_path):
-    bench = Bench(mini_benchmark, TINY, tmp_path / "out", ("--max_steps", "2", "--max_predict_samples", "4"),
-                  {"A": ["TC/dbpedia", "TC/agnews"]})
+    bench = Bench(mini_benchmark, TINY, tmp_path / "out", {"A": ["TC/dbpedia", "TC/agnews"]},
+                  ("--max_steps", "2", "--max_predict_samples", "4"))
     bench.prepare()
     return bench
 
