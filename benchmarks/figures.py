@@ -63,7 +63,8 @@ class Panel:
 
     def subtitle(self, seeds: set[int]) -> str:
         orders = f"order{'' if len(self.orders) == 1 else 's'} {' and '.join(self.orders)}"
-        numbers = " or ".join(map(str, sorted(seeds)))
+        *others, last = map(str, sorted(seeds))
+        numbers = f"{', '.join(others)} or {last}" if others else last
         return f"{orders}, {numbers} seed{'' if seeds == {1} else 's'}"
 
 

@@ -55,6 +55,11 @@ def test_every_method_has_one_row_best_first():
     assert len(list(picture.iter(SVG + "circle"))) == 2
 
 
+def test_a_panel_names_its_orders_and_numbers_of_seeds():
+    assert PANEL.subtitle({3, 1, 2}) == "orders A and B, 1, 2 or 3 seeds"
+    assert Panel("small", "Small", ("A",), 1).subtitle({1}) == "order A, 1 seed"
+
+
 def test_an_unknown_method_is_rejected(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--methods", "nothing"])
