@@ -35,8 +35,8 @@ from report.bootstrap import Interval, paired_interval  # noqa: E402
 OUT = ROOT / "docs" / "images"
 
 FIRST = ("gorp", "gorp --preset released", "sgorp")
-SHOWN = (*FIRST, "olora", "nlora", "inflora", "ella", "slao", "magmax", "ewc", "replay", "galore", "osf", "inclora",
-         "seqlora", "multitask", "multitask --learning_rate 1e-3")  # fmt: skip
+SHOWN = (*FIRST, "olora", "nlora", "inflora", "inflora --inflora_energy 0.995", "ella", "slao", "magmax", "ewc",
+         "replay", "galore", "osf", "inclora", "seqlora", "multitask", "multitask --learning_rate 1e-3")  # fmt: skip
 COLOURS = {
     "gorp": ("#bc4c00", "#f0883e"), "gorp --preset released": ("#9a6700", "#e3b341"), "sgorp": ("#8250df", "#bc8cff"),
     "olora": ("#0969da", "#58a6ff"), "nlora": ("#0a7ea4", "#56c8e8"), "replay": ("#1a7f37", "#3fb950"),
