@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import continual
-from benchmarks.continual import Bench, compare, knobs, rates, search
+from benchmarks.continual import Bench, compare, knobs, last_error, rates, search
 from benchmarks.outcomes import Outcome, Trial, best_settings, learnt_tasks, read_outcomes, table, tried
 from errors import InputError
 from files import read_json
@@ -335,6 +335,16 @@ def test_a_trial_that_fails_says_where_and_is_no_outcome(bench):
     text = compare(bench, "gorp", [trial], 1)
     assert f"failed: {trial}: task 1: error: --lora_dim: found 9999; " in text
     assert trial not in read_outcomes(bench.out)
+
+
+def test_an_earlier_attempts_error_is_not_reported(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("error: of the first attempt\nmore\n")
+    start = log.stat().st_size
+    assert last_error(log, start) is None
+    with open(log, "a") as file:
+        file.write("error: of the second\n")
+    assert last_error(log, start) == "error: of the second"
 
 
 # What the small T5 reads
