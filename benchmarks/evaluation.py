@@ -135,8 +135,8 @@ def prediction(subject: Subject, rows: list[dict], *, bounded: bool = True, shar
                **generation) -> Prediction:
     made = Prediction(
         subject.model, subject.collator, rows, Accelerator(cpu=True), GENERATION | generation,
-        most_rows=subject.batch_rows, most_tokens=subject.batch_rows * subject.collator.max_source_length,
-        shares_beginnings=shared and subject.collator.decoder_only,
+        batch_size=subject.batch_rows, most_tokens=subject.batch_rows * subject.collator.max_source_length,
+        shares_prefix=shared and subject.collator.decoder_only,
     )  # fmt: skip
     made.bounded = made.bounded and bounded
     return made

@@ -84,9 +84,9 @@ class Outcome:
             InputError: some are missing.
         """
         run = read_run(trial.folder(out))
-        if not run.right:
+        if not run.scores:
             raise InputError(f"{run.folder}: the last task's predictions are not there")
-        right = {dataset: "".join(str(int(hit)) for hit in hits) for dataset, hits in run.right.items()}
+        right = {dataset: "".join(str(int(hit)) for hit in hits) for dataset, hits in run.scores.items()}
         record = read_json(run.folder / "outputs" / f"{len(run.tasks)}-{run.tasks[-1]}" / RECORD)
         return cls(trial, run.matrix, right, run.seconds, run.trained_values, run.stored_bytes, record["git_revision"])
 

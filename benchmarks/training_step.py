@@ -9,7 +9,7 @@ which include exactly one refresh of the projection.
 * `gorp`: an order's second task as `--method gorp` trains it: the new LoRA on q_proj and v_proj beside the frozen one,
   gate_proj in full rank, and the shared space of the first task; with trainable cores whose bases come from a sketch
   (`--galore_engine cores --galore_svd sketch`).
-* `gorp, dense`: the same with ProjAdamW and exact bases, the default.
+* `gorp, dense`: the same with ProjAdamW, whose bases are randomised by default.
 * `lora`: PEFT's LoRA on q_proj, v_proj and gate_proj under Hugging Face's Trainer with its AdamW.
 * `lora, our logits`: the same without the logits that no target needs.
 * `published`: PEFT's LoRA on q_proj and v_proj, galore-torch on gate_proj: dense gradients, an exact SVD once per gap.
@@ -67,9 +67,9 @@ def build(contender: str, args: argparse.Namespace, output: Path):
     if contender == "gorp, full logits":
         from transformers import LlamaForCausalLM
 
-        from model.llama import LlamaForCausalLM_with_lossmask as Ours
+        from model.answer_loss import AnswerLoss
 
-        Ours.forward = LlamaForCausalLM.forward
+        AnswerLoss.forward = LlamaForCausalLM.forward
     ours = contender.startswith("gorp")
     flags = flags_of(args, args.previous if ours else args.model, output)
     flags += [] if contender == "gorp, dense" else SKETCH
@@ -102,7 +102,7 @@ def build_other(contender: str, loaded, rows, data_args, training_args):
     if contender != "lora, our logits":
         loaded.model.__class__ = LlamaForCausalLM
     collator = build_collator(loaded, data_args, training_args)
-    collator.pad_to_multiple_of, collator.name_rows = data_args.max_source_length, False
+    collator.pad_to_multiple_of, collator.name_examples = data_args.max_source_length, False
     targets = ["q_proj", "v_proj"] + ([] if contender == "published" else ["gate_proj"])
     model = get_peft_model(loaded.model, LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **LORA))
     optimizer = None

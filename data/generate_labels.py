@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from errors import InputError, entry_point
 from files import read_json, write_json
 from order_config import SUBSETS, benchmark_datasets
-from uie_dataset_lora import UNLABELLED, read_labels, read_rows
+from uie_dataset_lora import UNLABELLED, read_labels, read_labelled
 
 
 def dataset_folders(folder: str | Path) -> list[Path]:
@@ -47,14 +47,14 @@ def generate_labels(folder: str | Path, *, sort: bool = False, overwrite: bool =
     keep = path.exists() and not overwrite
     labels = read_labels(path) if keep else _used_labels(folder / "train.json", sort)
     for subset in SUBSETS:
-        read_rows(folder / f"{subset}.json", labels)
+        read_labelled(folder / f"{subset}.json", labels)
     if not keep:
         write_json(path, labels)
     return not keep
 
 
 def _used_labels(path: Path, sort: bool) -> list[str]:
-    """The distinct labels of a file. Malformed examples are left to `read_rows`, which names them."""
+    """The distinct labels of a file. Malformed examples are left to `read_labelled`, which names them."""
     content = read_json(path)
     used = [row.get("label") for row in content if isinstance(row, dict)] if isinstance(content, list) else []
     labels = list(dict.fromkeys(label for label in used if isinstance(label, str) and label != UNLABELLED))

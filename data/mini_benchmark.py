@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 from errors import InputError, entry_point  # noqa: E402
-from files import read_json, whole_folder, write_json  # noqa: E402
+from files import read_json, atomic_folder, write_json  # noqa: E402
 
 LEXICON = json.loads(Path(__file__).with_name("mini_lexicon.json").read_text(encoding="utf-8"))
 EVAL_ROWS = 100  # examples in dev.json and in test.json
@@ -269,7 +269,7 @@ def write_benchmark(out: Path, seed: int) -> None:
     if out.exists():
         raise InputError(f"{out}: already there; remove it to create it again")
     try:
-        with whole_folder(out) as partial:  # two orders may create it at once, with the same examples
+        with atomic_folder(out) as partial:  # two orders may create it at once, with the same examples
             for (task, dataset), (make, train_rows) in DATASETS.items():
                 labels = read_json(ROOT / "CL_Benchmark" / task / dataset / "labels.json")
                 folder = partial / task / dataset

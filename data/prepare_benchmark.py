@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from errors import InputError, entry_point
-from files import check_writable, whole_folder, write_json
+from files import check_writable, atomic_folder, write_json
 from order_config import BENCHMARK_FILES, SUBSETS, benchmark_datasets, is_complete
-from uie_dataset_lora import read_labels, read_rows
+from uie_dataset_lora import read_labels, read_labelled
 
 logger = logging.getLogger("gorp")
 
@@ -194,11 +194,11 @@ def prepare_from_hub(
         target = Path(data_dir) / name
         rows = hub_subsets(name, seed=seed, load=load)
         labels = read_labels(ROOT / "CL_Benchmark" / name / "labels.json")
-        with whole_folder(target) as partial:
+        with atomic_folder(target) as partial:
             write_json(partial / "labels.json", labels)
             for subset in SUBSETS:
                 write_json(partial / f"{subset}.json", rows[subset], indent=None)
-                read_rows(partial / f"{subset}.json", labels)
+                read_labelled(partial / f"{subset}.json", labels)
         logger.info("%s: %s", target, ", ".join(f"{len(rows[subset])} {subset} rows" for subset in SUBSETS))
 
 
@@ -273,9 +273,9 @@ def prepare_from_folder(
     labels = {name: read_labels(Path(folder) / name / "labels.json") for name in chosen}
     for name in tqdm(chosen, desc="checking", unit=" datasets"):
         for subset in SUBSETS:
-            read_rows(Path(folder) / name / f"{subset}.json", labels[name])
+            read_labelled(Path(folder) / name / f"{subset}.json", labels[name])
     for name in chosen:
-        with whole_folder(Path(data_dir) / name) as partial:
+        with atomic_folder(Path(data_dir) / name) as partial:
             write_json(partial / "labels.json", labels[name])
             for subset in SUBSETS:
                 shutil.copyfile(Path(folder) / name / f"{subset}.json", partial / f"{subset}.json")

@@ -41,7 +41,7 @@ def collate(pairs):
 def train(method, previous, pairs, epochs):
     base = AutoModelForSeq2SeqLM.from_pretrained(BASE, dtype=torch.float32)
     model = method.prepare(base, previous, decoder_only=False).train()
-    rows = pairs[: method.shown_rows]  # what the method may see before and after training; None: all
+    rows = pairs[: method.shown_examples]  # what the method may see before and after training; None: all
     shown = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
     method.begin_task(model, iter(shown))
     optimizer = method.create_optimizer(lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -70,7 +70,7 @@ def main(name="sgorp", data=ROOT / "data/mini_benchmark", out=ROOT / "logs_and_o
     for task in TASKS:
         set_seed(SEED)
         method = make_method(name, **OPTIONS)
-        assert type(method).training_rows is Method.training_rows, f"{name} reads other tasks' files: see run_order.py"
+        assert type(method).training_examples is Method.training_examples, f"{name} reads other tasks' files"
         model, loss = train(method, previous, read(data, task, "train")[:most], epochs)
         method.save(previous := out / task)
         print(f"{task}: loss {loss:.3f}, accuracy", {each: accuracy(model, read(data, each, "test")) for each in TASKS})

@@ -57,7 +57,7 @@ class MethodHooks:
         return (loss, outputs) if return_outputs else loss
 
     def shown_batches(self):
-        rows = self.method.shown_rows  # what the method may see before and after training; None: all
+        rows = self.method.shown_examples  # what the method may see before and after training; None: all
         most = rows and math.ceil(rows / self.args.eval_batch_size)
         return islice(self.get_eval_dataloader(self.train_dataset), most)
 

@@ -19,7 +19,7 @@ from files import read_text
 from prompts import read_prompts
 from uie_collator import DataCollatorForUIE
 
-ROWS = 16  # texts in a batch
+BATCH_SIZE = 16
 
 
 @entry_point
@@ -55,10 +55,10 @@ def answers(run: Path, dataset: str, texts: Sequence[str]) -> list[str]:
     task, name = dataset.split("/")
     about = {"Task": task, "Dataset": name, "subset": "test", "Samples": []}
     asked = {"label": "", "instruction": prompts["heads"][dataset]}
-    rows = [about | {"Instance": asked | {"id": index, "sentence": text}} for index, text in enumerate(texts)]
+    examples = [about | {"Instance": asked | {"id": index, "sentence": text}} for index, text in enumerate(texts)]
     found = []
-    for start in range(0, len(rows), ROWS):
-        batch = collator(rows[start : start + ROWS])
+    for start in range(0, len(examples), BATCH_SIZE):
+        batch = collator(examples[start : start + BATCH_SIZE])
         inputs = {key: batch[key].to(loaded.model.device) for key in ("input_ids", "attention_mask")}
         ids = loaded.model.generate(**inputs, max_new_tokens=prompts["max_target_length"], do_sample=False)
         ids = ids[:, inputs["input_ids"].shape[1] :] if loaded.decoder_only else ids

@@ -23,7 +23,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from errors import InputError, nearest
-from files import check_writable, read_json
+from files import check_writable, read_object
 
 NOTHING = "none"
 """The value of `--optim_target_modules` and `--proj_lora_modules` that clears what a script passes."""
@@ -50,7 +50,7 @@ class DataArguments:
     """Which examples are read, and how they become prompts."""
 
     data_dir: str = HfArg(default="CL_Benchmark", help="Benchmark folder: <TASK>/<DATASET>/*.json.")
-    task_config_dir: str = HfArg(default=None, help="Folder of the step's {train,dev,test}_tasks.json.")
+    task_config_dir: str = HfArg(default=None, help="Folder of the task's {train,dev,test}_tasks.json.")
     instruction_file: str = HfArg(default="configs/instruction_config.json", help="Instructions of each task, JSON.")
     instruction_strategy: str = HfArg(default="single", help="single: the first instruction; multiple: a random one.")
     overwrite_cache: bool = HfArg(default=False, help="Published, and ignored: examples are not cached.")
@@ -69,7 +69,7 @@ class DataArguments:
         default="all", help="After each task test all so far (all), or only itself, and all after the last one (ends)."
     )
     zero_shot: bool = HfArg(default=False, help="Before training, test on this and later tasks (forward transfer).")
-    unseen_config_dir: str | None = HfArg(default=None, help="A step's folder: also test datasets new to this order.")
+    unseen_config_dir: str | None = HfArg(default=None, help="A task's folder: also test datasets new to this order.")
     num_examples: int = HfArg(default=0, help="Solved examples shown in each prompt (few-shot).")
     add_task_name: bool = HfArg(default=False, help="Begin the prompt with the task's name.")
     add_dataset_name: bool = HfArg(default=False, help="Begin the prompt with the dataset's name.")
@@ -213,9 +213,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
 
     def check_deepspeed(self, path: str) -> int:
         """The ZeRO stage of a DeepSpeed file; InputError unless the file fits these arguments."""
-        config = read_json(path)
-        if not isinstance(config, dict):
-            raise InputError(f"{path}: found a JSON {type(config).__name__}; a DeepSpeed config is an object")
+        config = read_object(path, "a DeepSpeed config, an object")
         for section in ("optimizer", "scheduler"):
             if section in config:
                 raise InputError(f"{path}: found a section '{section}'; the method brings its own, remove it (a "

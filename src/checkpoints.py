@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from errors import InputError
 from files import digest, read_json, sync, write_json
 
-log = logging.getLogger("gorp")
+logger = logging.getLogger("gorp")
 
 TENSORS = "training_state.safetensors"
 SCHEDULE = "schedule.json"
@@ -59,7 +59,7 @@ def latest_complete(output_dir: Path) -> Path | None:
     for folder in checkpoint_folders(output_dir):
         if is_complete(folder):
             return folder
-        log.warning("%s: incomplete; ignored", folder)
+        logger.warning("%s: incomplete; ignored", folder)
     return None
 
 
@@ -113,7 +113,7 @@ def load_random_state(folder: Path, rank: int) -> None:
     """Restore the generators that `write_random_state` saved; a rank that did not exist then keeps its own."""
     path = folder / f"random_state_{rank}.json"
     if not path.exists():
-        log.warning("%s: missing, as the checkpoint has fewer ranks; this rank's random numbers differ", path)
+        logger.warning("%s: missing, as the checkpoint has fewer ranks; this rank's random numbers differ", path)
         return
     state = read_json(path)
     version, numbers, gauss = state["python"]

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
 from errors import InputError, nearest
-from files import read_json
+from files import read_object
 from methods import Method, find_method, method_names
 from methods.base_options import MethodArguments
 
@@ -101,7 +101,7 @@ def _check_together(
         if stage > most:
             raise InputError(f"--method {method.method}: found ZeRO stage {stage} ({deepspeed_file}); at most stage "
                              f"{most}")
-    method.check_with(training, stage)
+    method.settle(training, stage)
 
 
 def _others(method: type[Method]) -> type:
@@ -117,11 +117,8 @@ def _others(method: type[Method]) -> type:
 
 def _flags(path: str) -> list[str]:
     """The flags that a JSON object of arguments stands for, so that both are checked alike; null omits a flag."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found a JSON {type(content).__name__}; an object of flag -> value is allowed")
     argv = []
-    for name, value in content.items():
+    for name, value in read_object(path, "an object of flag -> value").items():
         if isinstance(value, list):
             argv += [f"--{name}", *map(str, value)]
         elif value is not None:

@@ -22,7 +22,7 @@ from tokenizers import ByteLevelBPETokenizer
 from errors import InputError, entry_point
 from files import json_kind, read_text
 
-log = logging.getLogger("gorp")
+logger = logging.getLogger("gorp")
 MEASURED = ("exact_match", "rouge1", "rougeL")
 GPT2_FOLDER = Path(__file__).resolve().parents[1] / "data" / "gpt2tokenizer"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -66,8 +66,8 @@ def evaluate_predictions(
     examples = list(examples)
     references = [example["Instance"]["label"] for example in examples]
     if not multilingual and (lost := sum(not re.search("[a-zA-Z0-9]", reference) for reference in references)):
-        log.info("%d of %d answers have no Latin letter or digit, so that their ROUGE is 0; --multilingual counts them",
-                 lost, len(references))
+        logger.info("%d of %d answers have no Latin letter or digit, so that their ROUGE is 0; --multilingual counts "
+                    "them", lost, len(references))
     scores = _scores(predictions, references, multilingual)
     metrics = [example.get("Metric", "exact_match") for example in examples]
     if "rougeL" in metrics:
@@ -174,7 +174,7 @@ def _gpt2_folder() -> Path:
     """The folder of GPT-2's vocabulary, which the script in it fetches on first use."""
     if not all((GPT2_FOLDER / name).is_file() for name in ("vocab.json", "merges.txt")):
         script = GPT2_FOLDER / "fetch_gpt2_tokenizer.py"
-        log.info("fetching GPT-2's vocabulary into %s, for ROUGE in any language", GPT2_FOLDER)
+        logger.info("fetching GPT-2's vocabulary into %s, for ROUGE in any language", GPT2_FOLDER)
         fetched = subprocess.run([sys.executable, str(script)], check=False, stderr=subprocess.PIPE, text=True)
         if fetched.returncode:
             raise InputError(fetched.stderr.splitlines()[-1].removeprefix("error: "))

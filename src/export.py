@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import full_rank
 from errors import InputError, entry_point
-from files import check_writable, read_json, whole_folder, write_json
+from files import check_writable, atomic_folder
 from loranew import load_loranew
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_factors
 from model.loading import LoadedModel, load_model_and_tokenizer
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_writable(options.to.parent)
     if options.form == "adapter" and options.dtype:
         raise InputError("--dtype: an adapter keeps the precision of its factors; allowed: only with --as model")
-    with whole_folder(options.to) as partial:
+    with atomic_folder(options.to) as partial:
         if options.form == "model":
             write_model(adapter, partial, getattr(torch, options.dtype or "float32"))
         else:
@@ -84,9 +84,6 @@ def write_model(adapter: Path, folder: Path, dtype: torch.dtype) -> None:
     _, loaded = load_finished(adapter)
     loaded.model.to(dtype).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
-    config = read_json(folder / "config.json")  # this project's classes only save memory in training
-    stock = [name.removesuffix("_with_lossmask") for name in config["architectures"]]
-    write_json(folder / "config.json", config | {"architectures": stock}, indent=2)
 
 
 def write_adapter(adapter: Path, folder: Path) -> None:

@@ -118,7 +118,7 @@ def check_values(name: str, tensor: "Tensor", path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` when the block ends without an error.
 
     A reader sees the old file or the new one, never part of one. After an error the temporary file is removed.
@@ -138,8 +138,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """`whole_file` for a folder: what the block writes replaces `path` once it is complete."""
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """`atomic_file` for a folder: what the block writes replaces `path` once it is complete."""
     path, partial = Path(path), _beside(path)
     partial.mkdir()
     try:
@@ -202,6 +202,6 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 4, sort_keys: bool = False) -> None:
     """Write `content` as UTF-8 JSON, atomically."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         text = json.dumps(content, indent=indent, sort_keys=sort_keys, ensure_ascii=False)
         partial.write_text(text + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from errors import InputError
-from files import check_values, open_tensors, whole_file
+from files import check_values, open_tensors, atomic_file
 
 FILE_NAME = "full_rank_weights.safetensors"
 PEFT_TYPE = "LORA with full-rank weights, which README.md explains"
@@ -31,30 +31,30 @@ def save_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
         header[f"{name}.weight"] = {"dtype": "F32", "shape": list(weight.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    with whole_file(folder / FILE_NAME) as partial, open(partial, "wb") as file:
+    with atomic_file(folder / FILE_NAME) as partial, open(partial, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights.values():
             weight.detach().float().cpu().numpy().astype("<f4", copy=False).tofile(file)
 
 
-def exact(layer: nn.Linear) -> torch.Tensor:
+def exact_weight(layer: nn.Linear) -> torch.Tensor:
     """The weight (out, in), with its 16-bit rounding error added back."""
     rounding = getattr(layer, "rounding", None)
     return layer.weight if rounding is None else layer.weight.float() + rounding.to(layer.weight.device)
 
 
-def hold(layer: nn.Linear, W: torch.Tensor) -> None:
-    """Set a layer's weight to W (out, in), and keep the error of rounding it to 16 bits for `exact`."""
+def set_weight(layer: nn.Linear, W: torch.Tensor) -> None:
+    """Set a layer's weight to W (out, in), and keep the error of rounding it to 16 bits for `exact_weight`."""
     layer.weight.copy_(W)
     if layer.weight.dtype != torch.float32:
         layer.register_buffer("rounding", (W - layer.weight.float()).to(layer.weight.dtype), persistent=False)
 
 
 class ExactWeights(UserDict):
-    """A mapping made of layers by name; reading an entry computes that layer's `exact` weight."""
+    """A mapping made of layers by name; reading an entry computes that layer's `exact_weight` weight."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return exact(self.data[name])
+        return exact_weight(self.data[name])
 
 
 @torch.no_grad()
@@ -77,6 +77,6 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, nn.Linear]:
                 raise InputError(f"{path}: {key} is {tuple(saved.shape)}; the base model's is "
                                  f"{tuple(layer.weight.shape)}")
             check_values(key, saved, path)
-            hold(layer, saved)
+            set_weight(layer, saved)
             layers[name] = layer
     return layers

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from errors import RunStopped
 
-log = logging.getLogger("gorp")
+logger = logging.getLogger("gorp")
 
 EXAMPLES_NAMED = 16
 
@@ -33,7 +33,7 @@ class NonFiniteGuard:
         self._step = 0
         self._micro_batches: list[tuple[Tensor, list[str]]] = []
         self._gradients_bad: list[Tensor] = []
-        self._left_out: bool | None = None  # None until decided
+        self._skips: bool | None = None  # None until decided
 
     def watch(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter] = ()) -> None:
         """Guard the steps of `optimizer`.
@@ -48,21 +48,21 @@ class NonFiniteGuard:
     def note_micro_batch(self, step: int, loss: Tensor, examples: list[str]) -> None:
         """Note a micro-batch's loss and the names of its examples; `step` counts from 1."""
         if step != self._step:
-            self._step, self._micro_batches, self._gradients_bad, self._left_out = step, [], [], None
+            self._step, self._micro_batches, self._gradients_bad, self._skips = step, [], [], None
         self._micro_batches.append((loss.detach(), examples))
 
     def note_gradient_norm(self, norm: Tensor | float) -> None:
         if self.watch_gradients:
             self._gradients_bad.append(~torch.as_tensor(norm).isfinite())
 
-    def leaves_out_step(self) -> bool:
+    def skips_step(self) -> bool:
         """Whether the step of the noted micro-batches is skipped (RunStopped after `limit` in a row); collective."""
-        if self._left_out is None and self._micro_batches:
-            self._left_out = self._is_bad()
-            self.in_a_row = self.in_a_row + 1 if self._left_out else 0
-            if self._left_out:
+        if self._skips is None and self._micro_batches:
+            self._skips = self._is_bad()
+            self.in_a_row = self.in_a_row + 1 if self._skips else 0
+            if self._skips:
                 self._report()
-        return bool(self._left_out)
+        return bool(self._skips)
 
     def _checked(self, gradient: Tensor) -> Tensor:
         finite = gradient.isfinite().all()  # stays on the device
@@ -70,7 +70,7 @@ class NonFiniteGuard:
         return torch.where(finite, gradient, torch.zeros_like(gradient))
 
     def _before_step(self, optimizer: Optimizer, *_) -> None:
-        if self.leaves_out_step():
+        if self.skips_step():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
@@ -94,4 +94,4 @@ class NonFiniteGuard:
                 f"step {self._step}: {what}, the last of {self.in_a_row} such steps in a row (--max_non_finite_steps)"
                 f"{examples}; none of them changed the weights, and the last checkpoint is kept"
             )
-        log.warning("step %d: %s, the update is skipped%s", self._step, what, examples)
+        logger.warning("step %d: %s, the update is skipped%s", self._step, what, examples)

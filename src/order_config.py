@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Iterable, Sequence
 
 from errors import InputError, nearest
-from files import check_writable, json_kind, read_object, whole_folder, write_json
+from files import check_writable, json_kind, read_object, atomic_folder, write_json
 
 TASKS = ("SC", "TC", "NLI", "QQP", "WiC", "MultiRC", "COPA", "BoolQA")
 SUBSETS = ("train", "dev", "test")
@@ -91,7 +91,7 @@ def write_order(
         if dataset in [name for _, name in datasets[:index]]:
             raise InputError(f"{task}/{dataset}: dataset {dataset!r} occurs twice in the order; allowed: once")
     check_writable(config_dir.parent)
-    with whole_folder(config_dir) as partial:
+    with atomic_folder(config_dir) as partial:
         for index, (task, dataset) in enumerate(datasets):
             folder = partial / dataset
             write_json(folder / "train_tasks.json", _task_config([(task, dataset)], sampling))
@@ -109,6 +109,16 @@ def benchmark_datasets(data_dir: str | Path) -> list[str]:
         for folder in sorted((Path(data_dir) / task).glob("[!.]*"))
         if folder.is_dir()
     ]
+
+
+def order_name(config_dir: str | Path) -> str:
+    """The name of an order, from its folder ``<order>_configs``."""
+    return Path(config_dir).resolve().name.removesuffix("_configs")
+
+
+def step_name(number: int, dataset: str) -> str:
+    """The output folder of a step, counted from 1."""
+    return f"{number}-{dataset}"
 
 
 def is_complete(dataset_dir: str | Path) -> bool:

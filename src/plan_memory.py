@@ -82,10 +82,10 @@ class PlanArguments(GorpArguments):
             self.stage = 2
         check(self.stage or not self.offload_optimizer, "offload_optimizer", "without --stage 1, 2 or 3", "with one")
         off = dict.fromkeys(("fp16", "bf16_full_eval", "fp16_full_eval"), False)
-        self.check_with(SimpleNamespace(do_train=True, bf16=self.bf16, **off), self.stage)  # decides galore_engine too
+        self.settle(SimpleNamespace(do_train=True, bf16=self.bf16, **off), self.stage)
         self.cores = self.galore_engine == "cores" or self.galore_engine == "auto" and self.stage is not None
-        self.number = 2 if self.bf16 and self.cores else 4  # bytes of a number of the frozen weights
-        self.trained = 4 if self.stage is None else self.number  # of a trainable parameter in the model
+        self.weight_bytes = 2 if self.bf16 and self.cores else 4  # of a frozen weight
+        self.trainable_bytes = 4 if self.stage is None else self.weight_bytes  # of a trainable parameter in the model
 
     def share(self, count: int, first_stage: int) -> int:
         """A rank's part of what ZeRO divides from `first_stage` on."""
@@ -93,7 +93,7 @@ class PlanArguments(GorpArguments):
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes on one rank."""
 
     parameters: tuple[int, int, int, int]  # counts: the model, the new LoRA, the cores, the weights that cores train
@@ -106,10 +106,11 @@ class Plan:
         return max((sum(parts.values()), name) for name, parts in self.moments.items())
 
 
-def make_plan(options: PlanArguments) -> Plan:
+def make_plan(options: PlanArguments) -> MemoryPlan:
     """Plan a run; an expression or a rank that does not fit the model is an InputError."""
-    number, trained, stage, cores = options.number, options.trained, options.stage, options.cores
-    model = build_on_meta(options.model_name_or_path).to(torch.bfloat16 if number == 2 else torch.float32)
+    weight_bytes, trainable_bytes = options.weight_bytes, options.trainable_bytes
+    stage, cores = options.stage, options.cores
+    model = build_on_meta(options.model_name_or_path).to(torch.bfloat16 if weight_bytes == 2 else torch.float32)
     base = sum(parameter.numel() for parameter in model.parameters())
     choose_modules(options, model)
     method = Gorp(options)
@@ -121,33 +122,36 @@ def make_plan(options: PlanArguments) -> Plan:
     bases = sum((ranks[name][0] or 0) * out + (ranks[name][1] or 0) * inp for name, (out, inp) in shapes.items())
     sizes = [out * inp for out, inp in shapes.values()]
     weights, largest = sum(sizes), max(sizes, default=0)
-    old, in_model = options.tasks_before * lora, lora + core * cores
-    masters = 2 if stage is None or (stage, number) == (0, 4) else 3  # float32 parameters are the masters
+    old_lora, trainable = options.tasks_before * lora, lora + core * cores
+    masters = 2 if stage is None or (stage, weight_bytes) == (0, 4) else 3  # float32 parameters are the masters
     state = options.share(4 * masters * (lora + core), 1)
     buffers = {  # stages 1 and 2 hold two, as communication overlaps with the backward pass; stage 1 sums in float32
         1: 2 * BUCKET * 4,
-        2: 2 * BUCKET * number,
-        3: number * (BUCKET + PREFETCH + min(LIVE, base)),
+        2: 2 * BUCKET * weight_bytes,
+        3: weight_bytes * (BUCKET + PREFETCH + min(LIVE, base)),
     }
     resident = {
-        "weights": options.share(number * base, 3),
-        "frozen LoRA of earlier tasks": options.share(trained * old, 3),
-        "trainable parameters in the model": options.share(trained * in_model, 3),
+        "weights": options.share(weight_bytes * base, 3),
+        "frozen LoRA of earlier tasks": options.share(trainable_bytes * old_lora, 3),
+        "trainable parameters in the model": options.share(trainable_bytes * trainable, 3),
         STATE: 0 if options.offload_optimizer else state,
-        "gradients": options.share(trained * (lora + (core if cores else weights)), 2),
+        "gradients": options.share(trainable_bytes * (lora + (core if cores else weights)), 2),
         "bases": 4 * bases,
-        "rounding error of 16-bit targets": 2 * weights if number == 2 else 0,
+        "rounding error of 16-bit targets": 2 * weights if weight_bytes == 2 else 0,
         "DeepSpeed's buffers": buffers.get(stage, 0),
         "CUDA context (assumed)": CONTEXT,
     }
     step, tokens = forward_pass(method, options)
     sketch = 4 * max(map(sum, shapes.values()), default=0) * (options.galore_rank + OVERSAMPLING)
     seen = {name: options.gradient_accumulation_steps * count for name, count in tokens.items()}
-    collect = cores * sum(collected(shape, seen[name], number) for name, shape in shapes.items())
+    collect = cores * sum(collected(shape, seen[name], weight_bytes) for name, shape in shapes.items())
     svd = 4 * (sketch if options.galore_svd == "sketch" else (3 + (options.gpus > 1)) * largest)
     from_moments = options.space_from == "moments"
     moments = {
-        "loading": {"weights, complete": number * base + trained * (old + in_model), "CUDA context (assumed)": CONTEXT},
+        "loading": {
+            "weights, complete": weight_bytes * base + trainable_bytes * (old_lora + trainable),
+            "CUDA context (assumed)": CONTEXT,
+        },
         STEP: resident | step | {"gradients collected": collect},
         BASES: resident | {"gradients collected": collect, "one SVD": svd},
         END: resident | {
@@ -156,9 +160,9 @@ def make_plan(options: PlanArguments) -> Plan:
             "a forward pass": 0 if from_moments else step["logits or a layer's backward pass"],
         },
     }
-    host = {"loading": number * base + 4 * (old + lora),
+    host = {"loading": weight_bytes * base + 4 * (old_lora + lora),
             END: 4 * (weights if stage == 3 else largest) + (state if options.offload_optimizer else 0)}  # fmt: skip
-    return Plan((base, lora, core, weights), resident, moments, host)
+    return MemoryPlan((base, lora, core, weights), resident, moments, host)
 
 
 def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], dict[str, int]]:
@@ -168,9 +172,9 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
     3 f + 2 h numbers per token in a layer's backward pass (f: widest linear layer, h: hidden size), and the logits.
     """
     model, config = method.model.get_base_model().train(), method.model.config
-    rows, source, answer = options.per_device_train_batch_size, options.max_source_length, options.max_target_length
+    size, source, answer = options.per_device_train_batch_size, options.max_source_length, options.max_target_length
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept, layers, tokens = {}, [0], dict.fromkeys(method.targets, rows * answer)  # so many in an output layer
+    kept, layers, tokens = {}, [0], dict.fromkeys(method.targets, size * answer)  # so many in an output layer
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage()._cdata not in own:
@@ -195,8 +199,8 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
         if options.cores:
             layer.prepare_refresh()
     length = source if config.is_encoder_decoder else source + answer
-    ids = torch.ones(rows, length, dtype=torch.long, device="meta")
-    mask = torch.zeros(rows, 1, length, length, dtype=model.dtype, device="meta")  # as padding makes it
+    ids = torch.ones(size, length, dtype=torch.long, device="meta")
+    mask = torch.zeros(size, 1, length, length, dtype=model.dtype, device="meta")  # as padding makes it
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         stack = model.get_encoder() if config.is_encoder_decoder else model.get_decoder()
         encoded = stack(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -205,21 +209,21 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
                                 encoder_attention_mask=mask[:, :, :1].expand(-1, -1, answer, -1), use_cache=False)
     f = max(layer.out_features for layer in model.modules()
             if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings())  # fmt: skip
-    logits = rows * answer * config.vocab_size * (3 * options.number if config.is_encoder_decoder else 12)
+    logits = size * answer * config.vocab_size * (3 * options.weight_bytes if config.is_encoder_decoder else 12)
     copies = 2 * sum(parameter.numel() for parameter in model.parameters())  # autocast's, of 16 bits
     return {
         "activations": sum(storage.nbytes() for storage in kept.values()) + max(layers),
-        "16-bit copies of weights": 0 if not options.bf16 or options.number == 2
+        "16-bit copies of weights": 0 if not options.bf16 or options.weight_bytes == 2
         else copies // config.num_hidden_layers if options.activation_checkpointing else copies,
         "logits or a layer's backward pass":
-            max(logits, rows * length * options.number * (3 * f + 2 * config.hidden_size)),
+            max(logits, size * length * options.weight_bytes * (3 * f + 2 * config.hidden_size)),
     }, tokens
 
 
-def collected(shape: tuple[int, int], tokens: int, number: int) -> int:
+def collected(shape: tuple[int, int], tokens: int, weight_bytes: int) -> int:
     """Bytes of a target's gradient (out, in) after so many tokens, in the form that `LayerGradient` keeps."""
     numbers, matrix = tokens * sum(shape), math.prod(shape)
-    return 4 * matrix if numbers > matrix else numbers * number
+    return 4 * matrix if numbers > matrix else numbers * weight_bytes
 
 
 def build_on_meta(name: str) -> nn.Module:
@@ -236,7 +240,7 @@ def build_on_meta(name: str) -> nn.Module:
                          f"config.json, a hub id such as google-t5/t5-large, or one of {', '.join(PRESETS)}") from None
 
 
-def describe(plan: Plan, options: PlanArguments) -> list[str]:
+def describe(plan: MemoryPlan, options: PlanArguments) -> list[str]:
     """The lines that the program prints; the last one is the verdict."""
     base, lora, core, weights = plan.parameters
     engine = "without DeepSpeed" if options.stage is None else f"ZeRO stage {options.stage}"
@@ -255,7 +259,7 @@ def describe(plan: Plan, options: PlanArguments) -> list[str]:
     ]
 
 
-def verdict(plan: Plan, options: PlanArguments) -> str:
+def verdict(plan: MemoryPlan, options: PlanArguments) -> str:
     """One line: whether the peak fits in each GPU, at which moment it is, its largest part, and the host's memory."""
     (peak, moment), room = plan.peak(), options.gpu_gib * GIB
     close = " (too close to rely on)" if (1 - MARGIN) * room < peak <= room else ""

@@ -31,7 +31,7 @@ from checkpoints import checkpoint_folders
 from command_line import Parser, peek
 from errors import InputError
 from files import check_writable
-from order_config import OrderStep, read_order
+from order_config import OrderStep, order_name, read_order, step_name
 from ranks import is_first, of_first_rank
 from run_record import find_adapter
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status := run_uie_lora.main(command):
             return status
         gc.collect()  # trainer, optimizer and engine refer to each other
-        folder = options.output_dir / task_folder(number, step)
+        folder = options.output_dir / step_name(number, step.dataset)
         if options.drop_checkpoints and is_first():
             for checkpoint in checkpoint_folders(folder):
                 shutil.rmtree(checkpoint)
@@ -127,7 +127,7 @@ def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:
         if options.fresh.exists():
             shutil.move(options.fresh, aside)
         print(f"[gorp] earlier results of {name}: moved to {aside}", flush=True)
-    expected = {task_folder(number, step) for number, step in enumerate(steps, start=1)}
+    expected = {step_name(number, step.dataset) for number, step in enumerate(steps, start=1)}
     for folder in sorted(path.name for path in outputs.glob("[!.]*/")):
         if folder not in expected:
             raise InputError(f"{outputs / folder}: not a task of {name} as it is now; --fresh starts over")
@@ -141,17 +141,9 @@ def run_group(options: argparse.Namespace, flags: list[str]) -> str:
 
 def task_flags(options: argparse.Namespace, number: int, step: OrderStep, start: Path | str, group: str) -> list[str]:
     """The flags in which the tasks of an order differ."""
-    folder = task_folder(number, step)
+    folder = step_name(number, step.dataset)
     return ["--model_name_or_path", str(start), "--task_config_dir", str(step.folder),
             "--output_dir", str(options.output_dir / folder), "--run_name", f"{group}-{folder}"]  # fmt: skip
-
-
-def task_folder(number: int, step: OrderStep) -> str:
-    return f"{number}-{step.dataset}"
-
-
-def order_name(order: Path) -> str:
-    return order.resolve().name.removesuffix("_configs")
 
 
 if __name__ == "__main__":

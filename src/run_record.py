@@ -34,7 +34,7 @@ from model.loading import model_files
 
 RECORD = "run_record.json"
 COMPLETED = "completed.json"
-ADAPTERS = ("t5_adapter", "llama_adapter")
+ADAPTERS = ("t5_adapter", "llama_adapter")  # of an encoder-decoder, of a decoder-only model
 PARTS = ("zero_shot", "train", "eval", "predict", "unseen")  # of a task, each with a results file
 RESULT_FILES = (*(f"{part}_results.json" for part in PARTS), "all_results.json", "predict_eval_predictions.jsonl",
                 "trainer_state.json")

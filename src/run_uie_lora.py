@@ -27,15 +27,16 @@ from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line, score_key
 from errors import InputError, RunStopped, is_disk_full
-from files import read_json, whole_file, whole_folder, write_json
-from methods import find_method
+from files import read_json, atomic_file, atomic_folder, write_json
+from methods import Method, find_method
 from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
 from model.loading import LoadedModel
+from order_config import order_name
 from prompts import save_card, save_prompts
 from ranks import check_shared, of_first_rank
 from report.matrix import accuracy_matrix, average_performance, backward_transfer
-from run_record import PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
+from run_record import ADAPTERS, PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
 from task_examples import first_examples_of_each, place_in_order
 from task_setup import build_trainer, example_options, load_examples, load_model
 from uie_dataset_lora import data_files
@@ -76,8 +77,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     set_up_logging(training_args)
     if idle := training_args.idle_gpus():
         logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
-    ignored = training_args.ignored() + ["use_fast_tokenizer"] * (not model_args.use_fast_tokenizer)
-    if ignored := ignored + ["overwrite_cache"] * data_args.overwrite_cache:
+    ignored = [*training_args.ignored(), *["use_fast_tokenizer"] * (not model_args.use_fast_tokenizer),
+               *["overwrite_cache"] * data_args.overwrite_cache]
+    if ignored:
         logger.info("ignored: %s", ", ".join(f"--{name}" for name in ignored))
     check_data_arguments(data_args)
     method = find_method(method_args.method)(method_args)
@@ -100,20 +102,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     method.trains = training_args.do_train
     set_seed(training_args.seed)
     examples = load_examples(data_args, training_args, method)
-
-    # ZeRO-3 must shard the model only when training begins, after the method is attached, not while it is read.
-    unset_hf_deepspeed_config()
-    narrow = training_args.bf16 and not method.float32_base  # trainable parameters are float32 all the same
-    how = {"dtype": torch.bfloat16 if narrow else torch.float32}
-    if model_args.load_in_4bit:  # the weights that change must be known before any are read
-        choose_modules(method_args, load_model(model_args, data_args, weights=False).model)
-        how["not_in_4bit"] = method_args.changed_base()
-    loaded = load_model(model_args, data_args, **how)
-    choose_modules(method_args, loaded.model)
-    sharded = bool(training_args.deepspeed) and training_args.do_train
-    model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
-    if training_args.deepspeed:
-        set_hf_deepspeed_config(training_args.hf_deepspeed_config)
+    loaded, model = load_and_attach(model_args, data_args, training_args, method)
     trainer = build_trainer(model, method, loaded, examples, data_args, training_args)
     run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
     trains = training_args.do_train and len(examples["train"]) > 0
@@ -132,24 +121,43 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         logger.info(first)
         for line in others:  # the same for every task: on the terminal only once
             (detail if place_in_order(data_args.task_config_dir)[0] else logger).info(line)
-        adapter = output_dir / ("llama_adapter" if loaded.decoder_only else "t5_adapter")
+        adapter = output_dir / ADAPTERS[loaded.decoder_only]
         if trains:
             train(trainer, checkpoint)
             save_task(trainer, adapter, loaded, examples)  # from here on the task counts as trained
         else:
-            record(trainer, "train", {"train_samples": 0, "train_runtime": 0.0})
+            write_results(trainer, "train", {"train_samples": 0, "train_runtime": 0.0})
             copy_previous(trainer, loaded.previous, adapter)
     elif progress is Progress.TRAINED:
         trainer.state = TrainerState.load_from_json(str(output_dir / "trainer_state.json"))
     if training_args.do_eval:
-        record(trainer, "eval", trainer.evaluate())
+        write_results(trainer, "eval", trainer.evaluate())
     if training_args.do_predict:
         predict(trainer, examples["test"], data_args.task_config_dir, started)
     if "unseen" in examples:
-        record(trainer, "unseen", score(trainer, examples["unseen"], "unseen"))
+        write_results(trainer, "unseen", score(trainer, examples["unseen"], "unseen"))
     if trainer.is_world_process_zero():
         complete(output_dir)
     trainer.release()
+
+
+def load_and_attach(model_args: ModelArguments, data_args: DataArguments, training_args: UIETrainingArguments,
+                    method: Method) -> tuple[LoadedModel, torch.nn.Module]:
+    """Load the base model and attach the method to it; returns what was loaded, and the model that trains."""
+    # ZeRO-3 must shard the model only when training begins, after the method is attached, not while it is read.
+    unset_hf_deepspeed_config()
+    narrow = training_args.bf16 and not method.float32_base  # trainable parameters are float32 all the same
+    how = {"dtype": torch.bfloat16 if narrow else torch.float32}
+    if model_args.load_in_4bit:  # the weights that change must be known before any are read
+        choose_modules(method.options, load_model(model_args, data_args, weights=False).model)
+        how["not_in_4bit"] = method.options.changed_base()
+    loaded = load_model(model_args, data_args, **how)
+    choose_modules(method.options, loaded.model)
+    sharded = bool(training_args.deepspeed) and training_args.do_train
+    model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
+    if training_args.deepspeed:
+        set_hf_deepspeed_config(training_args.hf_deepspeed_config)
+    return loaded, model
 
 
 @contextlib.contextmanager
@@ -196,7 +204,7 @@ def train(trainer: UIETrainer, checkpoint: Path | None) -> None:
     trainer.method.revisit(trainer.model_wrapped, trainer.shown_batches())
     trainer.method.end_task()
     sums = {"train_samples": len(trainer.train_dataset), "train_runtime": round(time.monotonic() - started, 4)}
-    record(trainer, "train", metrics | sums)
+    write_results(trainer, "train", metrics | sums)
 
 
 def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples: datasets.DatasetDict) -> None:
@@ -204,7 +212,7 @@ def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples:
     for line in trainer.method.closing_summary():
         detail.info(line)
     if trainer.is_world_process_zero():
-        with whole_folder(adapter) as partial:
+        with atomic_folder(adapter) as partial:
             trainer.method.save(partial)
             loaded.tokenizer.save_pretrained(partial)
             shown = [first_examples_of_each(examples[split], 1) for split in ("test", "train")]
@@ -217,7 +225,7 @@ def copy_previous(trainer: UIETrainer, previous: Path, adapter: Path) -> None:
     """Copy the previous task's adapter folder, for a task in which the method trains nothing."""
     logger.info("nothing trains in this task: %s is copied", previous)
     if trainer.is_world_process_zero():
-        with whole_folder(adapter) as partial:
+        with atomic_folder(adapter) as partial:
             shutil.copytree(previous, partial, dirs_exist_ok=True)
     trainer.accelerator.wait_for_everyone()
 
@@ -228,14 +236,14 @@ def predict(trainer: UIETrainer, examples: datasets.Dataset, config_dir: str, st
     output = trainer.predict(examples, metric_key_prefix="predict")
     if trainer.is_world_process_zero():
         file = output_dir / "predict_eval_predictions.jsonl"
-        with whole_file(file) as partial, open(partial, "w", encoding="utf-8") as lines:
+        with atomic_file(file) as partial, open(partial, "w", encoding="utf-8") as lines:
             for example, prediction in zip(examples, output.predictions):
                 kept = {key: example[key] for key in ("Task", "Dataset", "Metric", "Instance")}
                 lines.write(json.dumps(kept | {"Prediction": prediction}, ensure_ascii=False) + "\n")
     metrics = output.metrics | {"predict_samples": len(examples), "predict_global_step": trainer.state.global_step}
     index, order = place_in_order(config_dir)
     tested = sorted(dict.fromkeys(examples["Dataset"]), key=[*order, *examples["Dataset"]].index)
-    record(trainer, "predict", metrics)
+    write_results(trainer, "predict", metrics)
     if trainer.is_world_process_zero():
         track(trainer, metrics, tested, index + 1)
     logger.info(accuracy_line(metrics, tested, f"{output_dir.name} ({time.monotonic() - started:.0f} s)", "predict_"))
@@ -280,7 +288,7 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) 
         "method": trainer.method.full_name,
         "seed": args.seed,
         "base_model": base_name,
-        "order": config.resolve().parent.name.removesuffix("_configs"),
+        "order": order_name(config.resolve().parent),
         "dataset": config.name,
         "processes": args.world_size,
         "values": sum(parameter.numel() for parameter in parameters),
@@ -289,7 +297,7 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) 
     }
 
 
-def record(trainer: UIETrainer, part: str, metrics: dict) -> None:
+def write_results(trainer: UIETrainer, part: str, metrics: dict) -> None:
     """Write `<part>_results.json`, and update all_results.json and trainer_state.json."""
     if not trainer.is_world_process_zero():
         return
@@ -298,7 +306,7 @@ def record(trainer: UIETrainer, part: str, metrics: dict) -> None:
     for path in (output_dir / f"{each}_results.json" for each in PARTS):
         together |= read_json(path) if path.exists() else {}
     write_json(output_dir / "all_results.json", together, sort_keys=True)
-    with whole_file(output_dir / "trainer_state.json") as partial:
+    with atomic_file(output_dir / "trainer_state.json") as partial:
         trainer.state.save_to_json(str(partial))
 
 
@@ -310,7 +318,7 @@ def claim_output_dir(trainer: UIETrainer, run_record: dict, progress: Progress, 
         begin(Path(trainer.args.output_dir), run_record, progress, keep_checkpoints=keep)
     trainer.accelerator.wait_for_everyone()
     if zero_shot:
-        record(trainer, "zero_shot", zero_shot)
+        write_results(trainer, "zero_shot", zero_shot)
 
 
 def set_up_logging(training_args: UIETrainingArguments) -> None:

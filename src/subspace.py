@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from errors import InputError
-from files import read_tensors, whole_file
+from files import read_tensors, atomic_file
 from Proj_torch.proj_projector import SIDES, check_space
 from Proj_torch.svd import at_least_float32, truncated_svd
 from ranks import is_first
 
-log, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
+logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 
 FORMAT = "gorp-gradient-space"
 VERSION = "1"
@@ -117,7 +117,7 @@ class GradientSpace:
             try:
                 self.bases[_key(name)] = extend_basis(self.get(name), M, self.energy)
             except torch.linalg.LinAlgError as error:
-                log.warning("%s: %s; its gradient space does not change", name, error)
+                logger.warning("%s: %s; its gradient space does not change", name, error)
 
     def describe(self) -> list[str]:
         """How full each basis is, in lines such as "encoder.q: 5 of 8 directions"."""
@@ -132,7 +132,7 @@ class GradientSpace:
         full = sum(S.shape[1] == S.shape[0] for S in self.bases.values())
         return f"shared space: {self.total()} directions in {len(self.bases)} bases, {full} of them full"
 
-    def take_over(self, path: str | PathLike, weights: Mapping[str, Tensor]) -> None:
+    def load(self, path: str | PathLike, weights: Mapping[str, Tensor]) -> None:
         """Start from the bases in a file that `save` wrote; some of the `weights` (out, in) may have none.
 
         Raises InputError where the file is missing, damaged, of another kind, version or side, or holds a tensor that
@@ -152,7 +152,7 @@ class GradientSpace:
     def save(self, path: str | PathLike) -> None:
         """Write a safetensors file."""
         metadata = {"format": FORMAT, "version": VERSION, "side": self.side, "energy": repr(self.energy)}
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             save_file({name: S.cpu().contiguous() for name, S in self.bases.items()}, partial, metadata)
 
 

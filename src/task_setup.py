@@ -57,7 +57,7 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
             raise InputError(f"--unseen_config_dir: {data_args.unseen_config_dir} tests only what this order trains")
     check_best_metric(examples["validation"], training_args)
     if training_args.do_train:
-        examples["train"] = method.training_rows(examples["train"], order)
+        examples["train"] = method.training_examples(examples["train"], order)
         found, batch = len(examples["train"]), training_args.train_batch_size * training_args.world_size
         if training_args.dataloader_drop_last and 0 < found < batch:
             raise InputError(f"--dataloader_drop_last: found true, with which {found} examples make no batch of "
@@ -109,7 +109,7 @@ def build_collator(loaded: LoadedModel, data_args: DataArguments,
         loaded.tokenizer,
         decoder_only=loaded.decoder_only,
         pad_to_multiple_of=8 if training_args.fp16 or training_args.bf16 else None,
-        name_rows=True,
+        name_examples=True,
         **{name: getattr(data_args, name) for name in same},
     )
 

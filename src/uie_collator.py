@@ -52,8 +52,7 @@ class DataCollatorForUIE:
     add_task_name: bool = False  # in front of the prompt, see `prompt_parts`
     add_dataset_name: bool = False
     pad_to_multiple_of: int | None = None  # every width is rounded up to a multiple
-    label_pad_token_id: int = -100  # the label that the loss ignores
-    name_rows: bool = False  # whether a training batch has its examples' names, as the list `rows`
+    name_examples: bool = False  # whether a training batch has its examples' names, as the list `examples`
     input_record_file: str | os.PathLike | None = None  # gets a line {"source": ..., "label": ...} per example
 
     def __post_init__(self) -> None:
@@ -110,19 +109,19 @@ class DataCollatorForUIE:
         training = examples[0]["subset"] == "train"  # no batch mixes its examples with those of dev or test
         answer_in_input = self.decoder_only and training
         if answer_in_input:
-            masks = [[self.label_pad_token_id] * len(prompt) for prompt in inputs]
+            masks = [[-100] * len(prompt) for prompt in inputs]  # labels that the loss ignores
             inputs = [prompt + answer for prompt, answer in zip(inputs, answers)]
             labels = [mask + answer for mask, answer in zip(masks, answers)]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         batch = {
             "input_ids": self._pad(inputs, pad, left=self.decoder_only),
             "attention_mask": self._pad([[1] * len(ids) for ids in inputs], 0, left=self.decoder_only),
-            "labels": self._pad(labels, self.label_pad_token_id, left=answer_in_input),
+            "labels": self._pad(labels, -100, left=answer_in_input),
         }
         if answer_in_input:
             batch["answer_length"] = max(map(len, answers))
-        if self.name_rows and training:
-            batch["rows"] = [_name(example) for example in examples]
+        if self.name_examples and training:
+            batch["examples"] = [_name(example) for example in examples]
         return batch
 
     def lengths(self, examples: list[dict]) -> list[tuple[int, int]]:

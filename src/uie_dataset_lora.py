@@ -200,7 +200,7 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     return labels
 
 
-def read_rows(path: str | os.PathLike, labels: list[str] | None) -> list[dict[str, str]]:
+def read_labelled(path: str | os.PathLike, labels: list[str] | None) -> list[dict[str, str]]:
     """The labelled examples of a data file as {"id", "sentence", "label"}; id is the index in the file.
 
     In dev.json and test.json, examples labelled "-" are left out and their number is logged, unless "-" is one of
@@ -288,8 +288,8 @@ def _choose_instructions(task: str, instructions: dict[str, dict], options: Exam
 def _examples(source: _Source, options: ExampleOptions) -> list[dict]:
     """The examples of one file, with the fields of `FEATURES`."""
     labels = read_labels(source.file("labels")) if source.metric == "exact_match" else None
-    rows = _choose(read_rows(source.file(source.subset), labels), source, options)
-    pool = read_rows(source.file("train"), labels) if options.num_examples else []
+    rows = _choose(read_labelled(source.file(source.subset), labels), source, options)
+    pool = read_labelled(source.file("train"), labels) if options.num_examples else []
     offered = f"Option: {', '.join(labels)} \n" if labels else ""
     examples = []
     for row in rows:

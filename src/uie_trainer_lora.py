@@ -20,7 +20,7 @@ from checkpoints import SCHEDULE, TENSORS, load_random_state, write_manifest, wr
 from compute_metrics import evaluate_predictions
 from errors import InputError
 from evaluation.generate import Prediction
-from files import read_json, read_tensors, whole_file, write_json
+from files import read_json, read_tensors, atomic_file, write_json
 from methods import Method
 from non_finite import NonFiniteGuard
 from Proj_torch.optimizer_state import start_moments
@@ -78,7 +78,7 @@ class UIETrainer(Seq2SeqTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Take the parent's step, after notifying the method: a sharded projection acts in forward and backward."""
-        self._examples = inputs.pop("rows", [])
+        self._examples = inputs.pop("examples", [])
         self.method.begin_micro_batch(self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, num_items_in_batch)
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # for the log; a skipped step counts as 0
@@ -120,14 +120,14 @@ class UIETrainer(Seq2SeqTrainer):
         """Batches of the first training examples, as many as the method asks for, the same on every rank."""
         if self.model_wrapped is self.model:
             self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
-        rows, size = first_examples(self.train_dataset, self.method.shown_rows), self.args.per_device_train_batch_size
-        starts = range(0, len(rows), size)
+        shown = first_examples(self.train_dataset, self.method.shown_examples)
+        starts = range(0, len(shown), self.args.per_device_train_batch_size)
         for start in tqdm(starts, f"{self.name}, layer inputs", disable=self._quiet or not starts):
-            yield self._batch([rows[place] for place in range(len(rows))[start : start + size]])
+            yield self._batch([shown[place] for place in range(len(shown))[start : start + starts.step]])
 
     def _batch(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self._prepare_inputs(self.data_collator(examples))
-        inputs.pop("rows", None)
+        inputs.pop("examples", None)
         return inputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -160,9 +160,9 @@ class UIETrainer(Seq2SeqTrainer):
         examples, metrics, args, collator = dataloader.dataset, {}, self.args, self.data_collator
         prediction = Prediction(
             self.model, collator, examples, self.accelerator, self.generation,
-            most_rows=args.per_device_eval_batch_size,
+            batch_size=args.per_device_eval_batch_size,
             most_tokens=args.eval_batch_tokens or args.per_device_eval_batch_size * collator.max_source_length,
-            shares_beginnings=collator.decoder_only and not is_deepspeed_zero3_enabled(),
+            shares_prefix=collator.decoder_only and not is_deepspeed_zero3_enabled(),
             name=f"{self.name}, {'validate' if metric_key_prefix == 'eval' else 'test'}",
             show_progress=not self._quiet,
         )  # fmt: skip
@@ -214,7 +214,7 @@ class UIETrainer(Seq2SeqTrainer):
         if best.exists():
             self.state.best_model_checkpoint = str(best)
         if args.should_save:
-            with whole_file(folder / TENSORS) as partial:
+            with atomic_file(folder / TENSORS) as partial:
                 safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
             schedule = {"schedule": self.lr_scheduler.state_dict(), "loss_scale": self._loss_scale()}
             write_json(folder / SCHEDULE, schedule)
@@ -234,7 +234,7 @@ class UIETrainer(Seq2SeqTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if not self.is_deepspeed_enabled:
             self.non_finite.note_gradient_norm(norm)
-        self.non_finite.leaves_out_step()  # here too, as fp16's loss scaler may skip the optimizer's step
+        self.non_finite.skips_step()  # here too, as fp16's loss scaler may skip the optimizer's step
         return norm
 
     def _load_state(self, folder: Path) -> None:

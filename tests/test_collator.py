@@ -180,11 +180,6 @@ def test_pad_to_multiple_of_moves_nothing(tokenizers, build, decoder_only, subse
         assert fill is None or (padded[name] == fill).sum() - (plain[name] == fill).sum() == 2 * extra
 
 
-def test_other_label_padding(tokenizers):
-    batch = collator(tokenizers[llama], True, label_pad_token_id=-1)([example("text")])
-    assert batch["labels"][0][0] == -1 and IGNORED not in batch["labels"]
-
-
 # Truncation
 
 

@@ -189,7 +189,7 @@ def test_an_empty_title_keeps_its_line():
     assert SOURCES["SC/amazon"].row(row)["sentence"] == "Title: \nText: It broke in a week.\n"
 
 
-def test_a_thousand_training_rows_a_class_and_disjoint_dev_and_test():
+def test_a_thousand_training_examples_a_class_and_disjoint_dev_and_test():
     hub = Hub(lambda split: news(40, start=1190) if split == "test" else news(1200))
     subsets = hub_subsets("TC/agnews", seed=1, load=hub)
     labels = [row["label"] for row in subsets["train"]]
@@ -213,7 +213,7 @@ def test_the_seed_decides():
     assert {row["sentence"] for row in first["train"]} != {row["sentence"] for row in another["train"]}
 
 
-def test_dev_is_test_where_all_training_rows_are_used():
+def test_dev_is_test_where_all_training_examples_are_used():
     subsets = hub_subsets("TC/agnews", seed=1, load=Hub(lambda split: news(3, start=9 if split == "test" else 0)))
     assert len(subsets["train"]) == 12 and subsets["dev"] == subsets["test"] == list(
         map(SOURCES["TC/agnews"].row, news(3, 9))

@@ -28,7 +28,7 @@ from Proj_torch.proj_projector import PROJ_TYPES, SIDES, ProjProjector
 from Proj_torch.svd import SVD_METHODS
 from report.matrix import accuracy_matrix
 from subspace import GradientSpace, extend_basis
-from uie_dataset_lora import ExampleOptions, prompt_parts, read_examples, read_instructions, read_labels, read_rows
+from uie_dataset_lora import ExampleOptions, prompt_parts, read_examples, read_instructions, read_labels, read_labelled
 
 TOTAL = int(os.environ.get("GORP_FUZZ", "400"))
 
@@ -77,7 +77,7 @@ READERS = {
     "read_json": read_json,
     "read_task_config": read_task_config,
     "read_labels": read_labels,
-    "read_rows": lambda path: read_rows(path, ["A", "B"]),
+    "read_labelled": lambda path: read_labelled(path, ["A", "B"]),
     "read_instructions": read_instructions,
     "check_deepspeed": lambda path: UIETrainingArguments(use_cpu=True).check_deepspeed(str(path)),
     "parse_arguments": lambda path: parse_arguments([str(path)]),
@@ -174,7 +174,7 @@ def test_an_adapter_of_any_content_is_loaded_or_refused(tmp_path, content, confi
     for name in ("adapter_model", "full_rank_weights", "gradient_space"):
         (tmp_path / f"{name}.safetensors").write_bytes(content)
     for read in (lambda: load_loranew(OneLayer(), tmp_path), lambda: full_rank.load_weights(OneLayer(), tmp_path),
-                 lambda: GradientSpace().take_over(tmp_path / "gradient_space.safetensors", {})):  # fmt: skip
+                 lambda: GradientSpace().load(tmp_path / "gradient_space.safetensors", {})):  # fmt: skip
         try:
             read()
         except InputError:

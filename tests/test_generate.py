@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from evaluation.generate import Prediction, plan_batches
 from helpers import ROOT
-from model.llama import LlamaForCausalLM_with_lossmask
+from model.answer_loss import causal_class
 from model.loading import load_model_and_tokenizer
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import ExampleOptions, load_uie_dataset
@@ -59,8 +59,8 @@ def teach(model, collator, rows) -> None:
 
 
 def prediction(taught, rows=None, **options) -> Prediction:
-    settings = {"generation": GREEDY, "most_rows": 16, "most_tokens": 2000, "accelerator": Accelerator(cpu=True),
-                "shares_beginnings": taught.collator.decoder_only}  # fmt: skip
+    settings = {"generation": GREEDY, "batch_size": 16, "most_tokens": 2000, "accelerator": Accelerator(cpu=True),
+                "shares_prefix": taught.collator.decoder_only}  # fmt: skip
     return Prediction(taught.model, taught.collator, taught.rows if rows is None else rows, **settings | options)
 
 
@@ -110,7 +110,7 @@ def test_shorter_prompts_of_a_batch_attend_to_the_common_prefix():
     config = LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    evaluated = SimpleNamespace(model=LlamaForCausalLM_with_lossmask(config))
+    evaluated = SimpleNamespace(model=causal_class(config, "llama")(config))
     found = Prediction._after_common_prefix(
         evaluated, torch.tensor([[5, 6, 7, 8], [0, 0, 5, 9]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     )
@@ -130,7 +130,7 @@ def test_the_common_prefix_is_computed_once_a_batch(taught):
         hook = taught.model.get_input_embeddings().register_forward_hook(
             lambda _, ids, __, seen=seen: seen.append(tuple(ids[0].shape))
         )
-        prediction(taught, shares_beginnings=shares, most_rows=12).answers()
+        prediction(taught, shares_prefix=shares, batch_size=12).answers()
         hook.remove()
     prompts = [(rows, length) for rows, length in tokens[True] if length > 1]
     beginnings, rests = prompts[::2], prompts[1::2]
@@ -153,17 +153,17 @@ def test_no_bound_where_it_could_change_an_answer(taught):
 
 def test_where_every_row_rambles_few_are_generated_twice(taught):
     rows = [row for row in taught.rows if row["Dataset"] in ("agnews", "yahoo")] * 2
-    evaluated = prediction(taught, rows, most_rows=4)
+    evaluated = prediction(taught, rows, batch_size=4)
     evaluated.bounds = dict.fromkeys(evaluated.bounds, 1)
     calls = Calls(evaluated)
     evaluated.answers()
     assert 0 < sum(rows for rows, bound in calls.made if bound == 1) <= len(rows) / 4 + 4
 
 
-@pytest.mark.parametrize("most_rows, most_tokens", [(1, 10_000), (5, 10_000), (64, 300), (64, 1)])
-def test_answers_and_loss_do_not_depend_on_the_batches(taught, most_rows, most_tokens):
-    other = prediction(taught, most_rows=most_rows, most_tokens=most_tokens)
-    whole = prediction(taught, most_rows=len(taught.rows), most_tokens=10**6)
+@pytest.mark.parametrize("batch_size, most_tokens", [(1, 10_000), (5, 10_000), (64, 300), (64, 1)])
+def test_answers_and_loss_do_not_depend_on_the_batches(taught, batch_size, most_tokens):
+    other = prediction(taught, batch_size=batch_size, most_tokens=most_tokens)
+    whole = prediction(taught, batch_size=len(taught.rows), most_tokens=10**6)
     assert torch.equal(other.answers(), whole.answers())
     assert other.loss() == pytest.approx(whole.loss(), rel=1e-5)
 
@@ -179,7 +179,7 @@ def test_loss_weighs_every_answer_token_alike(taught):
 
 def test_batches_are_sorted_full_and_within_both_limits():
     lengths = [5, 90, 7, 300, 6, 88, 5, 5, 91, 1000]
-    batches = plan_batches(lengths, most_rows=3, most_tokens=280)
+    batches = plan_batches(lengths, batch_size=3, most_tokens=280)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     flat = [lengths[index] for batch in batches for index in batch]
     assert flat == sorted(lengths, reverse=True)

@@ -1,13 +1,12 @@
-"""The LLaMA class computes the stock loss on fewer logits."""
+"""A decoder-only class with `AnswerLoss` in front computes the stock loss on fewer logits."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from model.llama import LlamaForCausalLM_with_lossmask
+from model.answer_loss import causal_class
 
 VOCABULARY = 40
 
@@ -21,7 +20,7 @@ def models():
     )  # fmt: skip
     torch.manual_seed(0)
     stock = LlamaForCausalLM(config)
-    ours = LlamaForCausalLM_with_lossmask(config)
+    ours = causal_class(config, "llama")(config)
     ours.load_state_dict(stock.state_dict())
     return SimpleNamespace(stock=stock.eval(), ours=ours.eval())
 
@@ -62,17 +61,6 @@ def test_logits_are_those_of_the_positions_that_predict_the_answers_columns(mode
     torch.testing.assert_close(ours.loss, stock.loss)
 
 
-def test_loss_mask_weights_predicting_positions_and_divides_by_what_is_scored(models):
-    batch = make_batch(9, 5)
-    loss_mask = torch.zeros(2, 9)
-    loss_mask[0, 5:] = 1.0  # predicts tokens 6, 7 and 8; the last position predicts nothing and does not count
-    loss_mask[1, 7] = 0.5
-    logits = models.stock(**batch).logits
-    first = cross_entropy(logits[0, 5:8], batch["labels"][0, 6:9], reduction="sum")
-    second = cross_entropy(logits[1, 7:8], batch["labels"][1, 8:9], reduction="sum")
-    torch.testing.assert_close(models.ours(**batch, loss_mask=loss_mask).loss, (first + 0.5 * second) / 4)
-
-
 @pytest.mark.parametrize("items", [None, 0])
 def test_no_target_is_a_loss_of_zero_with_a_graph(models, items):
     batch = make_batch(0, 0)
@@ -103,7 +91,7 @@ def test_trainer_averages_over_all_tokens_of_an_accumulated_step(models, tmp_pat
     rows = [{key: value[0] for key, value in make_batch(count).items()} for count in (1, 5)]
     steps = {}
     for size, accumulation in ((2, 1), (1, 2)):
-        model = LlamaForCausalLM_with_lossmask(models.stock.config)
+        model = type(models.ours)(models.stock.config)
         model.load_state_dict(models.stock.state_dict())
         arguments = TrainingArguments(
             tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, max_steps=1,

@@ -31,7 +31,7 @@ from transformers import (
 from errors import InputError
 from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew
 from methods.base_modules import choose_modules
-from model.llama import LlamaForCausalLM_with_lossmask
+from model.answer_loss import AnswerLoss
 from model.loading import load_model_and_tokenizer
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "Option: Good, Bad", "Answer: Good"]
@@ -122,9 +122,9 @@ def test_bart_is_an_encoder_decoder(tmp_path):
     assert type(loaded.model) is BartForConditionalGeneration and not loaded.decoder_only
 
 
-def test_llama_gets_the_class_with_the_loss_mask(tmp_path):
+def test_a_decoder_only_model_gets_its_stock_class_with_the_cheaper_loss(tmp_path):
     loaded = load_model_and_tokenizer(str(make_llama(tmp_path / "decoder")), dtype=torch.bfloat16)
-    assert type(loaded.model) is LlamaForCausalLM_with_lossmask and loaded.decoder_only
+    assert type(loaded.model).__mro__[1:3] == (AnswerLoss, LlamaForCausalLM) and loaded.decoder_only
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
 
 

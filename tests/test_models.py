@@ -213,8 +213,8 @@ def same_answers(folder: Path, benchmark: Path) -> bool:
     greedy = {"max_new_tokens": most, "do_sample": False}
     own = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # the base's own are not used
     starts = {name: getattr(ours.generation_config, name) for name in own}
-    evaluated = Prediction(ours, collator, rows, Accelerator(cpu=True), greedy, most_rows=4, most_tokens=4000,
-                           shares_beginnings=collator.decoder_only)  # fmt: skip
+    evaluated = Prediction(ours, collator, rows, Accelerator(cpu=True), greedy, batch_size=4, most_tokens=4000,
+                           shares_prefix=collator.decoder_only)  # fmt: skip
     prefixes, cache = [], evaluated._after_common_prefix
     evaluated._after_common_prefix = lambda **prompts: prefixes.append(cache(**prompts)) or prefixes[-1]
     found = evaluated.answers()
@@ -375,8 +375,7 @@ decoder-only model by `scripts_llama/`. `config.json` decides which it is. Every
 encoders, quantised weights, code that comes with the model) is rejected in one line before any weights are read.
 
 A decoder-only model trains in Transformers' own class, with `src/model/answer_loss.py` in front: logits are computed,
-by the class's own head with its scaling or soft-capping, only where an answer token is to be predicted. LLaMA's class
-is `LlamaForCausalLM_with_lossmask`.
+by the class's own head with its scaling or soft-capping, only where an answer token is to be predicted.
 
 ## What is tested
 
@@ -386,7 +385,7 @@ Tiny models with random weights and large logits are compared with Transformers'
 
 * **loss**: loss and gradients equal the stock class's on a left-padded batch, and (except for the experts' balance
   loss) its loss on each example alone. Encoder-decoders use the stock class.
-* **generation**: answers in padded batches equal stock `generate` on one prompt. Where *cached*, the common beginning
+* **generation**: answers in padded batches equal stock `generate` on one prompt. Where *cached*, the common prefix
   of a batch's prompts is computed once, unless a sliding window is shorter than prompt and answer.
 * **two tasks**: `gorp` trains the second from the first's folder. **resume**: from a checkpoint, bit for bit.
 * **export**: Transformers alone, with the saved prompt, gives the run's predictions; so does `src/answer.py`.

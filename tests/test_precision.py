@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import run_uie_lora
 from evaluation.generate import Prediction
-from full_rank import FILE_NAME, exact, load_weights, save_weights
+from full_rank import FILE_NAME, exact_weight, load_weights, save_weights
 from helpers import LLAMA, LLAMA_MODULES, arguments
 from model.loading import load_model_and_tokenizer
 from module_matching import match_linear
@@ -69,7 +69,7 @@ def test_frozen_weights_are_16_bit_and_evaluation_computes_as_training(trained):
     assert set(products) == {torch.bfloat16}
     targets = trainer.method.targets.values()
     assert {layer.weight.dtype for layer in targets} == {torch.bfloat16}
-    assert {exact(layer).dtype for layer in targets} == {torch.float32}
+    assert {exact_weight(layer).dtype for layer in targets} == {torch.float32}
 
 
 def test_dense_gradients_need_float32_weights(trained):
@@ -92,5 +92,5 @@ def test_a_16_bit_weight_continues_from_the_float32_value_that_was_saved(tmp_pat
         tolerance = 2.0**-16 * saved[name].abs()
         assert layer.weight.dtype == torch.bfloat16
         assert ((layer.weight - saved[name]).abs() > tolerance).any()  # 16 bits alone do not hold it
-        for held in (exact(loaded[name]), layer.trained_weight(torch.zeros(layer.core_shape))):
+        for held in (exact_weight(loaded[name]), layer.trained_weight(torch.zeros(layer.core_shape))):
             assert ((held - saved[name]).abs() <= tolerance).all()

@@ -73,7 +73,7 @@ def test_mean_counts_orders_alike_and_differences_are_paired(runs):
 
 
 def test_answer_names_the_method_the_lead_and_the_cost(runs):
-    said = page.answer(find_runs([runs]))
+    said = page.conclusion(find_runs([runs]))
     assert said.startswith("Best: gorp, average performance 73.0 ± 6.2 over 4 runs, backward transfer -17.0.")
     assert re.search(r"It leads olora by 9\.0 \[[5-8]\.\d, 1\d\.\d\] points \(4 paired runs\)\.", said)
     assert "60 s of training per order, 10 trainable parameters (1 % of the model), 2.50 MB saved between tasks" in said
@@ -84,7 +84,7 @@ def test_an_order_that_is_not_finished_is_not_compared(tmp_path):
     write_run(tmp_path, "inclora", "A", 1, 50.0, finished=2)
     runs = find_runs([tmp_path])
     assert runs[0].measures["average_performance"] == 90.0
-    assert summarise(runs, "average_performance") is None and page.answer(runs) == "No order is finished yet."
+    assert summarise(runs, "average_performance") is None and page.conclusion(runs) == "No order is finished yet."
 
 
 def test_runs_that_are_not_finished_leave_the_others_pictures_and_costs_alone(tmp_path):
@@ -104,7 +104,7 @@ def test_the_best_on_average_may_be_behind_where_both_were_run(tmp_path):
     write_run(tmp_path, "gorp", "A", 1, 60.0)
     write_run(tmp_path, "gorp", "B", 1, 90.0)
     write_run(tmp_path, "olora", "A", 1, 63.0)
-    said = page.answer(find_runs([tmp_path]))
+    said = page.conclusion(find_runs([tmp_path]))
     assert re.search(r"On the same orders and seeds olora leads by 3\.0 \[\d\.\d, \d\.\d\] points", said)
 
 
@@ -126,28 +126,28 @@ def test_the_answer_says_why_a_gap_is_not_significant(pairs, caution, tmp_path):
     for seed, (ours, theirs) in enumerate(pairs):
         write_run(tmp_path, "gorp", "A", seed, ours)
         write_run(tmp_path, "olora", "A", seed, theirs)
-    assert caution in page.answer(find_runs([tmp_path]))
+    assert caution in page.conclusion(find_runs([tmp_path]))
 
 
 def test_a_lead_over_the_next_method_is_told_where_a_variant_comes_before_it(tmp_path):
     for rank, value in ((8, 70.0), (32, 65.0)):
         write_run(tmp_path, "gorp", "A", 1, value, {"galore_rank": rank})
     write_run(tmp_path, "olora", "A", 1, 60.0)
-    said = page.answer(find_runs([tmp_path]))
+    said = page.conclusion(find_runs([tmp_path]))
     assert "It leads gorp (galore_rank=32) by 5.0" in said and "It leads olora by 10.0" in said
 
 
 def test_the_next_method_is_one_with_a_finished_order(tmp_path):
     write_run(tmp_path, "gorp", "A", 1, 70.0)
     write_run(tmp_path, "olora", "A", 1, 70.0, finished=1)
-    assert "olora" not in page.answer(find_runs([tmp_path]))
+    assert "olora" not in page.conclusion(find_runs([tmp_path]))
 
 
 def test_without_predictions_there_is_no_difference(tmp_path):
     write_run(tmp_path, "gorp", "A", 1, 70.0)
     last = write_run(tmp_path, "olora", "A", 1, 60.0) / "outputs" / "3-agnews"
     (last / "predict_eval_predictions.jsonl").unlink()
-    said = page.answer(find_runs([tmp_path]))
+    said = page.conclusion(find_runs([tmp_path]))
     assert "It has no order and seed in common with olora for which both have predictions." in said
 
 
@@ -247,7 +247,7 @@ def test_published_results_stand_beside_models_of_their_size(runs, tmp_path):
 def test_a_single_method_is_not_called_best(tmp_path):
     write_run(tmp_path / "runs", "gorp", "A", 1, 70.0)
     found = find_runs([tmp_path / "runs"])
-    assert page.answer(found).startswith("gorp: average performance 70.0 over 1 run, backward transfer -20.0.")
+    assert page.conclusion(found).startswith("gorp: average performance 70.0 over 1 run, backward transfer -20.0.")
     page.write_report(found, tmp_path / "report")
     assert "against the best" not in (tmp_path / "report" / "report.md").read_text()
 

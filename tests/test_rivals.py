@@ -116,7 +116,7 @@ def test_inflora_keeps_the_energy_that_the_order_asks_for(tmp_path):
     for task, dataset in enumerate(("dbpedia", "amazon", "yahoo")):
         method = method_of("inflora", "--inflora_energy", "0.8", folder=tmp_path)
         order = OrderExamples(ROOT / "configs" / "order1_configs" / dataset, None, seed=0, fixed_steps=True)
-        method.training_rows(None, order)
+        method.training_examples(None, order)
         model = begin(method, previous, task)
         fit(method, model, task)
         C = covariances(method, model, task)

@@ -12,7 +12,7 @@ import run_order
 import run_uie_lora
 from errors import RunStopped
 from helpers import ENVIRONMENT, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, free_port, losses
-from order_config import read_order, write_order
+from order_config import read_order, step_name, write_order
 from uie_trainer_lora import UIETrainer
 
 TASKS = [("TC", "dbpedia"), ("SC", "amazon")]
@@ -51,7 +51,7 @@ def one_process_a_task(launch: list[str], words: list[str]) -> None:
     for number, step in enumerate(read_order(options.order), start=1):
         task = run_order.task_flags(options, number, step, start, "chain")
         subprocess.run([*launch, "src/run_uie_lora.py", *task, *flags], cwd=ROOT, env=ENVIRONMENT, check=True)
-        start = next((options.output_dir / run_order.task_folder(number, step)).glob("*_adapter"))
+        start = next((options.output_dir / step_name(number, step.dataset)).glob("*_adapter"))
 
 
 def results(outputs: Path) -> dict[str, bytes]:
@@ -128,7 +128,7 @@ def test_other_methods_train_on_two_ranks_what_they_train_in_one_process(
 def test_each_task_starts_from_the_one_before():
     steps = read_order(ROOT / "configs" / "order4_configs")
     options, _ = run_order.parse_order(["configs/order4_configs", "--model_name_or_path", "m", "--output_dir", "out"])
-    folders = [run_order.task_folder(number, step) for number, step in enumerate(steps, 1)]
+    folders = [step_name(number, step.dataset) for number, step in enumerate(steps, 1)]
     assert folders[:2] + folders[-1:] == ["1-MNLI", "2-CB", "15-yahoo"]
     assert run_order.task_flags(options, 2, steps[1], "out/1-MNLI/t5_adapter", "order4-gorp-seed42") == [
         "--model_name_or_path", "out/1-MNLI/t5_adapter", "--task_config_dir", str(steps[1].folder),

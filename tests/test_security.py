@@ -192,7 +192,7 @@ def test_nothing_of_an_adapter_is_unpickled(tmp_path, mark, write):
             load_loranew(torch.nn.Module(), adapter)
     write(adapter / "gradient_space.safetensors", mark)
     with pytest.raises(InputError):
-        GradientSpace().take_over(adapter / "gradient_space.safetensors", {})
+        GradientSpace().load(adapter / "gradient_space.safetensors", {})
     assert not mark.exists()
 
 

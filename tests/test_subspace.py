@@ -182,7 +182,7 @@ def test_describe_says_how_full():
 
 def loaded_from(path, side: str, weights: dict[str, torch.Tensor] | None = None) -> GradientSpace:
     space = GradientSpace(side)
-    space.take_over(path, weights or {})
+    space.load(path, weights or {})
     return space
 
 

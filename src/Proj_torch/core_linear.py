@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from full_rank import hold
+from full_rank import set_weight
 from Proj_torch.layer_gradient import LayerGradient
 from Proj_torch.proj_projector import SIDES, Bases, Basis, back_factors, project, remove, remove_from_bases, times_thin
 
@@ -90,7 +90,7 @@ class CoreLinear(nn.Linear):
         if self.weight.dtype == torch.float32:
             self._add_update(self.weight.detach(), core)  # in place, without a copy of W's size
         else:
-            hold(self, self.trained_weight(core))
+            set_weight(self, self.trained_weight(core))
         self.decay = 1.0
 
     def trained_weight(self, core: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-log = logging.getLogger("gorp")
+logger = logging.getLogger("gorp")
 
 SVD_METHODS = ("exact", "lowrank")
 SKETCH_SEED = 0  # the sketch is the same on every rank and in every run
@@ -61,7 +61,7 @@ def truncated_svd(M: Tensor, rank: int, svd: str = "exact") -> tuple[Tensor, Ten
 
 @functools.cache
 def warn_once(text: str) -> None:
-    log.warning("%s (logged once)", text)
+    logger.warning("%s (logged once)", text)
 
 
 def _exact_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

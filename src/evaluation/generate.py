@@ -32,59 +32,59 @@ TWICE_AT_MOST = 1 / 4  # if a larger share of the examples is generated twice, b
 
 @dataclass
 class Prediction:
-    """One evaluation of the examples `rows`. All ranks create it, call the same methods and get the same results."""
+    """One evaluation of `examples`. All ranks create it, call the same methods and get the same results."""
 
     model: nn.Module  # in evaluation mode, on the accelerator's device
     collator: DataCollatorForUIE
-    rows: Dataset
+    examples: Dataset
     accelerator: Accelerator
     generation: dict  # arguments of `generate`; `max_new_tokens` is the limit of an answer
-    most_rows: int  # examples in a batch
+    batch_size: int  # examples in a batch
     most_tokens: int  # prompt tokens in a batch, padding included; a longer prompt is a batch of its own
     # Whether to compute a batch's common prefix once. Only decoder-only models have one, and under ZeRO-3 all ranks
     # would need one in the same batches.
-    shares_beginnings: bool = False
+    shares_prefix: bool = False
     name: str = "predict"  # of the progress bar
     show_progress: bool = False
 
     def __post_init__(self) -> None:
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.longest_answer = self.generation["max_new_tokens"]
-        self.prompt_lengths: dict[int, int] = {}  # of this rank's examples, by their index in `rows`
+        self.prompt_lengths: dict[int, int] = {}  # of this rank's examples, by their index in `examples`
         self.bounds: dict[str, int] = {}  # of each dataset: the length of its longest reference answer, EOS included
-        mine = range(self.rank, len(self.rows), self.ranks)
+        mine = range(self.rank, len(self.examples), self.ranks)
         for start in range(0, len(mine), TOKENISED_AT_ONCE):
             places = mine[start : start + TOKENISED_AT_ONCE]
-            examples = [self.rows[place] for place in places]
+            examples = [self.examples[place] for place in places]
             for place, example, (prompt, answer) in zip(places, examples, self.collator.lengths(examples)):
                 self.prompt_lengths[place] = prompt
                 self.bounds[example["Dataset"]] = max(answer, self.bounds.get(example["Dataset"], 1))
         greedy = self.generation.get("num_beams", 1) == 1
-        self.shares_beginnings = self.shares_beginnings and greedy
+        self.shares_prefix = self.shares_prefix and greedy
         self.bounded = greedy  # beams are ranked at the bound, so another bound could change the answer
 
     @torch.no_grad()
     def answers(self) -> torch.Tensor:
-        """Generated ids (len(rows), max_new_tokens) in the order of `rows`, padded after each answer's end."""
-        share = ceil(len(self.rows) / self.ranks)
+        """Generated ids (len(examples), max_new_tokens) in the order of `examples`, padded after each answer's end."""
+        share = ceil(len(self.examples) / self.ranks)
         answers = torch.full((share, self.longest_answer), self.collator.tokenizer.pad_token_id)
         with tqdm(total=len(self.prompt_lengths), desc=self.name, disable=not self.show_progress) as bar:
             cut = self._answer(list(self.prompt_lengths), answers, bar, bounded=self.bounded)
             self._answer(cut, answers, bar, bounded=False)
         # (rank, its examples) -> (its examples, rank): example r went to rank r % ranks.
         gathered = self.accelerator.gather(answers.to(self.accelerator.device)).cpu()
-        return gathered.view(self.ranks, share, -1).transpose(0, 1).flatten(0, 1)[: len(self.rows)]
+        return gathered.view(self.ranks, share, -1).transpose(0, 1).flatten(0, 1)[: len(self.examples)]
 
     def _answer(self, places: list[int], answers: torch.Tensor, bar: tqdm, *, bounded: bool) -> list[int]:
         """Fill in the answers of the examples at `places`; returns the places of those unfinished at their bound."""
         cut, tried = [], 0
-        for batch, counts in self._batches(places):
-            examples = [self.rows[place] for place in batch]
+        for batch, is_real in self._batches(places):
+            examples = [self.examples[place] for place in batch]
             bound = self.longest_answer
             if bounded and TWICE_AT_MOST * tried >= len(cut):  # otherwise a bound only costs
                 bound = min(bound, max(self.bounds.get(example["Dataset"], bound) for example in examples))
             tokens = self._generate(examples, bound).cpu()
-            if not counts:
+            if not is_real:
                 continue
             ends = torch.isin(tokens, torch.tensor(self.model.generation_config.eos_token_id))
             tokens[ends.cumsum(1) > ends] = self.collator.tokenizer.pad_token_id  # beam search pads differently
@@ -99,7 +99,7 @@ class Prediction:
         """Ids (n, at most `bound`) after the prompt, or after the decoder's start token."""
         batch = send_to_device(self.collator(examples), self.accelerator.device)
         prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if self.shares_beginnings and self._sees_all(prompts["input_ids"].shape[1] + bound):
+        if self.shares_prefix and self._sees_all(prompts["input_ids"].shape[1] + bound):
             prompts = self._after_common_prefix(**prompts)
         generated = self.model.generate(**prompts, **self.generation | {"max_new_tokens": bound})
         return generated[:, prompts["input_ids"].shape[1] if self.collator.decoder_only else 1 :]
@@ -141,26 +141,27 @@ class Prediction:
     def loss(self) -> float:
         """Cross entropy of the reference answers, averaged over their tokens."""
         total = torch.zeros(2, device=self.accelerator.device)
-        for batch, counts in self._batches(list(self.prompt_lengths)):
-            examples = [self.rows[place] | {"subset": "train"} for place in batch]  # prompt and answer, as in training
+        for batch, is_real in self._batches(list(self.prompt_lengths)):
+            # Prompt and answer, as in training.
+            examples = [self.examples[place] | {"subset": "train"} for place in batch]
             inputs = send_to_device(self.collator(examples), self.accelerator.device)
-            inputs.pop("rows", None)
-            tokens = (inputs["labels"] != self.collator.label_pad_token_id).sum()
+            inputs.pop("examples", None)
+            tokens = (inputs["labels"] != -100).sum()
             mean = self.model(**inputs, use_cache=False).loss.float()
-            if counts:
+            if is_real:
                 total += torch.stack([mean * tokens, tokens.float()])
         loss, tokens = self.accelerator.gather(total).view(-1, 2).sum(0).tolist()
         return loss / tokens
 
     def _batches(self, places: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """Yield batches of indices in `rows`, equally many on every rank, and for each whether its result counts."""
+        """Yield batches of indices in `examples`, equally many on every rank, and for each whether it is real."""
         groups: dict[str, list[int]] = {}
         for place in places:
-            groups.setdefault(self.rows[place]["Dataset"] if self.shares_beginnings else "", []).append(place)
+            groups.setdefault(self.examples[place]["Dataset"] if self.shares_prefix else "", []).append(place)
         batches = []
         for group in groups.values():
             lengths = [self.prompt_lengths[place] for place in group]
-            planned = plan_batches(lengths, self.most_rows, self.most_tokens)
+            planned = plan_batches(lengths, self.batch_size, self.most_tokens)
             batches += [[group[index] for index in batch] for batch in planned]
         batches.sort(key=lambda batch: self.prompt_lengths[batch[0]], reverse=True)
         calls = torch.tensor([len(batches)], device=self.accelerator.device)
@@ -168,15 +169,15 @@ class Prediction:
             yield (batches[number], True) if number < len(batches) else ([0], False)
 
 
-def plan_batches(lengths: Sequence[int], most_rows: int, most_tokens: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_size: int, most_tokens: int) -> list[list[int]]:
     """Group the indices of `lengths` by length, longest first, so that a lack of memory shows immediately.
 
-    A batch has at most `most_rows` indices and, padded to its longest, `most_tokens` tokens, or else one index.
+    A batch has at most `batch_size` indices and, padded to its longest, `most_tokens` tokens, or else one index.
     """
     longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batches, start = [], 0
     while start < len(lengths):
-        size = max(1, min(most_rows, most_tokens // max(1, lengths[longest_first[start]])))
+        size = max(1, min(batch_size, most_tokens // max(1, lengths[longest_first[start]])))
         batches.append(longest_first[start : start + size])
         start += size
     return batches

@@ -40,17 +40,17 @@ logger = logging.getLogger("gorp")
 class Method:
     """One task's training by one method.
 
-    Calls on an instance: `training_rows`, `prepare`, `begin_task`, `create_optimizer` and `begin_training`, once each;
-    `begin_micro_batch` and `penalty` in every micro-batch; `revisit` and `end_task` after the last step; `save` to
-    write the adapter folder from which the next task's `prepare` starts. `examples/loop.py` shows them. After `prepare`
-    and after `end_task` the model is ready for evaluation. In between it may hold other weights, because some methods
-    evaluate merged weights and train others.
+    Calls on an instance: `training_examples`, `prepare`, `begin_task`, `create_optimizer` and `begin_training`, once
+    each; `begin_micro_batch` and `penalty` in every micro-batch; `revisit` and `end_task` after the last step; `save`
+    to write the adapter folder from which the next task's `prepare` starts. `examples/loop.py` shows them. After
+    `prepare` and after `end_task` the model is ready for evaluation. In between it may hold other weights, because some
+    methods evaluate merged weights and train others.
 
     Attributes:
         Arguments: the method's group of command-line options; all of them, and no others, are read.
         zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
-        step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_rows` may set it.
-        shown_rows: how many of the task's examples `begin_task` and `revisit` may see; None for all.
+        step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_examples` may set it.
+        shown_examples: how many of the task's examples `begin_task` and `revisit` may see; None for all.
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
@@ -61,7 +61,7 @@ class Method:
     Arguments: type[MethodArguments] = MethodArguments
     zero_stage: int | None = 3
     step_factor = 1
-    shown_rows: int | None = 64
+    shown_examples: int | None = 64
     averages_micro_batches = False
     float32_base = False
     trains = True
@@ -71,8 +71,6 @@ class Method:
         self.options = options
         self.model: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
-        # Whether DeepSpeed or cores train, whose state is not that of the model's own parameters.
-        self.own_state = False
         # Weights of the base that differ from the base model on disk, by module name: earlier tasks' and this one's.
         self.changed: dict[str, nn.Linear] = {}
         # Options of this method that are ignored in this run.
@@ -85,9 +83,6 @@ class Method:
         Raises:
             InputError: the method has no such preset.
         """
-        if name == "published":
-            raise InputError("--preset: found published; --method gorp is the paper's method now, and --preset "
-                             "released computes what the released scripts compute")
         if name is not None and name not in cls.presets:
             allowed = ", ".join(cls.presets) or "none with this method; --method gorp has released"
             raise InputError(f"--preset: found {name}; {allowed}")
@@ -95,7 +90,7 @@ class Method:
 
     # Setting up
 
-    def training_rows(self, own: Dataset, order: OrderExamples) -> Dataset:
+    def training_examples(self, own: Dataset, order: OrderExamples) -> Dataset:
         """The examples to train on: the task's `own`. If empty, nothing trains and the previous folder is copied."""
         return own
 
@@ -224,6 +219,8 @@ class LoraMethod(Method):
     def __init__(self, options: LoraArguments):
         super().__init__(options)
         self.previous: Path | None = None
+        # Whether DeepSpeed or cores train, whose state is not that of the model's own parameters.
+        self.own_state = False
         # Under DeepSpeed; at stage 3, where the model is partitioned, `end_task` gathers what is saved.
         self.under_deepspeed = self.partitioned = False
         self.factors_to_save: dict[str, torch.Tensor] | None = None
@@ -334,7 +331,7 @@ class LoraMethod(Method):
             self.factors_to_save = folded_factors(self.model, self._exact_values())
             for name, layer in self.changed.items():
                 with self.optimizer_state.gathered([layer.weight]):
-                    self.weights_to_save[name] = full_rank.exact(layer).detach().to("cpu", copy=True)
+                    self.weights_to_save[name] = full_rank.exact_weight(layer).detach().to("cpu", copy=True)
             return
         if self.under_deepspeed:
             exact = self._exact_values()
@@ -369,7 +366,7 @@ class LoraMethod(Method):
 
     def describe(self) -> str:
         new = sum(factor.numel() for factor in self._trained_factors().values())
-        return f"{new:,} in a new LoRA of {len(loranew_layers(self.model))} layers"
+        return f"{new:,} in the LoRA of {len(loranew_layers(self.model))} layers"
 
     # Access for subclasses
 

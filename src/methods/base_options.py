@@ -32,11 +32,11 @@ class MethodArguments:
         """Regular expressions for the base's weights that change, and so cannot be held in 4 bits."""
         return []
 
-    def check_with(self, training: UIETrainingArguments, zero_stage: int | None) -> None:
-        """Reject options that contradict the training arguments; `zero_stage` is None without DeepSpeed.
+    def settle(self, training: UIETrainingArguments, zero_stage: int | None) -> None:
+        """Decide what `auto` leaves to the training arguments; `zero_stage` is None without DeepSpeed.
 
         Raises:
-            InputError: naming the flag, what was found and what is allowed.
+            InputError: the options contradict the training arguments.
         """
 
 
@@ -64,8 +64,8 @@ class LoraArguments(MethodArguments):
         check_number(self, "lora_alpha", above=0)
         check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 up to, not including, 1")
 
-    def check_with(self, training, zero_stage):
-        super().check_with(training, zero_stage)
+    def settle(self, training, zero_stage):
+        super().settle(training, zero_stage)
         for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
             check(not (self.merge_old and getattr(training, name)), "merge_old", f"true with --{name}",
                   "fp32 alone, for 16 bits would round most of a small change away")
@@ -84,8 +84,8 @@ class OptimizerArguments(MethodArguments):
         },
     )
 
-    def check_with(self, training, zero_stage):
-        super().check_with(training, zero_stage)
+    def settle(self, training, zero_stage):
+        super().settle(training, zero_stage)
         check(self.lora_optimizer == "adamw" or zero_stage is None, "lora_optimizer", self.lora_optimizer,
               "adamw under DeepSpeed, which flattens the matrices")
 
@@ -151,8 +151,8 @@ class ProjectionArguments(TargetArguments):
         """Names of the options that are ignored where there is no full-rank weight."""
         return {option.name for option in fields(ProjectionArguments) if option.name.startswith("galore_")}
 
-    def check_with(self, training, zero_stage):
-        super().check_with(training, zero_stage)
+    def settle(self, training, zero_stage):
+        super().settle(training, zero_stage)
         if not training.do_train:
             return
         if zero_stage is not None:
@@ -235,8 +235,8 @@ class PenaltyArguments(MethodArguments):
         for name in self.weights():
             check_number(self, name, least=0)
 
-    def check_with(self, training, zero_stage):
-        super().check_with(training, zero_stage)
+    def settle(self, training, zero_stage):
+        super().settle(training, zero_stage)
         for name, weight in self.weights().items() if zero_stage == 3 else []:  # no rank has complete weights
             check(not weight, name, weight, "only 0 at ZeRO stage 3")
 

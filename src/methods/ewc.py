@@ -34,7 +34,7 @@ class EwcArguments(LoraArguments):
 
 class Ewc(Seqlora):
     Arguments = EwcArguments
-    shown_rows = None
+    shown_examples = None
 
     def prepare(self, model, previous: Path | None, **kind):
         model = super().prepare(model, previous, **kind)

@@ -47,11 +47,11 @@ NOT_REPRODUCED = (
 
 @dataclass
 class GorpArguments(ChangePenaltyArguments, SpaceArguments, ProjectionArguments, LoraArguments):
-    def check_with(self, training, zero_stage):
+    def settle(self, training, zero_stage):
         if self.galore_engine == "auto" and training.do_train and training.bf16 and zero_stage is None:
             # 16-bit weights beside small cores; dense gradients need float32 weights.
             self.galore_engine = "dense" if self.protect == "gp_second" else "cores"
-        super().check_with(training, zero_stage)
+        super().settle(training, zero_stage)
         if self.protect == "gp_second" and (zero_stage is not None or self.galore_engine == "cores"):
             engine = "--galore_engine cores" if zero_stage is None else "DeepSpeed"
             raise InputError(f"--protect: found gp_second with {engine}; it needs ProjAdamW, one process without cores")
@@ -84,7 +84,7 @@ class Gorp(LoraMethod):
         model = super().prepare(model, previous, decoder_only=decoder_only)
         for layer in loranew_layers(model).values():
             layer.shared_dropout = self.released
-        factors, ending = dict(self.factors()), ".loranew_A.weight" if self.needs_inputs() else ""
+        factors, ending = dict(self.factors()), ".loranew_A.weight" if self.protects_A_alone() else ""
         named = match_names(factors, options.proj_lora_modules, "--proj_lora_modules", ending)
         self.protected = {name: factors[name] for name in named}
         if not self.targets and not self.protected:
@@ -95,7 +95,7 @@ class Gorp(LoraMethod):
         weights = {**self.protected, **{name: layer.weight for name, layer in self.targets.items()}}
         self.space = GradientSpace(options.protect_side, options.space_energy)
         if self.protects and previous is not None and (previous / SPACE_FILE).exists():
-            self.space.take_over(previous / SPACE_FILE, weights)
+            self.space.load(previous / SPACE_FILE, weights)
         side, way, cores = options.protect_side, self.way(), sharded or options.galore_engine == "cores"
         plan = Plan(self.targets, options.projection(), self.protected, self.spaces(weights), side, way)
         self.engine = make_engine(model.get_base_model(), plan, cores=cores, eps_before_correction=self.released)
@@ -110,8 +110,8 @@ class Gorp(LoraMethod):
         """How S acts, in ProjAdamW's terms."""
         return self.options.protect
 
-    def needs_inputs(self) -> bool:
-        """Whether only factors that see the layer's input can be protected: A, not B."""
+    def protects_A_alone(self) -> bool:
+        """Whether of the factors only A, which sees the layer's input, can be protected."""
         return self.options.space_from == "inputs"
 
     # Training
@@ -170,12 +170,10 @@ class Gorp(LoraMethod):
 
     def summary(self) -> list[str]:
         options = self.options
-        detail.info(
-            "full-rank weights: projection %s, new bases every %d steps, learning rate %s, engine %s; shared space: %s "
-            "on the %s side, from %s", options.galore_proj_type, options.galore_update_proj_gap, options.galore_lr,
-            self.engine.name, options.protect, options.protect_side, options.space_from,
-        )  # fmt: skip
-        return [*super().summary(), *([NOT_REPRODUCED] if self.released else [])]
+        how = (f"full-rank weights: projection {options.galore_proj_type}, new bases every "
+               f"{options.galore_update_proj_gap} steps, learning rate {options.galore_lr}, engine {self.engine.name}; "
+               f"shared space: {options.protect} on the {options.protect_side} side, from {options.space_from}")
+        return [*super().summary(), how, *([NOT_REPRODUCED] if self.released else [])]
 
     def describe(self) -> str:
         weights = sum(layer.weight.numel() for layer in self.targets.values())

@@ -45,10 +45,10 @@ class InfloraArguments(LoraArguments):
 class Inflora(LoraMethod):
     Arguments = InfloraArguments
     zero_stage = 2
-    shown_rows = None
+    shown_examples = None
     finished = 0.0  # share of the order's tasks before this one, t / T
 
-    def training_rows(self, own, order):
+    def training_examples(self, own, order):
         self.finished = order.index() / len(order.steps())
         return own
 
@@ -61,7 +61,7 @@ class Inflora(LoraMethod):
         eps = self.options.inflora_energy
         self.space = GradientSpace("input", eps + (1 - eps) * self.finished)
         if previous is not None:
-            self.space.take_over(previous / SPACE_FILE, self.A)
+            self.space.load(previous / SPACE_FILE, self.A)
         return model
 
     def begin_task(self, model, batches):

@@ -89,7 +89,7 @@ class Magmax(Seqlora):
             target, scale = layer.get_base_layer(), self.options.magmax_scale * layer.scaling[adapter]
             weight = self.base.pop(name, target.weight).to(target.weight.device)
             pairs = [self.tasks[f"{name}.loranew_{kind}.weight"].to(weight.device) for kind in "AB"]
-            full_rank.hold(target, weight + scale * merge([(A, B) for A, B in zip(*pairs)]))
+            full_rank.set_weight(target, weight + scale * merge([(A, B) for A, B in zip(*pairs)]))
             layer.loranew_B[adapter].weight.zero_()
             self.changed[name] = target
 

@@ -16,7 +16,7 @@ class Multitask(Seqlora):
     zero_stage = None  # DeepSpeed only evaluates what it has trained, and the later steps train nothing
     is_first = True
 
-    def training_rows(self, own, order):
+    def training_examples(self, own, order):
         self.is_first = order.index() == 0
         if not self.is_first:
             return own.select(range(0))

@@ -28,7 +28,7 @@ class ReplayArguments(LoraArguments):
 class Replay(Seqlora):
     Arguments = ReplayArguments
 
-    def training_rows(self, own, order):
+    def training_examples(self, own, order):
         buffers = [self._draw(rows, f"{order.seed}/replay/{place}") for place, rows in enumerate(order.earlier())]
         return concatenate_datasets([own, *buffers])
 

@@ -44,8 +44,8 @@ class SgorpArguments(GorpArguments):
         if self.protect in ("structural", "step") and self.protect_side != "input":
             raise InputError(f"--protect {self.protect}: found --protect_side output; it needs --protect_side input")
 
-    def check_with(self, training, zero_stage):
-        super().check_with(training, zero_stage)
+    def settle(self, training, zero_stage):
+        super().settle(training, zero_stage)
         check(self.protect != "step" or zero_stage is None, "protect", "step",
               "structural under DeepSpeed, which partitions the factors' float32 values")
 
@@ -93,5 +93,5 @@ class Sgorp(Gorp):
         # A factor's change is clear of S by the forward pass, or after each step.
         return super().spaces(name for name in names if not self.exact or name in self.targets)
 
-    def needs_inputs(self):
-        return self.exact or super().needs_inputs()
+    def protects_A_alone(self):
+        return self.exact or super().protects_A_alone()

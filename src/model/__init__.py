@@ -1,1 +1,1 @@
-"""Base models: loading, and LLaMA with a cheaper loss."""
+"""Base models: loading, and a cheaper loss for decoder-only models."""

@@ -33,7 +33,6 @@ class AnswerLoss:
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        loss_mask: torch.Tensor | None = None,
         answer_length: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -44,18 +43,16 @@ class AnswerLoss:
         Args:
             input_ids, attention_mask: (batch, length).
             labels: (batch, length), the inputs' own tokens; -100 where none is to be predicted.
-            loss_mask: (batch, length), weight of the loss at each *predicting* position, the one before its label; 1 by
-                default. Positions of weight 0 are not scored.
             answer_length: how many of the last columns hold all labels. By default it is read from the labels, for
                 which the CPU has to wait for the GPU.
             num_items_in_batch: tokens to average over, which the Trainer counts over all micro-batches of a step;
-                by default the scored tokens of this batch.
+                by default those of this batch.
             logits_to_keep: without labels, as in the stock class. If `forward` names this argument, `generate` asks for
                 the last position alone.
 
         Returns:
-            With labels: `loss`, 0 if nothing is scored, and `logits` (batch, answer_length, vocabulary), of the
-            positions that predict the last columns. A mixture of experts adds its balance loss as the stock class
+            With labels: `loss`, 0 if no token is to be predicted, and `logits` (batch, answer_length, vocabulary), of
+            the positions that predict the last columns. A mixture of experts adds its balance loss as the stock class
             does. Without labels: the stock output.
 
         Raises:
@@ -71,17 +68,14 @@ class AnswerLoss:
             raise ValueError(f"labels of shape {tuple(labels.shape)}; {tuple(shape)} is needed")
         # Position t predicts token t + 1, so the last position predicts nothing.
         targets, length = labels[:, 1:], shape[1] - 1
-        scored = targets != IGNORED
-        weights = scored.float() if loss_mask is None else scored * loss_mask[:, :-1].float()
         if answer_length is None:
-            answer_length = int(((weights != 0).any(0) * torch.arange(length, 0, -1, device=labels.device)).amax())
+            scored = (targets != IGNORED).any(0)
+            answer_length = int((scored * torch.arange(length, 0, -1, device=labels.device)).amax())
         kept = torch.arange(length - answer_length, length, device=labels.device)
         outputs = stock(logits_to_keep=kept)
-        logits = outputs.logits
-        targets, weights = (of[:, kept].flatten().to(logits.device) for of in (targets, weights))
-        losses = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none", ignore_index=IGNORED)
-        total = (losses * weights).sum()
-        count = num_items_in_batch if num_items_in_batch is not None else (weights != 0).sum()
+        logits, targets = outputs.logits, targets[:, kept].flatten().to(outputs.logits.device)
+        total = cross_entropy(logits.float().flatten(0, 1), targets, reduction="none", ignore_index=IGNORED).sum()
+        count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
         # Without a target this is an empty sum over one token: 0 with a graph, not 0 / 0.
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if (balance := getattr(outputs, "aux_loss", None)) is not None:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
@@ -21,9 +22,7 @@ from transformers.utils import logging as hf_logging
 from errors import InputError
 from files import json_kind, read_object
 from model.answer_loss import causal_class, check_loss
-from model.llama import LlamaForCausalLM_with_lossmask
 
-ADAPTER_CONFIG = "adapter_config.json"
 FLAG = "--model_name_or_path"
 # Keys of a generation config that are not settings of the base: token ids come from the tokenizer, or from training.
 NO_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_from_model_config",
@@ -115,7 +114,7 @@ def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
     encoder_decoders = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     if config.is_encoder_decoder and type(config) in encoder_decoders:
         return encoder_decoders[type(config)]
-    return LlamaForCausalLM_with_lossmask if config.model_type == "llama" else causal_class(config, name)
+    return causal_class(config, name)
 
 
 def model_files(model_name_or_path: str) -> dict[str, Path]:

@@ -53,12 +53,12 @@ def report_runs(folders: Sequence[Path], out: Path, pdf_folder: Path | None) -> 
     """Write the report over every order below the folders, and print its summaries."""
     if out.exists() and not (out.is_dir() and ((out / "report.html").exists() or not any(out.iterdir()))):
         raise InputError(f"--out: {out} holds something other than a report; allowed: a new folder, or a report's")
-    from report.page import answer, write_report  # imports matplotlib, which one order's table does without
+    from report.page import conclusion, write_report  # imports matplotlib, which one order's table does without
 
     runs = find_runs(folders)
     write_report(runs, out, pdf_folder)
     for model in distinct(runs, "model"):
-        print(f"{model}: {answer(select(runs, model=model))}")
+        print(f"{model}: {conclusion(select(runs, model=model))}")
     print(f"report: {out / 'report.html'}")
 
 

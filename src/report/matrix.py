@@ -15,6 +15,7 @@ from pathlib import Path
 from compute_metrics import score_key
 from errors import InputError
 from files import read_object
+from order_config import step_name
 
 Matrix = list[list[float | None]]
 
@@ -108,11 +109,6 @@ def measure(order_dir: str | os.PathLike, tasks: Sequence[str], matrix: Matrix) 
 def unfinished_steps(tasks: Sequence[str], matrix: Matrix) -> list[str]:
     """Names `<i>-<dataset>` of the steps without results."""
     return [step_name(i, task) for i, (task, row) in enumerate(zip(tasks, matrix), 1) if set(row) == {None}]
-
-
-def step_name(number: int, dataset: str) -> str:
-    """The output folder of a step, counted from 1."""
-    return f"{number}-{dataset}"
 
 
 def format_table(tasks: Sequence[str], matrix: Matrix, measures: Mapping[str, float | None]) -> str:

@@ -14,7 +14,7 @@ import markdown
 import numpy as np
 from matplotlib.figure import Figure
 
-from files import read_object, whole_folder
+from files import read_object, atomic_folder
 from report import figures as draw
 from report.bootstrap import Interval
 from report.matrix import MEASURES
@@ -49,7 +49,7 @@ def write_report(runs: Sequence[Run], folder: Path, pdf_folder: Path | None = No
         lines += _model_lines(select(runs, model=model), figures, look)
     text = "\n\n".join([*lines, *_foot(runs)]) + "\n"
     pictures = {name: draw.svg(figure) for name, figure in figures.items()}
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         (partial / "figures").mkdir()
         for name, picture in pictures.items():
             (partial / "figures" / f"{name}.svg").write_text(picture, encoding="utf-8")
@@ -76,7 +76,7 @@ def html(text: str, pictures: Mapping[str, str]) -> str:
     )
 
 
-def answer(runs: Sequence[Run]) -> str:
+def conclusion(runs: Sequence[Run]) -> str:
     """Say which method is best, by how much and at what cost; `runs` are those of one model."""
     methods = [name for name in ranked_methods(runs) if summarise(select(runs, method=name), "average_performance")]
     if not methods:
@@ -135,7 +135,7 @@ def _costs(runs: Sequence[Run]) -> list[str]:
 def _model_lines(runs: Sequence[Run], figures: dict[str, Figure], look: draw.Styles) -> list[str]:
     """The page's paragraphs on one model, whose figures are added to `figures`."""
     model, methods = runs[0].model, ranked_methods(runs)
-    lines = [f"## {_plain(model)}", f"**{_plain(answer(runs))}**", _method_table(runs, methods), _plain(NOTE)]
+    lines = [f"## {_plain(model)}", f"**{_plain(conclusion(runs))}**", _method_table(runs, methods), _plain(NOTE)]
     if variants := dict.fromkeys(f"{run.method}: {_settings(run.varying)}" for run in runs if run.varying):
         lines.append(_plain(f"Options in which runs of one method differ. {'; '.join(variants)}."))
     own = {method: select(runs, method=method) for method in methods}

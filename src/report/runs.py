@@ -13,8 +13,9 @@ import numpy as np
 from compute_metrics import compute_metrics, exact_match, read_predictions
 from errors import InputError
 from files import json_kind, read_object
+from order_config import step_name
 from report.bootstrap import Interval, RunKey, paired_interval
-from report.matrix import Matrix, accuracy_matrix, last_finished, measure, number, step_name, unfinished_steps
+from report.matrix import Matrix, accuracy_matrix, last_finished, measure, number, unfinished_steps
 
 CEILING = "multitask"
 """The method that sees all tasks at once: a ceiling, which does not learn in sequence."""
@@ -32,7 +33,7 @@ class Run:
     tasks: list[str]
     matrix: Matrix
     measures: dict[str, float | None]  # see `report.matrix.MEASURES`
-    right: dict[str, np.ndarray]  # by dataset, each test example's score (n,) at the end, 0 to 1; empty if unknown
+    scores: dict[str, np.ndarray]  # by dataset, each test example's score (n,) at the end, 0 to 1; empty if unknown
     seconds: float | None  # of training, all tasks together
     trained_values: int | None  # most parameters that any task trained
     values: int | None  # all parameters of the model
@@ -93,7 +94,7 @@ def read_run(order_dir: Path) -> Run:
         tasks=tasks,
         matrix=matrix,
         measures=measure(order_dir, tasks, matrix),
-        right={} if unfinished else _right_answers(steps[last] / "predict_eval_predictions.jsonl", tasks),
+        scores={} if unfinished else _scores_of_examples(steps[last] / "predict_eval_predictions.jsonl", tasks),
         seconds=None if None in seconds else sum(seconds),
         trained_values=max(filter(None, sizes), default=None),
         values=number(first, "values", paths[0]),
@@ -119,7 +120,7 @@ def _made_with(record: Path) -> dict:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _right_answers(predictions: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+def _scores_of_examples(predictions: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
     """By task, the score of each of its examples, 0 to 1; empty without the file."""
     hits: dict[str, list[float]] = {task: [] for task in tasks}
     for example in read_predictions(predictions) if predictions.exists() else []:
@@ -190,7 +191,7 @@ def interval(runs: Iterable[Run]) -> Interval | None:
 
 
 def _right(runs: Iterable[Run]) -> dict[RunKey, dict[str, np.ndarray]]:
-    return {(run.order, run.seed): run.right for run in runs if run.right}
+    return {(run.order, run.seed): run.scores for run in runs if run.scores}
 
 
 def base_method(method: str) -> str:
