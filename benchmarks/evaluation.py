@@ -1,6 +1,6 @@
 """Time the evaluation of test sets: the plain loop against ours, what each measure saves, and growth with the datasets.
 
-    python benchmarks/evaluation.py --data CL_Benchmark --model initial_model/smollm2-135m --rows 4
+    python benchmarks/evaluation.py --data CL_Benchmark --model initial_model/smollm2-135m --examples 4
 
 The plain loop takes examples in file order, pads every prompt to one length and generates a fixed number of tokens. The
 measures are then added one by one; all must give the same predictions, or the run ends with an error. A model that has
@@ -48,7 +48,7 @@ class Subject:
     model: torch.nn.Module
     collator: DataCollatorForUIE
     rows: dict[str, list[dict]]
-    batch_rows: int
+    batch_size: int
 
     @property
     def all_rows(self) -> list[dict]:
@@ -56,7 +56,7 @@ class Subject:
 
 
 def load(args: argparse.Namespace) -> Subject:
-    """The model, taught to answer, with `args.rows` test examples of each of the order's datasets in `args.data`."""
+    """The model, taught to answer, with `args.examples` test examples of each of the order's datasets."""
     loaded = load_model_and_tokenizer(args.model)
     collator = DataCollatorForUIE(
         loaded.tokenizer, decoder_only=loaded.decoder_only, add_task_name=True, add_dataset_name=True,
@@ -65,10 +65,10 @@ def load(args: argparse.Namespace) -> Subject:
     test, train = {}, []
     for row in rows_of_order(args.data, args.datasets):
         kept = train if row["subset"] == "train" else test.setdefault(row["Dataset"], [])
-        if row["subset"] == "train" or len(kept) < args.rows:
+        if row["subset"] == "train" or len(kept) < args.examples:
             kept.append(row)
     teach(loaded.model, collator, train, args.teach)
-    return Subject(Path(args.model).name, loaded.model.eval(), collator, test, args.batch_rows)
+    return Subject(Path(args.model).name, loaded.model.eval(), collator, test, args.batch_size)
 
 
 def rows_of_order(data: Path, datasets: int) -> list[dict]:
@@ -114,8 +114,8 @@ def loop(subject: Subject, *, one_length: bool = False, stop: bool = True, loss:
     """Answers in file order: prompts padded to one length or their batch's, generated to the end token or the limit."""
     rows, collator, answers = subject.all_rows, subject.collator, []
     width = max(prompt for prompt, _ in collator.lengths(rows)) if one_length else None
-    for start in range(0, len(rows), subject.batch_rows):
-        examples = rows[start : start + subject.batch_rows]
+    for start in range(0, len(rows), subject.batch_size):
+        examples = rows[start : start + subject.batch_size]
         if loss:  # as in the Trainer's step: a separate forward pass over prompts and answers
             prediction(subject, examples).loss()
         collator.pad_to_multiple_of = width
@@ -135,7 +135,7 @@ def prediction(subject: Subject, rows: list[dict], *, bounded: bool = True, shar
                **generation) -> Prediction:
     made = Prediction(
         subject.model, subject.collator, rows, Accelerator(cpu=True), GENERATION | generation,
-        batch_size=subject.batch_rows, most_tokens=subject.batch_rows * subject.collator.max_source_length,
+        batch_size=subject.batch_size, most_tokens=subject.batch_size * subject.collator.max_source_length,
         shares_prefix=shared and subject.collator.decoder_only,
     )  # fmt: skip
     made.bounded = made.bounded and bounded
@@ -239,13 +239,13 @@ def loops(subject: Subject, repeats: int) -> Iterator[Row]:
     count, times = len(subject.all_rows), measure(subject, repeats)
     before = times[PLAIN]
     for name, seconds in times.items():
-        figure = f"{1000 * seconds / count:.0f} ms a row, {times[PLAIN] / seconds:.2f} x faster"
+        figure = f"{1000 * seconds / count:.0f} ms an example, {times[PLAIN] / seconds:.2f} x faster"
         if name.startswith("+"):
             figure += f" (this measure {before / seconds:.2f} x)"
         met = "met" if times[PLAIN] / seconds >= TARGET else "not met"
         yield name, "plain loop", figure, f"{TARGET} x, identical predictions: {met}" if name == OURS else "-"
         before = seconds
-    yield "rows that go past the first bound", "all rows", f"{past_bound(subject):.0%}", "-"
+    yield "examples that go past the first bound", "all examples", f"{past_bound(subject):.0%}", "-"
 
 
 def counts_of_datasets(subject: Subject, repeats: int) -> Iterator[Row]:
@@ -258,7 +258,7 @@ def counts_of_datasets(subject: Subject, repeats: int) -> Iterator[Row]:
 def tokens(subject: Subject, repeats: int) -> Iterator[Row]:
     """What tokenising costs, the first time and again, and how many tokens are padding."""
     first, again = tokenising(subject)
-    figure = f"{1000 * first / len(subject.all_rows):.2f} ms a row"
+    figure = f"{1000 * first / len(subject.all_rows):.2f} ms an example"
     yield "tokenising, first time", "-", figure, "-"
     yield "tokenising, again", "first time", f"{again / first:.3f} x the time", "nothing twice"
     in_order, ordered = padding(subject)
@@ -318,9 +318,9 @@ def past_bound(subject: Subject) -> float:
 def padding(subject: Subject) -> tuple[float, float]:
     """Share of a batch's tokens that are padding, in file order and sorted."""
     lengths = [prompt for prompt, _ in subject.collator.lengths(subject.all_rows)]
-    in_order = [list(range(len(lengths)))[start : start + subject.batch_rows]
-                for start in range(0, len(lengths), subject.batch_rows)]  # fmt: skip
-    ordered = plan_batches(lengths, subject.batch_rows, subject.batch_rows * subject.collator.max_source_length)
+    in_order = [list(range(len(lengths)))[start : start + subject.batch_size]
+                for start in range(0, len(lengths), subject.batch_size)]  # fmt: skip
+    ordered = plan_batches(lengths, subject.batch_size, subject.batch_size * subject.collator.max_source_length)
 
     def wasted(batches: list[list[int]]) -> float:
         return 1 - sum(lengths) / sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
@@ -340,14 +340,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="benchmark folder: <TASK>/<DATASET>/*.json")
     parser.add_argument("--model", default="initial_model/tiny-t5", help="default: %(default)s")
-    parser.add_argument("--rows", type=int, default=8, help="test examples of each dataset (%(default)s)")
+    parser.add_argument("--examples", type=int, default=8, help="test examples of each dataset (%(default)s)")
     parser.add_argument("--datasets", type=int, default=15, help="the order's first N datasets (%(default)s)")
-    parser.add_argument("--batch_rows", type=int, default=16, help="most examples per batch (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="most examples per batch (%(default)s)")
     parser.add_argument("--max_source_length", type=int, default=512, help="default: %(default)s")
     parser.add_argument("--teach", type=int, default=40, help="training steps before the measurement (%(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args(argv)
-    for name in ("rows", "datasets", "batch_rows", "max_source_length", "repeats"):
+    for name in ("examples", "datasets", "batch_size", "max_source_length", "repeats"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name}: found {getattr(args, name)}; allowed is a whole number from 1")
     return args

@@ -1,6 +1,6 @@
 """Measure the memory of data preparation for a dataset on the hub, and for one that is four times as long.
 
-    python benchmarks/preparation.py [--rows 50000]
+    python benchmarks/preparation.py [--examples 50000]
 
 The hub is not accessed: made-up dbpedia examples of 60 words stream through `prepare_from_hub` as the hub's would. Each
 length runs in a process of its own, whose peak is measured.
@@ -39,7 +39,7 @@ def prepare(rows: int) -> None:
 
 
 def measure(rows: int) -> tuple[float, float]:
-    command = [sys.executable, __file__, "--rows", str(rows), "--only"]
+    command = [sys.executable, __file__, "--examples", str(rows), "--only"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     speed, peak = map(float, done.stdout.split())
     return speed, peak
@@ -47,16 +47,17 @@ def measure(rows: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=50_000, help="examples in each of the shorter splits (%(default)s)")
+    parser.add_argument("--examples", type=int, default=50_000, help="in each of the shorter splits (%(default)s)")
     parser.add_argument("--only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        prepare(args.rows)
+        prepare(args.examples)
         return
-    (_, short), (speed, long) = measure(args.rows), measure(TIMES * args.rows)
+    (_, short), (speed, long) = measure(args.examples), measure(TIMES * args.examples)
     print("| what | against | figure | target |", "|---|---|---|---|", sep="\n")
-    print(f"| preparing dbpedia from {TIMES * args.rows:,} rows a split: peak memory | from {args.rows:,} rows "
-          f"| {long / short:.2f} x ({short:.0f} and {long:.0f} MiB, {speed:,.0f} rows a second) | bounded |")
+    print(f"| preparing dbpedia from {TIMES * args.examples:,} examples a split: peak memory | from "
+          f"{args.examples:,} examples | {long / short:.2f} x ({short:.0f} and {long:.0f} MiB, {speed:,.0f} examples a "
+          "second) | bounded |")
 
 
 if __name__ == "__main__":

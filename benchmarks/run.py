@@ -22,17 +22,17 @@ SMOLLM2, TINY = "initial_model/smollm2-135m", "initial_model/tiny-llama"
 
 def parts(data: str, short: bool) -> list[list[str]]:
     """Command lines; with `short` the smallest that still measure something."""
-    few = ["--datasets", "3", "--rows", "2", "--teach", "10"] if short else []
+    few = ["--datasets", "3", "--examples", "2", "--teach", "10"] if short else []
     return [
-        ["training_step.py", "--data", data, *(["--rows", "1"] if short else ["--rounds", "2"])],
-        ["training_step.py", "--data", data, "--length", "384", "--rows", "1" if short else "2", "--contenders", "gorp",
-         "gorp, full logits"],
-        ["training_step.py", "--data", data, "--model", TINY, "--length", "128", "--rows", "1", "--contenders", "gorp",
-         "gorp, bf16"],
+        ["training_step.py", "--data", data, *(["--examples", "1"] if short else ["--rounds", "2"])],
+        ["training_step.py", "--data", data, "--length", "384", "--examples", "1" if short else "2", "--contenders",
+         "gorp", "gorp, full logits"],
+        ["training_step.py", "--data", data, "--model", TINY, "--length", "128", "--examples", "1", "--contenders",
+         "gorp", "gorp, bf16"],
         ["layer_step.py", *(["--shapes", "256x256x64"] if short else [])],
         ["evaluation.py", "--data", data, *few],
-        ["evaluation.py", "--data", data, "--model", SMOLLM2, "--batch_rows", "8", *(few or ["--rows", "4"])],
-        ["preparation.py", *(["--rows", "1000"] if short else [])],
+        ["evaluation.py", "--data", data, "--model", SMOLLM2, "--batch_size", "8", *(few or ["--examples", "4"])],
+        ["preparation.py", *(["--examples", "1000"] if short else [])],
         ["orders.py", *(["--order", "order1", "--steps", "10", "--starts", "1"] if short else [])],
     ]  # fmt: skip
 

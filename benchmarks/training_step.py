@@ -1,6 +1,6 @@
 """Time and peak memory of a training step: GORP against plain LoRA, the published formulation, and full logits.
 
-    python benchmarks/training_step.py --data CL_Benchmark --model initial_model/smollm2-135m --rows 2 --length 256
+    python benchmarks/training_step.py --data CL_Benchmark --model initial_model/smollm2-135m --examples 2 --length 256
 
 Every contender trains on the same batches (examples of SC/amazon, padded to one length) in a process of its own, so
 that its memory is measured alone; the contenders take turns. After a few warm-up steps, the steps of one gap are timed,
@@ -128,7 +128,7 @@ def flags_of(args: argparse.Namespace, model: str, output: Path, dataset: str = 
         "--instruction_file", str(ROOT / "configs" / "instruction_config.json"), "--instruction_strategy", "single",
         "--add_task_name", "True", "--add_dataset_name", "True", "--do_train", "--lora_dropout", "0",
         "--max_source_length", length, "--max_target_length", "50", "--remove_unused_columns", "False",
-        "--per_device_train_batch_size", str(args.rows), "--max_steps", str(WARM_UP + GAP), "--lr_scheduler_type",
+        "--per_device_train_batch_size", str(args.examples), "--max_steps", str(WARM_UP + GAP), "--lr_scheduler_type",
         "constant", "--learning_rate", "1e-3", "--galore_lr", "1e-5", "--lamda_1", "0", "--galore_rank", "8",
         "--galore_update_proj_gap", str(GAP), "--save_strategy", "no", "--report_to", "none", "--use_cpu", "True",
         "--max_train_samples", "200", "--disable_tqdm", "True", "--logging_strategy", "no", *MODULES, *args.extra,
@@ -194,7 +194,7 @@ def _status(field: str) -> int:
 def run(contender: str, args: argparse.Namespace) -> dict:
     """The contender's result, from a process (or ranks) of its own."""
     command = [__file__, "--contender", contender, "--data", str(args.data), "--model", str(args.model), "--previous",
-               str(args.previous), "--rows", str(args.rows), "--length", str(args.length), "--", *args.extra]
+               str(args.previous), "--examples", str(args.examples), "--length", str(args.length), "--", *args.extra]
     threads = str(os.cpu_count())
     launch = [sys.executable]
     if contender in RANKS:
@@ -255,7 +255,7 @@ def results(args: argparse.Namespace) -> Iterator[Row]:
                 yield row(f"step, {kind}: {what}", against, found[what][key] / found[against][key], sense, target)
     if set(RANKS) <= found.keys():
         ratio = 2 * found[RANKS[0]]["seconds"] / found[RANKS[1]]["seconds"]
-        yield row("rows a second: 2 ranks under ZeRO-2", "1 rank, 1 thread", ratio, AT_LEAST, THROUGHPUT)
+        yield row("examples a second: 2 ranks under ZeRO-2", "1 rank, 1 thread", ratio, AT_LEAST, THROUGHPUT)
 
 
 def row(what: str, against: str, ratio: float, sense: str, target: float | None) -> Row:
@@ -269,7 +269,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "CL_Benchmark", help="benchmark folder (%(default)s)")
     parser.add_argument("--model", default=str(ROOT / "initial_model" / "smollm2-135m"), help="%(default)s")
-    parser.add_argument("--rows", type=int, default=2, help="examples per batch (%(default)s)")
+    parser.add_argument("--examples", type=int, default=2, help="examples per batch (%(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of an example (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="times that every contender runs (%(default)s)")
     parser.add_argument("--contenders", nargs="+", choices=(*ALONE, *TRIED, *RANKS), default=(*ALONE, *RANKS))

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from errors import InputError, entry_point
 from files import read_json, write_json
 from order_config import SUBSETS, benchmark_datasets
-from uie_dataset_lora import UNLABELLED, read_labels, read_labelled
+from uie_dataset_lora import UNLABELLED, read_labelled, read_labels
 
 
 def dataset_folders(folder: str | Path) -> list[Path]:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 from errors import InputError, entry_point  # noqa: E402
-from files import read_json, atomic_folder, write_json  # noqa: E402
+from files import atomic_folder, read_json, write_json  # noqa: E402
 
 LEXICON = json.loads(Path(__file__).with_name("mini_lexicon.json").read_text(encoding="utf-8"))
 EVAL_ROWS = 100  # examples in dev.json and in test.json

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from errors import InputError, entry_point
-from files import check_writable, atomic_folder, write_json
+from files import atomic_folder, check_writable, write_json
 from order_config import BENCHMARK_FILES, SUBSETS, benchmark_datasets, is_complete
-from uie_dataset_lora import read_labels, read_labelled
+from uie_dataset_lora import read_labelled, read_labels
 
 logger = logging.getLogger("gorp")
 
@@ -270,13 +270,15 @@ def prepare_from_folder(
         wanted = f"TASK/DATASET folders with {', '.join(BENCHMARK_FILES)}"
         raise InputError(f"--from: {folder} has no complete dataset; allowed: {wanted}")
     chosen = _unfinished(data_dir, names or complete, overwrite)
-    labels = {name: read_labels(Path(folder) / name / "labels.json") for name in chosen}
+    files = {name: Path(folder) / name / "labels.json" for name in chosen}
+    labels = {name: read_labels(path) for name, path in files.items() if path.exists()}
     for name in tqdm(chosen, desc="checking", unit=" datasets"):
         for subset in SUBSETS:
-            read_labelled(Path(folder) / name / f"{subset}.json", labels[name])
+            read_labelled(Path(folder) / name / f"{subset}.json", labels.get(name))
     for name in chosen:
         with atomic_folder(Path(data_dir) / name) as partial:
-            write_json(partial / "labels.json", labels[name])
+            if name in labels:  # free text has none
+                write_json(partial / "labels.json", labels[name])
             for subset in SUBSETS:
                 shutil.copyfile(Path(folder) / name / f"{subset}.json", partial / f"{subset}.json")
         logger.info("%s: copied from %s", Path(data_dir) / name, folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
-from methods import Method, make_method
+from methods import make_method
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "initial_model" / "tiny-t5"
@@ -70,9 +70,9 @@ def main(name="sgorp", data=ROOT / "data/mini_benchmark", out=ROOT / "logs_and_o
     for task in TASKS:
         set_seed(SEED)
         method = make_method(name, **OPTIONS)
-        assert type(method).training_examples is Method.training_examples, f"{name} reads other tasks' files"
+        assert method.reads == "no", f"{name} reads other tasks' files"
         model, loss = train(method, previous, read(data, task, "train")[:most], epochs)
-        method.save(previous := out / task)
+        method.save(previous := out / name / task)
         print(f"{task}: loss {loss:.3f}, accuracy", {each: accuracy(model, read(data, each, "test")) for each in TASKS})
 
 

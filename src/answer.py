@@ -33,10 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     texts = [options.text]
     if options.file is not None:
-        texts = [line.replace("\\n", "\n") for line in read_text(options.file).splitlines() if line.strip()]
-    if not texts or not all(text.strip() for text in texts):
-        raise InputError("--text or --file: found no text")
-    print(*answers(options.folder, options.dataset, texts), sep="\n")
+        texts = [line.replace("\\n", "\n") for line in read_text(options.file).removesuffix("\n").split("\n")]
+    if blank := [number for number, text in enumerate(texts, 1) if not text.strip()]:
+        raise InputError(f"--text or --file: found no text in line {blank[0]}")
+    for answer in answers(options.folder, options.dataset, texts):
+        print(answer.replace("\n", "\\n"))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import full_rank
 from errors import InputError, entry_point
-from files import check_writable, atomic_folder
+from files import atomic_folder, check_writable
 from loranew import load_loranew
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_factors
 from model.loading import LoadedModel, load_model_and_tokenizer

@@ -66,10 +66,8 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
     except UnicodeEncodeError as error:
         before = error.object[max(error.start - 20, 0) : error.start]
-        raise InputError(
-            f"{path}: found half of a surrogate pair, {error.object[error.start]!r}, after {before!r}; allowed: text "
-            "that UTF-8 can encode"
-        ) from None
+        raise InputError(f"{path}: found half of a surrogate pair, {error.object[error.start]!r}, after {before!r}; "
+                         "allowed: text that UTF-8 can encode") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply") from None
     except ValueError as error:  # a path with a NUL, a number of thousands of digits

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from errors import InputError
-from files import check_values, open_tensors, atomic_file
+from files import atomic_file, check_values, open_tensors
 
 FILE_NAME = "full_rank_weights.safetensors"
 PEFT_TYPE = "LORA with full-rank weights, which README.md explains"

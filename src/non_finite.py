@@ -90,8 +90,7 @@ class NonFiniteGuard:
         named = [example for _, names in lost or self._micro_batches for example in names][:EXAMPLES_NAMED]
         examples = f"; examples: {', '.join(named)}" if here else " on another rank"
         if self.in_a_row >= self.limit:
-            raise RunStopped(
-                f"step {self._step}: {what}, the last of {self.in_a_row} such steps in a row (--max_non_finite_steps)"
-                f"{examples}; none of them changed the weights, and the last checkpoint is kept"
-            )
+            raise RunStopped(f"step {self._step}: {what}, the last of {self.in_a_row} such steps in a row "
+                             f"(--max_non_finite_steps){examples}; none of them changed the weights, and the last "
+                             "checkpoint is kept")
         logger.warning("step %d: %s, the update is skipped%s", self._step, what, examples)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Iterable, Sequence
 
 from errors import InputError, nearest
-from files import check_writable, json_kind, read_object, atomic_folder, write_json
+from files import atomic_folder, check_writable, json_kind, read_object, write_json
 
 TASKS = ("SC", "TC", "NLI", "QQP", "WiC", "MultiRC", "COPA", "BoolQA")
 SUBSETS = ("train", "dev", "test")
@@ -122,8 +122,11 @@ def step_name(number: int, dataset: str) -> str:
 
 
 def is_complete(dataset_dir: str | Path) -> bool:
-    """Return whether a dataset folder has all four files; their content is not read."""
-    return all((Path(dataset_dir) / name).is_file() for name in BENCHMARK_FILES)
+    """Return whether a dataset folder has its files; their content is not read. Free text, whose task is not a
+    published one, has no labels.json."""
+    folder = Path(dataset_dir)
+    return all((folder / name).is_file() or (name == "labels.json" and folder.parent.name not in TASKS)
+               for name in BENCHMARK_FILES)  # fmt: skip
 
 
 def check_name(name: str, where: str) -> None:
@@ -155,10 +158,8 @@ def _read_step(folder: Path) -> tuple[OrderStep, list[tuple[str, str]]]:
     if trained[0][1] != folder.name:
         raise InputError(f"{train_file}: trains {trained[0][1]!r}; allowed: {folder.name!r}, the name of the folder")
     if trained[0] not in tested:
-        raise InputError(
-            f"{folder / 'test_tasks.json'}: lacks {_pairs(trained)}, which train_tasks.json trains; "
-            f"found: {_pairs(tested)}"
-        )
+        raise InputError(f"{folder / 'test_tasks.json'}: lacks {_pairs(trained)}, which train_tasks.json trains; "
+                         f"found: {_pairs(tested)}")
     return OrderStep(*trained[0], folder), tested
 
 
@@ -166,10 +167,9 @@ def _check_growth(steps: list[tuple[OrderStep, list[tuple[str, str]]]]) -> None:
     """Reject steps, sorted by the size of their test lists, that do not test exactly the datasets seen so far."""
     for (one, tested_one), (other, tested_other) in zip(steps, steps[1:]):
         if len(tested_one) == len(tested_other):
-            raise InputError(
-                f"{one.folder / 'test_tasks.json'} and {other.folder / 'test_tasks.json'}: both list "
-                f"{len(tested_one)} datasets, so which step comes first is not clear; allowed: one more at each step"
-            )
+            raise InputError(f"{one.folder / 'test_tasks.json'} and {other.folder / 'test_tasks.json'}: both list "
+                             f"{len(tested_one)} datasets, so which step comes first is not clear; allowed: one more "
+                             "at each step")
     seen = set()
     for step, tested in steps:
         seen.add((step.task, step.dataset))
@@ -177,9 +177,8 @@ def _check_growth(steps: list[tuple[OrderStep, list[tuple[str, str]]]]) -> None:
         if dropped := seen - set(tested):
             raise InputError(f"{path}: lacks {_pairs(dropped)} of an earlier step; allowed: all datasets seen so far")
         if unseen := set(tested) - seen:
-            raise InputError(
-                f"{path}: lists {_pairs(unseen)}, which no step up to this one trains; allowed: {_pairs(seen)}"
-            )
+            raise InputError(f"{path}: lists {_pairs(unseen)}, which no step up to this one trains; allowed: "
+                             f"{_pairs(seen)}")
 
 
 def _task_config(datasets: Sequence[tuple[str, str]], sampling: str) -> dict[str, list[dict[str, str]]]:

@@ -122,6 +122,9 @@ def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:
     outputs, name = options.output_dir, order_name(options.order)
     check_writable(outputs.parent)
     if options.fresh is not None and outputs.exists():
+        for task in outputs.glob("[!.]*/"):
+            with run_uie_lora.lock(task):  # an error if a run is writing there
+                pass
         aside = outputs.with_name(f"{outputs.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         outputs.rename(aside)
         if options.fresh.exists():

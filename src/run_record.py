@@ -5,7 +5,7 @@ In a task's output folder,
 * `run_record.json` is written before training: every option that can change a result, digests of the data, the model
   and the code, and the packages' versions; also, not compared, the git revision, the machine, and what a report needs.
 * The adapter folder appears, complete, when training is done.
-* `completed.json` is written last, with digests of the results.
+* `completed.json` is written last.
 
 A run that is started again resumes if its record equals the one in the folder; otherwise it is rejected, with an error
 that lists what has changed.
@@ -133,11 +133,7 @@ def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoint
 
 def complete(output_dir: Path) -> None:
     """Mark the run as done."""
-    results = [output_dir / name for name in RESULT_FILES]
-    if adapter := find_adapter(output_dir):
-        results += sorted(path for path in adapter.iterdir() if path.is_file())
-    digests = {str(path.relative_to(output_dir)): digest(path) for path in results if path.exists()}
-    write_json(output_dir / COMPLETED, {"results": digests})
+    write_json(output_dir / COMPLETED, {})
 
 
 def find_adapter(output_dir: Path) -> Path | None:

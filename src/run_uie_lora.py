@@ -27,7 +27,7 @@ from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line, score_key
 from errors import InputError, RunStopped, is_disk_full
-from files import read_json, atomic_file, atomic_folder, write_json
+from files import atomic_file, atomic_folder, read_json, write_json
 from methods import Method, find_method
 from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
@@ -38,8 +38,7 @@ from ranks import check_shared, of_first_rank
 from report.matrix import accuracy_matrix, average_performance, backward_transfer
 from run_record import ADAPTERS, PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
 from task_examples import first_examples_of_each, place_in_order
-from task_setup import build_trainer, example_options, load_examples, load_model
-from uie_dataset_lora import data_files
+from task_setup import build_trainer, input_files, load_examples, load_model
 from uie_trainer_lora import UIETrainer
 
 logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
@@ -84,9 +83,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     check_data_arguments(data_args)
     method = find_method(method_args.method)(method_args)
     output_dir = Path(training_args.output_dir)
-    files = data_files(data_args.task_config_dir, example_options(data_args, training_args))
 
     def compare() -> tuple[dict, Progress, Path | None]:
+        files = input_files(data_args, training_args, method)
         found = make_record(files, model_args, data_args, method_args, training_args)
         progress = find_progress(output_dir, found, start_over=training_args.overwrite_output_dir)
         return found, progress, find_adapter(output_dir)
@@ -108,7 +107,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     trains = training_args.do_train and len(examples["train"]) > 0
     checkpoint = of_first_rank(lambda: find_checkpoint(trainer, progress)) if trains else None
     zero_shot = {}
-    if "zero_shot" in examples:
+    if "zero_shot" in examples and trains:  # later tasks of multitask, which has trained on all, have no such score
         with torch.random.fork_rng():  # so that evaluation does not change training
             zero_shot = score(trainer, examples["zero_shot"], "zero_shot")
     claim = functools.partial(claim_output_dir, trainer, run_record, progress, zero_shot)
@@ -146,8 +145,7 @@ def load_and_attach(model_args: ModelArguments, data_args: DataArguments, traini
     """Load the base model and attach the method to it; returns what was loaded, and the model that trains."""
     # ZeRO-3 must shard the model only when training begins, after the method is attached, not while it is read.
     unset_hf_deepspeed_config()
-    narrow = training_args.bf16 and not method.float32_base  # trainable parameters are float32 all the same
-    how = {"dtype": torch.bfloat16 if narrow else torch.float32}
+    how = {"dtype": base_dtype(training_args, method)}
     if model_args.load_in_4bit:  # the weights that change must be known before any are read
         choose_modules(method.options, load_model(model_args, data_args, weights=False).model)
         how["not_in_4bit"] = method.options.changed_base()
@@ -160,22 +158,32 @@ def load_and_attach(model_args: ModelArguments, data_args: DataArguments, traini
     return loaded, model
 
 
+def base_dtype(training_args: UIETrainingArguments, method: Method) -> torch.dtype:
+    """The dtype in which the base model is read; trainable parameters are float32 all the same."""
+    if method.float32_base:
+        return torch.float32
+    if training_args.fp16 and training_args.deepspeed and training_args.do_train:
+        return torch.float16  # DeepSpeed's cast of a float32 base would round earlier tasks' changes away
+    return torch.bfloat16 if training_args.bf16 else torch.float32
+
+
 @contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """Lock the output folder, so that a process that outlived its script does not write alongside a later one."""
     with contextlib.ExitStack() as held:
-
-        def lock() -> None:
-            try:
-                held.enter_context(FileLock(folder / ".lock", timeout=0))
-            except Timeout:
-                raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
-            except OSError as error:  # the file may be another user's
-                raise InputError(f"{folder / '.lock'}: cannot be locked ({error.strerror})") from None
-
-        of_first_rank(lock)
+        of_first_rank(lambda: bool(held.enter_context(lock(folder))))  # the lock itself cannot be broadcast
         check_shared(folder)
         yield
+
+
+def lock(folder: Path) -> contextlib.AbstractContextManager:
+    """The acquired lock of an output folder; InputError if another run holds it."""
+    try:
+        return FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+    except OSError as error:  # the file may be another user's
+        raise InputError(f"{folder / '.lock'}: cannot be locked ({error.strerror})") from None
 
 
 def find_checkpoint(trainer: UIETrainer, progress: Progress) -> Path | None:

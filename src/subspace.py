@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from errors import InputError
-from files import read_tensors, atomic_file
+from files import atomic_file, read_tensors
 from Proj_torch.proj_projector import SIDES, check_space
 from Proj_torch.svd import at_least_float32, truncated_svd
 from ranks import is_first
@@ -199,6 +199,8 @@ def see_inputs(
     examples_before = 0
 
     def take(name: str, X: Tensor) -> None:
+        if X.ndim == 2:  # some models flatten the batch to (examples * positions, in)
+            X = X.unflatten(0, next((shape for shape in positions if shape.numel() == len(X)), (1, len(X))))
         counted = positions.get(X.shape[:-1], [slice(None)] * len(X))
         for number, (vectors, which) in enumerate(zip(X, counted), examples_before):
             see(name, number, vectors[which])

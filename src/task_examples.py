@@ -17,13 +17,16 @@ class OrderExamples:
         read: returns the training examples of a task's folder, limited as for its own training.
         seed: for everything drawn from the examples.
         fixed_steps: whether the number of optimizer steps is given, whatever the number of examples.
+        reads: the `Method.reads` that allows `earlier` and `all`; what they read is part of the run's record.
     """
 
-    def __init__(self, config_dir: str | Path, read: Callable[[Path], Dataset], *, seed: int, fixed_steps: bool):
+    def __init__(
+        self, config_dir: str | Path, read: Callable[[Path], Dataset], *, seed: int, fixed_steps: bool, reads: str
+    ):
         self.config_dir = Path(config_dir)
         self.seed = seed
         self.fixed_steps = fixed_steps
-        self._read = read
+        self._read, self._reads = read, reads
 
     def steps(self) -> list[OrderStep]:
         """The order's tasks, first to last; InputError if the task's folder is not one of them."""
@@ -37,12 +40,16 @@ class OrderExamples:
         return [step.folder.name for step in self.steps()].index(self.config_dir.name)
 
     def earlier(self) -> list[Dataset]:
-        """The training examples of each task before this one."""
-        return [self._read(step.folder) for step in self.steps()[: self.index()]]
+        """The training examples of each task before this one, for a method that `reads` "earlier" or "all"."""
+        return self._of("earlier", self.steps()[: self.index()])
 
     def all(self) -> list[Dataset]:
-        """The training examples of each task of the order."""
-        return [self._read(step.folder) for step in self.steps()]
+        """The training examples of each task of the order, for a method that `reads` "all"."""
+        return self._of("all", self.steps())
+
+    def _of(self, which: str, steps: list[OrderStep]) -> list[Dataset]:
+        assert self._reads in (which, "all"), f"Method.reads is {self._reads!r}"
+        return [self._read(step.folder) for step in steps]
 
 
 def place_in_order(config_dir: str | Path) -> tuple[int, list[str]]:

@@ -4,7 +4,9 @@
 """
 
 import dataclasses
+import itertools
 from collections.abc import Container
+from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
@@ -13,9 +15,10 @@ from compute_metrics import MEASURED
 from errors import InputError
 from methods import Method
 from model.loading import LoadedModel, load_model_and_tokenizer
+from order_config import read_order
 from task_examples import OrderExamples, first_examples, first_examples_of_each, place_in_order
 from uie_collator import DataCollatorForUIE
-from uie_dataset_lora import SPLITS, ExampleOptions, load_uie_dataset
+from uie_dataset_lora import SPLITS, ExampleOptions, data_files, load_uie_dataset
 from uie_trainer_lora import DenserEvaluation, UIETrainer
 
 
@@ -23,6 +26,22 @@ def example_options(data_args: DataArguments, training_args: UIETrainingArgument
     """The example options, from the flags of the same names."""
     given = vars(data_args) | {"seed": training_args.seed}
     return ExampleOptions(**{option.name: given[option.name] for option in dataclasses.fields(ExampleOptions)})
+
+
+def input_files(data_args: DataArguments, training_args: UIETrainingArguments, method: Method) -> dict[str, Path]:
+    """Every file that `load_examples` reads, other tasks' included, by name."""
+    options, own = example_options(data_args, training_args), Path(data_args.task_config_dir)
+    files, others = data_files(own, options), []
+    if method.reads != "no" or data_args.zero_shot:
+        steps = [step.folder for step in read_order(own.parent)]
+        read = {"no": [], "earlier": itertools.takewhile(lambda step: step.name != own.name, steps), "all": steps}
+        others += [(step, "train") for step in read[method.reads]] + [(steps[-1], "test")] * data_args.zero_shot
+    if data_args.unseen_config_dir:
+        others.append((data_args.unseen_config_dir, "test"))
+    for number, (step, subset) in enumerate(others, 1):
+        found = data_files(step, options, [subset])
+        files |= {f"{number}/{name}" if name.endswith("_tasks.json") else name: path for name, path in found.items()}
+    return files
 
 
 def load_examples(data_args: DataArguments, training_args: UIETrainingArguments, method: Method) -> DatasetDict:
@@ -44,7 +63,8 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
         if is_needed and len(examples[split]) == 0:
             raise InputError(f"--task_config_dir: {own} has no {split} dataset; one is needed")
     fixed_steps = training_args.max_steps > 0
-    order = OrderExamples(own, lambda step: read(step, "train"), seed=training_args.seed, fixed_steps=fixed_steps)
+    order = OrderExamples(own, lambda step: read(step, "train"), seed=training_args.seed, fixed_steps=fixed_steps,
+                          reads=method.reads)  # fmt: skip
     if data_args.predict_tasks == "ends" and order.index() + 1 < len(order.steps()):
         examples["test"] = _of_datasets(examples["test"], [order.steps()[order.index()].dataset])
     if data_args.zero_shot:

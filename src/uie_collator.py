@@ -40,8 +40,9 @@ class DataCollatorForUIE:
     in front, if the tokenizer adds it to text. Special tokens spelled out in the data (`<s>`, a tag in web pages) are
     not parsed. T5's tokenizer parses them anyway; an answer that spells one is rejected.
 
-    A prompt longer than `max_source_length` loses the right ends of its sentence's longest lines: in MultiRC that is
-    the paragraph, never the question. An answer has at most `max_target_length` ids, EOS included, and is never cut.
+    A prompt longer than `max_source_length` loses the right ends of its sentence's longest lines (in MultiRC that is
+    the paragraph, never the question) or, where the line breaks alone do not fit, the sentence's end. An answer has at
+    most `max_target_length` ids, EOS included, and is never cut.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -89,10 +90,9 @@ class DataCollatorForUIE:
             if exact_match(written, label):
                 continue
             if example.get("Metric") != "rougeL":
-                raise InputError(
-                    f"{_name(example)}: the answer {label!r} becomes {written!r} in the tokenizer {name}; allowed: "
-                    "answers that it reproduces, except for case, spaces and punctuation, which the score ignores"
-                )
+                raise InputError(f"{_name(example)}: the answer {label!r} becomes {written!r} in the tokenizer {name}; "
+                                 "allowed: answers that it reproduces, except for case, spaces and punctuation, which "
+                                 "the score ignores")
             changed[example["Dataset"]] += 1
         for dataset, count in changed.items():
             logger.warning("%s: the tokenizer does not reproduce %d different answers, so that no prediction can equal "
@@ -167,6 +167,8 @@ class DataCollatorForUIE:
         def needed(width: int) -> int:
             return len(self._source_ids([prompt(width)])[0])
 
+        if needed(0) > self.max_source_length:  # the line breaks alone: the sentence is cut as one line
+            lines = [sentence]
         self._check_room(prompt(0), example)
         # The width before bisect's answer was seen to fit, even if the count of tokens is not monotonic.
         widths = range(max(map(len, lines)))
@@ -191,9 +193,8 @@ class DataCollatorForUIE:
             # Generation would stop inside an answer with a special token.
             if spelled := self._special.intersection(ids[self._before : -self._after]):
                 token = self.tokenizer.convert_ids_to_tokens(min(spelled))
-                raise InputError(
-                    f"{_name(example)}: the answer {label!r} spells {token}; allowed: labels without special tokens"
-                )
+                raise InputError(f"{_name(example)}: the answer {label!r} spells {token}; allowed: labels without "
+                                 "special tokens")
             self._check_length(f"the answer {label!r}", len(ids), "max_target_length", example)
         return answers
 
@@ -233,10 +234,8 @@ class DataCollatorForUIE:
                     pair = {"source": prompt, "label": example["Instance"]["label"]}
                     record.write(json.dumps(pair, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise InputError(
-                f"--input_record_file {self.input_record_file}: cannot be written ({error.strerror}); "
-                "allowed: a file in an existing folder"
-            ) from None
+            raise InputError(f"--input_record_file {self.input_record_file}: cannot be written ({error.strerror}); "
+                             "allowed: a file in an existing folder") from None
 
 
 def _name(example: dict) -> str:

@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +128,15 @@ def read_examples(task_config_dirs: Iterable[str | os.PathLike], options: Exampl
         yield from _examples(source, options)
 
 
-def data_files(task_config_dir: str | os.PathLike, options: ExampleOptions) -> dict[str, Path]:
+def data_files(
+    task_config_dir: str | os.PathLike, options: ExampleOptions, subsets: Collection[str] = SUBSETS
+) -> dict[str, Path]:
     """Every file that a step's examples come from, by a name that does not depend on where the folders are."""
     files = {"instructions": Path(options.instruction_file)}
-    files |= {f"{subset}_tasks.json": Path(task_config_dir) / f"{subset}_tasks.json" for subset in SUBSETS}
+    files |= {f"{subset}_tasks.json": Path(task_config_dir) / f"{subset}_tasks.json" for subset in subsets}
     for source in _sources(task_config_dir, options):
-        files |= {f"{source.task}/{source.dataset}/{path.name}": path for path in source.files(options)}
+        if source.subset in subsets:
+            files |= {f"{source.task}/{source.dataset}/{path.name}": path for path in source.files(options)}
     return files
 
 
@@ -193,10 +196,9 @@ def read_labels(path: str | os.PathLike) -> list[str]:
             raise InputError(f"{path}, entry {index}: found {label!r}; allowed: distinct, non-blank strings")
         twin = scored_as.setdefault(normalise(unicodedata.normalize("NFC", label)), label)
         if twin is not label:
-            raise InputError(
-                f"{path}, entry {index}: found {label!a} beside {twin!a}; allowed: labels that differ in more than "
-                "case, spaces and punctuation, which the score ignores, and Unicode's composition of characters"
-            )
+            raise InputError(f"{path}, entry {index}: found {label!a} beside {twin!a}; allowed: labels that differ in "
+                             "more than case, spaces and punctuation, which the score ignores, and Unicode's "
+                             "composition of characters")
     return labels
 
 
@@ -266,10 +268,8 @@ def _sources(task_config_dir: str | os.PathLike, options: ExampleOptions) -> lis
 def _check_place(path: Path, data_dir: Path) -> None:
     """Reject a file that is missing, or that a link puts outside the benchmark."""
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; data/prepare_benchmark.py fills CL_Benchmark, and --data_dir (DATA_DIR for the "
-            "scripts) names another benchmark"
-        )
+        raise InputError(f"{path}: no such file; data/prepare_benchmark.py fills CL_Benchmark, and --data_dir "
+                         "(DATA_DIR for the scripts) names another benchmark")
     place = path.resolve()
     if not place.is_relative_to(data_dir.resolve()):
         raise InputError(f"{path}: a link to {place}; allowed: files inside {data_dir}")
@@ -327,7 +327,6 @@ def _samples(pool: list[dict], row: dict, source: _Source, options: ExampleOptio
     drawn = options.generator("samples", source, row["id"]).sample(pool, min(wanted + 1, len(pool)))
     samples = [{"sentence": other["sentence"], "label": other["label"]} for other in drawn if other["id"] != own_id]
     if len(samples) < wanted:
-        raise InputError(
-            f"--num_examples: {wanted}; allowed: at most {len(samples)}, the other examples of {source.file('train')}"
-        )
+        raise InputError(f"--num_examples: {wanted}; allowed: at most {len(samples)}, the other examples of "
+                         f"{source.file('train')}")
     return samples[:wanted]

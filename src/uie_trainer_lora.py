@@ -20,7 +20,7 @@ from checkpoints import SCHEDULE, TENSORS, load_random_state, write_manifest, wr
 from compute_metrics import evaluate_predictions
 from errors import InputError
 from evaluation.generate import Prediction
-from files import read_json, read_tensors, atomic_file, write_json
+from files import atomic_file, read_json, read_tensors, write_json
 from methods import Method
 from non_finite import NonFiniteGuard
 from Proj_torch.optimizer_state import start_moments

@@ -386,7 +386,7 @@ CASES: dict[str, list[Case]] = {
         Case("`--lora_dim` below 1", flags("--lora_dim", "0"), "--lora_dim: found 0; a number above 0"),
         Case("a penalty below 0", flags("--lamda_1", "-1"), "--lamda_1: found -1.0; 0 or more"),
         Case("NaN", flags("--galore_lr", "nan"), "--galore_lr: found nan; 0 or more"),
-        Case("infinity", flags("--galore_scale", "inf"), "--galore_scale: found inf; 0 or more"),
+        Case("infinity", flags("--galore_scale", "inf"), "--galore_scale: found inf; a number above 0"),
         Case("`--learning_rate` below 0", flags("--learning_rate", "-1"), "--learning_rate: found -1.0; 0 or more"),
         Case("an empty batch", flags("--per_device_train_batch_size", "0"), "batch_size: found 0; a number above"),
         Case("zero epochs", flags("--num_train_epochs", "0", "--max_steps", "-1"), "--num_train_epochs: found 0.0"),
@@ -745,14 +745,16 @@ def documentation() -> str:
         "# Bad input",
         "",
         "What is rejected, and part of the one-line error. Each case ends the run with exit code 2 before training",
-        "starts, and leaves earlier results untouched; `python src/check.py` reports the same in seconds. This page is",
-        "generated from the table in `tests/test_bad_input.py`, which tests every case.",
+        "starts, and leaves earlier results untouched. `python src/check.py` reports the same in seconds, except where",
+        "marked with *: that is found when its task begins. This page is generated from the table in",
+        "`tests/test_bad_input.py`, which tests every case.",
     ]
     for area, cases in CASES.items():
         lines += ["", f"## {area}", "", "| input | the error contains |", "|---|---|"]
         for case in cases:
             says = case.says.replace("|", "\\|")
-            lines.append(f"| {case.what} | `` {says} `` |")
+            mark = " *" if case.by == "run" else ""
+            lines.append(f"| {case.what}{mark} | `` {says} `` |")
     lines += ["", "## Odd but valid", "", "An adapter in another floating-point type, and sentences with:"]
     lines += ["", *(f"* {what}" for what in GOOD)]
     return "\n".join(lines) + "\n"

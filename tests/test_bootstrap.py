@@ -62,6 +62,34 @@ def test_seeds_that_disagree_widen_it():
     assert (found.low, found.high) == (-100, 100)  # each row agrees with the others; only the seeds vary
 
 
+def test_the_error_over_seeds_is_students():
+    """Over examples alone there is none, so the width is that of the pooled t: 2.776 at 3 seeds of each of 2 orders."""
+    seeds = {("A", "1"): 0.2, ("A", "2"): 0.3, ("A", "3"): 0.4, ("B", "1"): 0.5, ("B", "2"): 0.5, ("B", "3"): 0.5}
+    ours = {run: {"x": np.full(50, gap)} for run, gap in seeds.items()}
+    found = paired_interval(ours, resamples=20_000)
+    error = 100 * (0.02 / 4 * (1 / 3 + 1 / 3)) ** 0.5 / 2
+    assert found.mean == pytest.approx(40)
+    assert (found.high - found.low) / 2 == pytest.approx(2.776 * error, rel=0.06)
+
+
+@pytest.mark.parametrize("orders, seeds", [(1, 2), (1, 3), (2, 3)])
+def test_methods_that_differ_by_their_seeds_alone_are_seldom_called_different(orders, seeds):
+    random = np.random.default_rng(3)
+    called = 0
+    for trial in range(200):
+        runs = [(str(order), str(seed)) for order in range(orders) for seed in range(seeds)]
+        ours, theirs = ({run: {"x": (random.random(400) < 0.5 + random.normal(0, 0.05)).astype(float)} for run in runs}
+                        for _ in range(2))  # fmt: skip
+        called += paired_interval(ours, theirs, resamples=300, seed=trial).is_significant
+    assert called <= 20
+
+
+def test_a_dataset_may_have_other_examples_in_another_order():
+    ours = {("A", "1"): {"x": np.ones(10)}, ("B", "1"): {"x": np.ones(20)}}
+    theirs = {("A", "1"): {"x": np.zeros(10)}, ("B", "1"): {"x": np.repeat([0.0, 1.0], 10)}}
+    assert paired_interval(ours, theirs).mean == pytest.approx(75)
+
+
 def test_a_coverage_of_95_percent():
     random = np.random.default_rng(2)
     held = 0

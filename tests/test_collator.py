@@ -221,6 +221,17 @@ def test_lines_of_like_length_are_cut_alike(tokenizers):
     assert batch["input_ids"].shape[1] in (199, 200)
 
 
+@pytest.mark.parametrize("decoder_only", [False, True])
+def test_of_more_lines_than_tokens_the_first_stay(tokenizers, decoder_only):
+    sentence = "\n".join(f"line {number}" for number in range(300))
+    made = collator(tokenizers[byt5], decoder_only, max_source_length=200)
+    made.check([example(sentence)])
+    batch = made([example(sentence, subset="test")])
+    found = text(tokenizers[byt5], kept(batch["input_ids"][0], batch["attention_mask"][0]))
+    assert "line 0\nline 1\nline 2" in found and found.endswith("\nAnswer:")
+    assert batch["input_ids"].shape[1] in (199, 200)
+
+
 def test_training_has_room_for_a_full_prompt_and_a_full_answer(tokenizers):
     tokenizer = tokenizers[byt5]
     batch = collator(tokenizer, True, max_source_length=100, max_target_length=30)([example("x" * 500, "y" * 28)])

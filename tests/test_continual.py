@@ -187,6 +187,14 @@ def test_a_task_is_learnt_if_its_answers_beat_the_most_frequent_label_by_more_th
         learnt_tasks(outcomes, {"dbpedia": 0.5})
 
 
+def test_the_most_frequent_label_is_that_of_the_examples_that_are_answered(tmp_path):
+    """Of MNLI's test examples those without a gold label, "-", are left out, as in a run."""
+    (tmp_path / "labels.json").write_text(json.dumps(["a", "b"]))
+    examples = [{"sentence": "x", "label": label} for label in "a" * 50 + "-" * 100 + "b" * 150 + "a" * 300]
+    (tmp_path / "test.json").write_text(json.dumps(examples))
+    assert continual.majority(tmp_path) == 0.75
+
+
 def test_the_column_of_learnt_tasks_leaves_the_others_out(tmp_path):
     outcomes = [finish(tmp_path, Trial("gorp", "A", 1), ("1100", "0000")),
                 finish(tmp_path, Trial("olora", "A", 1), ("1000", "1111"))]

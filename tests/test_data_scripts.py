@@ -318,6 +318,14 @@ def test_datasets_finished_before_a_failure_stay(tmp_path):
 # prepare_benchmark, from a folder ------------------------------------------------------------------------------------
 
 
+def test_free_text_has_no_labels(tmp_path, caplog):
+    write_dataset(tmp_path / "old/Summary/news", labels=None)
+    write_dataset(tmp_path / "old/TC/mine", labels=None)
+    prepare_benchmark.prepare_from_folder(tmp_path / "new", tmp_path / "old")
+    assert is_complete(tmp_path / "new/Summary/news") and not (tmp_path / "new/TC/mine").exists()
+    assert "TC/mine" in caplog.text.split("in part:")[1]
+
+
 def test_from_a_folder(tmp_path, caplog):
     write_dataset(tmp_path / "old/TC/mine")
     write_dataset(

@@ -9,12 +9,14 @@ from zipfile import ZipFile
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
 
 import run_uie_lora
 from conftest import ROOT
 from errors import InputError
 from examples import loop, own_trainer
 from methods import find_method, make_method
+from methods.base import LoraMethod, Method
 
 EPOCHS, MOST = 2, 68  # eight batches of 8 and one of 4 in an epoch
 T5_LORA = ".*SelfAttention.(q|v).*"
@@ -45,10 +47,10 @@ def test_the_plain_loop_ends_both_tasks_with_the_weights_of_the_entry(method, mi
         assert run_uie_lora.main(entry_command(mini_benchmark, output, model, task, method)) == 0
         model = output / "t5_adapter"
         names = {path.name for path in model.glob("*.safetensors")}
-        assert names == {path.name for path in (tmp_path / "loop" / task).glob("*.safetensors")}
+        assert names == {path.name for path in (tmp_path / "loop" / method / task).glob("*.safetensors")}
         assert ("full_rank_weights.safetensors" in names) == (method in ("sgorp", "magmax"))
         for name in names:
-            theirs, ours = load_file(model / name), load_file(tmp_path / "loop" / task / name)
+            theirs, ours = load_file(model / name), load_file(tmp_path / "loop" / method / task / name)
             assert theirs.keys() == ours.keys() and theirs
             for key, value in theirs.items():
                 assert value.shape == ours[key].shape, key
@@ -93,6 +95,44 @@ def test_a_made_method_ignores_other_methods_options_and_rejects_unknown_ones():
         make_method("olora", lora_modules=T5_LORA, galore_rang=4)
     with pytest.raises(InputError, match="lora_modules"):
         make_method("sgorp")
+
+
+@pytest.mark.parametrize("name, options, fault", [
+    ("gorp", {"preset": "relaesed"}, "--preset: found relaesed; released"),
+    ("olora", {"preset": "released"}, "--preset: found released; none with"),
+    ("gorp", {"preset": "released", "lamda_1": 0.5}, "--lamda_1: found 0.5; 0.0 with --preset released"),
+    ("gorp", {"protect": "gpfirst"}, "--protect: found gpfirst; gp_first, gp_second, none"),
+    ("nlora", {"nlora_form": "prodct"}, "--nlora_form: found prodct; "),
+    ("magmax", {"magmax_merge": "TIES"}, "--magmax_merge: found TIES; "),
+    ("seqlora", {"lora_optimizer": "sgd"}, "--lora_optimizer: found sgd; adamw, muon"),
+    ("sgorp", {"galore_scale": 0}, "--galore_scale: found 0; "),
+])
+def test_a_made_method_rejects_a_value_that_its_flag_does_not_take(name, options, fault):
+    with pytest.raises(InputError, match=fault):
+        make_method(name, lora_modules=T5_LORA, **options)
+
+
+def test_a_made_method_has_what_its_preset_fixes():
+    options = make_method("gorp", lora_modules=T5_LORA, preset="released").options
+    assert (options.protect, options.lamda_1, options.galore_svd) == ("none", 0.0, "exact")
+
+
+def test_cores_do_not_take_the_space_from_a_moment():
+    method = make_method("gorp", lora_modules=T5_LORA, optim_target_modules=".*EncDecAttention.q",
+                         protect="gp_second", galore_engine="cores")  # fmt: skip
+    model = AutoModelForSeq2SeqLM.from_pretrained(loop.BASE)
+    with pytest.raises(InputError, match="--protect: found gp_second with cores"):
+        method.prepare(model, None, decoder_only=False)
+
+
+@pytest.mark.parametrize("name, is_read", [("seqlora", False), ("magmax", False), ("inclora", True), ("gorp", True)])
+def test_merging_old_loras_is_ignored_where_there_are_none(name, is_read):
+    method = make_method(name, lora_modules=T5_LORA, merge_old=True)
+    assert ("merge_old" in method.ignored()) is not is_read
+
+
+def test_a_method_from_scratch_does_not_train_under_deepspeed_unless_it_says_so():
+    assert (Method.zero_stage, LoraMethod.zero_stage) == (None, 3)
 
 
 def test_installing_adds_no_module(tmp_path):

@@ -92,7 +92,7 @@ def test_answers_are_those_of_the_run(run, tmp_path, capfd):
     family, _, folder = run
     rows = [row for row in predictions(folder) if row["Dataset"] == "amazon"][:4]
     texts = [row["Instance"]["sentence"] for row in rows]
-    (tmp_path / "texts").write_text("\n\n".join(text.replace("\n", "\\n") for text in texts))
+    (tmp_path / "texts").write_text("\n".join(text.replace("\n", "\\n") for text in texts))
     assert answer.main([str(folder / family), "--dataset", "SC/amazon", "--file", str(tmp_path / "texts")]) == 0
     assert capfd.readouterr().out.splitlines()[-4:] == [row["Prediction"] for row in rows]
 
@@ -101,7 +101,8 @@ def test_answers_are_those_of_the_run(run, tmp_path, capfd):
     (["--dataset", "TC/cnn", "--text", "x"], "--dataset: found TC/cnn; allowed: TC/dbpedia, SC/amazon"),
     (["--dataset", "SC/amazon", "--text", " "], "--text or --file: found no text"),
     (["--dataset", "SC/amazon", "--file", "nowhere"], "nowhere: no such file"),
-    (["--dataset", "SC/amazon", "--file", os.devnull], "--text or --file: found no text"),
+    (["--dataset", "SC/amazon", "--file", os.devnull], "--text or --file: found no text in line 1"),
+    (["--dataset", "SC/amazon", "--file", str(ROOT / "LICENSE")], "--text or --file: found no text in line 2"),
 ])
 def test_what_cannot_be_asked_is_refused(words, fault, tmp_path, capfd):
     shutil.copytree(PREFIX["t5_adapter"][0], tmp_path / "model")

@@ -321,6 +321,9 @@ REFUSED = {
     "released with clipping": ([*RELEASED, "--max_grad_norm", "1"], "--max_grad_norm: found 1.0; 0.0 with --preset"),
     "released in 16 bits": ([*RELEASED, "--bf16", "True"], "--bf16: found True; False with --preset"),
     "released under DeepSpeed": ([*RELEASED, *DEEPSPEED], "--deepspeed: found"),
+    "a penalty on cores with reentrant recomputation": (
+        ["--lamda_3", "0.1", "--galore_engine", "cores", "--gradient_checkpointing", "True",
+         "--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "--lamda_3: found 0.1 with reentrant"),
     "gp_second with cores": (["--protect", "gp_second", "--galore_engine", "cores"], "--protect: found gp_second"),
     "gp_second under DeepSpeed": (["--protect", "gp_second", *DEEPSPEED], "--protect: found gp_second"),
 }  # fmt: skip
@@ -378,7 +381,7 @@ def test_cores_protect_the_lora_alone_where_no_full_rank_weight_trains(mini_benc
     ("sgorp", ["--proj_lora_modules", ".*SelfAttention.q.loranew_[AB].*"],
      "--proj_lora_modules: .*only loranew_A factors"),
     ("gorp", ["--optim_target_modules", ".*SelfAttention.q", "--galore_engine", "cores"],
-     "--optim_target_modules: matches .*SelfAttention.q, which has a LoRA too"),
+     "--optim_target_modules: matches .*SelfAttention.q, a LoraNewLinear; .*without a LoRA"),
 ])  # fmt: skip
 def test_what_gorp_cannot_protect_or_project_is_refused(name, flags, fault, tmp_path):
     with pytest.raises(InputError, match=fault):
@@ -443,6 +446,12 @@ def test_the_example_of_the_docs_is_a_method(mini_benchmark, tmp_path, monkeypat
         return load_file(tmp_path / folder / "t5_adapter" / "adapter_model.safetensors")
 
     start = task("first", "dbpedia", T5, "0")
+    method = find_method("pull")(find_method("pull").Arguments(method="pull", lora_modules=T5_MODULES[1]))
+    model = AutoModelForSeq2SeqLM.from_pretrained(T5)
+    method.prepare(model, tmp_path / "first" / "t5_adapter", decoder_only=False).to("meta")  # as to a GPU
+    method.create_optimizer(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    method.begin_training()
+    method.penalty().backward()
     moved = {}
     for pull in ("0", "10"):
         factors = task(f"second{pull}", "amazon", tmp_path / "first" / "t5_adapter", pull)

@@ -1,6 +1,7 @@
 """`--bf16` without DeepSpeed: frozen weights in 16 bits, what trains in float32, evaluation as training computes."""
 
 import collections
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import run_uie_lora
 from evaluation.generate import Prediction
 from full_rank import FILE_NAME, exact_weight, load_weights, save_weights
 from helpers import LLAMA, LLAMA_MODULES, arguments
+from methods import find_method
 from model.loading import load_model_and_tokenizer
 from module_matching import match_linear
 from Proj_torch.plan import Plan
 from Proj_torch.zero_core import CoreEngine
+from run_uie_lora import base_dtype
 
 GATES = ".*mlp.gate_proj.*"
 
@@ -77,9 +80,23 @@ def test_dense_gradients_need_float32_weights(trained):
     assert {dtype for _, dtype, _ in parameters} == {torch.float32} and trainer.method.engine.name == "ProjAdamW"
 
 
-def test_a_16_bit_weight_continues_from_the_float32_value_that_was_saved(tmp_path):
+@pytest.mark.parametrize("given, method, dtype", [
+    ({"bf16": True}, "gorp", torch.bfloat16),
+    ({"fp16": True}, "gorp", torch.float32),  # autocast
+    ({"fp16": True, "deepspeed": "ds.json"}, "gorp", torch.float16),
+    ({"fp16": True, "deepspeed": "ds.json", "do_train": False}, "gorp", torch.float32),
+    ({"bf16": True}, "galore", torch.float32),
+    ({}, "gorp", torch.float32),
+])  # fmt: skip
+def test_the_base_is_read_in_the_dtype_in_which_it_trains(given, method, dtype):
+    arguments = SimpleNamespace(**{"bf16": False, "fp16": False, "deepspeed": None, "do_train": True} | given)
+    assert base_dtype(arguments, SimpleNamespace(float32_base=find_method(method).float32_base)) == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_weight_continues_from_the_float32_value_that_was_saved(dtype, tmp_path):
     """The rounding error is kept, in 16 bits too, so what is lost is 2^-9 of it: 2^-17 of the weight."""
-    model = load_model_and_tokenizer(str(LLAMA), dtype=torch.bfloat16).model
+    model = load_model_and_tokenizer(str(LLAMA), dtype=dtype).model
     layers = match_linear(model, [GATES], "--optim_target_modules")
     saved = {name: layer.weight.float() + 1e-5 * torch.randn(layer.weight.shape) for name, layer in layers.items()}
     save_weights(saved, tmp_path)
@@ -89,8 +106,8 @@ def test_a_16_bit_weight_continues_from_the_float32_value_that_was_saved(tmp_pat
     projection = {"rank": 8, "update_proj_gap": 4, "scale": 1.0, "proj_type": "std", "svd": "exact", "lr": 1e-3}
     engine = CoreEngine(model, Plan(loaded, projection))
     for name, layer in engine.layers.items():
-        tolerance = 2.0**-16 * saved[name].abs()
-        assert layer.weight.dtype == torch.bfloat16
+        tolerance = (2.0**-16 * saved[name].abs()).clamp(min=2.0**-24)  # fp16's least positive number
+        assert layer.weight.dtype == dtype
         assert ((layer.weight - saved[name]).abs() > tolerance).any()  # 16 bits alone do not hold it
         for held in (exact_weight(loaded[name]), layer.trained_weight(torch.zeros(layer.core_shape))):
             assert ((held - saved[name]).abs() <= tolerance).all()

@@ -160,6 +160,36 @@ def test_a_run_counts_once_and_other_data_make_another_method(tmp_path):
         find_runs([tmp_path])
 
 
+def change_record(step: Path, **changes) -> None:
+    """Change parts of a step's record, in place."""
+    record = json.loads((step / "run_record.json").read_text())
+    (step / "run_record.json").write_text(json.dumps(record | changes))
+
+
+def test_a_later_task_and_the_base_model_count_too(tmp_path):
+    """Each of these once counted as another seed of the same method."""
+    options = {"num_train_epochs": 1.0}
+    first, second, third, _ = (write_run(tmp_path, "gorp", "A", seed, 70.0, options) for seed in range(1, 5))
+    change_record(second / "outputs" / "2-amazon", data={"SC/amazon/train.json": "other"})
+    record = json.loads((third / "outputs" / "3-agnews" / "run_record.json").read_text())
+    change_record(third / "outputs" / "3-agnews", report=record["report"] | {"options": {"num_train_epochs": 2.0}})
+    method = {run.seed: run.method for run in find_runs([tmp_path])}
+    assert method["1"] == method["4"] and len({*method.values()}) == 3
+    change_record(first / "outputs" / "1-dbpedia", model={"base/model.safetensors": "other"})
+    assert len({run.method for run in find_runs([tmp_path])}) == 4
+
+
+def test_runs_that_have_come_as_far_are_compared_that_far(tmp_path):
+    whole = write_run(tmp_path, "gorp", "A", 1, 70.0)
+    begun = write_run(tmp_path, "gorp", "A", 2, 70.0, finished=1)
+    for run in (whole, begun):
+        for number, step in enumerate(sorted((run / "outputs").iterdir())):
+            change_record(step, data={"file": number})
+    for step in ("2-amazon", "3-agnews"):
+        shutil.rmtree(begun / "outputs" / step)
+    assert {run.method for run in find_runs([tmp_path])} == {"gorp"}
+
+
 def test_runs_of_a_method_with_other_options_are_other_methods(tmp_path):
     write_run(tmp_path, "gorp", "A", 1, 70.0, {"protect": "none", "galore_rank": 8})
     write_run(tmp_path, "gorp", "A", 1, 75.0, {"protect": "gp_first", "galore_rank": 8})

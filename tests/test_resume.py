@@ -26,12 +26,15 @@ import checkpoints
 import files
 import run_record
 import run_uie_lora
+from command_line import parse_arguments
 from errors import InputError, RunStopped, is_disk_full
 from helpers import (
     ENVIRONMENT, HostReads, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, predictions,
 )  # fmt: skip
+from methods import find_method
 from non_finite import NonFiniteGuard
 from Proj_torch import ProjAdamW
+from task_setup import input_files, load_examples
 from uie_trainer_lora import UIETrainer
 
 FACTOR_FILES = ("adapter_model", "full_rank_weights", "gradient_space")
@@ -309,6 +312,37 @@ def test_a_changed_data_file_is_named(uninterrupted, mini_benchmark, tmp_path, c
     edit(benchmark / "TC" / "dbpedia" / "test.json", lambda rows: rows[1:])
     assert run_uie_lora.main(command(benchmark, uninterrupted)) == 2
     assert "holds a run that differs: TC/dbpedia/test.json has changed; undo" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("method, task, changed, differs", [
+    ("multitask", "dbpedia", "SC/amazon/train.json", True),
+    ("replay", "amazon", "TC/dbpedia/train.json", True),
+    ("replay", "dbpedia", "SC/amazon/train.json", False),
+    ("seqlora", "dbpedia", "SC/amazon/train.json", False),
+])  # fmt: skip
+def test_the_data_of_other_tasks_count_where_a_method_reads_them(
+    method, task, changed, differs, mini_benchmark, tmp_path
+):
+    benchmark = Path(shutil.copytree(mini_benchmark, tmp_path / "benchmark"))
+    flags = arguments(benchmark, tmp_path / "out", task, T5, T5_MODULES, "--method", method)
+    _, data_args, method_args, training_args = parse_arguments([str(flag) for flag in flags])
+
+    def digests() -> dict[str, str]:
+        found = input_files(data_args, training_args, find_method(method)(method_args))
+        return {name: files.digest(path) for name, path in found.items()}
+
+    before = digests()
+    edit(benchmark / changed, lambda rows: rows[1:])
+    assert (digests() != before) is differs
+
+
+def test_a_method_reads_what_it_declares(mini_benchmark, tmp_path):
+    flags = arguments(mini_benchmark, tmp_path / "out", "amazon", T5, T5_MODULES, "--method", "replay")
+    _, data_args, method_args, training_args = parse_arguments([str(flag) for flag in flags])
+    method = find_method("replay")(method_args)
+    method.reads = "no"
+    with pytest.raises(AssertionError, match="Method.reads is 'no'"):
+        load_examples(data_args, training_args, method)
 
 
 def test_every_part_of_a_record_is_compared(finished):

@@ -115,7 +115,7 @@ def test_inflora_keeps_the_energy_that_the_order_asks_for(tmp_path):
     previous, before = None, {}
     for task, dataset in enumerate(("dbpedia", "amazon", "yahoo")):
         method = method_of("inflora", "--inflora_energy", "0.8", folder=tmp_path)
-        order = OrderExamples(ROOT / "configs" / "order1_configs" / dataset, None, seed=0, fixed_steps=True)
+        order = OrderExamples(ROOT / "configs" / "order1_configs" / dataset, None, seed=0, fixed_steps=True, reads="no")
         method.training_examples(None, order)
         model = begin(method, previous, task)
         fit(method, model, task)
@@ -370,6 +370,19 @@ def test_what_a_method_needs_beside_the_lora_must_be_there_and_fit(name, tmp_pat
     beside.unlink()
     with pytest.raises(InputError, match=f"{beside.name}: no such file"):
         method_of(name, folder=tmp_path).prepare(tiny_t5(), first, decoder_only=False)
+
+
+def test_ewc_penalty_does_not_overflow_under_a_loss_scale(tmp_path):
+    """fp16's: F lambda / 2 times 2^16 overflows, its product with theta - theta* does not."""
+    train(method_of("ewc", folder=tmp_path), None, tmp_path / "1")
+    method = method_of("ewc", "--ewc_lamda", "100", folder=tmp_path)
+    begin(method, tmp_path / "1", 1)
+    for name, factor in method.factors():
+        factor.data = factor.data.half()
+        method.start[name] = factor.detach().float() - 1e-3
+        method.fisher[name] = torch.ones_like(method.start[name])
+    (method.penalty() * 2**16).backward()
+    assert all(factor.grad.isfinite().all() and factor.grad.any() for _, factor in method.factors())
 
 
 def test_ewc_penalty_is_half_the_weighted_distance_to_the_last_task(tmp_path):

@@ -173,6 +173,14 @@ def test_a_second_task_that_ends_leaves_the_first_whole_and_the_order_goes_on(
     assert (tmp_path / "outputs" / "2-amazon" / "completed.json").exists()
 
 
+def test_starting_over_beside_a_live_run_is_rejected(command, tmp_path, capfd):
+    live = tmp_path / "outputs" / "1-dbpedia"
+    live.mkdir(parents=True)
+    with run_uie_lora.lock(live):
+        assert run_order.main([*command(), "--fresh", str(tmp_path / "log.txt")]) == 2
+    assert f"another run is writing to {live}" in capfd.readouterr().err and live.exists()
+
+
 def test_bad_input_of_a_later_task_is_one_line(command, tmp_path, capfd):
     stray = tmp_path / "outputs" / "2-amazon" / "predict_results.json"
     stray.parent.mkdir(parents=True)

@@ -142,6 +142,23 @@ def test_layer_inputs_are_what_the_layers_see_without_padding():
     assert torch.allclose(remove(seen["b"], space.get("b"), "input"), torch.zeros(6, 6), atol=1e-5)
 
 
+@pytest.mark.parametrize("most", [2, 40])  # positions; more than a sample takes
+def test_a_layer_that_sees_examples_end_to_end_is_sampled_like_another(most):
+    """Some models (OPT, Qwen2-MoE) give a linear layer (examples * positions, in)."""
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.flat = torch.nn.Linear(4, 6), torch.nn.Linear(4, 6)
+
+        def forward(self, x, attention_mask, labels):
+            return self.layer(x), self.flat(x.flatten(0, 1))
+
+    model, mask = Model(), torch.tensor([[1] * most, [1, 0] * (most // 2)])
+    batch = {"x": torch.randn(2, most, 4), "attention_mask": mask, "labels": torch.zeros(2, 1)}
+    seen = layer_inputs(model, {"layer": model.layer, "flat": model.flat}, [batch])
+    assert torch.equal(seen["layer"], seen["flat"]) and seen["flat"].shape[1] == 4
+
+
 def test_a_sample_of_layer_inputs_does_not_depend_on_the_batches():
     class Model(torch.nn.Module):
         def __init__(self):

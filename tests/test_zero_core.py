@@ -118,6 +118,23 @@ def test_the_host_waits_for_one_value_a_weight_at_a_refresh_and_for_none_between
     assert waits == [len(TARGETS), 0]
 
 
+def test_a_layer_that_a_refresh_step_skips_is_due_at_the_next():
+    """As LayerDrop skips layers."""
+    one = Run(Case("dropped"))
+    dropped = next(iter(one.cores.layers.values()))
+    for step in range(3):
+        one.cores.begin_micro_batch()
+        (x, y) = batch(step)
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 0:
+                patch.setattr(dropped, "forward", lambda x: torch.nn.functional.linear(x, dropped.weight, dropped.bias))
+            (one.net(x) - y).square().mean().backward()
+        one.optimizer.step()
+        one.optimizer.zero_grad()
+        assert (dropped.refreshes, dropped.bases is None) == ((0, True) if step == 0 else (1, False))
+    assert dropped.core.any()
+
+
 def test_every_step_and_refresh_is_counted():
     report = run(Case("counted", steps=10, gap=4, accumulation=2))["report"]
     assert report.keys() == set(TARGETS)

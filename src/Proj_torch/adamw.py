@@ -267,7 +267,7 @@ def _projector(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> ProjP
     """The parameter's projector with its bases from the state; in a group without a rank it projects nothing."""
     if "rank" not in group:
         return ProjProjector(rank=None, bases=(None, None))
-    settings = {key: group[key] for key in PROJECTION_KEYS}
+    settings = {key: group[key] for key in ("rank", "scale", "proj_type", "svd")}
     bases = tuple(state.get(f"basis_{mode}") for mode in range(p.ndim)) if "refreshes" in state else None
     return (ProjProjector if p.ndim <= 2 else ProjProjectorTensor)(**settings, bases=bases)
 
@@ -311,10 +311,8 @@ def _check(group: dict[str, Any]) -> None:
     if spaces and not any(group[way] for way in WAYS) and any(S is not None for S in spaces):
         raise InputError(f"optimizer group: {', '.join(WAYS)} are all off, so scale_mats would do nothing")
     if "scale_mats" in group and len(spaces) != len(group["params"]):
-        raise InputError(
-            f"optimizer group: scale_mats has {len(spaces)} entries for {len(group['params'])} parameters; "
-            "allowed is one per parameter, None where nothing is protected"
-        )
+        raise InputError(f"optimizer group: scale_mats has {len(spaces)} entries for {len(group['params'])} "
+                         "parameters; allowed is one per parameter, None where nothing is protected")
     names = group.get("param_names", [f"number {index}" for index in range(len(group["params"]))])
     for index, (name, p) in enumerate(zip(names, group["params"], strict=True)):
         where, S = f"optimizer group, parameter {name}", _space(group, index)

@@ -74,6 +74,7 @@ class CoreLinear(nn.Linear):
     def prepare_refresh(self) -> None:
         """Collect the next step's gradient; the core must be zero."""
         self.gradient, self.before = LayerGradient(self.shape), (self.bases, self.share, self.fell_back)
+        self.fell_back = True  # until bases are found: a step may skip the layer (LayerDrop)
 
     def close_refresh(self, taken: bool) -> None:
         """End a step that refreshed: count the refresh, or undo it if the optimizer skipped the step."""

@@ -34,16 +34,16 @@ def make_engine(
     """The engine that trains `plan.targets` of `model`: a `CoreEngine`, as DeepSpeed needs, if `cores`.
 
     `eps_before_correction`, as in `ProjAdamW`, is for `DenseEngine` only. Raises InputError where a rank, a setting or
-    a space does not fit, and with cores for a target that has a LoRA too.
+    a space does not fit, and with cores for `gp_second` or a target that is no plain linear layer.
     """
     if not cores:
         return DenseEngine(plan, eps_before_correction)
+    if plan.way == "gp_second":
+        raise InputError("--protect: found gp_second with cores; it needs --galore_engine dense, in one process")
     both = sorted(name for name in plan.targets if type(model.get_submodule(name)) is not nn.Linear)
     if both:  # a core takes the layer's place
-        raise InputError(
-            f"--optim_target_modules: matches {both[0]}, which has a LoRA too; under DeepSpeed, or with "
-            "--galore_engine cores, one of the two"
-        )
+        raise InputError(f"--optim_target_modules: matches {both[0]}, a {type(model.get_submodule(both[0])).__name__}; "
+                         "under DeepSpeed, or with --galore_engine cores, only an nn.Linear without a LoRA is allowed")
     return CoreEngine(model, plan)
 
 

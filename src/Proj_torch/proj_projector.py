@@ -126,18 +126,13 @@ def project(G: Tensor, left: Basis = None, right: Basis = None, S: Basis = None,
     return remove(times_thin(R, right), S, side)
 
 
-def project_back(R: Tensor, left: Basis = None, right: Basis = None, S: Basis = None, side: str = "output") -> Tensor:
-    """left R right^T, of shape (out, in); with S, `remove` of it."""
-    return product(back_factors(R, left, right, S, side))
-
-
 def product(factors: Sequence[Tensor]) -> Tensor:
     """The matrix that one or two factors stand for."""
     return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
 
 def back_factors(R: Tensor, left: Basis, right: Basis, S: Basis = None, side: str = "output") -> tuple[Tensor, ...]:
-    """One or two matrices whose product is `project_back` of the same arguments; a weight can add it in place."""
+    """One or two matrices whose product is left R right^T (out, in), with S `remove` of it; for adding it in place."""
     left, right, S = remove_from_bases(left, right, S, side)
     R = remove(R, S, side)
     if left is not None and right is not None:
@@ -166,14 +161,12 @@ class ProjProjector:
 
     Attributes:
         rank: k, at most min(out, in); None projects nothing.
-        update_proj_gap: steps between two refreshes of the bases.
         scale: factor on the update that `add_back_` adds to the weight (GaLore's alpha).
         proj_type: one of `PROJ_TYPES`; svd: "exact" or "lowrank".
         bases: (left, right) to start from; None before the first refresh.
     """
 
     rank: int | None
-    update_proj_gap: int = 200
     scale: float = 1.0
     proj_type: str = "std"
     svd: str = "exact"

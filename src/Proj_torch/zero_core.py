@@ -225,7 +225,7 @@ def _refresh(layer: CoreLinear, svd: str, seed: int) -> None:
     Where it has none, as when it is zero, the previous bases stay, and the share that is sent is NaN.
     """
     if not any(layer.ranks):  # full rank: plain AdamW
-        layer.bases, layer.share = (None, None), 1.0
+        layer.bases, layer.share, layer.fell_back = (None, None), 1.0, False
         return
     ranks, found = dist.get_world_size() if dist.is_initialized() else 1, None
     try:

@@ -41,14 +41,17 @@ def make_method(name: str, **options) -> Method:
     """The method of that name; its options have the names of the flags.
 
     An option that only other methods read is ignored, and `Method.summary` says so. The same settings can thus be
-    passed to every method.
+    passed to every method. Of what `preset` fixes, the optimizer's settings and the precision are left to the caller.
 
     Raises:
-        InputError: an unknown method, or a value that is not allowed.
+        InputError: an unknown method or preset, or a value that is not allowed, by itself or with the preset.
         TypeError: an option that no method has.
     """
     method = find_method(name)
     own = {option.name for option in dataclasses.fields(method.Arguments)}
+    for option, value in method.fixed_by(options.get("preset")).items():
+        if option in own and options.setdefault(option, value) != value:
+            raise InputError(f"--{option}: found {options[option]}; {value} with --preset {options['preset']}")
     others = {option.name for other in method_names() for option in dataclasses.fields(find_method(other).Arguments)}
     ignored = [option for option in options if option in others - own]
     arguments = method.Arguments(method=name, **{key: options[key] for key in options if key not in ignored})

@@ -49,6 +49,8 @@ class Method:
     Attributes:
         Arguments: the method's group of command-line options; all of them, and no others, are read.
         zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
+        reads: whose examples besides the task's own `training_examples` may read: those of "no" other task, of all
+            "earlier" ones, or of "all".
         step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_examples` may set it.
         shown_examples: how many of the task's examples `begin_task` and `revisit` may see; None for all.
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
@@ -59,7 +61,8 @@ class Method:
     """
 
     Arguments: type[MethodArguments] = MethodArguments
-    zero_stage: int | None = 3
+    zero_stage: int | None = None
+    reads = "no"
     step_factor = 1
     shown_examples: int | None = 64
     averages_micro_batches = False
@@ -162,6 +165,7 @@ class Method:
 
     def save(self, folder: Path) -> None:
         """Write what the next task needs to `folder`: here every changed full-rank weight, as PEFT saves none."""
+        (folder / full_rank.FILE_NAME).unlink(missing_ok=True)  # in code of one's own, an earlier run's
         if self.changed:
             full_rank.save_weights(self.changed_weights(), folder)
             config = read_json(folder / CONFIG_FILE)
@@ -215,6 +219,7 @@ class LoraMethod(Method):
     """A new LoRA for each task, which joins the frozen LoRA of all earlier tasks when its task ends."""
 
     Arguments: type[LoraArguments] = LoraArguments
+    zero_stage = 3
 
     def __init__(self, options: LoraArguments):
         super().__init__(options)
@@ -241,7 +246,7 @@ class LoraMethod(Method):
             self.model = load_loranew(model, previous)
             self._reject_other_kind(previous, self.lora_config(decoder_only).save_loranew)
             self._say_what_stays(previous, layers.keys())
-        if self.options.merge_old:
+        if self.options.merge_old and "merge_old" not in self.idle:
             self._merge_old()
         return self.model
 
@@ -252,10 +257,8 @@ class LoraMethod(Method):
     def _reject_other_kind(self, previous: Path, one_for_all: bool) -> None:
         if self.model.peft_config[self.model.active_adapter].save_loranew != one_for_all:
             kinds = {True: "trains one LoRA through all tasks", False: "adds a LoRA for each task"}
-            raise InputError(
-                f"--method {self.options.method}: {kinds[one_for_all]}, but {previous} was saved by "
-                f"a method that {kinds[not one_for_all]}"
-            )
+            raise InputError(f"--method {self.options.method}: {kinds[one_for_all]}, but {previous} was saved by a "
+                             f"method that {kinds[not one_for_all]}")
 
     def _say_what_stays(self, previous: Path, named_layers: Collection[str]) -> None:
         """Warn of flags that are ignored because all tasks have the LoRA of the first."""
@@ -414,7 +417,6 @@ class FullRankMethod(Method):
 
     Arguments: type[TargetArguments] = TargetArguments
     float32_base = True
-    zero_stage = None  # the optimizer, or the hooks on gradients, need complete weights
 
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False

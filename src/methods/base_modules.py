@@ -39,10 +39,9 @@ def choose_modules(options, model: nn.Module) -> None:
         names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         counts = Counter(".".join(part for part in name.split(".")[-3:] if not part.isdigit()) for name in names)
         layers = ", ".join(f"{count} x {ending}" for ending, count in counts.items()) or "none"
-        raise InputError(
-            f"--lora_modules, --optim_target_modules: found auto, which does not know model_type {kind!r}; allowed: "
-            f"regular expressions for complete names of its linear layers, such as '.*ENDING'; their endings: {layers}"
-        )
+        raise InputError("--lora_modules, --optim_target_modules: found auto, which does not know model_type "
+                         f"{kind!r}; allowed: regular expressions for complete names of its linear layers, such as "
+                         f"'.*ENDING'; their endings: {layers}")
     chosen = {}
     if lora == AUTO:
         chosen["lora_modules"] = BY_TYPE[kind][0]

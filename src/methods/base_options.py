@@ -26,7 +26,9 @@ class MethodArguments:
     ignored: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self):
-        pass
+        for option in fields(self):
+            value, choices = getattr(self, option.name), option.metadata.get("choices")
+            check(not choices or value in choices, option.name, value, ", ".join(choices or ()))
 
     def changed_base(self) -> list[str]:
         """Regular expressions for the base's weights that change, and so cannot be held in 4 bits."""
@@ -143,7 +145,7 @@ class ProjectionArguments(TargetArguments):
         super().__post_init__()
         check_number(self, "galore_rank", above=0)
         check_number(self, "galore_update_proj_gap", above=0)
-        check_number(self, "galore_scale", least=0)
+        check_number(self, "galore_scale", above=0)
         check_number(self, "galore_lr", least=0)
 
     @staticmethod

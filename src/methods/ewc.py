@@ -45,19 +45,22 @@ class Ewc(Seqlora):
         return model
 
     def begin_task(self, model, batches):
-        self.start = {name: factor.detach().clone() for name, factor in self.factors() if name in self.fisher}
+        self.start = {name: factor.detach().to(torch.float32, copy=True) for name, factor in self.factors()
+                      if name in self.fisher}  # fmt: skip
 
     def begin_training(self, engine=None):
         super().begin_training(engine)
         for name, factor in self.factors() if self.fisher else ():  # DeepSpeed has moved them to their device by now
             self.fisher[name] = self.fisher[name].to(factor.device)
-            self.start[name] = self.start[name].to(factor)
+            self.start[name] = self.start[name].to(factor.device)
 
     def penalty(self):
         if not self.options.ewc_lamda or not self.fisher:
             return None
         weight = 0.5 * self.options.ewc_lamda * self.options.ewc_decay
-        terms = [(self.fisher[name] * (factor - self.start[name]).square()).sum() for name, factor in self.factors()]
+        # In float32: under fp16's loss scale F (theta - theta*) may overflow before its small factor is applied.
+        changes = {name: factor.float() - self.start[name] for name, factor in self.factors()}
+        terms = [(self.fisher[name] * change.square()).sum() for name, change in changes.items()]
         return weight * torch.stack(terms).sum()
 
     def revisit(self, model, batches):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from arguments import check
 from errors import InputError
 from loranew import loranew_layers
 from methods.base import LoraMethod
@@ -55,6 +56,10 @@ class GorpArguments(ChangePenaltyArguments, SpaceArguments, ProjectionArguments,
         if self.protect == "gp_second" and (zero_stage is not None or self.galore_engine == "cores"):
             engine = "--galore_engine cores" if zero_stage is None else "DeepSpeed"
             raise InputError(f"--protect: found gp_second with {engine}; it needs ProjAdamW, one process without cores")
+        cores = zero_stage is not None or self.galore_engine == "cores"
+        reentrant = (training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        check(not (self.lamda_3 and cores and reentrant), "lamda_3", f"{self.lamda_3} with reentrant checkpointing",
+              "0, or use_reentrant false: a core's gradient would arrive in two parts")
 
 
 class Gorp(LoraMethod):
@@ -88,10 +93,8 @@ class Gorp(LoraMethod):
         named = match_names(factors, options.proj_lora_modules, "--proj_lora_modules", ending)
         self.protected = {name: factors[name] for name in named}
         if not self.targets and not self.protected:
-            raise InputError(
-                f"--method {options.method}: neither --optim_target_modules nor --proj_lora_modules is given, so "
-                "nothing would be projected or protected; give one, or use --method inclora"
-            )
+            raise InputError(f"--method {options.method}: neither --optim_target_modules nor --proj_lora_modules is "
+                             "given, so nothing would be projected or protected; give one, or use --method inclora")
         weights = {**self.protected, **{name: layer.weight for name, layer in self.targets.items()}}
         self.space = GradientSpace(options.protect_side, options.space_energy)
         if self.protects and previous is not None and (previous / SPACE_FILE).exists():

@@ -14,6 +14,7 @@ from methods.seqlora import Seqlora
 
 class Multitask(Seqlora):
     zero_stage = None  # DeepSpeed only evaluates what it has trained, and the later steps train nothing
+    reads = "all"
     is_first = True
 
     def training_examples(self, own, order):

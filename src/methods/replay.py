@@ -27,6 +27,7 @@ class ReplayArguments(LoraArguments):
 
 class Replay(Seqlora):
     Arguments = ReplayArguments
+    reads = "earlier"
 
     def training_examples(self, own, order):
         buffers = [self._draw(rows, f"{order.seed}/replay/{place}") for place, rows in enumerate(order.earlier())]

@@ -17,6 +17,10 @@ class Seqlora(LoraMethod):
     Arguments = SeqloraArguments
     zero_stage = 2  # at stage 3 `end_task` gathers only a folded memory
 
+    def __init__(self, options):
+        super().__init__(options)
+        self.idle = {"merge_old"}  # there is no LoRA of earlier tasks beside the one that trains
+
     def lora_config(self, decoder_only: bool):
         config = super().lora_config(decoder_only)
         config.save_loranew = True

@@ -1,9 +1,11 @@
-"""A paired bootstrap interval for the difference of two methods' average performance.
+"""A paired interval for the difference of two methods' average performance.
 
 The difference between two runs of one order and seed depends on which test examples there happen to be and on what the
-seed draws, so both are resampled: each dataset's examples (the same draw for every run, as two methods answer the same
-examples) and each order's seeds. A difference is not significant if its interval contains 0, or if there is a single
-seed, as the interval does not then cover what another seed would draw.
+seed draws. Each dataset's examples are resampled (a bootstrap, with the same draw for every run, as two methods answer
+the same examples). The few seeds are not, since resampling n of them understates their variance by (n - 1) / n and
+ignores how uncertain it is: their mean gets an error of Student's t, with one variance for all orders, as in a pooled
+t-test. A difference is not significant if its interval contains 0, or if there is a single seed, as the interval does
+not then cover what another seed would draw.
 """
 
 from collections import Counter
@@ -61,19 +63,20 @@ def paired_interval(
         raise InputError("the two methods have no run of the same order and seed")
     gaps = {run: _gaps(ours[run], theirs[run], run) for run in runs}
     random = np.random.default_rng(seed)
-    sizes = {dataset: len(gap) for by_dataset in gaps.values() for dataset, gap in by_dataset.items()}
-    shares = {dataset: random.multinomial(n, [1 / n] * n, resamples) / n for dataset, n in sorted(sizes.items())}
+    drawn_from = sorted({(dataset, len(gap)) for by_dataset in gaps.values() for dataset, gap in by_dataset.items()})
+    shares = {(dataset, n): random.multinomial(n, [1 / n] * n, resamples) / n for dataset, n in drawn_from}
     seeds = Counter(order for order, _ in runs)
-    means, drawn = [], []
-    for order in seeds:
-        of_order = [gaps[run] for run in runs if run[0] == order]
-        means.append(np.mean([_mean_over_datasets(by_dataset) for by_dataset in of_order]))
-        resampled = np.stack([_mean_over_datasets(by_dataset, shares) for by_dataset in of_order])  # seeds, resamples
-        n = seeds[order]
-        drawn.append((resampled * random.multinomial(n, [1 / n] * n, resamples).T / n).sum(axis=0))
+    by_order = [[gaps[run] for run in runs if run[0] == order] for order in seeds]
+    means = [np.array([_mean_over_datasets(one) for one in of_order]) for of_order in by_order]
+    drawn = np.mean([np.mean([_mean_over_datasets(one, shares) for one in of_order], axis=0) for of_order in by_order],
+                    axis=0)  # fmt: skip
+    if freedom := len(runs) - len(seeds):
+        variance = sum(((of_seeds - of_seeds.mean()) ** 2).sum() for of_seeds in means) / freedom
+        error = np.sqrt(variance * sum(1 / n for n in seeds.values())) / len(seeds)
+        drawn = np.clip(drawn + error * random.standard_t(freedom, resamples), -1, 1)
     tail = 100 * (1 - level) / 2
-    low, high = np.percentile(np.mean(drawn, axis=0), [tail, 100 - tail])
-    bounds = (100 * float(value) for value in (np.mean(means), low, high))
+    low, high = np.percentile(drawn, [tail, 100 - tail])
+    bounds = (100 * float(value) for value in (np.mean([of_seeds.mean() for of_seeds in means]), low, high))
     return Interval(*bounds, runs=len(runs), seeds=min(seeds.values()))
 
 
@@ -83,6 +86,7 @@ def _gaps(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], run:
     return {name: np.asarray(ours[name], float) - np.asarray(theirs[name], float) for name in ours}
 
 
-def _mean_over_datasets(gaps: Mapping[str, np.ndarray], shares: Mapping[str, np.ndarray] | None = None):
-    """Mean over datasets of the mean over examples; with `shares` (resamples, n), one for each resample."""
-    return np.mean([gap.mean() if shares is None else shares[name] @ gap for name, gap in gaps.items()], axis=0)
+def _mean_over_datasets(gaps: Mapping[str, np.ndarray], shares: Mapping[tuple[str, int], np.ndarray] | None = None):
+    """Mean over datasets of the mean over examples; with `shares` (resamples, n), by dataset and n, one for each."""
+    return np.mean([gap.mean() if shares is None else shares[name, len(gap)] @ gap for name, gap in gaps.items()],
+                   axis=0)  # fmt: skip

@@ -14,13 +14,13 @@ import markdown
 import numpy as np
 from matplotlib.figure import Figure
 
-from files import read_object, atomic_folder
+from files import atomic_folder, read_object
 from report import figures as draw
 from report.bootstrap import Interval
 from report.matrix import MEASURES
 from report.runs import (
     Run, base_method, distinct, finished, interval, is_ceiling, natural, paired_difference, ranked_methods, select,
-    summarise,
+    setting, summarise,
 )  # fmt: skip
 
 TITLE = "Continual learning: methods side by side"
@@ -31,7 +31,7 @@ PUBLISHED = read_object(HERE / "published.json")
 NOTE = (
     "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
     "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
-    "same order and seed with those of the best method, the ceiling aside; in brackets the 95 % interval, resampled "
+    "same order and seed with those of the best method, the ceiling aside; in brackets the 95 % interval "
     "over test examples and seeds (over examples alone with one seed). A difference whose interval contains 0 is not "
     "significant. Trained: most trainable parameters of a task; stored: what the last task saves. Definitions: "
     "docs/METRICS.md."
@@ -207,8 +207,8 @@ def _foot(runs: Sequence[Run]) -> list[str]:
     lines = ["## Made with", *filter(None, made)]
     for model in distinct(runs, "model"):
         own = select(runs, model=model)
-        shared = {key: value for key, value in own[0].options.items()
-                  if all(run.options.get(key) == value for run in own) and value not in (None, [])}
+        shared = {key: setting(value) for key, value in own[0].options.items()
+                  if all(run.options.get(key) == value for run in own) and setting(value) not in (None, [])}
         lines.append(_plain(f"{model}, settings of all runs: {_settings(shared) or '-'}."))
     return lines
 

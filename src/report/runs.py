@@ -1,6 +1,7 @@
 """Orders on disk as `Run`s, and statistics over them: mean, spread, paired differences."""
 
 import hashlib
+import itertools
 import json
 import re
 import statistics
@@ -39,7 +40,7 @@ class Run:
     values: int | None  # all parameters of the model
     stored_bytes: int | None  # what the last task saved for a next one
     unfinished: list[str]  # steps without results
-    options: dict
+    options: dict[str, list]  # by name, the value in each step so far
     made_with: dict  # git revision, versions and machine
     varying: dict = field(default_factory=dict)  # the options in which runs of its name differ
 
@@ -100,18 +101,29 @@ def read_run(order_dir: Path) -> Run:
         values=number(first, "values", paths[0]),
         stored_bytes=sum(stored) or None,
         unfinished=unfinished,
-        options=_options(paths[0]),
+        options=_options(paths),
         made_with=_made_with(paths[0]),
     )
 
 
-def _options(record: Path) -> dict:
-    """What distinguishes runs of a method besides order and seed; input files (data, instructions, DeepSpeed) count by
-    their contents."""
-    made_of = {"processes": _object(record, "report").get("processes")}
-    if files := _object(record, "data"):
-        made_of["input_files"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8]
-    return _object(record, "report", "options") | made_of
+def _options(records: Sequence[Path]) -> dict[str, list]:
+    """What distinguishes runs of a method besides order and seed, in each step so far; input files (data, instructions,
+    DeepSpeed) and the base model's count by their contents."""
+    steps = [_object(path, "report", "options") | {"input_files": _digest(_object(path, "data")),
+                                                   "processes": _object(path, "report").get("processes")}
+             for path in records]  # fmt: skip
+    values = {name: [step.get(name) for step in steps] for name in dict.fromkeys(itertools.chain(*steps))}
+    return values | {"base_model": [_digest(_object(records[0], "model"))]}
+
+
+def _digest(content: object) -> str | None:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8] if content else None
+
+
+def setting(values: list) -> object:
+    """An option's value, or a digest of its values where the steps of a run differ."""
+    return values[0] if all(value == values[0] for value in values) else f"differs by task ({_digest(values)})"
 
 
 def _made_with(record: Path) -> dict:
@@ -231,13 +243,19 @@ def _name_variants(runs: list[Run]) -> None:
         group = select(runs, model=model, method=method)
         keys = list(dict.fromkeys(key for run in group for key in run.options))
         varying = [key for key in keys if any(
-            len({repr(run.options.get(key)) for run in select(group, order=order)}) > 1
+            _differ([run.options.get(key, [None]) for run in select(group, order=order)])
             for order in distinct(group, "order")
         )]  # fmt: skip
         for run in group:
-            run.varying = {key: run.options.get(key) for key in varying}
+            run.varying = {key: setting(run.options.get(key, [None])) for key in varying}
         for run, name in zip(group, _fewest_options([run.varying for run in group])):
             run.method += name
+
+
+def _differ(runs: Sequence[list]) -> bool:
+    """Whether two runs have different values in a step that both have reached."""
+    return any(len({repr(values[step]) for values in runs if step < len(values)}) > 1
+               for step in range(max(map(len, runs))))  # fmt: skip
 
 
 def _reject_twice(runs: Iterable[Run]) -> None:
