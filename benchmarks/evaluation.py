@@ -155,7 +155,7 @@ CONTENDERS: dict[str, Callable[[Subject], list[list[int]]]] = {
     "+ padded to the batch's length": loop,
     "+ sorted by length": lambda subject: ours(subject, bounded=False, shared=False),
     "+ longest label as first bound": lambda subject: ours(subject, shared=False),
-    "+ a dataset's common beginning once a batch, if decoder-only (ours)": ours,
+    "+ a dataset's common prefix once a batch, if decoder-only (ours)": ours,
     "ours, with the loss too": lambda subject: ours(subject, with_loss=True),
     "the Trainer's loop: file order, batch's length, loss": lambda subject: loop(subject, loss=True),
 }

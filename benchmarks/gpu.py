@@ -225,10 +225,10 @@ def measure(kind: str, name: str, config, table: Table) -> tuple[float, float | 
         table.add(f"{kind}: {name}, peak memory of a step", ordinary[0] / 2**30, "GiB")
     if method is not None:
         table.add(f"{kind}: {name}, first step, which computes bases", refresh, "s")
+        planned = plan_of(kind, method, training)  # with --tiny too, where it only has to run
         if PLANNED:
-            planned = plan_of(kind, method, training) / most[0]
-            close = abs(planned - 1) <= PLAN
-            table.add(f"{kind}: {name}, plan_memory / peak", planned, "x", f"within {PLAN:.0%}", close)
+            close = abs(planned / most[0] - 1) <= PLAN
+            table.add(f"{kind}: {name}, plan_memory / peak", planned / most[0], "x", f"within {PLAN:.0%}", close)
         table.add(f"{kind}: {name}, a task's end without saving", seconds(lambda: end(method, training)), "s")
     elif name == "galore-torch":
         weight = max((p for p in training.model.parameters() if p.requires_grad), key=torch.Tensor.numel)

@@ -272,12 +272,14 @@ def prepare_from_folder(
     chosen = _unfinished(data_dir, names or complete, overwrite)
     files = {name: Path(folder) / name / "labels.json" for name in chosen}
     labels = {name: read_labels(path) for name, path in files.items() if path.exists()}
+    for name in files.keys() - labels.keys():
+        logger.info("%s: has no labels.json, so its answers are free text", name)
     for name in tqdm(chosen, desc="checking", unit=" datasets"):
         for subset in SUBSETS:
             read_labelled(Path(folder) / name / f"{subset}.json", labels.get(name))
     for name in chosen:
         with atomic_folder(Path(data_dir) / name) as partial:
-            if name in labels:  # free text has none
+            if name in labels:
                 write_json(partial / "labels.json", labels[name])
             for subset in SUBSETS:
                 shutil.copyfile(Path(folder) / name / f"{subset}.json", partial / f"{subset}.json")

@@ -88,10 +88,21 @@ find_python() {
     fail "Python: found no version 3.11 or newer on PATH; install one, with its venv and pip modules"
 }
 
-# Whether PyTorch finds a GPU. Asking it takes seconds, so it is asked only if the system has a GPU device.
+# Whether PyTorch finds a GPU. Asking it takes seconds, so it is asked once, and only if the system has a GPU device.
+# If PyTorch cannot use that device, its reason is shown.
 has_gpu() {
-    compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]] || return 1
-    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
+    local reason
+    if [ -z "${gpu:-}" ]; then
+        gpu=no
+        compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]] || return 1
+        [[ -n ${CUDA_VISIBLE_DEVICES-unset} ]] || return 1
+        if reason=$("$PYTHON" -W always -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>&1); then
+            gpu=yes
+        else
+            say "this machine's GPU cannot be used by PyTorch, so the CPU trains: ${reason:-no reason given}" >&2
+        fi
+    fi
+    [ $gpu = yes ]
 }
 
 free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
@@ -194,7 +205,11 @@ check_model() {
 
 # Run a command while no other node or job that shares this folder runs one.
 one_at_a_time() {  # COMMAND ...
-    if [ -w requirements.txt ] && command -v flock >/dev/null; then { flock 9; "$@"; } 9>>requirements.txt; else "$@"; fi
+    if [ ! -w requirements.txt ] || ! command -v flock >/dev/null; then "$@"; return; fi
+    {
+        flock 9 2>/dev/null || say "no file locks here: start one job alone before several" >&2
+        "$@"
+    } 9>>requirements.txt
 }
 
 # --- running orders ---
@@ -310,7 +325,7 @@ make_small_parts() {
 # Set `command`, which runs the order. A later flag overrides an earlier one: those for a small model follow the
 # published ones, and EXTRA follows all.
 set_command() {
-    local index
+    local index own
     options=("${shared[@]}" "${values[@]}")
     # Other methods have their own defaults for penalties, and the released code computes none.
     [[ $method != gorp || $preset == released ]] || options+=("${penalties[@]}" "${changed_penalties[@]}")
@@ -319,10 +334,14 @@ set_command() {
         options+=("${memory_options[@]}")
         [ ${#gpu_options[@]} -eq 0 ] || ! has_gpu || options+=("${gpu_options[@]}")
     fi
-    # An optimizer step sees `rows` examples on any number of ranks that divides `rows`.
+    # An optimizer step sees `rows` examples on any number of ranks that divides `rows`, also if EXTRA sets `batch`.
     [ $((batch * ranks)) -le "$rows" ] || batch=$((rows > ranks ? rows / ranks : 1))
+    own=$(in_extra --per_device_train_batch_size '')
+    [[ ! $own =~ ^[1-9][0-9]*$ ]] || batch=$own
     accumulation=$((rows / (batch * ranks)))
     [ "$accumulation" -ge 1 ] || accumulation=1
+    own=$(in_extra --gradient_accumulation_steps '')
+    [[ ! $own =~ ^[1-9][0-9]*$ ]] || accumulation=$own
     options+=(--per_device_train_batch_size "$batch" --gradient_accumulation_steps "$accumulation")
     set_launch
     [ -z "${SAVE_STEPS:-}" ] ||
@@ -335,6 +354,8 @@ set_command() {
     )
     [[ -n ${HOSTFILE:-} && $nodes -gt 1 ]] || return 0
     for ((index = ${#launch[@]} + 1; index < ${#command[@]}; index++)); do
+        [[ ${command[index]} != *[[:space:]]* ]] ||
+            fail "HOSTFILE: found a blank in '${command[index]}'; none is allowed, as DeepSpeed's launcher changes it"
         printf -v "command[index]" '%q' "${command[index]}"   # a shell on each machine parses them once more
     done
 }
@@ -388,12 +409,12 @@ describe() {
     esac
     step="$size examples a step = $batch x $(counted "$accumulation" micro-batch es) on $(counted "$ranks" process es)"
     [ "$nodes" -eq 1 ] || step+=" of $nodes machines"
-    [ $size -eq "$rows" ] || step+=" ($rows would need a number of processes that divides it)"
+    [[ $size -eq $rows || -n $(in_extra --gradient_accumulation_steps '') ]] || step+=" ($rows would need a number of processes that divides it)"
     say "$name: $what, with $from$penalties_of; $step"
     [[ $mode/$data != small/data/mini_benchmark ]] ||
         say "$name: CL_Benchmark has no train.json, so the made-up texts of data/mini_benchmark are used"
     if [ -n "$released_precision" ]; then
-        [[ " ${options[*]} " != *' --bf16 True '* ]] || precision=bf16
+        [[ " ${options[*]} " != *' --bf16 True '* || $(in_extra --bf16 True) != True ]] || precision=bf16
         if [ "$preset" = released ]; then
             say "$name: $released_precision, as in the released runs"
         else
@@ -410,7 +431,7 @@ counted() { if [ "$1" -eq 1 ]; then echo "1 $2"; else echo "$1 $2$3"; fi; }  # N
 run_tasks() {
     local status=0 tasks finished
     export TOKENIZERS_PARALLELISM=false
-    [ "$mode" = full ] || export HF_HUB_OFFLINE=1
+    [[ $mode == full || (-n ${MODEL:-} && ! -d $MODEL) ]] || export HF_HUB_OFFLINE=1
     # On a busy machine, threads that wait for one another made a tiny task of one minute take five.
     [ "$mode" != tiny ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     {

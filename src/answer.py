@@ -47,6 +47,7 @@ def answers(run: Path, dataset: str, texts: Sequence[str]) -> list[str]:
     prompts = read_prompts(folder)
     if dataset not in prompts["heads"]:
         raise InputError(f"--dataset: found {dataset}; allowed: {', '.join(prompts['heads'])}")
+    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     collator = DataCollatorForUIE(
         loaded.tokenizer,
         decoder_only=loaded.decoder_only,

@@ -70,7 +70,9 @@ def load_finished(run: Path) -> tuple[Path, LoadedModel]:
     Raises InputError where the base model is missing, or a file is damaged or does not fit it.
     """
     folder = run if (run / "config.json").is_file() else adapter_folder(run)
-    loaded = load_model_and_tokenizer(str(folder), max_source_length=1)  # keeps the number of positions
+    own_tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    # A length of 1 keeps the number of positions.
+    loaded = load_model_and_tokenizer(str(folder), tokenizer_name=own_tokenizer, max_source_length=1)
     full_rank.load_weights(loaded.model, folder)
     if (folder / WEIGHTS_FILE).exists():
         merged = load_loranew(loaded.model, folder, trainable=False).merge_and_unload()

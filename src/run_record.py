@@ -64,7 +64,7 @@ class Progress(enum.Enum):
 
 
 def make_record(data: Mapping[str, Path], model_args, data_args, method_args, training_args) -> dict:
-    """The record of the run that these arguments describe, with the data files of `data_files`."""
+    """The record of the run that these arguments describe, with the data files of `input_files`."""
     options = training_args.to_dict() | vars(method_args) | vars(data_args) | vars(model_args)
     packages = PACKAGES
     if training_args.deepspeed:

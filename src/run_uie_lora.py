@@ -28,6 +28,7 @@ from command_line import parse_arguments
 from compute_metrics import accuracy_line, score_key
 from errors import InputError, RunStopped, is_disk_full
 from files import atomic_file, atomic_folder, read_json, write_json
+from loranew.adapter import CONFIG_FILE
 from methods import Method, find_method
 from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
@@ -107,7 +108,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     trains = training_args.do_train and len(examples["train"]) > 0
     checkpoint = of_first_rank(lambda: find_checkpoint(trainer, progress)) if trains else None
     zero_shot = {}
-    if "zero_shot" in examples and trains:  # later tasks of multitask, which has trained on all, have no such score
+    if "zero_shot" in examples and (trains or not training_args.do_train):  # multitask's later tasks have no such score
         with torch.random.fork_rng():  # so that evaluation does not change training
             zero_shot = score(trainer, examples["zero_shot"], "zero_shot")
     claim = functools.partial(claim_output_dir, trainer, run_record, progress, zero_shot)
@@ -150,6 +151,8 @@ def load_and_attach(model_args: ModelArguments, data_args: DataArguments, traini
         choose_modules(method.options, load_model(model_args, data_args, weights=False).model)
         how["not_in_4bit"] = method.options.changed_base()
     loaded = load_model(model_args, data_args, **how)
+    if how["dtype"] == torch.float16:
+        loaded.model.half()  # also what the model's class would keep in float32, T5's wo
     choose_modules(method.options, loaded.model)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
@@ -222,6 +225,9 @@ def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples:
     if trainer.is_world_process_zero():
         with atomic_folder(adapter) as partial:
             trainer.method.save(partial)
+            if loaded.revision is not None:
+                config = read_json(partial / CONFIG_FILE)
+                write_json(partial / CONFIG_FILE, config | {"revision": loaded.revision}, indent=2)
             loaded.tokenizer.save_pretrained(partial)
             shown = [first_examples_of_each(examples[split], 1) for split in ("test", "train")]
             save_prompts(partial, chain(*shown), trainer.data_collator)

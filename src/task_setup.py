@@ -31,11 +31,11 @@ def example_options(data_args: DataArguments, training_args: UIETrainingArgument
 def input_files(data_args: DataArguments, training_args: UIETrainingArguments, method: Method) -> dict[str, Path]:
     """Every file that `load_examples` reads, other tasks' included, by name."""
     options, own = example_options(data_args, training_args), Path(data_args.task_config_dir)
-    files, others = data_files(own, options), []
-    if method.reads != "no" or data_args.zero_shot:
+    files, others, reads = data_files(own, options), [], method.reads if training_args.do_train else "no"
+    if reads != "no" or data_args.zero_shot:
         steps = [step.folder for step in read_order(own.parent)]
         read = {"no": [], "earlier": itertools.takewhile(lambda step: step.name != own.name, steps), "all": steps}
-        others += [(step, "train") for step in read[method.reads]] + [(steps[-1], "test")] * data_args.zero_shot
+        others += [(step, "train") for step in read[reads]] + [(steps[-1], "test")] * data_args.zero_shot
     if data_args.unseen_config_dir:
         others.append((data_args.unseen_config_dir, "test"))
     for number, (step, subset) in enumerate(others, 1):

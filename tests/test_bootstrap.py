@@ -84,6 +84,19 @@ def test_methods_that_differ_by_their_seeds_alone_are_seldom_called_different(or
     assert called <= 20
 
 
+def test_the_sign_of_a_gap_does_not_matter():
+    random = np.random.default_rng(4)
+    ours, theirs = ({("A", str(seed)): {"x": (random.random(50) < 0.5).astype(float)} for seed in range(3)}
+                    for _ in range(2))  # fmt: skip
+    one, other = paired_interval(ours, theirs), paired_interval(theirs, ours)
+    assert (one.mean, one.low, one.high) == pytest.approx((-other.mean, -other.high, -other.low))
+
+
+def test_a_methods_own_performance_is_not_below_0():
+    ours = {("A", "1"): {"x": np.array([0.0, 0.1])}, ("A", "2"): {"x": np.array([0.5, 0.4])}}
+    assert (paired_interval(ours).low, paired_interval(ours).high) == (0, 100)
+
+
 def test_a_dataset_may_have_other_examples_in_another_order():
     ours = {("A", "1"): {"x": np.ones(10)}, ("B", "1"): {"x": np.ones(20)}}
     theirs = {("A", "1"): {"x": np.zeros(10)}, ("B", "1"): {"x": np.repeat([0.0, 1.0], 10)}}

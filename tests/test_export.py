@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import answer
@@ -53,6 +54,32 @@ def test_exported_model_predicts_what_the_run_did(run, mini_benchmark, tmp_path)
     assert type(stock) is type(base) and stock.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert (logits(stock, tokenizer) - logits(base, tokenizer)).abs().max() > 1e-2
+
+
+def test_a_finished_model_has_the_revision_and_the_tokenizer_that_it_was_trained_with(
+    mini_benchmark, tmp_path, monkeypatch
+):
+    """The base is a hub repository of two revisions in a cache; the weights of `main` are doubled."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cache, (base, modules) = tmp_path / "cache", PREFIX["t5_adapter"]
+    place = cache / "models--someone--t5"
+    for revision, commit in (("main", "a" * 40), ("early", "b" * 40)):
+        shutil.copytree(base, place / "snapshots" / commit)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+    doubled = place / "snapshots" / ("a" * 40) / "model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(doubled).items()}, doubled, {"format": "pt"})
+    shutil.copytree(base, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    flags = ["--model_revision", "early", "--cache_dir", str(cache), "--tokenizer_name", str(tmp_path / "tokenizer")]
+    command = arguments(mini_benchmark, tmp_path / "run", "dbpedia", "someone/t5", modules, "--method", "seqlora",
+                        *SHORT, *flags)  # fmt: skip
+    assert run_uie_lora.main(command) == 0
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    folder, loaded = export.load_finished(tmp_path / "run")
+    assert json.loads((folder / "adapter_config.json").read_text())["revision"] == loaded.revision == "early"
+    assert loaded.tokenizer.name_or_path == str(folder)
+    wanted = KIND["t5_adapter"].from_pretrained(base).get_input_embeddings().weight
+    assert torch.equal(loaded.model.get_input_embeddings().weight, wanted)
 
 
 def test_exported_adapter_is_a_plain_lora_that_equals_the_model(run, tmp_path, capfd):

@@ -119,7 +119,7 @@ def test_a_difference_weighs_orders_alike(tmp_path):
 
 @pytest.mark.parametrize("pairs, caution", [
     ([(70.0, 60.0), (60.0, 69.0)], ", not significant: the interval contains 0."),
-    ([(70.0, 60.0)], ", over test examples alone: another seed may differ."),
+    ([(70.0, 60.0)], ", with a single seed: another may differ."),
     ([(70.0, 60.0), (70.0, 60.0)], "2 paired runs)."),
 ])  # fmt: skip
 def test_the_answer_says_why_a_gap_is_not_significant(pairs, caution, tmp_path):
@@ -180,14 +180,26 @@ def test_a_later_task_and_the_base_model_count_too(tmp_path):
 
 
 def test_runs_that_have_come_as_far_are_compared_that_far(tmp_path):
-    whole = write_run(tmp_path, "gorp", "A", 1, 70.0)
-    begun = write_run(tmp_path, "gorp", "A", 2, 70.0, finished=1)
+    whole = write_run(tmp_path, "gorp", "A", 1, 70.0, {"galore_rank": 8})
+    begun = write_run(tmp_path, "gorp", "A", 2, 70.0, {"galore_rank": 8}, finished=1)
     for run in (whole, begun):
         for number, step in enumerate(sorted((run / "outputs").iterdir())):
             change_record(step, data={"file": number})
-    for step in ("2-amazon", "3-agnews"):
-        shutil.rmtree(begun / "outputs" / step)
+    shutil.rmtree(begun / "outputs" / "3-agnews")
+    (begun / "outputs" / "2-amazon" / "run_record.json").unlink()  # its model is being loaded
     assert {run.method for run in find_runs([tmp_path])} == {"gorp"}
+    other = write_run(tmp_path, "gorp", "A", 3, 70.0, {"galore_rank": 8})
+    change_record(other / "outputs" / "1-dbpedia", data={"file": "other"})
+    method = {run.seed: run.method for run in find_runs([tmp_path])}
+    assert method["1"] == method["2"] != method["3"]
+
+
+def test_settings_of_all_runs_are_those_of_orders_of_any_length(tmp_path):
+    write_run(tmp_path / "runs", "gorp", "A", 1, 70.0, {"galore_rank": 8})
+    shorter = write_run(tmp_path / "runs", "gorp", "B", 1, 70.0, {"galore_rank": 8})
+    shutil.rmtree(shorter / "outputs" / "3-agnews")
+    page.write_report(find_runs([tmp_path / "runs"]), tmp_path / "report")
+    assert "settings of all runs: galore\\_rank=8." in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_runs_of_a_method_with_other_options_are_other_methods(tmp_path):

@@ -379,8 +379,9 @@ def test_ewc_penalty_does_not_overflow_under_a_loss_scale(tmp_path):
     begin(method, tmp_path / "1", 1)
     for name, factor in method.factors():
         factor.data = factor.data.half()
-        method.start[name] = factor.detach().float() - 1e-3
+        method.start[name] -= 1e-3
         method.fisher[name] = torch.ones_like(method.start[name])
+    method.begin_training()
     (method.penalty() * 2**16).backward()
     assert all(factor.grad.isfinite().all() and factor.grad.any() for _, factor in method.factors())
 

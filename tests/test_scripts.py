@@ -314,6 +314,46 @@ def test_several_machines_share_the_examples_of_a_step(tmp_path):
     assert read_there == ".*SelfAttention.(q|v).*"
 
 
+@pytest.mark.parametrize("extra, step", [
+    ("--per_device_train_batch_size 16", "64 examples a step = 16 x 4 micro-batches on 1 process"),
+    ("--per_device_train_batch_size=1", "64 examples a step = 1 x 64 micro-batches on 1 process"),
+    ("--per_device_train_batch_size 8 --gradient_accumulation_steps 1", "8 examples a step = 8 x 1 micro-batch on"),
+    ("--gradient_accumulation_steps 2", "8 examples a step = 4 x 2 micro-batches on 1 process"),
+])
+def test_a_micro_batch_of_ones_own_keeps_the_examples_of_a_step(extra, step):
+    done = bash("scripts/order_1.sh", DRY_RUN="1", EXTRA=extra)
+    given = flags(shlex.split(done.stdout))
+    assert f"; {step}" in done.stderr and "would need" not in done.stderr
+    size = int(given["per_device_train_batch_size"]) * int(given["gradient_accumulation_steps"])
+    assert f"; {size} examples a step" in done.stderr
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_no_silent_cpu_run():
+    said = 'import sys; sys.exit("the driver is too old")'
+    run = f"""source scripts/lib.sh; compgen() {{ true; }}; python() {{ {sys.executable} -c '{said}'; }}; PYTHON=python
+              has_gpu || has_gpu || true"""
+    assert bash("-c", run).stderr == (
+        "[gorp] this machine's GPU cannot be used by PyTorch, so the CPU trains: the driver is too old\n")
+    assert bash("-c", run, CUDA_VISIBLE_DEVICES="").stderr == ""
+
+
+def test_a_file_system_without_locks_stops_nothing():
+    refuse = "flock() { echo 'flock: 9: Function not implemented' >&2; return 71; }"
+    run = f"source scripts/lib.sh; {refuse}; one_at_a_time echo ran"
+    done = bash("-c", run)
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert done.stderr == "[gorp] no file locks here: start one job alone before several\n"
+
+
+def test_a_blank_does_not_reach_deepspeeds_launcher_of_several_machines(tmp_path):
+    put(tmp_path / "hosts", "a slots=3\nb slots=5\n")
+    done = bash("scripts/order_1.sh", DRY_RUN="1", HOSTFILE=str(tmp_path / "hosts"), DATA_DIR=str(tmp_path / "my data"))
+    assert done.returncode == 2 and "no such folder" in done.stderr
+    (tmp_path / "my data").mkdir()
+    done = bash("scripts/order_1.sh", DRY_RUN="1", HOSTFILE=str(tmp_path / "hosts"), DATA_DIR=str(tmp_path / "my data"))
+    assert (done.returncode, done.stdout) == (2, "") and "error: HOSTFILE: found a blank in '" in done.stderr
+
+
 @pytest.mark.parametrize("script, batches", [
     ("scripts/order_1.sh", {1: (4, 16), 2: (4, 8), 8: (4, 2), 32: (2, 1), 3: (4, 5)}),
     ("scripts/order_4.sh", {1: (4, 16), 2: (4, 8), 8: (4, 2)}),
@@ -779,6 +819,14 @@ def test_without_a_python_that_is_new_enough(checkout, tmp_path):
 
 
 # --- the terminal ---
+
+
+def test_a_terminal_without_a_character_shows_its_code(tmp_path):
+    done = subprocess.run([sys.executable, "scripts/terminal.py", str(tmp_path / "log")], cwd=ROOT, capture_output=True,
+                          input="[gorp] 中\n".encode(), env=os.environ | {"PYTHONIOENCODING": "latin-1"})  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, b"[gorp] \\u4e2d\n")
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "[gorp] 中\n"
+
 
 BARS = [f"\rtrain: {done * 25:3}%|{'█' * done:4}| {done}/4 [00:0{done}<00:01,  1.00it/s]" for done in range(5)]
 OUTPUT = "".join([

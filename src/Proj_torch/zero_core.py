@@ -211,7 +211,8 @@ class CoreEngine:
             layer.refreshes, layer.fell_back = int(refreshes), bool(fell_back)
             kept = {key: state[f"{name}.{key}"].to(layer.core.device) for key in (*BASES, "rounding")
                     if f"{name}.{key}" in state}  # fmt: skip
-            layer.bases = tuple(map(kept.get, BASES)) if self.step else None
+            found = tuple(map(kept.get, BASES))
+            layer.bases = found if layer.refreshes or found != (None, None) else None
             layer.rounding = kept.get("rounding")
         self._is_last, self._open = True, False
 

@@ -27,8 +27,8 @@ class MethodArguments:
 
     def __post_init__(self):
         for option in fields(self):
-            value, choices = getattr(self, option.name), option.metadata.get("choices")
-            check(not choices or value in choices, option.name, value, ", ".join(choices or ()))
+            value, choices = getattr(self, option.name), option.metadata.get("choices", [])
+            check(not choices or value in (*choices, option.default), option.name, value, ", ".join(map(str, choices)))
 
     def changed_base(self) -> list[str]:
         """Regular expressions for the base's weights that change, and so cannot be held in 4 bits."""

@@ -19,7 +19,7 @@ class Seqlora(LoraMethod):
 
     def __init__(self, options):
         super().__init__(options)
-        self.idle = {"merge_old"}  # there is no LoRA of earlier tasks beside the one that trains
+        self.idle = {"merge_old"} if options.merge_old else set()  # no LoRA of earlier tasks beside the one that trains
 
     def lora_config(self, decoder_only: bool):
         config = super().lora_config(decoder_only)

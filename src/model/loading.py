@@ -42,7 +42,7 @@ class LoadedModel:
         model, tokenizer: their special tokens agree; a decoder-only model's tokenizer pads on the left.
         decoder_only: whether prompts and answers share one sequence.
         previous: the given adapter folder, which the method loads; None for a base model.
-        base_name: folder or hub id of the base model, as written.
+        base_name: folder or hub id of the base model, as written; revision: of a base model on the hub.
     """
 
     model: PreTrainedModel
@@ -50,6 +50,7 @@ class LoadedModel:
     decoder_only: bool
     previous: Path | None
     base_name: str
+    revision: str | None = None
 
 
 def load_model_and_tokenizer(
@@ -82,6 +83,9 @@ def load_model_and_tokenizer(
     """
     previous, base_name = _find_base(model_name_or_path)
     hub["trust_remote_code"] = False
+    if previous is not None and hub.get("revision") is None:
+        hub["revision"] = read_object(previous / ADAPTER_CONFIG).get("revision")
+    revision = None if Path(base_name).is_dir() else hub.get("revision")
     config = _load_config(config_name or base_name, hub)
     own_class, decoder_only = model_class(config, base_name), not config.is_encoder_decoder
     kind, other = ("decoder-only", "scripts_llama/") if decoder_only else ("encoder-decoder", "scripts/")
@@ -103,7 +107,7 @@ def load_model_and_tokenizer(
     _grow_embeddings(model, tokenizer)
     if decoder_only and weights and config.model_type not in SAME_LOSS:
         check_loss(model, base_name)
-    return LoadedModel(model, tokenizer, decoder_only, previous, base_name)
+    return LoadedModel(model, tokenizer, decoder_only, previous, base_name, revision)
 
 
 def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:

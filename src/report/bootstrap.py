@@ -19,6 +19,8 @@ from errors import InputError
 RunKey = tuple[str, str]
 """Order and seed."""
 
+T_DRAWS = 20  # of Student's t, with each resample
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -56,6 +58,7 @@ def paired_interval(
         ours, theirs: by order and seed, then by dataset, whether each test example (n,) was answered correctly at the
             end. Without `theirs` the difference is ours itself, as if no answer of theirs were correct.
     """
+    least = -1 if theirs else 0
     if theirs is None:
         theirs = {run: {name: np.zeros_like(hits) for name, hits in right.items()} for run, right in ours.items()}
     runs = [run for run in ours if run in theirs]
@@ -73,7 +76,8 @@ def paired_interval(
     if freedom := len(runs) - len(seeds):
         variance = sum(((of_seeds - of_seeds.mean()) ** 2).sum() for of_seeds in means) / freedom
         error = np.sqrt(variance * sum(1 / n for n in seeds.values())) / len(seeds)
-        drawn = np.clip(drawn + error * random.standard_t(freedom, resamples), -1, 1)
+        errors = error * random.standard_t(freedom, (T_DRAWS, resamples))
+        drawn = np.clip([drawn + errors, drawn - errors], least, 1)  # both, so that the sign of a gap does not matter
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(drawn, [tail, 100 - tail])
     bounds = (100 * float(value) for value in (np.mean([of_seeds.mean() for of_seeds in means]), low, high))

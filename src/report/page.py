@@ -117,7 +117,7 @@ def _caution(gap: Interval) -> str:
     """Say why a difference is not significant; empty if it is."""
     if gap.contains_zero:
         return ", not significant: the interval contains 0"
-    return "" if gap.is_significant else ", over test examples alone: another seed may differ"
+    return "" if gap.is_significant else ", with a single seed: another may differ"
 
 
 def _mean_cost(runs: Sequence[Run], name: str) -> float | None:
@@ -207,8 +207,9 @@ def _foot(runs: Sequence[Run]) -> list[str]:
     lines = ["## Made with", *filter(None, made)]
     for model in distinct(runs, "model"):
         own = select(runs, model=model)
-        shared = {key: setting(value) for key, value in own[0].options.items()
-                  if all(run.options.get(key) == value for run in own) and setting(value) not in (None, [])}
+        found = [{key: setting(values) for key, values in run.options.items()} for run in own]
+        shared = {key: value for key, value in found[0].items()
+                  if all(one.get(key) == value for one in found) and value not in (None, [])}
         lines.append(_plain(f"{model}, settings of all runs: {_settings(shared) or '-'}."))
     return lines
 

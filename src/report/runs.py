@@ -111,7 +111,7 @@ def _options(records: Sequence[Path]) -> dict[str, list]:
     DeepSpeed) and the base model's count by their contents."""
     steps = [_object(path, "report", "options") | {"input_files": _digest(_object(path, "data")),
                                                    "processes": _object(path, "report").get("processes")}
-             for path in records]  # fmt: skip
+             for path in records if path.exists()]  # fmt: skip
     values = {name: [step.get(name) for step in steps] for name in dict.fromkeys(itertools.chain(*steps))}
     return values | {"base_model": [_digest(_object(records[0], "model"))]}
 
@@ -247,7 +247,11 @@ def _name_variants(runs: list[Run]) -> None:
             for order in distinct(group, "order")
         )]  # fmt: skip
         for run in group:
-            run.varying = {key: setting(run.options.get(key, [None])) for key in varying}
+            # An unfinished run is named after one that agrees with it so far and is furthest on.
+            alike = {key: [values for other in select(group, order=run.order)
+                           if not _differ([values := other.options.get(key, [None]), run.options.get(key, [None])])]
+                     for key in varying}  # fmt: skip
+            run.varying = {key: setting(max(values, key=len)) for key, values in alike.items()}
         for run, name in zip(group, _fewest_options([run.varying for run in group])):
             run.method += name
 
