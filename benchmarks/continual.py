@@ -203,7 +203,7 @@ class Bench:
 
 
 def majority(folder: Path) -> float:
-    """The share of the most frequent label among the test examples that a run answers of a dataset, 0 to 1."""
+    """The share of the most frequent label among a dataset's test examples that a run answers, 0 to 1."""
     from uie_dataset_lora import read_labelled, read_labels  # slow, so only where something runs
 
     tested = read_labelled(folder / "test.json", read_labels(folder / "labels.json"))[:TEST_EXAMPLES]

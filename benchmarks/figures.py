@@ -8,7 +8,7 @@ and are the same bytes each time. A method is complete in a panel if it has at l
 of the panel's orders. Other methods are left out, and so are seeds that a method does not have in all of these orders.
 If a method, order and seed has two lines, the later one counts.
 
-An interval is the bootstrap interval (`src/report/bootstrap.py`) of a method's own AP over test examples and seeds. A
+An interval is that of `src/report/bootstrap.py`, of a method's own AP over test examples and seeds. A
 hollow dot is a single seed, with an interval over test examples alone. Two methods are compared by the interval of
 their difference (REPRODUCE.md), not by whether their bars overlap.
 

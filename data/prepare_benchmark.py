@@ -273,7 +273,7 @@ def prepare_from_folder(
     files = {name: Path(folder) / name / "labels.json" for name in chosen}
     labels = {name: read_labels(path) for name, path in files.items() if path.exists()}
     for name in files.keys() - labels.keys():
-        logger.info("%s: has no labels.json, so its answers are free text", name)
+        logger.info("%s: no labels.json, so its answers are free text", name)
     for name in tqdm(chosen, desc="checking", unit=" datasets"):
         for subset in SUBSETS:
             read_labelled(Path(folder) / name / f"{subset}.json", labels.get(name))

@@ -99,7 +99,7 @@ has_gpu() {
         if reason=$("$PYTHON" -W always -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>&1); then
             gpu=yes
         else
-            say "this machine's GPU cannot be used by PyTorch, so the CPU trains: ${reason:-no reason given}" >&2
+            say "PyTorch cannot use this machine's GPU, so training uses the CPU: ${reason:-no reason given}" >&2
         fi
     fi
     [ $gpu = yes ]
@@ -207,7 +207,7 @@ check_model() {
 one_at_a_time() {  # COMMAND ...
     if [ ! -w requirements.txt ] || ! command -v flock >/dev/null; then "$@"; return; fi
     {
-        flock 9 2>/dev/null || say "no file locks here: start one job alone before several" >&2
+        flock 9 2>/dev/null || say "file locks fail here: start one job before the others" >&2
         "$@"
     } 9>>requirements.txt
 }
@@ -334,7 +334,7 @@ set_command() {
         options+=("${memory_options[@]}")
         [ ${#gpu_options[@]} -eq 0 ] || ! has_gpu || options+=("${gpu_options[@]}")
     fi
-    # An optimizer step sees `rows` examples on any number of ranks that divides `rows`, also if EXTRA sets `batch`.
+    # A step sees `rows` examples if the number of ranks divides them, or with EXTRA's `batch`, if batch x ranks does.
     [ $((batch * ranks)) -le "$rows" ] || batch=$((rows > ranks ? rows / ranks : 1))
     own=$(in_extra --per_device_train_batch_size '')
     [[ ! $own =~ ^[1-9][0-9]*$ ]] || batch=$own
@@ -355,7 +355,7 @@ set_command() {
     [[ -n ${HOSTFILE:-} && $nodes -gt 1 ]] || return 0
     for ((index = ${#launch[@]} + 1; index < ${#command[@]}; index++)); do
         [[ ${command[index]} != *[[:space:]]* ]] ||
-            fail "HOSTFILE: found a blank in '${command[index]}'; none is allowed, as DeepSpeed's launcher changes it"
+            fail "HOSTFILE: found whitespace in '${command[index]}', which DeepSpeed's launcher does not preserve"
         printf -v "command[index]" '%q' "${command[index]}"   # a shell on each machine parses them once more
     done
 }
@@ -409,7 +409,8 @@ describe() {
     esac
     step="$size examples a step = $batch x $(counted "$accumulation" micro-batch es) on $(counted "$ranks" process es)"
     [ "$nodes" -eq 1 ] || step+=" of $nodes machines"
-    [[ $size -eq $rows || -n $(in_extra --gradient_accumulation_steps '') ]] || step+=" ($rows would need a number of processes that divides it)"
+    [[ $size -eq $rows || -n $(in_extra --gradient_accumulation_steps '') ]] ||
+        step+=" ($rows would need processes x micro-batch to divide it)"
     say "$name: $what, with $from$penalties_of; $step"
     [[ $mode/$data != small/data/mini_benchmark ]] ||
         say "$name: CL_Benchmark has no train.json, so the made-up texts of data/mini_benchmark are used"

@@ -114,7 +114,7 @@ class Log:
 def main(path: str, *, show_all: bool = False) -> None:
     """Copy standard input until it ends; Ctrl-C is ignored, so that the program's last lines are still copied."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a terminal may lack a path's characters
+    sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: the encoding may lack a path's characters
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     terminal = Terminal(Log(path), sys.stdout, sys.stderr, show_bars=sys.stdout.isatty(), show_all=show_all)
     while chunk := os.read(sys.stdin.fileno(), 65536):

@@ -51,7 +51,7 @@ def set_weight(layer: nn.Linear, W: torch.Tensor) -> None:
 
 
 class ExactWeights(UserDict):
-    """A mapping made of layers by name; reading an entry computes that layer's `exact_weight` weight."""
+    """A mapping made of layers by name; reading an entry computes that layer's `exact_weight`."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return exact_weight(self.data[name])

@@ -122,8 +122,7 @@ def step_name(number: int, dataset: str) -> str:
 
 
 def is_complete(dataset_dir: str | Path) -> bool:
-    """Return whether a dataset folder has its files; their content is not read. Free text, whose task is not a
-    published one, has no labels.json."""
+    """Whether a dataset folder has its files, unread; labels.json is optional for a task that is not published."""
     folder = Path(dataset_dir)
     return all((folder / name).is_file() or (name == "labels.json" and folder.parent.name not in TASKS)
                for name in BENCHMARK_FILES)  # fmt: skip

@@ -152,7 +152,7 @@ def load_and_attach(model_args: ModelArguments, data_args: DataArguments, traini
         how["not_in_4bit"] = method.options.changed_base()
     loaded = load_model(model_args, data_args, **how)
     if how["dtype"] == torch.float16:
-        loaded.model.half()  # also what the model's class would keep in float32, T5's wo
+        loaded.model.half()  # even what the class keeps in float32, such as T5's wo
     choose_modules(method.options, loaded.model)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)

@@ -167,7 +167,7 @@ class DataCollatorForUIE:
         def needed(width: int) -> int:
             return len(self._source_ids([prompt(width)])[0])
 
-        if needed(0) > self.max_source_length:  # the line breaks alone: the sentence is cut as one line
+        if needed(0) > self.max_source_length:  # the line breaks alone do not fit: cut it as one line
             lines = [sentence]
         self._check_room(prompt(0), example)
         # The width before bisect's answer was seen to fit, even if the count of tokens is not monotonic.

@@ -745,8 +745,8 @@ def documentation() -> str:
         "# Bad input",
         "",
         "What is rejected, and part of the one-line error. Each case ends the run with exit code 2 before training",
-        "starts, and leaves earlier results untouched. `python src/check.py` reports the same in seconds, except where",
-        "marked with *: that is found when its task begins. This page is generated from the table in",
+        "starts, and leaves earlier results untouched. `python src/check.py` reports the same in seconds, except for",
+        "those marked *, which are found when their task begins. This page is generated from the table in",
         "`tests/test_bad_input.py`, which tests every case.",
     ]
     for area, cases in CASES.items():

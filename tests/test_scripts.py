@@ -333,7 +333,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_no_silent_cpu_run():
     run = f"""source scripts/lib.sh; compgen() {{ true; }}; python() {{ {sys.executable} -c '{said}'; }}; PYTHON=python
               has_gpu || has_gpu || true"""
     assert bash("-c", run).stderr == (
-        "[gorp] this machine's GPU cannot be used by PyTorch, so the CPU trains: the driver is too old\n")
+        "[gorp] PyTorch cannot use this machine's GPU, so training uses the CPU: the driver is too old\n")
     assert bash("-c", run, CUDA_VISIBLE_DEVICES="").stderr == ""
 
 
@@ -342,7 +342,7 @@ def test_a_file_system_without_locks_stops_nothing():
     run = f"source scripts/lib.sh; {refuse}; one_at_a_time echo ran"
     done = bash("-c", run)
     assert (done.returncode, done.stdout) == (0, "ran\n")
-    assert done.stderr == "[gorp] no file locks here: start one job alone before several\n"
+    assert done.stderr == "[gorp] file locks fail here: start one job before the others\n"
 
 
 def test_a_blank_does_not_reach_deepspeeds_launcher_of_several_machines(tmp_path):
@@ -351,7 +351,7 @@ def test_a_blank_does_not_reach_deepspeeds_launcher_of_several_machines(tmp_path
     assert done.returncode == 2 and "no such folder" in done.stderr
     (tmp_path / "my data").mkdir()
     done = bash("scripts/order_1.sh", DRY_RUN="1", HOSTFILE=str(tmp_path / "hosts"), DATA_DIR=str(tmp_path / "my data"))
-    assert (done.returncode, done.stdout) == (2, "") and "error: HOSTFILE: found a blank in '" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "error: HOSTFILE: found whitespace in '" in done.stderr
 
 
 @pytest.mark.parametrize("script, batches", [
@@ -371,7 +371,7 @@ def test_examples_of_a_step_stay_the_same_on_any_number_of_processes(script, bat
         assert command["gradient_accumulation_steps"] == str(accumulation), ranks
         size = batch * accumulation * ranks
         assert f"; {size} examples a step = {batch} x {accumulation} micro-batch" in done.stderr
-        assert (size == wanted) is ("would need a number of processes that divides it" not in done.stderr)
+        assert (size == wanted) is ("would need processes x micro-batch to divide it" not in done.stderr)
 
 
 def test_the_first_lines_say_what_is_run():

@@ -14,7 +14,7 @@ A method describes in a `Plan` what trains and is protected, and does not ask wh
     engine.state_dict(), engine.load_state_dict(state) # between two steps
     engine.first_moments()                             # after the last step; by name, one matrix or two to multiply
     engine.report()                                    # see `ProjAdamW.projection_report`
-    engine.finish(partitioned)                         # the targets then hold what was trained: `exact_weight`
+    engine.finish(partitioned)                         # the targets hold what was trained, see `exact_weight`
 """
 
 from collections.abc import Iterator, Mapping

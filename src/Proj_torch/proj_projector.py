@@ -132,7 +132,7 @@ def product(factors: Sequence[Tensor]) -> Tensor:
 
 
 def back_factors(R: Tensor, left: Basis, right: Basis, S: Basis = None, side: str = "output") -> tuple[Tensor, ...]:
-    """One or two matrices whose product is left R right^T (out, in), with S `remove` of it; for adding it in place."""
+    """One or two factors of left R right^T (out, in), or with S of its `remove`; a weight can add them in place."""
     left, right, S = remove_from_bases(left, right, S, side)
     R = remove(R, S, side)
     if left is not None and right is not None:

@@ -154,7 +154,7 @@ class Prediction:
         return loss / tokens
 
     def _batches(self, places: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """Yield batches of indices in `examples`, equally many on every rank, and for each whether it is real."""
+        """Yield equally many batches of indices in `examples` on every rank; with each, False if it is filler."""
         groups: dict[str, list[int]] = {}
         for place in places:
             groups.setdefault(self.examples[place]["Dataset"] if self.shares_prefix else "", []).append(place)

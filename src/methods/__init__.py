@@ -41,7 +41,8 @@ def make_method(name: str, **options) -> Method:
     """The method of that name; its options have the names of the flags.
 
     An option that only other methods read is ignored, and `Method.summary` says so. The same settings can thus be
-    passed to every method. Of what `preset` fixes, the optimizer's settings and the precision are left to the caller.
+    passed to every method. Of what `preset` fixes, Hugging Face's options (optimizer, precision, ...) are left to the
+    caller.
 
     Raises:
         InputError: an unknown method or preset, or a value that is not allowed, by itself or with the preset.

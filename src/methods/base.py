@@ -49,8 +49,7 @@ class Method:
     Attributes:
         Arguments: the method's group of command-line options; all of them, and no others, are read.
         zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
-        reads: whose examples besides the task's own `training_examples` may read: those of "no" other task, of all
-            "earlier" ones, or of "all".
+        reads: which other tasks' examples `training_examples` may read: "no", "earlier" or "all".
         step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_examples` may set it.
         shown_examples: how many of the task's examples `begin_task` and `revisit` may see; None for all.
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
@@ -165,7 +164,7 @@ class Method:
 
     def save(self, folder: Path) -> None:
         """Write what the next task needs to `folder`: here every changed full-rank weight, as PEFT saves none."""
-        (folder / full_rank.FILE_NAME).unlink(missing_ok=True)  # in code of one's own, an earlier run's
+        (folder / full_rank.FILE_NAME).unlink(missing_ok=True)  # an earlier run's, if the folder is reused
         if self.changed:
             full_rank.save_weights(self.changed_weights(), folder)
             config = read_json(folder / CONFIG_FILE)

@@ -35,7 +35,8 @@ class MethodArguments:
         return []
 
     def settle(self, training: UIETrainingArguments, zero_stage: int | None) -> None:
-        """Decide what `auto` leaves to the training arguments; `zero_stage` is None without DeepSpeed.
+        """Check the options against the training arguments, which also decide `auto`; `zero_stage` is None without
+        DeepSpeed.
 
         Raises:
             InputError: the options contradict the training arguments.

@@ -58,7 +58,7 @@ class Ewc(Seqlora):
         if not self.options.ewc_lamda or not self.fisher:
             return None
         weight = 0.5 * self.options.ewc_lamda * self.options.ewc_decay
-        # In float32: under fp16's loss scale F (theta - theta*) may overflow before its small factor is applied.
+        # In float32: lamda F times fp16's loss scale may overflow before the small theta - theta* is applied.
         changes = {name: factor.float() - self.start[name] for name, factor in self.factors()}
         terms = [(self.fisher[name] * change.square()).sum() for name, change in changes.items()]
         return weight * torch.stack(terms).sum()

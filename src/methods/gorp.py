@@ -59,7 +59,7 @@ class GorpArguments(ChangePenaltyArguments, SpaceArguments, ProjectionArguments,
         cores = zero_stage is not None or self.galore_engine == "cores"
         reentrant = (training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         check(not (self.lamda_3 and cores and reentrant), "lamda_3", f"{self.lamda_3} with reentrant checkpointing",
-              "0, or use_reentrant false: a core's gradient would arrive in two parts")
+              "0, or use_reentrant false (else a core's gradient arrives in two parts)")
 
 
 class Gorp(LoraMethod):
@@ -114,7 +114,7 @@ class Gorp(LoraMethod):
         return self.options.protect
 
     def protects_A_alone(self) -> bool:
-        """Whether of the factors only A, which sees the layer's input, can be protected."""
+        """Whether A, which sees the layer's input, is the only factor that can be protected."""
         return self.options.space_from == "inputs"
 
     # Training

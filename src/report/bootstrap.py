@@ -2,10 +2,10 @@
 
 The difference between two runs of one order and seed depends on which test examples there happen to be and on what the
 seed draws. Each dataset's examples are resampled (a bootstrap, with the same draw for every run, as two methods answer
-the same examples). The few seeds are not, since resampling n of them understates their variance by (n - 1) / n and
-ignores how uncertain it is: their mean gets an error of Student's t, with one variance for all orders, as in a pooled
-t-test. A difference is not significant if its interval contains 0, or if there is a single seed, as the interval does
-not then cover what another seed would draw.
+the same examples). The few seeds are not, since resampling n of them gives only (n - 1) / n of their variance and
+ignores how uncertain it is: a Student's t error is added to their mean, with one variance for all orders, as in a
+pooled t-test. A difference is not significant if its interval contains 0, or if there is a single seed, as the interval
+does not then cover what another seed would draw.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from errors import InputError
 RunKey = tuple[str, str]
 """Order and seed."""
 
-T_DRAWS = 20  # of Student's t, with each resample
+T_DRAWS = 20  # of Student's t, for each resample
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def read_run(order_dir: Path) -> Run:
 
 def _options(records: Sequence[Path]) -> dict[str, list]:
     """What distinguishes runs of a method besides order and seed, in each step so far; input files (data, instructions,
-    DeepSpeed) and the base model's count by their contents."""
+    DeepSpeed) and model files count by content."""
     steps = [_object(path, "report", "options") | {"input_files": _digest(_object(path, "data")),
                                                    "processes": _object(path, "report").get("processes")}
              for path in records if path.exists()]  # fmt: skip
@@ -247,7 +247,7 @@ def _name_variants(runs: list[Run]) -> None:
             for order in distinct(group, "order")
         )]  # fmt: skip
         for run in group:
-            # An unfinished run is named after one that agrees with it so far and is furthest on.
+            # An unfinished run is named after one that agrees with it so far and is furthest along.
             alike = {key: [values for other in select(group, order=run.order)
                            if not _differ([values := other.options.get(key, [None]), run.options.get(key, [None])])]
                      for key in varying}  # fmt: skip
