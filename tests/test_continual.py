@@ -293,7 +293,7 @@ NAMES = ["sgorp", "gorp", "gorp --preset released"]
 
 @pytest.mark.parametrize("words", [
     ["small-t5-b", "--orders", "A", "B", "--seeds", "1", "2", "3", "--methods", *NAMES, "sgorp --protect step", "olora",
-     "inflora", "ella", "slao", "magmax", "ewc", "multitask"],
+     "inflora", "ella", "slao", "magmax", "ewc", "galore", "replay", "multitask"],
     ["small-t5-b", "--seeds", "1", "2", "3", "--methods", *NAMES, EXACT],
     ["small-t5", "--seeds", "1", "2", "3", "--methods", EXACT, f"{EXACT} --galore_lr 1e-5 --galore_rank 8", "olora",
      "nlora", "osf", "replay", "inclora", "seqlora", "galore", "multitask"],
