@@ -272,7 +272,7 @@ def prepare_from_folder(
     chosen = _unfinished(data_dir, names or complete, overwrite)
     files = {name: Path(folder) / name / "labels.json" for name in chosen}
     labels = {name: read_labels(path) for name, path in files.items() if path.exists()}
-    for name in files.keys() - labels.keys():
+    for name in [name for name in files if name not in labels]:
         logger.info("%s: no labels.json, so its answers are free text", name)
     for name in tqdm(chosen, desc="checking", unit=" datasets"):
         for subset in SUBSETS:

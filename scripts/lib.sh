@@ -7,6 +7,7 @@
 # everything (see terminal.py).
 
 set -euo pipefail
+gpu=''      # what has_gpu found; not the user's variable of that name
 script=$0   # made absolute, as the current folder changes below
 [[ $script == /* ]] || script=$PWD/$script
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

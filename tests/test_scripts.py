@@ -335,6 +335,8 @@ def test_a_gpu_that_pytorch_cannot_use_is_no_silent_cpu_run():
     assert bash("-c", run).stderr == (
         "[gorp] PyTorch cannot use this machine's GPU, so training uses the CPU: the driver is too old\n")
     assert bash("-c", run, CUDA_VISIBLE_DEVICES="").stderr == ""
+    found = "source scripts/lib.sh; compgen() { true; }; PYTHON=true; has_gpu && echo yes"
+    assert bash("-c", found, gpu="0").stdout == "yes\n"  # a variable of the user's does not decide
 
 
 def test_a_file_system_without_locks_stops_nothing():
