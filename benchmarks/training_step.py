@@ -283,9 +283,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    from ranks import disconnect
+
     args = arguments()
     if args.contender:
-        return time_steps(args.contender, args)
+        time_steps(args.contender, args)
+        return disconnect()
     print("| what | against | figure | target |", "|---|---|---|---|", sep="\n")
     for line in results(args):
         print(f"| {' | '.join(line)} |")

@@ -9,6 +9,7 @@ DeepSpeed file; with `--model_name_or_path` also the files of the model or the a
 whether every prompt and answer fits. Prints a line for each order: `error: ...` if it is invalid, with exit code 2.
 """
 
+import importlib
 import itertools
 import os
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from accelerate.utils import is_deepspeed_available
 from transformers.utils import logging as hf_logging
 
 from arguments import check_data_arguments
@@ -55,6 +57,8 @@ def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | 
     parser = Parser(usage="check.py [ORDER ...] [flags of run_uie_lora.py]", description=__doc__)
     parser.add_argument("--deepspeed", help="a DeepSpeed file to check")
     launch, flags = parser.parse_known_args(flags)
+    if launch.deepspeed is not None and is_deepspeed_available():
+        importlib.import_module("deepspeed.comm")  # imported after the ranks connect, it would keep them connected
     with_model = peek(flags, model_name_or_path="").model_name_or_path
     stand_in = [] if with_model else ["--model_name_or_path", "none", "--lora_modules", ".*"]
     with tempfile.TemporaryDirectory() as scratch:

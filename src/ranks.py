@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 
 from errors import InputError
@@ -30,11 +31,28 @@ def of_first_rank(decide: Callable[[], Any]) -> Any:
         except InputError as error:
             fault = error
     result, failed = broadcast_object_list([result, fault is not None])
+    if failed:
+        disconnect()
     if fault is not None:
         raise fault
     if failed:
         sys.exit(2)
     return result
+
+
+def disconnect() -> None:
+    """End the connection of the ranks, if there is one; the last thing that a process does.
+
+    A thread of gloo that still holds a tensor of the last collective while Python exits would abort the process
+    (pytorch/pytorch 190489), so its threads end first.
+    """
+    if not dist.is_initialized():
+        return
+    deepspeed = sys.modules.get("deepspeed.comm")
+    if deepspeed is not None and deepspeed.is_initialized():
+        deepspeed.destroy_process_group()  # lets go of DeepSpeed's own references to the groups, too
+    else:
+        dist.destroy_process_group()
 
 
 def check_shared(folder: Path) -> None:

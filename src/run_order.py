@@ -32,7 +32,7 @@ from command_line import Parser, peek
 from errors import InputError
 from files import check_writable
 from order_config import OrderStep, order_name, read_order, step_name
-from ranks import is_first, of_first_rank
+from ranks import disconnect, is_first, of_first_rank
 from run_record import find_adapter
 
 
@@ -151,4 +151,7 @@ def task_flags(options: argparse.Namespace, number: int, step: OrderStep, start:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    sys.exit(main())
+    status = main()
+    if status == 0:  # after an error of one rank alone, the others may be waiting for it in a collective
+        disconnect()
+    sys.exit(status)

@@ -35,7 +35,7 @@ from methods.base_options import MethodArguments
 from model.loading import LoadedModel
 from order_config import order_name
 from prompts import save_card, save_prompts
-from ranks import check_shared, of_first_rank
+from ranks import check_shared, disconnect, of_first_rank
 from report.matrix import accuracy_matrix, average_performance, backward_transfer
 from run_record import ADAPTERS, PARTS, Progress, begin, complete, find_adapter, find_progress, make_record
 from task_examples import first_examples_of_each, place_in_order
@@ -349,4 +349,7 @@ def set_up_logging(training_args: UIETrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 0:  # after an error of one rank alone, the others may be waiting for it in a collective
+        disconnect()
+    sys.exit(status)

@@ -25,6 +25,7 @@ from Proj_torch.optimizer_state import MOMENTS, start_moments  # noqa: E402
 from Proj_torch.plan import Plan  # noqa: E402
 from Proj_torch.proj_projector import product  # noqa: E402
 from Proj_torch.zero_core import CoreEngine  # noqa: E402
+from ranks import disconnect  # noqa: E402
 
 TARGETS = {
     "net": ("first", "second", "third"),
@@ -343,7 +344,7 @@ def main() -> None:
     results = {case.name: run(case) for case in cases}
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[2])  # nested dictionaries of tensors and numbers
-    dist.destroy_process_group()
+    disconnect()
 
 
 if __name__ == "__main__":
