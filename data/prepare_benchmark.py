@@ -199,7 +199,7 @@ def prepare_from_hub(
             for subset in SUBSETS:
                 write_json(partial / f"{subset}.json", rows[subset], indent=None)
                 read_labelled(partial / f"{subset}.json", labels)
-        logger.info("%s: %s", target, ", ".join(f"{len(rows[subset])} {subset} rows" for subset in SUBSETS))
+        logger.info("%s: %s", target, ", ".join(f"{len(rows[subset])} {subset} examples" for subset in SUBSETS))
 
 
 def hub_subsets(name: str, *, seed: int, load: Load) -> dict[str, list[Row]]:
@@ -230,7 +230,7 @@ def hub_subsets(name: str, *, seed: int, load: Load) -> dict[str, list[Row]]:
     draw.shuffle(dev)
     for subset, rows, published in (("train", train, source.train_rows), ("test", test.items, source.test_rows)):
         if len(rows) != published:
-            logger.warning("%s: %d %s rows; the published benchmark has %d", name, len(rows), subset, published)
+            logger.warning("%s: %d %s examples; the published benchmark has %d", name, len(rows), subset, published)
     return {"train": train, "dev": dev[: source.test_rows] or test.items, "test": test.items}
 
 
@@ -239,7 +239,7 @@ def _hub_rows(name: str, split: str, load: Load) -> Iterator[Row]:
     source = SOURCES[name]
     try:
         hub_rows = load(source.repo, source.config, split=split, streaming=True)
-        for hub_row in tqdm(hub_rows, desc=f"{name} {split}", unit=" rows", unit_scale=True):
+        for hub_row in tqdm(hub_rows, desc=f"{name} {split}", unit=" examples", unit_scale=True):
             yield source.row(hub_row)
     except InputError:
         raise

@@ -1,6 +1,6 @@
 """Train two tasks, one after the other, with a method of src/methods in a plain PyTorch loop.
 
-    python data/mini_benchmark.py
+    [ -d data/mini_benchmark ] || python data/mini_benchmark.py
     PYTHONPATH=src python examples/loop.py [METHOD]
 """
 

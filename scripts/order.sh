@@ -3,7 +3,7 @@
 #
 #   Launch    bash scripts/order.sh NAME          (--tiny: a tiny T5 and made-up data, minutes on a CPU)
 #   Values    order1 to order6: those in order_1.sh to order_6.sh; any other order: those in order_1.sh
-#   Resume    by the same command; --fresh instead moves earlier results aside and starts over
+#   Resume    with the same command; --fresh instead moves earlier results aside and starts over
 #   Override  with variables in front of the command; defaults are in parentheses:
 #     MODEL=FOLDER     base model: a folder or a hub id    (initial_model/t5-large)
 #     DATA_DIR=FOLDER  benchmark                           (CL_Benchmark; with --tiny data/mini_benchmark)
@@ -14,8 +14,8 @@
 #     SEED=N           random seed                         (42)
 #     SAVE_STEPS=N     a checkpoint every N steps, to resume within a task   (none: an unfinished task starts over)
 #     OUTPUT=FOLDER    results in FOLDER/NAME/, log in FOLDER/NAME.log
-#                      (logs_and_outputs/NAME/, logs/NAME.log, where NAME also says how the run differs from the plain
-#                      published one: order_1-tiny, order_1-olora, order_1-tiny-sgorp-seed1)
+#                      (logs_and_outputs/NAME/, logs/NAME.log, where another mode, method, preset or seed is
+#                      appended to NAME: order_1-tiny, order_1-olora, order_1-tiny-sgorp-seed1)
 #     GORP_ENV=active  run in the active environment if its packages are new enough   (.venv, with exact versions)
 #     EXTRA="..."      more flags of src/run_uie_lora.py or src/run_order.py, quoted as in a shell; they override the
 #                      script's:

@@ -43,7 +43,7 @@ def main(paths):
     for name, bound in bounds.items():
         found = installed(name)
         if found is None or release(found) < release(bound):
-            differing.append(f"{name} {found or 'is missing'} (at least {bound})")
+            differing.append(f"{name} {found or 'missing'} (at least {bound})")
             status = 4
         elif found != locked[name]:
             differing.append(f"{name} {found} ({LOCK}: {locked[name]})")

@@ -66,14 +66,14 @@ class DataArguments:
     max_eval_samples: int | None = HfArg(default=None, help="Validate on this many examples at most.")
     max_predict_samples: int | None = HfArg(default=None, help="Test on this many examples of each dataset at most.")
     predict_tasks: Literal["all", "ends"] = HfArg(
-        default="all", help="After each task test all so far (all), or only itself, and all after the last one (ends)."
+        default="all", help="After each task test all so far (all), or only itself, and at the order's end all (ends)."
     )
     zero_shot: bool = HfArg(default=False, help="Before training, test on this and later tasks (forward transfer).")
     unseen_config_dir: str | None = HfArg(default=None, help="A task's folder: also test datasets new to this order.")
     num_examples: int = HfArg(default=0, help="Solved examples shown in each prompt (few-shot).")
     add_task_name: bool = HfArg(default=False, help="Begin the prompt with the task's name.")
     add_dataset_name: bool = HfArg(default=False, help="Begin the prompt with the dataset's name.")
-    multilingual: bool = HfArg(default=False, help="ROUGE over GPT-2's pieces instead of English words.")
+    multilingual: bool = HfArg(default=False, help="ROUGE over GPT-2's tokens instead of English words.")
 
 
 # Hugging Face's training arguments of which only the default is allowed, by reason, ...
@@ -169,7 +169,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         check(sampling in ("random", "sequential"), "train_sampling_strategy", sampling, "random or sequential")
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             if isinstance(given := getattr(self, name, None), str):
-                with _tried(f"--{name}: found {given}, which is no JSON object"):
+                with _tried(f"--{name}: found {given}, which is not a JSON object"):
                     dict(json.loads(given))
 
     def _check_numbers(self) -> None:

@@ -39,8 +39,8 @@ def match_names(names: Iterable[str], pattern: str | None, where: str, ending: s
         raise InputError(f"{where}: '{pattern}' matches no factor; factors are called {names[0]} ...")
     if others := [name for name in matched if not name.endswith(ending)]:
         kind = ending.removeprefix(".").removesuffix(".weight")
-        raise InputError(f"{where}: '{pattern}' matches {others[0]}; with --space_from inputs or --protect structural "
-                         f"only {kind} factors can be protected")  # fmt: skip
+        raise InputError(f"{where}: '{pattern}' matches {others[0]}; with --space_from inputs, or --protect "
+                         f"structural or step, only {kind} factors can be protected")  # fmt: skip
     return matched
 
 

@@ -88,9 +88,9 @@ class NonFiniteGuard:
         here = lost or any(self._gradients_bad)
         what = f"loss is {lost[0][0].item()}" if lost else "gradient is not finite"
         named = [example for _, names in lost or self._micro_batches for example in names][:EXAMPLES_NAMED]
-        examples = f"; examples: {', '.join(named)}" if here else " on another rank"
+        examples = f"; examples: {', '.join(named)}" if here else "; found on another rank"
         if self.in_a_row >= self.limit:
             raise RunStopped(f"step {self._step}: {what}, the last of {self.in_a_row} such steps in a row "
-                             f"(--max_non_finite_steps){examples}; none of them changed the weights, and the last "
+                             f"(--max_non_finite_steps){examples}; these steps changed no weights, and the last "
                              "checkpoint is kept")
         logger.warning("step %d: %s, the update is skipped%s", self._step, what, examples)

@@ -22,7 +22,7 @@ tags: [gorp, lora, continual-learning]
 
 Trained with GORP, method {method}, on {base}. The folder holds {holds}.
 
-In a checkout of GORP, `python src/answer.py FOLDER --dataset {last} --text "..."` asks it, and
+In a checkout of GORP, `python src/answer.py FOLDER --dataset {last} --text "..."` queries it, and
 `python src/export.py FOLDER --to NEW_FOLDER` makes a plain Transformers model of it. The prompt of {last} is the
 following, with a text in place of TEXT; those of other datasets are in `{prompts}`.
 

@@ -198,7 +198,7 @@ def find_checkpoint(trainer: UIETrainer, progress: Progress) -> Path | None:
     if named is None:
         return None
     if not is_complete(Path(named)):
-        raise InputError(f"--resume_from_checkpoint: {named} is no complete checkpoint; a folder checkpoint-<step>")
+        raise InputError(f"--resume_from_checkpoint: {named} is not a complete checkpoint; a folder checkpoint-<step>")
     step = TrainerState.load_from_json(str(Path(named) / "trainer_state.json")).global_step
     if 0 < most < step:
         raise InputError(f"--resume_from_checkpoint: {named} is of step {step}; at most {most}, --max_steps")

@@ -32,7 +32,7 @@ class UIETrainer(Seq2SeqTrainer):
 
     Args:
         method: a method after `prepare`.
-        multilingual: whether ROUGE counts GPT-2's pieces instead of English words.
+        multilingual: whether ROUGE counts GPT-2's tokens instead of English words.
         generation: arguments of `generate` for evaluation and prediction, `max_new_tokens` among them.
         name: the task, as progress bars show it; tasks_left: number of tasks of the order that follow it.
 

@@ -222,8 +222,8 @@ def test_dev_is_test_where_all_training_examples_are_used():
 
 def test_sizes_other_than_the_published_ones_are_said(caplog):
     hub_subsets("TC/agnews", seed=1, load=Hub(lambda split: news(3, start=9 if split == "test" else 0)))
-    assert "TC/agnews: 12 train rows; the published benchmark has 4000" in caplog.text
-    assert "TC/agnews: 12 test rows; the published benchmark has 7600" in caplog.text
+    assert "TC/agnews: 12 train examples; the published benchmark has 4000" in caplog.text
+    assert "TC/agnews: 12 test examples; the published benchmark has 7600" in caplog.text
 
 
 def test_reservoir_is_uniform_and_bounded():

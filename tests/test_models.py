@@ -370,8 +370,8 @@ def test_a_frozen_base_in_4_bits(method, mini_benchmark, tmp_path, monkeypatch, 
 
 INTRO = """# Models
 
-`MODEL=` takes a folder or a hub id with weights in safetensors, 16 or 32 bits: an encoder-decoder by `scripts/`, a
-decoder-only model by `scripts_llama/`. `config.json` decides which it is. Every other kind (vision and language,
+`MODEL=` takes a folder or a hub id with weights in safetensors, 16 or 32 bits: an encoder-decoder with `scripts/`, a
+decoder-only model with `scripts_llama/`. `config.json` decides which it is. Every other kind (vision and language,
 encoders, quantised weights, code that comes with the model) is rejected in one line before any weights are read.
 
 A decoder-only model trains in Transformers' own class, with `src/model/answer_loss.py` in front: logits are computed,

@@ -119,7 +119,7 @@ class ProjectionArguments(TargetArguments):
     """The low-rank projection of the full-rank weights' gradients."""
 
     galore_rank: int = field(default=8, metadata={"help": "Rank k of the gradient projection."})
-    galore_update_proj_gap: int = field(default=10, metadata={"help": "Optimizer steps between two bases."})
+    galore_update_proj_gap: int = field(default=10, metadata={"help": "Optimizer steps between refreshes of bases."})
     galore_scale: float = field(default=1.0, metadata={"help": "Factor on the update that is projected back."})
     galore_proj_type: str = field(
         default="std", metadata={"help": "Projected side.", "choices": list(PROJ_TYPES)}

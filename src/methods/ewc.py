@@ -86,4 +86,4 @@ class Ewc(Seqlora):
         save_file({name: F.cpu() for name, F in self.fisher.items()}, folder / FISHER_FILE)
 
     def describe(self):
-        return f"{super().describe()}; {'held by' if self.fisher else 'no'} Fisher information of earlier tasks"
+        return f"{super().describe()}; {'regularised by' if self.fisher else 'no'} Fisher information of earlier tasks"

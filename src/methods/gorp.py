@@ -7,7 +7,7 @@ For each task:
 2. S is the shared gradient space of earlier tasks, one orthonormal basis for each protected LoRA factor and full-rank
    weight. A (projected) gradient R becomes R - S S^T R before Adam.
 3. M is Adam's first moment when the task ends. S grows by the fewest leading left singular vectors of M - S S^T M that
-   make it hold a share `--space_energy` of M. The new LoRA joins the old one, which is frozen.
+   make it hold a share `--space_energy` of M's energy. The new LoRA joins the old one, which is frozen.
 
 Points 1 and 2 are the engine's work (`Proj_torch/engine.py`, `Proj_torch/adamw.py`), point 3 that of `subspace.py` and
 `loranew`. The paper, the code that its authors released and this project differ in places: docs/DEVIATIONS.md.
@@ -42,7 +42,7 @@ RELEASED = {
 
 NOT_REPRODUCED = (
     "preset released computes what the released scripts compute: nothing protected, no penalty, full-rank changes for "
-    "their own task alone; not reproduced: ranks that train apart, reading of data, evaluation (docs/DEVIATIONS.md)"
+    "their own task alone; not reproduced: ranks that train separately, data loading, evaluation (docs/DEVIATIONS.md)"
 )
 
 

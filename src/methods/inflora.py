@@ -34,7 +34,7 @@ SPACE_FILE = "input_space.safetensors"
 @dataclass
 class InfloraArguments(LoraArguments):
     inflora_energy: float = field(
-        default=0.995, metadata={"help": "Share eps of a task's input energy in M after the first task; grows to 1."}
+        default=0.995, metadata={"help": "Share eps of a task's input energy in M after the first task; then grows."}
     )
 
     def __post_init__(self):

@@ -99,7 +99,7 @@ class Magmax(Seqlora):
 
     def describe(self):
         tasks = len(next(iter(self.tasks.values()), ()))
-        return f"{super().describe()}; {tasks} tasks are merged in what is evaluated, by {self.options.magmax_merge}"
+        return f"{super().describe()}; {tasks} earlier tasks merged so far, by {self.options.magmax_merge}"
 
 
 def largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

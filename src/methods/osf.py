@@ -28,7 +28,7 @@ class OsfArguments(TargetArguments):
         default=0.5, metadata={"help": "Share of a weight's singular directions that the first task preserves."}
     )
     osf_growth: float = field(
-        default=0.1, metadata={"help": "Share that each later task preserves beyond those; 0.95 in all at most."}
+        default=0.1, metadata={"help": "Share that each later task preserves beyond those; at most 0.95 in total."}
     )
 
     def __post_init__(self):

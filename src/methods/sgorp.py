@@ -1,4 +1,4 @@
-"""SGORP, Structural GORP: this project's variant, in which a task's change is orthogonal to the shared space exactly.
+"""SGORP, Structural GORP: this project's variant, in which a task's change is exactly orthogonal to the shared space.
 
 Removing S from a gradient does not keep an update clear of S: Adam divides elementwise, and a `loranew_A` starts with a
 component in S (docs/LOG.md). Here the new LoRA sees x - S S^T x, and a full-rank weight's update loses its component in
@@ -25,7 +25,7 @@ class SgorpArguments(GorpArguments):
     protect: str = field(
         default="structural",
         metadata={
-            "help": "structural: the change is orthogonal to the shared space exactly, by the forward pass; step: the "
+            "help": "structural: the change is exactly orthogonal to the shared space, by the forward pass; step: the "
             "same, by removing the space from loranew_A after each step; the others: as in --method gorp.",
             "choices": ["structural", "step", "gp_first", "gp_second", "none"],
         },

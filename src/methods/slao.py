@@ -64,7 +64,7 @@ class Slao(Seqlora):
         save_file(self.last, folder / LAST_FILE, metadata={"tasks": str(self.tasks)})
 
     def describe(self):
-        return f"{super().describe()}; {self.tasks} tasks are merged in what is evaluated"
+        return f"{super().describe()}; {self.tasks} earlier tasks merged so far"
 
 
 def orthonormal_rows(A: Tensor) -> Tensor:
