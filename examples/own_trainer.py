@@ -18,8 +18,8 @@ from methods import make_method
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "initial_model" / "tiny-llama"
 OPTIONS = {  # see docs/OPTIONS.md; a method ignores those that only others read
-    "lora_modules": ".*self_attn.(q_proj|v_proj).*", "proj_lora_modules": ".*self_attn.(q_proj|v_proj).loranew_A.*",
-    "optim_target_modules": ".*mlp.gate_proj.*", "lora_dropout": 0.0, "galore_rank": 16, "galore_lr": 3e-3,
+    "lora_modules": ".*self_attn.(q_proj|v_proj).*", "optim_target_modules": ".*mlp.gate_proj.*", "lora_dropout": 0.0,
+    "galore_rank": 16, "galore_lr": 3e-3,
 }  # fmt: skip
 TASKS = {  # prompts and answers
     "living": [(f"Is {thing} an animal or a plant?\nAnswer:", answer) for thing, answer in (
@@ -57,7 +57,7 @@ class MethodHooks:
         return (loss, outputs) if return_outputs else loss
 
     def shown_batches(self):
-        rows = self.method.shown_examples  # what the method may see before and after training; None: all
+        rows = self.method.shown_examples  # the first ones, so the dataset should be shuffled; None: all
         most = rows and math.ceil(rows / self.args.eval_batch_size)
         return islice(self.get_eval_dataloader(self.train_dataset), most)
 

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Shell functions shared by scripts/ and scripts_llama/: set-up, arguments, checks, and running an order.
-# Settings that the orders of a model family share are in settings.sh, an order's own values in order_K.sh. Paths are
-# relative to the repository's root.
+# Settings that the orders of a model family share are in settings.sh, an order's own values in order_K.sh. Paths
+# below are relative to the repository's root.
 #
 # While a task runs, the terminal shows progress bars and lines that begin with `[gorp] ` or `error: `. The log has
 # everything (see terminal.py).
@@ -10,6 +10,10 @@ set -euo pipefail
 gpu=''      # what has_gpu found; not the user's variable of that name
 script=$0   # made absolute, as the current folder changes below
 [[ $script == /* ]] || script=$PWD/$script
+for variable in OUTPUT MODEL DATA_DIR DS_CONFIG HOSTFILE; do   # started elsewhere: what lies there, and results
+    [[ -z ${!variable:-} || ${!variable} == /* ]] || [[ $variable != OUTPUT && ! -e ${!variable} ]] ||
+        [ "$PWD" -ef "$(dirname "${BASH_SOURCE[0]}")/.." ] || printf -v $variable %s "$PWD/${!variable}"
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/settings.sh
 
@@ -100,7 +104,9 @@ has_gpu() {
         if reason=$("$PYTHON" -W always -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>&1); then
             gpu=yes
         else
-            say "PyTorch cannot use this machine's GPU, so training uses the CPU: ${reason:-no reason given}" >&2
+            reason="PyTorch cannot use this machine's GPU: ${reason:-no reason given}"
+            [ "${mode:-}" != full ] || fail "$reason; CUDA_VISIBLE_DEVICES= trains on the CPU"
+            say "$reason; training uses the CPU" >&2
         fi
     fi
     [ $gpu = yes ]

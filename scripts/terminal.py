@@ -5,7 +5,7 @@
 LOG (appended to) gets every line, and only the last state of each progress bar. Standard output gets the lines that
 begin with `[gorp] ` (with --all, every line) and, on a terminal, the progress bars, which overwrite one another; lines
 that begin with `error: ` go to standard error. The value of `--hub_token` is masked everywhere. If the log cannot be
-written, it warns once and continues.
+written, it warns once and continues; if the terminal cannot, it continues too.
 """
 
 import codecs
@@ -69,23 +69,36 @@ class Terminal:
         if line.startswith(ERROR):
             self._clear_bar()
             self.errors.write(f"{line}\n")
-            self.errors.flush()
         elif self.show_all or line.startswith(FOR_THE_USER):
             self._clear_bar()
             self.out.write(f"{line}\n")
-            self.out.flush()
 
     def _show(self, bar: str) -> None:
         self.bar = bar
         if self.show_bars:
             width = shutil.get_terminal_size().columns - 1  # a bar that wraps could not be cleared
             self.out.write(CLEAR_LINE + bar[:width])
-            self.out.flush()
 
     def _clear_bar(self) -> None:
         if self.show_bars:
             self.out.write(CLEAR_LINE)
-            self.out.flush()
+
+
+class Stream:
+    """Writes through to standard output or error. After a failed write (a full disk, a closed pipe) it writes no more,
+    and the run continues."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def write(self, text: str) -> None:
+        # As on stderr: the encoding may lack a path's characters.
+        rest = text.encode(sys.stdout.encoding, errors="backslashreplace")
+        while rest and self.descriptor is not None:
+            try:
+                rest = rest[os.write(self.descriptor, rest):]
+            except OSError:
+                self.descriptor = None
 
 
 class Log:
@@ -114,9 +127,8 @@ class Log:
 def main(path: str, *, show_all: bool = False) -> None:
     """Copy standard input until it ends; Ctrl-C is ignored, so that the program's last lines are still copied."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: the encoding may lack a path's characters
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    terminal = Terminal(Log(path), sys.stdout, sys.stderr, show_bars=sys.stdout.isatty(), show_all=show_all)
+    terminal = Terminal(Log(path), Stream(1), Stream(2), show_bars=sys.stdout.isatty(), show_all=show_all)
     while chunk := os.read(sys.stdin.fileno(), 65536):
         terminal.feed(decoder.decode(chunk))
     terminal.close()

@@ -22,6 +22,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from compute_metrics import gpt2_folder
 from errors import InputError, nearest
 from files import check_writable, read_object
 
@@ -137,6 +138,13 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         self._check_numbers()
         if self.deepspeed is not None:
             self.check_deepspeed(self.deepspeed)
+        for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # set by `accelerate launch`
+            found = os.environ.get(name, "false")
+            if self.deepspeed is None and found.lower() in ("true", "1", "yes"):
+                raise InputError(f"{name}: found {found} in the environment; DeepSpeed trains with --deepspeed FILE, "
+                                 "FSDP not at all")
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False  # every rank computes the same rounding errors of 16-bit weights
         if self.output_dir is None:
             raise InputError("--output_dir: missing; a folder for the results")
         check_writable(self.output_dir)
@@ -232,6 +240,12 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
         if type(stage) is not int or not 0 <= stage <= 3:
             raise InputError(f"{path}, key zero_optimization.stage: found {json.dumps(stage)}; 0, 1, 2 or 3")
+        offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+        forced = config.get("zero_force_ds_cpu_optimizer", True)
+        if isinstance(offload, dict) and offload.get("device", "none") != "none" and forced is not False:
+            # accelerate would replace the optimizer by DeepSpeed's own: the full-rank weights would not train.
+            raise InputError(f"{path}, key zero_force_ds_cpu_optimizer: found {json.dumps(forced)} with "
+                             "offload_optimizer; false, so that the method's optimizer trains")
         if self.fp16 and stage == 0:
             # deepspeedai/DeepSpeed 8393: gradients are divided by a loss scale that no loss was multiplied by.
             raise InputError(f"{path}, key zero_optimization.stage: found 0 with --fp16, where DeepSpeed 0.19 trains "
@@ -263,7 +277,7 @@ def _tried(flags: str) -> Iterator[None]:
 
 
 def check_data_arguments(data: DataArguments) -> None:
-    """Check the required folders and the numbers of the data group."""
+    """Check the required folders and the numbers of the data group; fetch what `--multilingual` needs."""
     for flag in ("data_dir", "task_config_dir"):
         folder = getattr(data, flag)
         check(bool(folder) and Path(folder).is_dir(), flag, folder, "an existing folder")
@@ -271,6 +285,8 @@ def check_data_arguments(data: DataArguments) -> None:
         check_number(data, flag, above=0)
     for flag in ("max_num_instances_per_task", "max_num_instances_per_eval_task"):
         check(getattr(data, flag) != 0, flag, 0, "a number above 0, or -1 for all")
+    if data.multilingual:
+        gpt2_folder()
 
 
 def check(holds: bool, flag: str, found, allowed: str) -> None:

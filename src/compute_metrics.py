@@ -166,11 +166,11 @@ class GPT2RougeTokenizer:
 def _rouge_scorer(multilingual: bool):
     from rouge_score.rouge_scorer import RougeScorer  # slow to import, and not needed before evaluation
 
-    tokenizer = GPT2RougeTokenizer(_gpt2_folder()) if multilingual else None
+    tokenizer = GPT2RougeTokenizer(gpt2_folder()) if multilingual else None
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=tokenizer)
 
 
-def _gpt2_folder() -> Path:
+def gpt2_folder() -> Path:
     """The folder of GPT-2's vocabulary, which the script in it fetches on first use."""
     if not all((GPT2_FOLDER / name).is_file() for name in ("vocab.json", "merges.txt")):
         script = GPT2_FOLDER / "fetch_gpt2_tokenizer.py"

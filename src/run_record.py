@@ -41,12 +41,12 @@ RESULT_FILES = (*(f"{part}_results.json" for part in PARTS), "all_results.json",
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
 SOURCE = Path(__file__).resolve().parent
 
-# Options that change no result: paths (whose files' contents are compared), logging, saving.
+# Options that change no result: paths (whose files' contents are compared), logging, saving, evaluation batches.
 NOT_COMPARED = {
     "output_dir", "run_name", "data_dir", "task_config_dir", "instruction_file", "cache_dir", "deepspeed",
     "input_record_file", "use_auth_token", "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint",
     "local_rank", "disable_tqdm", "report_to", "project", "push_to_hub", "ddp_timeout", "debug", "skip_memory_metrics",
-    "max_non_finite_steps",
+    "max_non_finite_steps", "per_device_eval_batch_size", "eval_batch_tokens",
 }
 NOT_COMPARED_PREFIXES = ("save_", "logging_", "log_", "hub_", "trackio_", "dataloader_pin", "dataloader_persistent",
                          "dataloader_prefetch", "dataloader_num")

@@ -44,6 +44,9 @@ from uie_trainer_lora import UIETrainer
 
 logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 
+SMALLER = ("Training takes less with a smaller --per_device_train_batch_size and more --gradient_accumulation_steps, "
+           "evaluation with a smaller --per_device_eval_batch_size or --eval_batch_tokens; change them")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one task; returns 0, or, after one printed line, 2 for bad input, 1 for a stopped run, 130 for Ctrl-C."""
@@ -58,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         status, line = 1, f"error: {error}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command resumes"  # 130 as in a shell
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().splitlines()[0]
+        status, line = 1, f"error: {reason} {SMALLER}, and the same command resumes"
     except Exception as error:
         if not is_disk_full(error):
             raise
@@ -184,7 +190,8 @@ def lock(folder: Path) -> contextlib.AbstractContextManager:
     try:
         return FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
-        raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it") from None
+        raise InputError(f"--output_dir: another run is writing to {folder}; wait for it, or stop it. If there is "
+                         f"none, the lock of a killed run was left behind: remove {folder / '.lock'}") from None
     except OSError as error:  # the file may be another user's
         raise InputError(f"{folder / '.lock'}: cannot be locked ({error.strerror})") from None
 
@@ -225,9 +232,8 @@ def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples:
     if trainer.is_world_process_zero():
         with atomic_folder(adapter) as partial:
             trainer.method.save(partial)
-            if loaded.revision is not None:
-                config = read_json(partial / CONFIG_FILE)
-                write_json(partial / CONFIG_FILE, config | {"revision": loaded.revision}, indent=2)
+            if origin := {name: value for name, value in loaded.origin.items() if value is not None}:
+                write_json(partial / CONFIG_FILE, read_json(partial / CONFIG_FILE) | origin, indent=2)
             loaded.tokenizer.save_pretrained(partial)
             shown = [first_examples_of_each(examples[split], 1) for split in ("test", "train")]
             save_prompts(partial, chain(*shown), trainer.data_collator)
@@ -294,7 +300,7 @@ def score(trainer: UIETrainer, examples: datasets.Dataset, part: str) -> dict:
 def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) -> dict:
     """What a report shows of a run besides its scores; part of its record."""
     args, options, config = trainer.args, trainer.method.effective_options(), Path(data_args.task_config_dir)
-    parameters = list(trainer.model.parameters())
+    total, trained = trainer.method.sizes()
     settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
                 "gradient_accumulation_steps", "max_train_samples", "max_predict_samples")
     given = vars(args) | vars(data_args)
@@ -305,8 +311,8 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) 
         "order": order_name(config.resolve().parent),
         "dataset": config.name,
         "processes": args.world_size,
-        "values": sum(parameter.numel() for parameter in parameters),
-        "trained_values": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "values": total,
+        "trained_values": trained,
         "options": options | {name: given[name] for name in settings},
     }
 

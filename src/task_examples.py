@@ -1,5 +1,6 @@
 """The training examples of an order's tasks, as a method may read them, and limits on numbers of examples."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,13 @@ def place_in_order(config_dir: str | Path) -> tuple[int, list[str]]:
 def first_examples(examples: Dataset, limit: int | None) -> Dataset:
     """The first `limit` examples."""
     return examples if limit is None else examples.select(range(min(limit, len(examples))))
+
+
+def sampled_examples(examples: Dataset, limit: int | None) -> Dataset:
+    """`limit` examples, always the same ones; a random sample, because a file may be sorted by label."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return examples.select(sorted(random.Random(0).sample(range(len(examples)), limit)))
 
 
 def first_examples_of_each(examples: Dataset, limit: int | None) -> Dataset:

@@ -24,7 +24,7 @@ from files import atomic_file, read_json, read_tensors, write_json
 from methods import Method
 from non_finite import NonFiniteGuard
 from Proj_torch.optimizer_state import start_moments
-from task_examples import first_examples
+from task_examples import sampled_examples
 
 
 class UIETrainer(Seq2SeqTrainer):
@@ -117,10 +117,10 @@ class UIETrainer(Seq2SeqTrainer):
         return 6 * inputs["input_ids"].numel() * self._parameters
 
     def shown_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of the first training examples, as many as the method asks for, the same on every rank."""
+        """Batches of as many training examples as the method asks for, the same on every rank."""
         if self.model_wrapped is self.model:
             self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
-        shown = first_examples(self.train_dataset, self.method.shown_examples)
+        shown = sampled_examples(self.train_dataset, self.method.shown_examples)
         starts = range(0, len(shown), self.args.per_device_train_batch_size)
         for start in tqdm(starts, f"{self.name}, layer inputs", disable=self._quiet or not starts):
             yield self._batch([shown[place] for place in range(len(shown))[start : start + starts.step]])

@@ -76,10 +76,23 @@ def test_a_finished_model_has_the_revision_and_the_tokenizer_that_it_was_trained
     assert run_uie_lora.main(command) == 0
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     folder, loaded = export.load_finished(tmp_path / "run")
-    assert json.loads((folder / "adapter_config.json").read_text())["revision"] == loaded.revision == "early"
+    assert json.loads((folder / "adapter_config.json").read_text())["revision"] == loaded.origin["revision"] == "early"
     assert loaded.tokenizer.name_or_path == str(folder)
     wanted = KIND["t5_adapter"].from_pretrained(base).get_input_embeddings().weight
     assert torch.equal(loaded.model.get_input_embeddings().weight, wanted)
+
+
+def test_another_config_is_remembered_by_the_folder(mini_benchmark, tmp_path):
+    base, modules = PREFIX["llama_adapter"]
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    command = arguments(mini_benchmark, tmp_path / "run", "dbpedia", base, modules, "--method", "seqlora", *SHORT,
+                        "--config_name", str(tmp_path / "config"))  # fmt: skip
+    assert run_uie_lora.main(command) == 0
+    assert export.load_finished(tmp_path / "run")[1].model.config.rms_norm_eps == 0.5
+    assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "model")]) == 0
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["rms_norm_eps"] == 0.5
 
 
 def test_exported_adapter_is_a_plain_lora_that_equals_the_model(run, tmp_path, capfd):

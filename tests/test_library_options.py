@@ -136,7 +136,7 @@ RUNS = {
                    "--save_total_limit 2 --load_best_model_at_end --metric_for_best_model eval_gen_len "
                    "--greater_is_better False",
     "resumed": "--max_steps 4 --resume_from_checkpoint CHECKPOINTS/checkpoint-1 --ignore_data_skip",
-    "several processes": "--ddp_find_unused_parameters False --ddp_bucket_cap_mb 3 --ddp_broadcast_buffers False "
+    "several processes": "--ddp_find_unused_parameters False --ddp_bucket_cap_mb 3 --ddp_broadcast_buffers True "
                          "--ddp_static_graph True --ddp_timeout 99",
     "evaluation alone": "--do_train False --do_eval",
     "training alone": "--do_predict False",
@@ -226,7 +226,7 @@ WORKS = {  # field -> a run of `RUNS` with it, and what shows there that it work
     "ignore_data_skip": ("resumed", lambda seen: seen.state.global_step == 4 and 6 in seen.batches["train"][0]),
     "ddp_find_unused_parameters": ("several processes", lambda seen: not seen.ddp().find_unused_parameters),
     "ddp_bucket_cap_mb": ("several processes", lambda seen: seen.ddp().bucket_cap_mb == 3),
-    "ddp_broadcast_buffers": ("several processes", lambda seen: not seen.ddp().broadcast_buffers),
+    "ddp_broadcast_buffers": ("several processes", lambda seen: seen.ddp().broadcast_buffers),
     "ddp_static_graph": ("several processes", lambda seen: seen.ddp().static_graph),
     "ddp_timeout": ("several processes", lambda seen: seen.args.ddp_timeout_delta.seconds == 99),
     "do_train": ("evaluation alone", lambda seen: "train_loss" not in seen.results()),
@@ -371,6 +371,14 @@ def test_a_training_argument_that_decides_nothing_is_reported_and_changes_no_byt
     seen, plain = runs("ignored"), runs("plain")
     assert f"[gorp] ignored: {', '.join(f'--{name}' for name in IGNORED + TRACKIO)}\n" in capfd.readouterr().out
     assert seen.predictions == plain.predictions and seen.logged("loss") == plain.logged("loss")
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_what_accelerate_would_shard_without_our_checks_is_rejected(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(InputError, match=f"{name}: found true"):
+        arguments()
 
 
 def test_what_a_cpu_lacks_is_said(tmp_path, monkeypatch):

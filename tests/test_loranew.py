@@ -230,6 +230,16 @@ def test_the_old_branch_sees_the_whole_input():
     assert torch.equal(logits(model), before)
 
 
+def test_a_space_of_every_direction_leaves_nothing_to_train():
+    """Not even rounding noise, which Adam would turn into full steps."""
+    model = learn(add_loranew(new_base(), new_config()), seed=1)
+    set_input_space(model, {name: orthonormal(16, 16) for name in loranew_layers(model)})
+    model.train()(**INPUTS).logits.sum().backward()
+    for layer in loranew_layers(model).values():
+        for factor in (layer.loranew_A["default"].weight, layer.loranew_B["default"].weight):
+            assert factor.grad is not None and not factor.grad.any()
+
+
 def test_in_16_bits_the_saved_change_is_still_clear_of_the_space():
     """S acts in float32, and is not cast with the model (a buffer would be)."""
     S, x = orthonormal(16, 5), torch.randn(3, 7, 16)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -17,10 +18,12 @@ import run_uie_lora
 from command_line import parse_arguments
 from errors import InputError
 from helpers import LLAMA, LLAMA_MODULES, PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
+from loranew import loranew_layers
 from methods import find_method, method_names
 from methods.seqlora import Seqlora
-from task_setup import load_examples
 from order_config import read_order
+from task_examples import sampled_examples
+from task_setup import load_examples
 
 SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "40"]
 RELEASED = ["--preset=released", "--lamda_1", "0"]
@@ -83,7 +86,7 @@ def family(request):
     return request.param, *PREFIX[request.param]
 
 
-@pytest.mark.parametrize("name", [name for name in method_names() if name not in ("gorp", "sgorp")])
+@pytest.mark.parametrize("name", [name for name in method_names() if name != "gorp"])
 def test_two_tasks_then_the_folder_predicts_what_the_run_did(name, family, mini_benchmark, tmp_path):
     adapter_name, model, modules = family
     first, second, again = tmp_path / "1-dbpedia", tmp_path / "2-amazon", tmp_path / "again"
@@ -215,6 +218,46 @@ def test_nlora_penalty_is_the_l1_norm_of_the_change(tmp_path):
     total = sum((factors[name.replace("_A", "_B")] @ A).abs().sum() for name, A in factors.items() if "_A" in name)
     torch.testing.assert_close(method.penalty(), 0.5 * total)
     assert method_of("nlora", "--nlora_lamda", "0", output=tmp_path).penalty() is None
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("olora", []),
+    ("gorp", ["--galore_engine", "dense"]),
+    ("gorp", ["--galore_engine", "cores"]),
+    ("sgorp", ["--space_from", "moments"]),
+])  # fmt: skip
+def test_penalties_are_those_of_the_formulas(name, flags, tmp_path):
+    """lamda_1: sum |A_old A^T|; lamda_2: ||A|| + ||B||; lamda_3: ||dW dW^T - I||. A counts as it acts, without S."""
+    train(method_of(name, *(flags if name == "sgorp" else []), output=tmp_path), None, tmp_path / "first")
+    full_rank = ["--lamda_3", "0.1"] if name != "olora" else []
+    method = method_of(name, *flags, "--lamda_1", "0.5", "--lamda_2", "0.2", *full_rank, output=tmp_path)
+    model = method.prepare(tiny_t5(), tmp_path / "first", decoder_only=False).train()
+    targets = getattr(method, "targets", {})
+    before = {name: layer.weight.detach().clone() for name, layer in targets.items()}
+    optimizer = method.create_optimizer(**settings())
+    method.begin_training()
+    method.begin_micro_batch(True)
+    step_on(model, optimizer)
+    method.begin_micro_batch(True)
+    torch.manual_seed(0)
+    expected = 0.0
+    for place, layer in loranew_layers(model).items():
+        old, A, B = (part["default"].weight for part in (layer.lora_A, layer.loranew_A, layer.loranew_B))
+        for factor in (old, A, B):
+            torch.nn.init.normal_(factor)
+        seen = A
+        if name == "sgorp":
+            S = method.space.get(f"{place}.loranew_A")
+            seen = A - A @ S @ S.T
+            assert (seen - A).norm() > 0.1
+        expected += 0.5 * (old @ seen.T).abs().sum() + 0.2 * (seen.norm() + B.norm())
+    for place in targets:
+        layer = model.get_base_model().get_submodule(place)
+        change = layer(torch.eye(layer.in_features)).T - before[place]
+        assert change.norm() > 1e-3
+        expected += 0.1 * (change @ change.T - torch.eye(len(change))).norm()
+    assert bool(targets) == (name != "olora")
+    torch.testing.assert_close(method.penalty(), expected)
 
 
 def test_nlora_makes_the_change_sparser(mini_benchmark, tmp_path):
@@ -350,6 +393,64 @@ def test_the_three_gorps_have_their_own_defaults(tmp_path):
     assert settings("--method", "sgorp") == ("sgorp", "structural", "input", "inputs", 0.0, "lowrank")
     released = settings("--preset", "released")
     assert (released[1], *released[4:]) == ("none", 0.0, "exact")
+
+
+def test_gp_second_acts_as_such_in_the_second_task(tmp_path):
+    train(method_of("gorp", output=tmp_path), None, tmp_path / "first")
+    ends = {}
+    for way in ("gp_first", "gp_second"):
+        method = method_of("gorp", "--protect", way, output=tmp_path)
+        train(method, tmp_path / "first", tmp_path / way)
+        assert method.engine.plan.way == way and method.engine.plan.spaces
+        ends[way] = load_file(tmp_path / way / "full_rank_weights.safetensors")
+    assert all(not torch.equal(ends["gp_first"][name], ends["gp_second"][name]) for name in ends["gp_first"])
+
+
+@pytest.mark.parametrize("name", ["gorp", "sgorp"])
+def test_every_new_factor_a_is_protected_unless_flags_say_otherwise(name):
+    modules = {"lora_modules": ".*SelfAttention.(q|v).*", "optim_target_modules": ".*EncDecAttention.(q|v).*"}
+    method = methods.make_method(name, **modules)
+    model = method.prepare(tiny_t5(), None, decoder_only=False)
+    assert len(method.protected) == len(loranew_layers(model)) == 8
+    assert "shared space of 8 LoRA factors and 4 full-rank weights" in method.summary()[1]
+    none = methods.make_method(name, **modules, proj_lora_modules="none")
+    none.prepare(tiny_t5(), None, decoder_only=False)
+    assert not none.protected and "shared space of 0 LoRA factors" in none.summary()[1]
+
+
+def test_what_trains_is_counted_alike_by_both_engines(tmp_path):
+    sizes = []
+    for engine in ("dense", "cores"):
+        method = method_of("gorp", "--galore_engine", engine, output=tmp_path)
+        method.prepare(tiny_t5(), None, decoder_only=False)
+        sizes.append(method.sizes())
+    base = sum(parameter.numel() for parameter in tiny_t5().parameters())
+    assert sizes[0] == sizes[1] == (base + 16384, 16384 + 4 * 128 * 128)
+
+
+@pytest.mark.parametrize("name, examples", [("sgorp", 64), ("inflora", 80), ("ewc", 80)])
+def test_a_method_sees_as_many_examples_as_it_asks_for(name, examples, mini_benchmark, tmp_path, monkeypatch):
+    kind, seen = find_method(name), []
+
+    def revisit(method, model, batches, own=kind.revisit):
+        batches = list(batches)
+        seen.extend(tuple(ids.tolist()) for batch in batches for ids in batch["labels"])
+        return own(method, model, iter(batches))
+
+    monkeypatch.setattr(kind, "revisit", revisit)
+    run = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, "--method", name, "--max_steps", "1",
+                    "--max_train_samples", "80", "--max_predict_samples", "1")  # fmt: skip
+    assert run_uie_lora.main(run) == 0
+    assert len(seen) == examples
+
+
+def test_the_examples_that_a_method_sees_are_a_sample_and_the_same_in_every_run():
+    sorted_by_label = Dataset.from_dict({"label": [place // 100 for place in range(1000)]})
+    drawn = sampled_examples(sorted_by_label, 64)["label"]
+    assert len(drawn) == 64 and len(set(drawn)) > 5
+    assert drawn == sampled_examples(sorted_by_label, 64)["label"]
+    for limit in (None, 1000, 2000):
+        assert sampled_examples(sorted_by_label, limit) is sorted_by_label
 
 
 def test_ablations_of_gorp_by_flags(tmp_path):

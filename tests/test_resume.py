@@ -4,6 +4,7 @@ Ends within one process are provoked here; a whole order that is killed by SIGKI
 end (`benchmarks/kill_and_resume.py` is its long form).
 """
 
+import contextlib
 import errno
 import inspect
 import json
@@ -24,6 +25,7 @@ from transformers import Seq2SeqTrainer, TrainerCallback
 
 import checkpoints
 import files
+import full_rank
 import run_record
 import run_uie_lora
 from command_line import parse_arguments
@@ -294,6 +296,22 @@ def test_a_trained_task_is_only_evaluated(model, modules, mini_benchmark, tmp_pa
     timed = ("runtime", "per_second", "preparation_time")
     kept = [{key: value for key, value in score.items() if not key.endswith(timed)} for score in scores]
     assert kept[0] == kept[1] and kept[0]["predict_global_step"] == 12
+
+
+def test_an_evaluation_without_memory_goes_on_with_smaller_batches(mini_benchmark, tmp_path, monkeypatch, capfd):
+    words = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES)
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_uie_lora, "predict", no_memory)
+        assert run_uie_lora.main(words) == 1
+    said = capfd.readouterr().err
+    assert "error: CUDA out of memory. Tried to allocate 2.00 GiB. Training takes less with" in said
+    assert "Traceback" not in said
+    monkeypatch.setattr(UIETrainer, "train", None)  # training would fail
+    assert run_uie_lora.main([*words, "--per_device_eval_batch_size", "4", "--eval_batch_tokens", "900"]) == 0
 
 
 # --- not resuming ---
@@ -595,6 +613,17 @@ def test_what_other_libraries_say_of_a_full_disk():
     nested = ValueError("outer")
     nested.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
     assert is_disk_full(nested) and not is_disk_full(OSError(errno.EACCES, "Permission denied"))
+
+
+def test_full_rank_weights_on_a_full_disk(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def full(path):
+        yield Path("/dev/full")
+
+    monkeypatch.setattr(full_rank, "atomic_file", full)
+    with pytest.raises(OSError) as raised:
+        full_rank.save_weights({"layer": torch.ones(300, 300)}, tmp_path)
+    assert is_disk_full(raised.value)
 
 
 @pytest.fixture

@@ -76,11 +76,11 @@ def train(method, previous: Path | None, folder: Path, task: int = 0) -> Path:
     return finish(method, model, folder, task)
 
 
-def covariances(method, model, task: int) -> dict[str, torch.Tensor]:
-    """sum x x^T of what each LoRA layer sees of a task, in float64."""
+def covariances(model, layers, task: int) -> dict[str, torch.Tensor]:
+    """sum x x^T of what each layer sees of a task, in float64."""
     seen = {name: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
-            for name, layer in method.layers.items()}
-    see_inputs(model, method.layers, batches(task), lambda name, _, X: seen[name].add_(X.double().T @ X.double()))
+            for name, layer in layers.items()}
+    see_inputs(model, layers, batches(task), lambda name, _, X: seen[name].add_(X.double().T @ X.double()))
     return seen
 
 
@@ -91,7 +91,7 @@ def test_inflora_trains_b_alone_in_new_directions_of_the_inputs(tmp_path):
     train(method_of("inflora", folder=tmp_path), None, tmp_path / "1")
     second = method_of("inflora", folder=tmp_path)
     model = begin(second, tmp_path / "1", task=1)
-    C = covariances(second, model, task=1)
+    C = covariances(model, second.layers, task=1)
     chosen = {name: A.clone() for name, A in second.A.items()}
     for name, A in chosen.items():
         M = second.space.get(name).double()
@@ -119,7 +119,7 @@ def test_inflora_keeps_the_energy_that_the_order_asks_for(tmp_path):
         method.training_examples(None, order)
         model = begin(method, previous, task)
         fit(method, model, task)
-        C = covariances(method, model, task)
+        C = covariances(model, method.layers, task)
         previous = finish(method, model, tmp_path / str(task), task)
         wanted = 0.8 + 0.05 * task
         for name, matrix in C.items():
@@ -446,6 +446,23 @@ def test_a_muon_step_moves_every_direction_of_a_factor_alike_and_by_adamws_size(
 def test_muon_is_refused_under_deepspeed(tmp_path):
     with pytest.raises(InputError, match="--lora_optimizer: found muon; adamw under DeepSpeed"):
         method_of("seqlora", "--lora_optimizer", "muon", "--deepspeed", STAGE_2, folder=tmp_path)
+
+
+# SGORP
+
+
+@pytest.mark.parametrize("energy", [0.6, 0.9])
+def test_sgorp_protects_the_share_of_the_inputs_energy_that_is_asked_for(energy, tmp_path):
+    method = method_of("sgorp", "--space_energy", str(energy), folder=tmp_path)
+    model = begin(method, None)
+    fit(method, model)
+    names = {*method.targets, *(name.removesuffix(".loranew_A.weight") for name in method.protected)}
+    C = covariances(model, {name: model.get_base_model().get_submodule(name) for name in names}, task=0)
+    finish(method, model, tmp_path / "1")
+    for name in (*method.targets, *method.protected):
+        S, seen = method.space.get(name).double(), C[name.removesuffix(".loranew_A.weight")]
+        shares = [torch.trace(S[:, :count].T @ seen @ S[:, :count]) / torch.trace(seen) for count in (S.shape[1], -1)]
+        assert shares[0] >= energy - 1e-5 > shares[1]
 
 
 # SGORP, protected after each step

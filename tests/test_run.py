@@ -147,9 +147,10 @@ def test_other_methods_train_only_the_new_lora(method, mini_benchmark, tmp_path)
     assert any("penalty" in entry for entry in history) == (method == "olora")
 
 
-@pytest.mark.parametrize("source", ["moments", "inputs"])
-def test_change_of_sgorp_is_orthogonal_to_the_space(source, mini_benchmark, tmp_path):
-    side = ["--method", "sgorp", "--space_from", source, "--space_energy", "0.7"]
+@pytest.mark.parametrize("source, projection", [("moments", "std"), ("inputs", "std"), ("inputs", "reverse_std")])
+def test_change_of_sgorp_is_orthogonal_to_the_space(source, projection, mini_benchmark, tmp_path):
+    side = ["--method", "sgorp", "--space_from", source, "--space_energy", "0.7",
+            "--galore_proj_type", projection]  # reverse_std projects these square weights on their output side
     first, second = tmp_path / "1", tmp_path / "2"
     assert run_uie_lora.main(arguments(mini_benchmark, first, "dbpedia", T5, T5_MODULES, *side)) == 0
     adapter = first / "t5_adapter"
@@ -167,17 +168,22 @@ def test_change_of_sgorp_is_orthogonal_to_the_space(source, mini_benchmark, tmp_
         assert (added @ basis).norm() < 1e-5 * added.norm()
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])  # of the cores; one of the dense gradients
 @pytest.mark.parametrize("adapter_name", [*PREFIX])
-def test_cores_train_what_dense_gradients_train(adapter_name, mini_benchmark, tmp_path):
+def test_cores_train_what_dense_gradients_train(adapter_name, micro_batches, mini_benchmark, tmp_path):
     """With one basis, for the sign of a singular vector may differ with the last digits, and kept moments show it;
     and without clipping, since the norm is that of the cores' gradients."""
     model, modules = PREFIX[adapter_name]
     exact = ["--lora_dropout", "0", "--galore_update_proj_gap", "20", "--adam_epsilon", "1e-4", "--logging_steps", "1",
-             "--max_grad_norm", "0", "--learning_rate", "1e-3", "--galore_lr", "1e-3"]  # fmt: skip
+             "--max_grad_norm", "0", "--learning_rate", "1e-3", "--galore_lr", "1e-3",
+             "--gradient_accumulation_steps", str(micro_batches), "--lamda_2", "0.1", "--lamda_3", "0.1"]  # fmt: skip
     found = {}
     for engine in ("dense", "cores"):
         out = tmp_path / engine
-        flags = [*exact, "--galore_engine", engine]
+        flags = [*exact, "--galore_engine", engine, "--per_device_train_batch_size",
+                 str(8 if engine == "dense" else 8 // micro_batches)]  # fmt: skip
+        if engine == "dense":
+            flags += ["--gradient_accumulation_steps", "1"]
         assert run_uie_lora.main(arguments(mini_benchmark, out, "dbpedia", model, modules, *flags)) == 0
         history = json.loads((out / "trainer_state.json").read_text())["log_history"]
         losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -187,7 +193,8 @@ def test_cores_train_what_dense_gradients_train(adapter_name, mini_benchmark, tm
     base = load_file(model / "model.safetensors")
     for name, weight in found["dense"][1].items():
         moved = weight - base[name].float()
-        assert moved.norm() > 0 and (found["cores"][1][name] - weight).norm() < 1e-2 * moved.norm(), name
+        apart = (found["cores"][1][name] - weight).norm() / moved.norm()
+        assert moved.norm() > 0 and apart < (0.01 if micro_batches == 1 else 0.05), name
 
 
 def test_cores_train_a_later_task_as_dense_gradients_do(two_tasks, mini_benchmark, tmp_path):

@@ -331,10 +331,27 @@ def test_a_micro_batch_of_ones_own_keeps_the_examples_of_a_step(extra, step):
 def test_a_gpu_that_pytorch_cannot_use_is_no_silent_cpu_run():
     said = 'import sys; sys.exit("the driver is too old")'
     run = f"""source scripts/lib.sh; compgen() {{ true; }}; python() {{ {sys.executable} -c '{said}'; }}; PYTHON=python
-              has_gpu || has_gpu || true"""
-    assert bash("-c", run).stderr == (
-        "[gorp] PyTorch cannot use this machine's GPU, so training uses the CPU: the driver is too old\n")
-    assert bash("-c", run, CUDA_VISIBLE_DEVICES="").stderr == ""
+              mode=tiny; has_gpu || has_gpu || true"""
+    reason = "PyTorch cannot use this machine's GPU: the driver is too old"
+    assert bash("-c", run).stderr == f"[gorp] {reason}; training uses the CPU\n"
+    refused = bash("-c", run.replace("tiny", "full"))
+    assert (refused.returncode, refused.stderr) == (2, f"error: {reason}; CUDA_VISIBLE_DEVICES= trains on the CPU\n")
+    assert bash("-c", run.replace("tiny", "full"), CUDA_VISIBLE_DEVICES="").stderr == ""
+
+
+def test_paths_are_those_of_the_folder_in_which_a_script_is_started(tmp_path):
+    (tmp_path / "my.config").write_text((ROOT / "configs/ds_configs/stage1.config").read_text())
+    given = {"DRY_RUN": "1", "OUTPUT": "results", "DS_CONFIG": "my.config", "MODEL": "initial_model/tiny-t5"}
+    done = subprocess.run(["bash", ROOT / "scripts" / "order_1.sh"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | given)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = flags(shlex.split(done.stdout))
+    assert found["output_dir"] == f"{tmp_path}/results/order_1/outputs"
+    assert found["deepspeed"] == f"{tmp_path}/my.config"
+    assert found["model_name_or_path"] == "initial_model/tiny-t5"  # not in that folder, so the repository's
+
+
+def test_a_gpu_of_ones_own_name_does_not_decide():
     found = "source scripts/lib.sh; compgen() { true; }; PYTHON=true; has_gpu && echo yes"
     assert bash("-c", found, gpu="0").stdout == "yes\n"  # a variable of the user's does not decide
 
@@ -867,6 +884,14 @@ def test_log_and_terminal_do_not_depend_on_where_output_is_cut(cuts):
     assert log == LOG
     assert out == "[gorp] task begins\n[gorp] right behind a bar\n"
     assert errors == "error: --flag: bad\n"
+
+
+def test_a_terminal_that_cannot_be_written_does_not_stop_the_run(tmp_path):
+    said = b"[gorp] one\n" * 3 + b"error: two\n"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, ROOT / "scripts" / "terminal.py", tmp_path / "log"], input=said,
+                              stdout=full, stderr=subprocess.PIPE)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"error: two\n") and (tmp_path / "log").read_bytes() == said
 
 
 def test_a_terminal_sees_the_bars(tmp_path):

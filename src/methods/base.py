@@ -51,7 +51,8 @@ class Method:
         zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
         reads: which other tasks' examples `training_examples` may read: "no", "earlier" or "all".
         step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_examples` may set it.
-        shown_examples: how many of the task's examples `begin_task` and `revisit` may see; None for all.
+        shown_examples: how many of the task's examples `begin_task` and `revisit` may see, drawn at random; None for
+            all.
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
@@ -179,12 +180,17 @@ class Method:
 
     def summary(self) -> list[str]:
         """Lines for the start of a run: first what trains, is projected and is protected, then what is ignored."""
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        total, trained = self.sizes()
         lines = [f"{self.full_name} trains {trained:,} of {total:,} parameters: {self.describe()}"]
         if ignored := self.ignored():
             lines.append(f"ignored by method {self.full_name}: {', '.join(f'--{name}' for name in ignored)}")
         return lines
+
+    def sizes(self) -> tuple[int, int]:
+        """How many parameters the model has, and how many of them train."""
+        parameters = list(self.model.parameters())
+        return (sum(parameter.numel() for parameter in parameters),
+                sum(parameter.numel() for parameter in parameters if parameter.requires_grad))  # fmt: skip
 
     def ignored(self) -> list[str]:
         """Options on the command line that are ignored: other methods', and this one's idle ones that are not at their

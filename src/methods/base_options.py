@@ -181,8 +181,8 @@ class SpaceArguments(MethodArguments):
     """The shared gradient space, and how it protects."""
 
     proj_lora_modules: str | None = field(
-        default=None,
-        metadata={"help": "Protected LoRA factors: a regular expression for factor names; auto: every loranew_A."},
+        default=".*loranew_A.*",
+        metadata={"help": "Protected LoRA factors: a regular expression for factor names; none: no factor."},
     )
     protect: str = field(
         default="gp_first",

@@ -175,14 +175,25 @@ class Gorp(LoraMethod):
         options = self.options
         how = (f"full-rank weights: projection {options.galore_proj_type}, new bases every "
                f"{options.galore_update_proj_gap} steps, learning rate {options.galore_lr}, engine {self.engine.name}; "
-               f"shared space: {options.protect} on the {options.protect_side} side, from {options.space_from}")
+               f"shared space of {len(self.protected)} LoRA factors and {len(self.targets)} full-rank weights: "
+               f"{options.protect} on the {options.protect_side} side, from {options.space_from}")
         return [*super().summary(), how, *([NOT_REPRODUCED] if self.released else [])]
 
+    def sizes(self):
+        total, trained = super().sizes()
+        if self.engine.own_state:  # a core stands for the weight that it trains
+            cores = sum(layer.core.numel() for layer in self.engine.layers.values())
+            total, trained = total - cores, trained - cores + self.projected_values()
+        return total, trained
+
+    def projected_values(self) -> int:
+        """How many values the full-rank weights have."""
+        return sum(layer.weight.numel() for layer in self.targets.values())
+
     def describe(self) -> str:
-        weights = sum(layer.weight.numel() for layer in self.targets.values())
         space = f"{self.space.total()} directions of earlier tasks protected" if self.protects else "nothing protected"
-        return (f"{super().describe()}, {weights:,} in {len(self.targets)} full-rank weights (gradients projected to "
-                f"rank {self.options.galore_rank}); {space}")
+        return (f"{super().describe()}, {self.projected_values():,} in {len(self.targets)} full-rank weights "
+                f"(gradients projected to rank {self.options.galore_rank}); {space}")
 
     def closing_summary(self) -> list[str]:
         return [report_line(self.projection), *([self.space.line()] if self.protects else [])]

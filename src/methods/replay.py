@@ -1,9 +1,9 @@
 """Experience replay: one LoRA trained through all tasks, on each task's examples and a buffer of earlier ones.
 
-The buffer holds `--replay_rows` of the examples that each earlier task trained on, or all if it had fewer. They are
-drawn without replacement by the run's seed and the task's place in the order, so every later task gets the same ones.
-They are mixed with the task's own examples, each once per epoch. The number of optimizer steps stays `--max_steps`, so
-a step on an old example is one step less on a new one.
+The buffer holds `--replay_rows` of each earlier task's training examples, or all if it had fewer. They are drawn
+without replacement by the run's seed and the task's place in the order, so every later task gets the same ones. They
+are mixed with the task's own examples, each once per epoch. The number of optimizer steps stays `--max_steps`, so a
+step on an old example is one step less on a new one.
 """
 
 import random

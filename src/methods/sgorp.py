@@ -6,7 +6,7 @@ S after Adam. S lives on the input side and comes from what the layers see on a 
 a theory of forgetting (GPM, Saha et al. 2021; InfLoRA, Liang and Li 2024).
 
 With `--protect step` the new LoRA sees x itself, and A loses its component in S instead, A <- A - A S S^T, before
-training and after each optimizer step. The change is then orthogonal to S too, but Adam's moments and the gradient of B
+training and after each optimizer step. The change is then orthogonal to S too, but A's gradient and Adam's moments
 still contain the component in S.
 """
 
@@ -18,6 +18,7 @@ from arguments import check
 from errors import InputError
 from loranew import loranew_layers, set_input_space
 from methods.gorp import Gorp, GorpArguments
+from Proj_torch.proj_projector import remove
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Sgorp(Gorp):
     def clear(self) -> None:
         """A <- A - A S S^T, for each protected A (r, in) and its S (in, c)."""
         for A, S in self.cleared:
-            A -= (A @ S) @ S.T
+            A.copy_(remove(A, S, "input"))
 
     def way(self):
         return "orthogonal" if self.exact else super().way()

@@ -7,8 +7,8 @@ Weights are read from safetensors only, after all other checks, and no code that
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,7 +42,8 @@ class LoadedModel:
         model, tokenizer: their special tokens agree; a decoder-only model's tokenizer pads on the left.
         decoder_only: whether prompts and answers share one sequence.
         previous: the given adapter folder, which the method loads; None for a base model.
-        base_name: folder or hub id of the base model, as written; revision: of a base model on the hub.
+        base_name: folder or hub id of the base model, as written.
+        origin: `revision`, of a base model on the hub, and `config_name`, where the config is if not with the model.
     """
 
     model: PreTrainedModel
@@ -50,7 +51,7 @@ class LoadedModel:
     decoder_only: bool
     previous: Path | None
     base_name: str
-    revision: str | None = None
+    origin: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def load_model_and_tokenizer(
@@ -83,8 +84,10 @@ def load_model_and_tokenizer(
     """
     previous, base_name = _find_base(model_name_or_path)
     hub["trust_remote_code"] = False
-    if previous is not None and hub.get("revision") is None:
-        hub["revision"] = read_object(previous / ADAPTER_CONFIG).get("revision")
+    stored = read_object(previous / ADAPTER_CONFIG) if previous is not None else {}
+    config_name = config_name or stored.get("config_name")
+    if hub.get("revision") is None:
+        hub["revision"] = stored.get("revision")
     revision = None if Path(base_name).is_dir() else hub.get("revision")
     config = _load_config(config_name or base_name, hub)
     own_class, decoder_only = model_class(config, base_name), not config.is_encoder_decoder
@@ -107,7 +110,8 @@ def load_model_and_tokenizer(
     _grow_embeddings(model, tokenizer)
     if decoder_only and weights and config.model_type not in SAME_LOSS:
         check_loss(model, base_name)
-    return LoadedModel(model, tokenizer, decoder_only, previous, base_name, revision)
+    origin = {"revision": revision, "config_name": config_name}
+    return LoadedModel(model, tokenizer, decoder_only, previous, base_name, origin)
 
 
 def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:

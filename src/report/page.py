@@ -33,7 +33,8 @@ NOTE = (
     "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
     "same order and seed with those of the best method, the ceiling aside; in brackets the 95 % interval "
     "over test examples and seeds (over examples alone with one seed). A difference whose interval contains 0 is not "
-    "significant. Trained: most trainable parameters of a task; stored: what the last task saves. Definitions: "
+    "significant; the best is chosen by the same answers, so among many equal methods some interval may exclude 0. "
+    "Trained: most trainable parameters of a task; stored: what the last task saves. Definitions: "
     "docs/METRICS.md."
 )
 OPTIONAL = {"average_over_rows": "over examples", "forward_transfer": "FWT", "unseen_accuracy": "unseen"}
@@ -159,10 +160,9 @@ def _model_lines(runs: Sequence[Run], figures: dict[str, Figure], look: draw.Sty
     lines += [_plain(f"Unfinished, and so not compared: {'; '.join(unfinished)}")] * bool(unfinished)
     for published in PUBLISHED.values():
         if abs((runs[0].values or 0) / published["parameters"] - 1) < 0.05:
-            rows = [[orders, method, f"{performance:.1f}", "-" if transfer is None else f"{transfer:+.1f}"]
-                    for orders, method, performance, transfer in published["orders, method, AP, BWT"]]
+            rows = [[*names, f"{performance:.1f}"] for *names, performance in published["orders, method, AP"]]
             note = "Not measured here, and taken from secondary summaries, not from the papers' own tables."
-            lines += ["### Published results of this size", note, _table(["orders", "method", "AP", "BWT"], rows)]
+            lines += ["### Published results of this size", note, _table(["orders", "method", "AP"], rows)]
     return lines
 
 
