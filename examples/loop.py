@@ -12,15 +12,15 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
 from methods import make_method
+from task_examples import sample_places
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "initial_model" / "tiny-t5"
 TASKS = {"TC/dbpedia": "Which topic does this text belong to? Answer with one of the options.\n",
          "SC/amazon": "Which sentiment does this text express? Answer with one of the options.\n"}  # fmt: skip
-OPTIONS = {  # see docs/OPTIONS.md; a method ignores those that only others read
-    "lora_modules": ".*SelfAttention.(q|v).*", "optim_target_modules": ".*EncDecAttention.(q|v).*",
-    "lora_dropout": 0.0, "galore_rank": 16, "galore_lr": 3e-3,
-}  # fmt: skip
+# See docs/OPTIONS.md; a method ignores those that only others read.
+OPTIONS = {"lora_modules": ".*SelfAttention.(q|v).*", "optim_target_modules": ".*EncDecAttention.(q|v).*",
+           "lora_dropout": 0.0, "galore_rank": 16, "galore_lr": 3e-3}  # fmt: skip
 SEED, BATCH, LEARNING_RATE = 42, 8, 3e-3
 tokenizer = AutoTokenizer.from_pretrained(BASE)
 
@@ -41,7 +41,7 @@ def collate(pairs):
 def train(method, previous, pairs, epochs):
     base = AutoModelForSeq2SeqLM.from_pretrained(BASE, dtype=torch.float32)
     model = method.prepare(base, previous, decoder_only=False).train()
-    rows = [pairs[index] for index in torch.randperm(len(pairs))[: method.shown_examples]]  # None: all
+    rows = [pairs[place] for place in sample_places(len(pairs), method.shown_examples)]
     shown = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
     method.begin_task(model, iter(shown))
     optimizer = method.create_optimizer(lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)

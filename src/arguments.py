@@ -22,7 +22,6 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from compute_metrics import gpt2_folder
 from errors import InputError, nearest
 from files import check_writable, read_object
 
@@ -277,7 +276,7 @@ def _tried(flags: str) -> Iterator[None]:
 
 
 def check_data_arguments(data: DataArguments) -> None:
-    """Check the required folders and the numbers of the data group; fetch what `--multilingual` needs."""
+    """Check the required folders and the numbers of the data group."""
     for flag in ("data_dir", "task_config_dir"):
         folder = getattr(data, flag)
         check(bool(folder) and Path(folder).is_dir(), flag, folder, "an existing folder")
@@ -285,8 +284,6 @@ def check_data_arguments(data: DataArguments) -> None:
         check_number(data, flag, above=0)
     for flag in ("max_num_instances_per_task", "max_num_instances_per_eval_task"):
         check(getattr(data, flag) != 0, flag, 0, "a number above 0, or -1 for all")
-    if data.multilingual:
-        gpt2_folder()
 
 
 def check(holds: bool, flag: str, found, allowed: str) -> None:

@@ -22,10 +22,12 @@ from transformers.utils import logging as hf_logging
 
 from arguments import check_data_arguments
 from command_line import Parser, parse_arguments, peek
+from compute_metrics import gpt2_folder
 from errors import InputError, entry_point
 from methods import find_method
 from methods.base_modules import choose_modules
 from order_config import read_order
+from ranks import of_first_rank
 from task_setup import build_collator, example_options, load_model
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import ExampleOptions, read_examples
@@ -65,6 +67,8 @@ def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | 
         given = ["--output_dir", scratch, "--task_config_dir", scratch, "--do_train", "--do_predict", *stand_in, *flags]
         model_args, data_args, method_args, training_args = parse_arguments(given, launch.deepspeed)
         check_data_arguments(data_args)
+    if data_args.multilingual:
+        of_first_rank(gpt2_folder)
     collator = None
     if with_model:
         loaded = load_model(model_args, data_args, weights=False)

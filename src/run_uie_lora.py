@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check_data_arguments
 from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
-from compute_metrics import accuracy_line, score_key
+from compute_metrics import accuracy_line, gpt2_folder, score_key
 from errors import InputError, RunStopped, is_disk_full
 from files import atomic_file, atomic_folder, read_json, write_json
 from loranew.adapter import CONFIG_FILE
@@ -88,6 +88,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     if ignored:
         logger.info("ignored: %s", ", ".join(f"--{name}" for name in ignored))
     check_data_arguments(data_args)
+    if data_args.multilingual:
+        of_first_rank(gpt2_folder)  # before training: it may have to be fetched
     method = find_method(method_args.method)(method_args)
     output_dir = Path(training_args.output_dir)
 

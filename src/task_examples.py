@@ -1,7 +1,7 @@
 """The training examples of an order's tasks, as a method may read them, and limits on numbers of examples."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -69,11 +69,10 @@ def first_examples(examples: Dataset, limit: int | None) -> Dataset:
     return examples if limit is None else examples.select(range(min(limit, len(examples))))
 
 
-def sampled_examples(examples: Dataset, limit: int | None) -> Dataset:
-    """`limit` examples, always the same ones; a random sample, because a file may be sorted by label."""
-    if limit is None or limit >= len(examples):
-        return examples
-    return examples.select(sorted(random.Random(0).sample(range(len(examples)), limit)))
+def sample_places(count: int, limit: int | None) -> Sequence[int]:
+    """The places of at most `limit` of `count` examples, always the same ones; a random sample, because a file may be
+    sorted by label."""
+    return range(count) if limit is None or limit >= count else sorted(random.Random(0).sample(range(count), limit))
 
 
 def first_examples_of_each(examples: Dataset, limit: int | None) -> Dataset:

@@ -24,7 +24,7 @@ from files import atomic_file, read_json, read_tensors, write_json
 from methods import Method
 from non_finite import NonFiniteGuard
 from Proj_torch.optimizer_state import start_moments
-from task_examples import sampled_examples
+from task_examples import sample_places
 
 
 class UIETrainer(Seq2SeqTrainer):
@@ -120,7 +120,7 @@ class UIETrainer(Seq2SeqTrainer):
         """Batches of as many training examples as the method asks for, the same on every rank."""
         if self.model_wrapped is self.model:
             self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
-        shown = sampled_examples(self.train_dataset, self.method.shown_examples)
+        shown = self.train_dataset.select(sample_places(len(self.train_dataset), self.method.shown_examples))
         starts = range(0, len(shown), self.args.per_device_train_batch_size)
         for start in tqdm(starts, f"{self.name}, layer inputs", disable=self._quiet or not starts):
             yield self._batch([shown[place] for place in range(len(shown))[start : start + starts.step]])

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -22,7 +21,7 @@ from loranew import loranew_layers
 from methods import find_method, method_names
 from methods.seqlora import Seqlora
 from order_config import read_order
-from task_examples import sampled_examples
+from task_examples import sample_places
 from task_setup import load_examples
 
 SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "40"]
@@ -445,12 +444,10 @@ def test_a_method_sees_as_many_examples_as_it_asks_for(name, examples, mini_benc
 
 
 def test_the_examples_that_a_method_sees_are_a_sample_and_the_same_in_every_run():
-    sorted_by_label = Dataset.from_dict({"label": [place // 100 for place in range(1000)]})
-    drawn = sampled_examples(sorted_by_label, 64)["label"]
-    assert len(drawn) == 64 and len(set(drawn)) > 5
-    assert drawn == sampled_examples(sorted_by_label, 64)["label"]
-    for limit in (None, 1000, 2000):
-        assert sampled_examples(sorted_by_label, limit) is sorted_by_label
+    drawn = sample_places(1000, 64)
+    assert len(drawn) == len(set(drawn)) == 64 and list(drawn) == sorted(drawn) == list(sample_places(1000, 64))
+    assert len({place // 100 for place in drawn}) > 5  # labels of a file that is sorted by them
+    assert all(sample_places(1000, limit) == range(1000) for limit in (None, 1000, 2000))
 
 
 def test_ablations_of_gorp_by_flags(tmp_path):

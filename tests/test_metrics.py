@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+import check
 import compute_metrics as module
 from compute_metrics import (
     GPT2RougeTokenizer,
@@ -260,3 +261,11 @@ def test_answers_that_rouge_does_not_see_are_counted(caplog):
     caplog.clear()
     evaluate_predictions(rows[2:], labels[2:])
     assert caplog.text == ""
+
+
+def test_the_check_fetches_the_vocabulary(small_vocabulary, tmp_path, capsys):
+    (small_vocabulary / "vocab.json").unlink()
+    (small_vocabulary / "fetch_gpt2_tokenizer.py").write_text("import sys\nsys.exit('error: no network')\n")
+    flags = ["--data_dir", str(tmp_path), "--instruction_file", "configs/instruction_config.json"]
+    assert check.main(["configs/order1_configs", *flags, "--multilingual", "True"]) == 2
+    assert capsys.readouterr().err == "error: no network\n"
