@@ -34,7 +34,7 @@ def save_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
     with atomic_file(folder / FILE_NAME) as partial, open(partial, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights.values():
-            values = weight.detach().float().cpu().numpy().astype("<f4", copy=False)
+            values = weight.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False)
             file.write(memoryview(values).cast("B"))  # numpy's tofile would not say that the disk is full
 
 

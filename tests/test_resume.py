@@ -615,6 +615,12 @@ def test_what_other_libraries_say_of_a_full_disk():
     assert is_disk_full(nested) and not is_disk_full(OSError(errno.EACCES, "Permission denied"))
 
 
+def test_full_rank_weights_are_written_in_rows_whatever_their_strides(tmp_path):
+    W = torch.arange(12.0).reshape(3, 4).T
+    full_rank.save_weights({"layer": W}, tmp_path)
+    assert torch.equal(load_file(tmp_path / full_rank.FILE_NAME)["layer.weight"], W)
+
+
 def test_full_rank_weights_on_a_full_disk(tmp_path, monkeypatch):
     @contextlib.contextmanager
     def full(path):

@@ -351,9 +351,9 @@ def test_paths_are_those_of_the_folder_in_which_a_script_is_started(tmp_path):
     assert found["model_name_or_path"] == "initial_model/tiny-t5"  # not in that folder, so the repository's
 
 
-def test_a_gpu_of_ones_own_name_does_not_decide():
+def test_a_users_variable_named_gpu_does_not_decide():
     found = "source scripts/lib.sh; compgen() { true; }; PYTHON=true; has_gpu && echo yes"
-    assert bash("-c", found, gpu="0").stdout == "yes\n"  # a variable of the user's does not decide
+    assert bash("-c", found, gpu="0").stdout == "yes\n"
 
 
 def test_a_file_system_without_locks_stops_nothing():
