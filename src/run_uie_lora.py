@@ -114,6 +114,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     trainer = build_trainer(model, method, loaded, examples, data_args, training_args)
     run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
     trains = training_args.do_train and len(examples["train"]) > 0
+    if training_args.do_train and not trains and loaded.previous is None:
+        raise InputError(f"--method {method.full_name}: chose no training examples for the first task, which has no "
+                         "earlier result to keep; one at least is needed")
     checkpoint = of_first_rank(lambda: find_checkpoint(trainer, progress)) if trains else None
     zero_shot = {}
     if "zero_shot" in examples and (trains or not training_args.do_train):  # multitask's later tasks have no such score

@@ -135,6 +135,14 @@ def test_multitask_trains_all_tasks_first_and_passes_its_folder_on(mini_benchmar
     assert "multitask continues from its first step's folder" in capfd.readouterr().err
 
 
+def test_a_first_task_without_training_examples_is_refused(mini_benchmark, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(Seqlora, "training_examples", lambda method, own, order: own.select([]))
+    run = arguments(mini_benchmark, tmp_path / "1", "dbpedia", T5, T5_MODULES, "--method", "seqlora", *SHORT)
+    assert run_uie_lora.main(run) == 2
+    assert "--method seqlora: chose no training examples for the first task" in capfd.readouterr().err
+    assert not list((tmp_path / "1").rglob("*.safetensors"))
+
+
 # What a method trains on
 
 

@@ -364,6 +364,16 @@ def test_bad_groups_are_refused_in_one_line(change, words):
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    first, second = parameter(12, 7), parameter(5, 9)
+    optimizer = ProjAdamW([{"params": [first]} | PROJECTION], lr=1e-2)
+    with pytest.raises(InputError, match="allowed are 1 to 5"):
+        optimizer.add_param_group({"params": [second]} | PROJECTION | {"rank": 8})
+    assert [group["params"] for group in optimizer.param_groups] == [[first]]
+    optimizer.add_param_group({"params": [second]} | PROJECTION | {"rank": 5})
+    assert [group["rank"] for group in optimizer.param_groups] == [PROJECTION["rank"], 5]
+
+
 def test_a_flat_piece_of_a_weight_is_refused():
     """What a ZeRO optimizer would hand over: training it without the projection must not start."""
     with pytest.raises(InputError, match="not a matrix"):

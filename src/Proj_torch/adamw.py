@@ -92,9 +92,13 @@ class ProjAdamW(Optimizer):
         super().__init__(params, adam | {"eps_before_correction": eps_before_correction})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; raises InputError as the constructor does."""
+        """Add a group; raises InputError as the constructor does, and then the optimizer is as before."""
         super().add_param_group(param_group)
-        _check(self.param_groups[-1])
+        try:
+            _check(self.param_groups[-1])
+        except InputError:
+            self.param_groups.pop()
+            raise
         _place_spaces(self.param_groups[-1])
 
     @torch.no_grad()
