@@ -37,7 +37,12 @@ set_up() {  # REQUIREMENTS_FILE ...
     fi
     ! find_environment "$@" || return 0
     if [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
-        compare python "$@" || say "the active environment has $differences; GORP_ENV=active uses it nevertheless"
+        local status=0
+        compare python "$@" || status=$?
+        case $status in
+            3) say "the active environment has $differences; GORP_ENV=active uses it nevertheless" ;;
+            4) say "the active environment has $differences, so .venv is used" ;;
+        esac
     fi
     say "setting up .venv from $* (once; some minutes)"
     .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && is_ours || make_venv
@@ -101,7 +106,9 @@ has_gpu() {
         gpu=no
         compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]] || return 1
         [[ -n ${CUDA_VISIBLE_DEVICES-unset} ]] || return 1
-        if reason=$("$PYTHON" -W always -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>&1); then
+        if [ -n "${DRY_RUN:-}" ] && ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+            gpu=yes   # nothing is installed yet that could be asked
+        elif reason=$("$PYTHON" -W always -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>&1); then
             gpu=yes
         else
             reason="PyTorch cannot use this machine's GPU: ${reason:-no reason given}"
@@ -161,7 +168,7 @@ check_variables() {
 read_extra() {
     local words
     words=$(printf '%s .' "${EXTRA:-}" | xargs printf '%s\n' 2>/dev/null) ||
-        fail "EXTRA=${EXTRA:-}: a quotation is not closed"
+        fail "EXTRA=${EXTRA:-}: a quotation is not closed, or holds an escaped quotation mark or a line break"
     mapfile -t extra <<< "$words"
     unset 'extra[-1]'   # the dot; without it, xargs would print one empty word for an empty EXTRA
 }
@@ -180,6 +187,7 @@ check_settings() {
     count_ranks
     [[ -z ${DS_CONFIG:-} || -f $DS_CONFIG ]] || fail "DS_CONFIG=$DS_CONFIG: no such file"
     [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] || fail "DATA_DIR=$DATA_DIR: no such folder"
+    [ -z "$(in_extra --output_dir '')" ] || fail "EXTRA: found --output_dir; OUTPUT=FOLDER says where results go"
     [[ $preset != released || ($ranks -eq 1 && -z ${DS_CONFIG:-}) ]] ||
         fail "--preset released: found with NPROC=$ranks${DS_CONFIG:+ and DS_CONFIG=$DS_CONFIG}; one process without" \
              "DeepSpeed is allowed"
@@ -196,6 +204,7 @@ count_ranks() {
         ! grep -vqE "$line|$none" "$HOSTFILE" && grep -qE "$line" "$HOSTFILE" ||
             fail "HOSTFILE=$HOSTFILE: found '$(grep -vE "$line|$none" "$HOSTFILE" | head -n 1)'; lines 'host slots=GPUS'"
         nodes=$(grep -cE "$line" "$HOSTFILE")
+        [ "$nodes" -gt 1 ] || fail "HOSTFILE=$HOSTFILE: names one machine; two or more, or NPROC=GPUS on that machine"
         ranks=$(grep -E "$line" "$HOSTFILE" | awk -F= '{ n += $2 } END { print n }')
     elif [ "$nodes" -gt 1 ]; then
         node=${NODE_RANK:-}
@@ -256,17 +265,22 @@ run_order() {  # FAMILY NAME
     [ "$node" -eq 0 ] || log=${log%.log}.node$node.log
 
     if [ -n "${DRY_RUN:-}" ]; then
-        find_environment "${requirements[@]}" || find_python
+        if [ -n "${GORP_ENV:-}" ]; then
+            use "$(command -v python || command -v python3)"
+        else
+            find_environment "${requirements[@]}" || find_python
+        fi
         set_command
         describe | masked >&2
         printf '%q ' "${command[@]}" | masked && echo
     else
         check_model
         one_at_a_time set_up "${requirements[@]}"
+        has_gpu || true   # rejects a GPU that PyTorch cannot use
         started=$SECONDS
         one_at_a_time make_small_parts
         set_command
-        trap 'say "$name: interrupted; the same command resumes" >&2; exit 130' INT
+        trap 'say "$name: interrupted; the same command${fresh:+ without --fresh} resumes" >&2; exit 130' INT
         run_tasks
         [ "$node" -gt 0 ] || "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
         trap - INT
@@ -359,7 +373,7 @@ set_command() {
         --data_dir "$data" --output_dir "$order_dir/outputs" --method "${METHOD:-gorp}" --seed "${SEED:-42}"
         "${options[@]}" "${extra[@]}"
     )
-    [[ -n ${HOSTFILE:-} && $nodes -gt 1 ]] || return 0
+    [ -n "${HOSTFILE:-}" ] || return 0
     for ((index = ${#launch[@]} + 1; index < ${#command[@]}; index++)); do
         [[ ${command[index]} != *[[:space:]]* ]] ||
             fail "HOSTFILE: found whitespace in '${command[index]}', which DeepSpeed's launcher does not preserve"
@@ -382,7 +396,8 @@ set_launch() {
         options+=(--use_cpu True)   # needed by ranks on a CPU to connect
     fi
     if [ -n "${HOSTFILE:-}" ]; then
-        launch=(deepspeed --hostfile "$HOSTFILE" --master_port "$port")
+        # -N keeps pdsh from putting a host's name in front of a line, which terminal.py would not recognise.
+        launch=(deepspeed --hostfile "$HOSTFILE" --launcher_args=-N --master_port "$port")
         [ -z "${MASTER_ADDR:-}" ] || launch+=(--master_addr "$MASTER_ADDR")
         return
     fi
@@ -437,7 +452,7 @@ counted() { if [ "$1" -eq 1 ]; then echo "1 $2"; else echo "$1 $2$3"; fi; }  # N
 
 # Run the command, log its output, and check that all tasks are finished.
 run_tasks() {
-    local status=0 tasks finished
+    local status=0 codes tasks finished
     export TOKENIZERS_PARALLELISM=false
     [[ $mode == full || (-n ${MODEL:-} && ! -d $MODEL) ]] || export HF_HUB_OFFLINE=1
     # On a busy machine, threads that wait for one another made a tiny task of one minute take five.
@@ -453,15 +468,21 @@ run_tasks() {
     shopt -s nullglob
     tasks=("configs/${name}_configs"/*/) finished=("$order_dir"/outputs/*/completed.json)
     shopt -u nullglob
-    # torchrun returns 1, whatever the exit code of the process that it reports.
-    [[ $status -ne 1 || ${launch[0]} != torchrun ]] || ! tail -n 50 "$log" | grep -q 'exitcode *: 2 ' || status=2
+    # torchrun returns 1 whatever its processes return, and ends those that are left with SIGTERM.
+    if [[ $status -eq 1 && ${launch[0]} == torchrun ]]; then
+        codes=$(tail -n 50 "$log" | sed -nE 's/.*exitcode *: (-?[0-9]+) .*/\1/p' | sort -nr)
+        case $codes in
+            2 | 2$'\n'*) status=2 ;;
+            -*) status=$((128 - ${codes%%$'\n'*})) ;;
+        esac
+    fi
     # The deepspeed launcher returns 0 when a signal ended it. The first node's files may not be visible yet on others.
     [[ $status -ne 0 || $node -gt 0 || ${#finished[@]} -ge ${#tasks[@]} ]] || status=1
     case $status in
         0) ;;
         2) exit 2 ;;   # bad input, which one line has explained
         *) echo "error: $name stopped with exit code $status$(signal_of $status) in task $((${#finished[@]} + 1)) of" \
-               "${#tasks[@]}; its log: $log" >&2
+               "${#tasks[@]}; its log: $log${fresh:+. The same command without --fresh resumes}" >&2
            exit $status ;;
     esac
 }

@@ -25,5 +25,5 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 source "$(dirname "$0")/lib.sh"
 parse_arguments "bash scripts/order.sh [--tiny] [--fresh] NAME" "$@"
-[ ${#names[@]} -eq 1 ] || fail "${#names[@]} orders found; one is allowed: $usage"
+[ ${#names[@]} -eq 1 ] || fail "expected one order, found ${#names[@]}; $usage"
 run_order t5 "${names[0]}"

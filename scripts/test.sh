@@ -5,6 +5,6 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 source "$(dirname "$0")/lib.sh"
 case ${1:-} in -h | --help) echo "usage: bash scripts/test.sh [pytest's arguments]"; print_head; exit 0 ;; esac
-set_up requirements.txt requirements-deepspeed.txt requirements-test.txt
+one_at_a_time set_up requirements.txt requirements-deepspeed.txt requirements-test.txt
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

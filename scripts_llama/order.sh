@@ -9,5 +9,5 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # started by sh
 source "$(dirname "$0")/../scripts/lib.sh"
 parse_arguments "bash scripts_llama/order.sh [--tiny|--small] [--fresh] NAME" "$@"
-[ ${#names[@]} -eq 1 ] || fail "${#names[@]} orders found; one is allowed: $usage"
+[ ${#names[@]} -eq 1 ] || fail "expected one order, found ${#names[@]}; $usage"
 run_order llama "${names[0]}"

@@ -308,7 +308,8 @@ def test_several_machines_share_the_examples_of_a_step(tmp_path):
     put(tmp_path / "hosts", "# two machines\na slots=3\nb slots=5\n")
     done = bash("scripts/order_1.sh", DRY_RUN="1", HOSTFILE=str(tmp_path / "hosts"))
     command = shlex.split(done.stdout)
-    assert command[:5] == ["deepspeed", "--hostfile", str(tmp_path / "hosts"), "--master_port", "29500"]
+    assert command[:6] == ["deepspeed", "--hostfile", str(tmp_path / "hosts"), "--launcher_args=-N", "--master_port",
+                           "29500"]
     assert "4 x 2 micro-batches on 8 processes of 2 machines" in done.stderr
     [read_there] = shlex.split(flags(command)["lora_modules"])  # a shell of the other machine reads it once more
     assert read_there == ".*SelfAttention.(q|v).*"
@@ -338,6 +339,24 @@ def test_a_gpu_that_pytorch_cannot_use_is_no_silent_cpu_run():
     assert (refused.returncode, refused.stderr) == (2, f"error: {reason}; CUDA_VISIBLE_DEVICES= trains on the CPU\n")
     assert bash("-c", run.replace("tiny", "full"), CUDA_VISIBLE_DEVICES="").stderr == ""
 
+
+def test_every_order_asks_for_the_gpu_before_it_begins(checkout):
+    """Also T5 in one process, whose command is the same with and without a GPU."""
+    run = "source scripts/lib.sh; has_gpu() { fail 'asked'; }; parse_arguments ''; run_order t5 order1"
+    done = bash("-c", run, cwd=checkout, MODEL="x")
+    assert (done.returncode, done.stderr) == (2, "error: asked\n")
+
+
+def test_a_dry_run_without_pytorch_takes_the_gpu_for_usable():
+    run = "source scripts/lib.sh; compgen() { true; }; PYTHON=false; mode=full; has_gpu && echo yes"
+    assert bash("-c", run, DRY_RUN="1").stdout == "yes\n"
+    assert bash("-c", run).returncode == 2
+
+
+def test_a_dry_run_names_the_active_interpreter_if_that_would_run(tmp_path):
+    (tmp_path / "python").symlink_to("/bin/true")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert dry_run("scripts/order_1.sh", GORP_ENV="active", PATH=path)[0][0] == str(tmp_path / "python")
 
 def test_paths_are_those_of_the_folder_in_which_a_script_is_started(tmp_path):
     (tmp_path / "my.config").write_text((ROOT / "configs/ds_configs/stage1.config").read_text())
@@ -460,8 +479,8 @@ def test_another_model_gets_what_suits_its_type(script, family):
     ("scripts_llama/run_llama.sh 4", {}, "order '4'"),
     ("scripts/run.sh --small 1", {}, "--small"),
     ("scripts/run.sh --fast", {}, "--fast"),
-    ("scripts/order_1.sh --tiny again", {}, "2 orders"),
-    ("scripts/order.sh", {}, "0 orders"),
+    ("scripts/order_1.sh --tiny again", {}, "expected one order, found 2"),
+    ("scripts/order.sh", {}, "expected one order, found 0"),
     ("scripts/order.sh nowhere", {}, "configs/nowhere_configs"),
     ("scripts/order.sh ../configs/order1", {}, "order '../configs/order1'"),
     ("scripts/order.sh ds", {}, "order 'ds'"),
@@ -480,6 +499,8 @@ def test_another_model_gets_what_suits_its_type(script, family):
     ("scripts/order_1.sh", {"EXTRA": "--preset=released", "DS_CONFIG": "configs/ds_configs/stage2.config"},
      "--preset released: found with NPROC=1 and DS_CONFIG=configs/ds_configs/stage2.config"),
     ("scripts/order_1.sh --tiny", {"EXTRA": "--run_name 'mine"}, "EXTRA=--run_name 'mine: a quotation is not closed"),
+    ("scripts/order_1.sh --tiny", {"EXTRA": '--run_name "a\\"b"'}, "or holds an escaped quotation mark"),
+    ("scripts/order_1.sh --tiny", {"EXTRA": "--output_dir mine"}, "EXTRA: found --output_dir; OUTPUT=FOLDER says"),
     ("scripts/order_1.sh --tiny", {"GORP_ENV": "mine"}, "GORP_ENV=mine: active"),
     *(("scripts/order_1.sh --tiny", {wrong: "x"}, f"{wrong}: unknown variable; did you mean {meant}?")
       for wrong, meant in (("METOD", "METHOD"), ("METHODS", "METHOD"), ("MEHTOD", "METHOD"), ("METHID", "METHOD"),
@@ -583,6 +604,11 @@ def test_a_task_that_fails_ends_the_order(checkout, code):
     assert "table of" not in done.stdout
     again = order_1(checkout)
     assert again.returncode == 0 and (checkout / "logs" / "order_1-tiny.log").read_text().count("began") == 2
+
+
+def test_what_began_with_fresh_resumes_without_it(checkout):
+    done = bash("scripts/order_1.sh", "--tiny", "--fresh", cwd=checkout, FAIL_AT="amazon", FAIL_WITH="1")
+    assert done.stderr.endswith("log: logs/order_1-tiny.log. The same command without --fresh resumes\n")
 
 
 def test_bad_input_is_said_once(checkout):
@@ -723,6 +749,7 @@ def test_the_last_lines_of_a_tiny_run_are_commands_that_work_next(checkout):
 # --- set-up ---
 
 SET_UP = "source scripts/lib.sh; set_up requirements.txt; echo $PYTHON"
+OLD = "gorp-test-package 1.0 (at least 1.1)"
 
 
 @pytest.fixture
@@ -775,8 +802,10 @@ def test_set_up_installs_once_mends_what_was_interrupted_and_says_what_failed(ne
     require(checkout, "2.0", least="1.1")
     inside = bash("-c", f"PATH={shlex.quote(path)}; {SET_UP}", cwd=checkout, GORP_ENV="active", **active)
     assert (inside.returncode, inside.stderr) == (
-        2, f"error: GORP_ENV=active: {python} has gorp-test-package 1.0 (at least 1.1)\n")
+        2, f"error: GORP_ENV=active: {python} has {OLD}\n")
 
+    active["PATH"] = path
+    assert f"the active environment has {OLD}, so .venv is used" in bash("-c", SET_UP, cwd=checkout, **active).stdout
     done = bash("-c", SET_UP, cwd=checkout, **pip)
     assert done.returncode == 2 and "\nERROR: " in done.stderr
     assert done.stderr.endswith("error: .venv: pip could not install requirements.txt; the reason is above\n")
@@ -969,3 +998,20 @@ def test_a_process_that_was_killed_is_said_with_its_signal(checkout):
     done = order_1(checkout)
     assert done.returncode == 137
     assert "stopped with exit code 137 (a process was ended by SIGKILL) in task 1 of 4; its log:" in done.stderr
+
+
+@pytest.mark.parametrize("codes, said", [
+    ([-15, -9, -15], "stopped with exit code 137 (a process was ended by SIGKILL)"),
+    ([1, -15], "stopped with exit code 1 in task 1"),
+    ([-15, 2], ""),  # bad input, which the entry has explained
+])
+def test_what_ended_a_process_of_torchrun_is_said(codes, said, checkout, tmp_path):
+    lines = "".join(f"  exitcode   : {code} (pid: 7)\\n" for code in codes)
+    put(tmp_path / "torchrun", f"#!/bin/sh\nprintf '{lines}'\nexit 1\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    require(checkout, "1.0")
+    run = f"""source scripts/lib.sh; set_up() {{ PYTHON={sys.executable} PATH={tmp_path}:$PATH; }}
+              parse_arguments '' --tiny; run_order t5 order1"""
+    done = bash("-c", run, cwd=checkout, NNODES="2", NODE_RANK="0", MASTER_ADDR="here")
+    assert done.returncode == (137 if "137" in said else 1 if said else 2), done.stderr
+    assert said in done.stderr and (said or not done.stderr)

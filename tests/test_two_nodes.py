@@ -90,7 +90,9 @@ def test_deepspeeds_launcher_reaches_the_hosts_of_a_file(mini_benchmark, tmp_pat
     put(tmp_path / "bin" / "ssh", "#!/bin/sh\nexit 0\n")
     put(tmp_path / "bin" / "pdsh", f"#!{sys.executable}\n" + """
 import subprocess, sys
-hosts, command = sys.argv[sys.argv.index("-w") + 1].split(","), " ".join(sys.argv[sys.argv.index("-w") + 2 :])
+_, hosts, option, *words = sys.argv[sys.argv.index("-w") :]
+assert option == "-N", "pdsh would begin each line with the name of its host"
+hosts, command = hosts.split(","), " ".join(words)
 nodes = [subprocess.Popen(["bash", "-c", command.replace("%n", str(n))]) for n in range(len(hosts))]
 sys.exit(max(node.wait() for node in nodes))
 """)
