@@ -3,12 +3,12 @@
 The difference between two runs of one order and seed depends on which test examples there happen to be and on what the
 seed draws. Each dataset's examples are resampled (a bootstrap, with the same draw for every run, as two methods answer
 the same examples). The few seeds are not, since resampling n of them gives only (n - 1) / n of their variance and
-ignores how uncertain it is: a Student's t error is added to their mean, with one variance for all orders, as in a
-pooled t-test. A difference is not significant if its interval contains 0, or if there is a single seed, as the interval
-does not then cover what another seed would draw.
+ignores how uncertain it is: a Student's t error is added to their mean. Runs of one seed in different orders share what
+it draws, such as the first A, so each seed counts once, by its mean over orders. A difference is not significant if its
+interval contains 0, or if there is a single seed, as the interval does not then cover what another seed would draw.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,19 +69,31 @@ def paired_interval(
     drawn_from = sorted({(dataset, len(gap)) for by_dataset in gaps.values() for dataset, gap in by_dataset.items()})
     shares = {(dataset, n): random.multinomial(n, [1 / n] * n, resamples) / n for dataset, n in drawn_from}
     seeds = Counter(order for order, _ in runs)
-    by_order = [[gaps[run] for run in runs if run[0] == order] for order in seeds]
-    means = [np.array([_mean_over_datasets(one) for one in of_order]) for of_order in by_order]
-    drawn = np.mean([np.mean([_mean_over_datasets(one, shares) for one in of_order], axis=0) for of_order in by_order],
-                    axis=0)  # fmt: skip
-    if freedom := len(runs) - len(seeds):
-        variance = sum(((of_seeds - of_seeds.mean()) ** 2).sum() for of_seeds in means) / freedom
-        error = np.sqrt(variance * sum(1 / n for n in seeds.values())) / len(seeds)
-        errors = error * random.standard_t(freedom, (T_DRAWS, resamples))
+    weights = {run: 1 / seeds[run[0]] / len(seeds) for run in runs}
+    means = {run: _mean_over_datasets(gaps[run]) for run in runs}
+    drawn = sum(weights[run] * _mean_over_datasets(gaps[run], shares) for run in runs)
+    fewest = min(seeds.values())
+    if fewest > 1:
+        errors = _seed_error(means, weights, fewest) * random.standard_t(fewest - 1, (T_DRAWS, resamples))
         drawn = np.clip([drawn + errors, drawn - errors], least, 1)  # both, so that the sign of a gap does not matter
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(drawn, [tail, 100 - tail])
-    bounds = (100 * float(value) for value in (np.mean([of_seeds.mean() for of_seeds in means]), low, high))
-    return Interval(*bounds, runs=len(runs), seeds=min(seeds.values()))
+    mean = sum(weights[run] * means[run] for run in runs)
+    return Interval(*(100 * float(value) for value in (mean, low, high)), runs=len(runs), seeds=fewest)
+
+
+def _seed_error(means: Mapping[RunKey, float], weights: Mapping[RunKey, float], fewest: int) -> float:
+    """The standard error, over seeds, of the weighted mean of the runs.
+
+    A seed's deviations from the means of its orders are added up before they are squared. With the same n seeds in
+    every order this is the error of a mean of n.
+    """
+    by_order, by_seed = defaultdict(list), defaultdict(float)
+    for (order, _), mean in means.items():
+        by_order[order].append(mean)
+    for (order, seed), mean in means.items():
+        by_seed[seed] += weights[order, seed] * (mean - np.mean(by_order[order]))
+    return np.sqrt(fewest / (fewest - 1) * sum(deviation**2 for deviation in by_seed.values()))
 
 
 def _gaps(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], run: RunKey) -> dict[str, np.ndarray]:
