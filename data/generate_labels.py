@@ -1,7 +1,8 @@
 """Write labels.json, the list of answers that a prompt offers, from the labels of train.json.
 
 FOLDER is the folder of a dataset or of a benchmark. An existing labels.json is kept, and checked, unless --overwrite is
-given: its order is the order of the options in every prompt, so it is part of the task.
+given: its order is the order of the options in every prompt, so it is part of the task. Tasks of free-text answers, as
+the instruction file declares them, get none.
 
 Example: python data/generate_labels.py CL_Benchmark/TC/mine
 """
@@ -13,9 +14,11 @@ from typing import Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from errors import InputError, entry_point
-from files import read_json, write_json
+from files import check_writable, read_json, write_json
 from order_config import SUBSETS, benchmark_datasets
-from uie_dataset_lora import UNLABELLED, read_labelled, read_labels
+from uie_dataset_lora import UNLABELLED, check_labels, read_instructions, read_labelled, read_labels
+
+INSTRUCTIONS = Path(__file__).resolve().parent.parent / "configs" / "instruction_config.json"
 
 
 def dataset_folders(folder: str | Path) -> list[Path]:
@@ -40,7 +43,8 @@ def generate_labels(folder: str | Path, *, sort: bool = False, overwrite: bool =
         overwrite: replace labels.json if it exists.
 
     Raises:
-        InputError: an unreadable file, an invalid example, or a label that is not in the list. Nothing is written.
+        InputError: an unreadable file, an invalid example, a label that is not in the list, labels that the score
+            cannot distinguish, or a folder that cannot be written. Nothing is written.
     """
     folder = Path(folder)
     path = folder / "labels.json"
@@ -49,6 +53,10 @@ def generate_labels(folder: str | Path, *, sort: bool = False, overwrite: bool =
     for subset in SUBSETS:
         read_labelled(folder / f"{subset}.json", labels)
     if not keep:
+        check_labels(labels, f"{folder / 'train.json'}, label")
+        check_writable(folder)
+        if path.is_dir():
+            raise InputError(f"{path}: a folder; the file belongs there")
         write_json(path, labels)
     return not keep
 
@@ -57,7 +65,10 @@ def _used_labels(path: Path, sort: bool) -> list[str]:
     """The distinct labels of a file. Malformed examples are left to `read_labelled`, which names them."""
     content = read_json(path)
     used = [row.get("label") for row in content if isinstance(row, dict)] if isinstance(content, list) else []
-    labels = list(dict.fromkeys(label for label in used if isinstance(label, str) and label != UNLABELLED))
+    if UNLABELLED in used:
+        raise InputError(f"{path}, example {used.index(UNLABELLED)}: label '-', which stands for none; remove such "
+                         "examples, or write labels.json by hand if '-' is an answer")
+    labels = list(dict.fromkeys(label for label in used if isinstance(label, str)))
     return sorted(labels) if sort else labels
 
 
@@ -67,8 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", help="a dataset's folder, or a benchmark such as CL_Benchmark")
     parser.add_argument("--sort", action="store_true", help="sort the labels, instead of order of first appearance")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing labels.json")
+    parser.add_argument("--instruction_file", type=Path, default=INSTRUCTIONS, help="declares free-text tasks")
     arguments = parser.parse_args(argv)
+    instructions = read_instructions(arguments.instruction_file)
     for folder in dataset_folders(arguments.folder):
+        if instructions.get(folder.resolve().parent.name, {}).get("metric") == "rougeL":
+            print(f"{folder}: free-text answers, so no labels.json")
+            continue
         written = generate_labels(folder, sort=arguments.sort, overwrite=arguments.overwrite)
         print(f"{folder / 'labels.json'}: {'written' if written else 'kept'}; covers train, dev and test")
 

@@ -69,8 +69,10 @@ def _find(task: str, known: Sequence[str], where: str | Path, flag: str) -> str:
     return found[0]
 
 
-def command(name: str, data_dir: str | Path) -> str:
-    """The command that runs an order on the data that it was made for."""
+def command(name: str, data_dir: str | Path, configs_dir: str | Path = "configs") -> str:
+    """The command that runs an order on the data that it was made for; the scripts know only orders in configs/."""
+    if Path(configs_dir).resolve() != ROOT / "configs":
+        return f"python src/run_order.py {shlex.quote(f'{configs_dir}/{name}_configs')} --data_dir ..."
     if Path(data_dir).resolve() == MINI_BENCHMARK:
         return f"bash scripts/order.sh --tiny {name}"
     own = "" if Path(data_dir) == Path("CL_Benchmark") else f"DATA_DIR={shlex.quote(str(data_dir))} "
@@ -91,9 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing order of this name")
     options = parser.parse_args(argv)
     folder, tasks = make_order(**vars(options))
-    print(f"{folder}: {' > '.join(tasks)}; run it with: {command(options.name, options.data_dir)}")
+    print(f"{folder}: {' > '.join(tasks)}; run it with: "
+          f"{command(options.name, options.data_dir, options.configs_dir)}")
     if unprepared := [task for task in tasks if not is_complete(Path(options.data_dir) / task)]:
-        print(f"not complete in {options.data_dir}: {', '.join(unprepared)} (see data/prepare_benchmark.py --help)")
+        print(f"not complete in {options.data_dir}: {', '.join(unprepared)}; the published datasets come "
+              "from data/prepare_benchmark.py, a labels.json from data/generate_labels.py")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ FOLDER is a task's output folder, the adapter folder in it, or what `export.py` 
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True, help="TASK/NAME, whose prompt is used, such as TC/dbpedia")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text to ask about, as it would stand in the benchmark")
-    source.add_argument("--file", type=Path, help="a UTF-8 file, one text per line, \\n for a line break in a text")
+    source.add_argument("--file", type=Path, help="a UTF-8 file, one text per line, with \\n for a line break in a "
+                        "text and \\\\ for a backslash (yelp and yahoo have \\n itself in their texts: \\\\n)")
     options = parser.parse_args(arguments)
     texts = [options.text]
     if options.file is not None:
-        texts = [line.replace("\\n", "\n") for line in read_text(options.file).removesuffix("\n").split("\n")]
+        lines = read_text(options.file).removeprefix("\ufeff").removesuffix("\n").split("\n")
+        texts = [re.sub(r"\\([n\\])", lambda found: {"n": "\n"}.get(found[1], "\\"), line) for line in lines]
     if blank := [number for number, text in enumerate(texts, 1) if not text.strip()]:
         raise InputError(f"--text or --file: found no text in line {blank[0]}")
     for answer in answers(options.folder, options.dataset, texts):

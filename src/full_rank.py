@@ -46,6 +46,7 @@ def exact_weight(layer: nn.Linear) -> torch.Tensor:
 
 def set_weight(layer: nn.Linear, W: torch.Tensor) -> None:
     """Set a layer's weight to W (out, in), and keep the error of rounding it to 16 bits for `exact_weight`."""
+    W = W.to(layer.weight.device)
     layer.weight.copy_(W)
     if layer.weight.dtype != torch.float32:
         layer.register_buffer("rounding", (W - layer.weight.float()).to(layer.weight.dtype), persistent=False)

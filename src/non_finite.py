@@ -65,6 +65,8 @@ class NonFiniteGuard:
         return bool(self._skips)
 
     def _checked(self, gradient: Tensor) -> Tensor:
+        if self._skips is not None:  # not of a step: a method's own pass after training
+            return gradient
         finite = gradient.isfinite().all()  # stays on the device
         self._gradients_bad.append(~finite)
         return torch.where(finite, gradient, torch.zeros_like(gradient))

@@ -32,9 +32,11 @@ following, with a text in place of TEXT; those of other datasets are in `{prompt
 """
 
 
-def save_prompts(folder: Path, examples: Iterable[dict], collator) -> None:
-    """Write the prompt of each dataset among the examples, in the order in which the datasets last occur."""
-    heads: dict[str, str] = {}
+def save_prompts(folder: Path, previous: Path | None, examples: Iterable[dict], collator) -> None:
+    """Write the prompts of the previous task's folder and of each dataset among the examples, in the order in which the
+    datasets last occur."""
+    known = previous is not None and (previous / PROMPTS).exists()
+    heads: dict[str, str] = dict(read_prompts(previous)["heads"]) if known else {}
     for example in examples:
         dataset = f"{example['Task']}/{example['Dataset']}"
         heads[dataset] = heads.pop(dataset, collator.parts(example)[0])

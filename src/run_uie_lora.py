@@ -241,7 +241,7 @@ def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples:
                 write_json(partial / CONFIG_FILE, read_json(partial / CONFIG_FILE) | origin, indent=2)
             loaded.tokenizer.save_pretrained(partial)
             shown = [first_examples_of_each(examples[split], 1) for split in ("test", "train")]
-            save_prompts(partial, chain(*shown), trainer.data_collator)
+            save_prompts(partial, loaded.previous, chain(*shown), trainer.data_collator)
             save_card(partial, trainer.method.full_name, loaded.base_name)
     trainer.accelerator.wait_for_everyone()
 

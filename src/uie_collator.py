@@ -21,6 +21,8 @@ from token_ids import KeptIds, shared_ids
 from uie_dataset_lora import ANSWER_CUE, prompt_parts
 
 logger = logging.getLogger("gorp")
+NARROWEST = 20
+"""To how many characters a sentence's lines may be cut."""
 
 
 @dataclass
@@ -41,8 +43,8 @@ class DataCollatorForUIE:
     not parsed. T5's tokenizer parses them anyway; an answer that spells one is rejected.
 
     A prompt longer than `max_source_length` loses the right ends of its sentence's longest lines (in MultiRC that is
-    the paragraph, never the question) or, where the line breaks alone do not fit, the sentence's end. An answer has at
-    most `max_target_length` ids, EOS included, and is never cut.
+    the paragraph, never the question) or, where that would leave less than `NARROWEST` of them, the sentence's end. An
+    answer has at most `max_target_length` ids, EOS included, and is never cut.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -157,22 +159,27 @@ class DataCollatorForUIE:
             raise InputError(f"{_name(example)}: {what} needs {needed} tokens; allowed: --{flag} {getattr(self, flag)}")
 
     def _cut(self, parts: tuple[str, str, str], example: dict) -> str:
-        """The prompt with the sentence's lines cut to the greatest common width (characters) that fits."""
+        """The prompt with the sentence's lines, or else the sentence, cut to the greatest width that fits."""
         head, sentence, tail = parts
         lines = sentence.split("\n")
 
-        def prompt(width: int) -> str:
+        def prompt(width: int) -> str:  # in characters
             return head + "\n".join(line[:width] for line in lines) + tail
 
         def needed(width: int) -> int:
             return len(self._source_ids([prompt(width)])[0])
 
-        if needed(0) > self.max_source_length:  # the line breaks alone do not fit: cut it as one line
+        def greatest() -> int:
+            # The width before bisect's answer was seen to fit, even if the count of tokens is not monotonic.
+            widths = range(max(map(len, lines)))
+            return bisect.bisect_right(widths, self.max_source_length, key=needed) - 1
+
+        width = greatest()
+        if width < NARROWEST:  # a table, a program: many short lines, of which nothing readable would be left
             lines = [sentence]
-        self._check_room(prompt(0), example)
-        # The width before bisect's answer was seen to fit, even if the count of tokens is not monotonic.
-        widths = range(max(map(len, lines)))
-        return prompt(bisect.bisect_right(widths, self.max_source_length, lo=1, key=needed) - 1)
+            self._check_room(prompt(0), example)
+            width = greatest()
+        return prompt(width)
 
     def _source_ids(self, prompts: list[str]) -> list[list[int]]:
         if self.decoder_only:

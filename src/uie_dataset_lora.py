@@ -190,16 +190,25 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     labels = read_json(path)
     if not isinstance(labels, list) or not labels:
         raise InputError(f"{path}: found {json_kind(labels)}; allowed: a non-empty array of strings")
+    check_labels(labels, f"{path}, entry")
+    return labels
+
+
+def check_labels(labels: list, where: str) -> None:
+    """Reject what `read_labels` describes; `where` and an index name a label in messages."""
     scored_as: dict[str, str] = {}
     for index, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip() or label in labels[:index]:
-            raise InputError(f"{path}, entry {index}: found {label!r}; allowed: distinct, non-blank strings")
-        twin = scored_as.setdefault(normalise(unicodedata.normalize("NFC", label)), label)
+            raise InputError(f"{where} {index}: found {label!r}; allowed: distinct, non-blank strings")
+        twin = scored_as.setdefault(normalise(_composed(label)), label)
         if twin is not label:
-            raise InputError(f"{path}, entry {index}: found {label!a} beside {twin!a}; allowed: labels that differ in "
-                             "more than case, spaces and punctuation, which the score ignores, and Unicode's "
-                             "composition of characters")
-    return labels
+            raise InputError(f"{where} {index}: found {label!a} beside {twin!a}; allowed: labels that differ in more "
+                             "than case, spaces and punctuation, which the score ignores, and Unicode's composition of "
+                             "characters")
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def read_labelled(path: str | os.PathLike, labels: list[str] | None) -> list[dict[str, str]]:
@@ -219,7 +228,10 @@ def read_labelled(path: str | os.PathLike, labels: list[str] | None) -> list[dic
         if may_lack_label and row["label"] == UNLABELLED:
             continue
         if labels is not None and row["label"] not in labels:
-            raise InputError(f"{where}: label {row['label']!r}; allowed: {', '.join(labels)}")
+            found = row["label"]
+            twins = [label for label in labels if _composed(label) == _composed(found)]
+            hint = f" ({found!a} and {twins[0]!a} are the same characters, composed differently)" if twins else ""
+            raise InputError(f"{where}: label {found!r}; allowed: {', '.join(labels)}{hint}")
         rows.append({"id": str(index), "sentence": row["sentence"], "label": row["label"]})
     if not rows:
         raise InputError(f"{path}: {len(content)} examples, all labelled {UNLABELLED!r}; at least one needs a label")
@@ -268,8 +280,11 @@ def _sources(task_config_dir: str | os.PathLike, options: ExampleOptions) -> lis
 def _check_place(path: Path, data_dir: Path) -> None:
     """Reject a file that is missing, or that a link puts outside the benchmark."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; data/prepare_benchmark.py fills CL_Benchmark, and --data_dir "
-                         "(DATA_DIR for the scripts) names another benchmark")
+        hint = "data/prepare_benchmark.py fills CL_Benchmark, and --data_dir (DATA_DIR for the scripts) names another"
+        if path.name == "labels.json" and (path.parent / "train.json").is_file():
+            hint = ("data/generate_labels.py writes it. A task of free-text answers needs none, if the instruction "
+                    'file gives its metric, "rougeL"')
+        raise InputError(f"{path}: no such file; {hint}")
     place = path.resolve()
     if not place.is_relative_to(data_dir.resolve()):
         raise InputError(f"{path}: a link to {place}; allowed: files inside {data_dir}")

@@ -221,6 +221,20 @@ def test_lines_of_like_length_are_cut_alike(tokenizers):
     assert batch["input_ids"].shape[1] in (199, 200)
 
 
+@pytest.mark.parametrize("build, decoder_only", [(t5, False), (byt5, False), (llama, True)])
+@pytest.mark.parametrize("lines", [60, 150, 300])
+def test_of_many_short_lines_the_first_stay_as_they_are(tokenizers, build, decoder_only, lines):
+    sentence = "\n".join(["the river is wide and slow here"] * lines)
+    row = example(sentence, subset="test")
+    made = collator(tokenizers[build], decoder_only, max_source_length=400)
+    batch = made([row])
+    found = " ".join(text(tokenizers[build], kept(batch["input_ids"][0], batch["attention_mask"][0])).split())
+    uncut = " ".join(sentence.split())
+    start = found.index("the river is wide")
+    left = found[start:].removesuffix("Answer:").rstrip()
+    assert uncut.startswith(left) and len(left) > 250 and batch["input_ids"].shape[1] > 380
+
+
 @pytest.mark.parametrize("decoder_only", [False, True])
 def test_of_more_lines_than_tokens_the_first_stay(tokenizers, decoder_only):
     sentence = "\n".join(f"line {number}" for number in range(300))

@@ -414,7 +414,12 @@ def test_rows_without_gold_label_are_no_label(tmp_path):
     [
         ({"test": [{"sentence": "a", "label": "maybe"}]}, r"test\.json, example 0: label 'maybe'; allowed: yes, no"),
         ({"dev": None}, r"dev\.json: no such file"),
-        ({"train": [{"sentence": "a", "label": "-"}]}, r"train\.json, example 0: label '-'"),
+        ({"train": [{"sentence": "a", "label": "-"}]}, r"train\.json, example 0: label '-', which stands for none"),
+        ({"train": [{"sentence": "a", "label": label} for label in ("yes", "no", "Yes")]},
+         r"train\.json, label 2: found 'Yes' beside 'yes'"),
+        ({"dev": [{"sentence": "a", "label": "ye\u0301s"}],
+          "train": [{"sentence": "a", "label": label} for label in ("no", "y\u00e9s")]},
+         r"are the same characters, composed differently"),
         ({"train": [{"sentence": "a", "label": ["yes"]}]}, r"train\.json, example 0: "),
         ({"train": ["yes"]}, r"train\.json, example 0: "),
         ({"train": {"label": "yes"}}, r"train\.json: "),
@@ -431,9 +436,19 @@ def test_labels_of_a_whole_benchmark(tmp_path, capsys):
     write_dataset(tmp_path / "TC/mine", labels=None)
     write_dataset(tmp_path / "SC/kept")
     (tmp_path / "SC/empty").mkdir()
-    assert generate_labels.main([str(tmp_path)]) == 0
+    write_dataset(tmp_path / "Summary/news", labels=None, test=[{"sentence": "a", "label": "of its own"}])
+    instructions = [{"instruction_type": "zero-shot", "instruction": "Sum up."}]
+    declared = {"Summary": {"metric": "rougeL", "instructions": instructions}}
+    (tmp_path / "instructions.json").write_text(json.dumps(declared))
+    assert generate_labels.main([str(tmp_path), "--instruction_file", str(tmp_path / "instructions.json")]) == 0
     out = capsys.readouterr().out
     assert "SC/kept/labels.json: kept" in out and "TC/mine/labels.json: written" in out and "empty" not in out
+    assert "Summary/news: free-text answers, so no labels.json" in out
+    assert not (tmp_path / "Summary/news/labels.json").exists()
+    (tmp_path / "TC/mine/labels.json").unlink()
+    (tmp_path / "TC/mine/labels.json").mkdir()
+    assert generate_labels.main([str(tmp_path / "TC/mine"), "--overwrite"]) == 2
+    assert "labels.json: a folder; the file belongs there" in capsys.readouterr().err
     assert generate_labels.main([str(tmp_path / "SC/empty")]) == 2
     assert "no train.json; allowed: a dataset's folder" in capsys.readouterr().err
 
@@ -448,7 +463,7 @@ def test_an_order_of_ones_own(tmp_path, capsys):
     assert make_order.main(["--name", "mine", "--tasks", "TC/mine", "SC/later", *where]) == 0
     assert [step.dataset for step in read_order(tmp_path / "configs/mine_configs")] == ["mine", "later"]
     first, second = capsys.readouterr().out.splitlines()
-    assert f"TC/mine > SC/later; run it with: DATA_DIR={tmp_path}/data bash scripts/order.sh mine " in first
+    assert f"TC/mine > SC/later; run it with: python src/run_order.py {tmp_path}/configs/mine_configs " in first
     assert "SC/later" in second and "TC/mine" not in second
 
 
@@ -472,6 +487,7 @@ def test_an_order_from_another_one_and_by_names_of_datasets(words, datasets, tmp
 def test_the_command_has_mode_and_data():
     assert make_order.command("x", ROOT / "data/mini_benchmark") == "bash scripts/order.sh --tiny x"
     assert make_order.command("x", "CL_Benchmark").startswith("bash scripts/order.sh x ")
+    assert make_order.command("x", "CL_Benchmark", "own").startswith("python src/run_order.py own/x_configs ")
     assert make_order.command("x", "my data").startswith("DATA_DIR='my data' bash scripts/order.sh x ")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import answer
 import export
 import run_uie_lora
 from helpers import PREFIX, ROOT, arguments, predictions
+from prompts import read_prompts, save_prompts
 
 SHORT = ["--max_steps", "6", "--max_predict_samples", "6"]
 KIND = {"t5_adapter": AutoModelForSeq2SeqLM, "llama_adapter": AutoModelForCausalLM}
@@ -135,6 +137,27 @@ def test_answers_are_those_of_the_run(run, tmp_path, capfd):
     (tmp_path / "texts").write_text("\n".join(text.replace("\n", "\\n") for text in texts))
     assert answer.main([str(folder / family), "--dataset", "SC/amazon", "--file", str(tmp_path / "texts")]) == 0
     assert capfd.readouterr().out.splitlines()[-4:] == [row["Prediction"] for row in rows]
+
+
+def test_a_file_of_texts_has_line_breaks_and_backslashes(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(answer, "answers", lambda folder, dataset, texts: asked.extend(texts) or [])
+    (tmp_path / "texts").write_text("\ufeffone\\ntwo\nthe area.\\\\n\\\\nStaff \\x\n", encoding="utf-8")
+    assert answer.main([str(tmp_path), "--dataset", "SC/yelp", "--file", str(tmp_path / "texts")]) == 0
+    assert asked == ["one\ntwo", "the area.\\n\\nStaff \\x"]
+
+
+def test_prompts_of_earlier_tasks_stay_where_only_the_last_is_tested(tmp_path):
+    collator = SimpleNamespace(parts=lambda example: (f"head of {example['Dataset']}", "", ""), max_source_length=9,
+                               max_target_length=3)  # fmt: skip
+    previous = None
+    for name in ("dbpedia", "amazon", "dbpedia"):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        save_prompts(folder, previous, [{"Task": "X", "Dataset": name}], collator)
+        previous = folder
+    assert list(read_prompts(tmp_path / "1")["heads"]) == ["X/dbpedia", "X/amazon"]
+    assert list(read_prompts(previous)["heads"]) == ["X/amazon", "X/dbpedia"]  # the last task's own prompt comes last
 
 
 @pytest.mark.parametrize("words, fault", [

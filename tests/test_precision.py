@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import run_uie_lora
 from evaluation.generate import Prediction
-from full_rank import FILE_NAME, exact_weight, load_weights, save_weights
+from full_rank import FILE_NAME, exact_weight, load_weights, save_weights, set_weight
 from helpers import LLAMA, LLAMA_MODULES, arguments
 from methods import find_method
 from model.loading import load_model_and_tokenizer
@@ -111,3 +111,11 @@ def test_a_16_bit_weight_continues_from_the_float32_value_that_was_saved(dtype, 
         assert ((layer.weight - saved[name]).abs() > tolerance).any()  # 16 bits alone do not hold it
         for held in (exact_weight(loaded[name]), layer.trained_weight(torch.zeros(layer.core_shape))):
             assert ((held - saved[name]).abs() <= tolerance).all()
+
+
+def test_full_rank_weights_are_put_where_the_model_is():
+    """A 4-bit base is on the GPU when the previous task's weights are loaded. Here `meta` stands for the GPU."""
+    layer = torch.nn.Linear(3, 2, bias=False, dtype=torch.bfloat16, device="meta")
+    with torch.no_grad():
+        set_weight(layer, torch.ones(2, 3))
+    assert layer.rounding.device.type == "meta" and layer.rounding.dtype == torch.bfloat16

@@ -31,6 +31,21 @@ def assert_orthonormal(basis: torch.Tensor) -> None:
     torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=basis.dtype), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_what_removes_s_computes_in_float32_under_autocast(side):
+    S, X = orthonormal(64, 8), torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = remove(X, S, side)
+    assert found.dtype == torch.float32 and torch.equal(found, remove(X, S, side))
+
+
+@pytest.mark.parametrize("svd", SVD_METHODS)
+def test_bases_lie_in_memory_as_a_checkpoint_restores_them(svd):
+    left, _, right = truncated_svd(torch.randn(60, 50, generator=torch.Generator().manual_seed(1)), 3, svd)
+    assert left.is_contiguous() and right.is_contiguous()
+    assert left.untyped_storage().nbytes() == 4 * 60 * 3  # and hold nothing else
+
+
 @pytest.mark.parametrize("svd", SVD_METHODS)
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("shape", SHAPES)

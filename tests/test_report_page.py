@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from errors import InputError
+from helpers import edit
 from report import figures as draw
 from report import page
 from report.__main__ import main
-from report.runs import find_runs, paired_difference, ranked_methods, select, summarise
+from report.runs import find_runs, paired_difference, ranked_methods, read_run, select, summarise
 
 REPORT = Path(page.__file__).parent
 TASKS = ["dbpedia", "amazon", "agnews"]
@@ -347,6 +348,19 @@ def test_a_folder_with_other_things_is_not_replaced(runs, tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2 and "holds something other than a report" in done.stderr
     assert (tmp_path / "mine" / "notes.txt").exists()
+
+
+def test_free_text_is_scored_as_the_run_scored_it(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "runs", "gorp", "A", 1, 80.0)
+    step = folder / "outputs" / "3-agnews"
+    lines = [{"Task": "X", "Dataset": name, "Metric": "rougeL", "Instance": {"label": "世"}, "Prediction": "世"}
+             for name in ("dbpedia", "amazon", "agnews")]  # fmt: skip
+    (step / "predict_eval_predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr("report.runs.compute_metrics", lambda *texts, multilingual: {"rougeL": 100.0 * multilingual})
+    for multilingual in (False, True):
+        edit(step / "run_record.json", lambda record: record | {"configuration": {"multilingual": multilingual}})
+        scores = read_run(folder).scores
+        assert {name: list(own) for name, own in scores.items()} == dict.fromkeys(scores, [float(multilingual)]) != {}
 
 
 ODD = [float("nan"), float("inf"), -1, "x", True, [], {}]

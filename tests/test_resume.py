@@ -569,6 +569,21 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_moments_and_counts_as_t
         assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) is same
 
 
+def test_gradients_of_passes_after_training_are_neither_watched_nor_kept():
+    """EWC takes one of each example, which would add up."""
+    layer = torch.nn.Linear(2, 2)
+    optimizer, guard = torch.optim.AdamW(layer.parameters()), NonFiniteGuard(2)
+    guard.watch(optimizer, layer.parameters())
+    loss = layer(torch.ones(1, 2)).sum()
+    guard.note_micro_batch(1, loss, ["row"])
+    loss.backward()
+    optimizer.step()
+    kept = len(guard._gradients_bad)
+    for _ in range(3):
+        torch.autograd.grad(layer(torch.ones(1, 2)).sum(), list(layer.parameters()))
+    assert len(guard._gradients_bad) == kept == 2
+
+
 @pytest.mark.recipe
 def test_a_rank_whose_loss_is_nan_ends_the_run_under_zero(mini_benchmark, tmp_path):
     """No rank's factors change in such a step, and at the third in a row it says why it ends."""

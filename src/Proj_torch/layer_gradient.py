@@ -96,7 +96,7 @@ def sketched_bases(
     block = omega if start is None else torch.cat((omega, start), dim=1)[:, :width]
     probe = torch.randn(shape[1], PROBES, generator=generator).to(device)
     U, s, V, outside = randomised_svd(times, transposed_times, block, probe)
-    left = None if ranks[0] is None else U[:, : ranks[0]]
+    left = None if ranks[0] is None else U[:, : ranks[0]].contiguous()
     squares = s.double().square()
     share = squares[:rank].sum() / (squares.sum() + outside.double().square().sum() / PROBES)
     if not share.isfinite():  # 0 / 0 where G is zero; the one value that the host waits for

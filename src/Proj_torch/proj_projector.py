@@ -93,7 +93,8 @@ def remove(X: Tensor, S: Basis, side: str) -> Tensor:
 
 def _less(X: Tensor, T: Tensor, side: str) -> Tensor:
     """X - T T^T X ("output") or X - X T T^T ("input"), whatever T's columns are."""
-    return torch.addmm(X, T, T.mT @ X, alpha=-1) if side == "output" else torch.addmm(X, X @ T, T.mT, alpha=-1)
+    with torch.autocast(X.device.type, enabled=False):  # which would multiply in 16 bits
+        return torch.addmm(X, T, T.mT @ X, alpha=-1) if side == "output" else torch.addmm(X, X @ T, T.mT, alpha=-1)
 
 
 def check_space(S: Tensor, size: int, where: str) -> None:

@@ -80,7 +80,7 @@ def _sketched_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     sketch = torch.randn(M.shape[1], width, generator=generator, dtype=M.dtype).to(M.device)
     # (Q^T M)^T reads M along its rows, and is several times faster on a CPU than M^T Q.
     U, s, V, _ = randomised_svd(lambda X: M @ X, lambda Q: (Q.mT @ M).mT, sketch)
-    return U[:, :rank], s[:rank], V[:, :rank]
+    return U[:, :rank].contiguous(), s[:rank], V[:, :rank].contiguous()  # as a checkpoint stores bases
 
 
 def randomised_svd(

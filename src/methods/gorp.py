@@ -164,6 +164,7 @@ class Gorp(LoraMethod):
             self.space.extend(self.needed if self.options.space_from == "inputs" else self.engine.first_moments())
         for line in self.space.describe():
             detail.info(line)
+        self.needed, self.start = {}, {}  # evaluation needs their memory
         self.engine.finish(self.partitioned)
         super().end_task()
 

@@ -95,7 +95,7 @@ def read_run(order_dir: Path) -> Run:
         tasks=tasks,
         matrix=matrix,
         measures=measure(order_dir, tasks, matrix),
-        scores={} if unfinished else _scores_of_examples(steps[last] / "predict_eval_predictions.jsonl", tasks),
+        scores={} if unfinished else _scores_of_examples(steps[last], tasks),
         seconds=None if None in seconds else sum(seconds),
         trained_values=max(filter(None, sizes), default=None),
         values=number(first, "values", paths[0]),
@@ -132,20 +132,21 @@ def _made_with(record: Path) -> dict:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _scores_of_examples(predictions: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
-    """By task, the score of each of its examples, 0 to 1; empty without the file."""
-    hits: dict[str, list[float]] = {task: [] for task in tasks}
+def _scores_of_examples(step: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    """By task, the score of each of its examples, 0 to 1; empty without the predictions of the task folder `step`."""
+    predictions, hits = step / "predict_eval_predictions.jsonl", {task: [] for task in tasks}
+    multilingual = bool(_object(step / "run_record.json", "configuration").get("multilingual"))
     for example in read_predictions(predictions) if predictions.exists() else []:
         if example["Dataset"] in hits:
-            hits[example["Dataset"]].append(_score(example))
+            hits[example["Dataset"]].append(_score(example, multilingual))
     return {task: np.array(own, dtype=float) for task, own in hits.items()} if all(hits.values()) else {}
 
 
-def _score(example: dict) -> float:
-    """Whether an answer is correct, or its ROUGE-L where answers are free text."""
+def _score(example: dict, multilingual: bool) -> float:
+    """Whether an answer is correct, or its ROUGE-L where answers are free text, as the run computed it."""
     prediction, label = example["Prediction"], example["Instance"]["label"]
     if example.get("Metric") == "rougeL":
-        return compute_metrics([prediction], [label])["rougeL"] / 100
+        return compute_metrics([prediction], [label], multilingual=multilingual)["rougeL"] / 100
     return float(exact_match(prediction, label))
 
 
