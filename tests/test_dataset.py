@@ -347,11 +347,12 @@ def test_a_task_folder_outside_the_benchmark(benchmark):
         benchmark.load()
 
 
-@pytest.mark.parametrize("missing", ["train.json", "labels.json"])
-def test_a_missing_data_file(benchmark, missing):
+@pytest.mark.parametrize("missing, script", [("train.json", "prepare_benchmark.py fills"),
+                                             ("labels.json", "generate_labels.py writes it")])  # fmt: skip
+def test_a_missing_data_file(benchmark, missing, script):
     folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(2))
     (folder / missing).unlink()
-    with pytest.raises(InputError, match=f"^{folder / missing}: no such file; data/prepare_benchmark.py fills"):
+    with pytest.raises(InputError, match=f"^{folder / missing}: no such file; data/{script}"):
         benchmark.load()
 
 
