@@ -280,7 +280,8 @@ def _sources(task_config_dir: str | os.PathLike, options: ExampleOptions) -> lis
 def _check_place(path: Path, data_dir: Path) -> None:
     """Reject a file that is missing, or that a link puts outside the benchmark."""
     if not path.is_file():
-        hint = "data/prepare_benchmark.py fills CL_Benchmark, and --data_dir (DATA_DIR for the scripts) names another"
+        hint = ("data/prepare_benchmark.py fills CL_Benchmark, and --data_dir (DATA_DIR for the scripts) names another "
+                "benchmark")
         if path.name == "labels.json" and (path.parent / "train.json").is_file():
             hint = ("data/generate_labels.py writes it. A task of free-text answers needs none, if the instruction "
                     'file gives its metric, "rougeL"')
