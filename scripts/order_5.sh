@@ -15,7 +15,7 @@ values=(
     --galore_rank 32 --galore_scale 0.25
     --galore_update_proj_gap 20  # the default of the released code, whose script passes none
     --per_device_eval_batch_size 128
-    --task_epochs MNLI=2  # every other task is trained once
+    --task_epochs MNLI=2  # every other task trains for one epoch
 )
 # shellcheck disable=SC2034
 penalties=(--lamda_1 0.5 --lamda_2 0.1 --lamda_3 0)  # only METHOD=gorp gets them
