@@ -112,7 +112,7 @@ has_gpu() {
             gpu=yes
         else
             reason="PyTorch cannot use this machine's GPU: ${reason:-no reason given}"
-            [ "${mode:-}" != full ] || fail "$reason; CUDA_VISIBLE_DEVICES= trains on the CPU"
+            [ "${mode:-}" != full ] || fail "$reason; set CUDA_VISIBLE_DEVICES= to train on the CPU"
             say "$reason; training uses the CPU" >&2
         fi
     fi
@@ -171,26 +171,32 @@ read_extra() {
         fail "EXTRA=${EXTRA:-}: a quotation is not closed, or holds an escaped quotation mark or a line break"
     mapfile -t extra <<< "$words"
     unset 'extra[-1]'   # the dot; without it, xargs would print one empty word for an empty EXTRA
+    local index name
+    for index in "${!extra[@]}"; do   # Hugging Face's parser also takes --galore-rank
+        [[ ${extra[index]} == --* ]] || continue
+        name=${extra[index]%%=*}
+        extra[index]=--$(tr - _ <<< "${name#--}")${extra[index]#"$name"}
+    done
 }
 
 uses_deepspeed() { [[ $ranks -gt 1 || -n ${DS_CONFIG:-} ]]; }
 
 # Check what needs no Python, before anything is installed.
 check_settings() {
-    [[ ${GORP_ENV:-active} == active ]] || fail "GORP_ENV=$GORP_ENV: active, or unset"
+    [[ ${GORP_ENV:-active} == active ]] || fail "GORP_ENV=$GORP_ENV; allowed: active, or unset"
     [[ $name =~ ^[A-Za-z0-9_.-]+$ && $name != ds && -d configs/${name}_configs ]] ||
         fail "order '$name': no folder configs/${name}_configs; data/make_order.py makes one"
     local variable
     for variable in NPROC NNODES MASTER_PORT SAVE_STEPS; do
-        [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] || fail "$variable=${!variable}: a whole number, 1 or more"
+        [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] || fail "$variable=${!variable}; allowed: a whole number, 1 or more"
     done
     count_ranks
     [[ -z ${DS_CONFIG:-} || -f $DS_CONFIG ]] || fail "DS_CONFIG=$DS_CONFIG: no such file"
     [[ -z ${DATA_DIR:-} || -d $DATA_DIR ]] || fail "DATA_DIR=$DATA_DIR: no such folder"
     [ -z "$(in_extra --output_dir '')" ] || fail "EXTRA: found --output_dir; OUTPUT=FOLDER says where results go"
     [[ $preset != released || ($ranks -eq 1 && -z ${DS_CONFIG:-}) ]] ||
-        fail "--preset released: found with NPROC=$ranks${DS_CONFIG:+ and DS_CONFIG=$DS_CONFIG}; one process without" \
-             "DeepSpeed is allowed"
+        fail "--preset released: found with NPROC=$ranks${DS_CONFIG:+ and DS_CONFIG=$DS_CONFIG}; allowed: one" \
+             "process without DeepSpeed"
 }
 
 # Set `nodes`, the number of machines, and `ranks`, that of processes on all of them: NPROC on each, or as HOSTFILE
@@ -202,14 +208,17 @@ count_ranks() {
         [[ -z ${NPROC:-}${NNODES:-} ]] || fail "HOSTFILE=$HOSTFILE: found with NPROC or NNODES, which the file decides"
         [ -f "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE: no such file"
         ! grep -vqE "$line|$none" "$HOSTFILE" && grep -qE "$line" "$HOSTFILE" ||
-            fail "HOSTFILE=$HOSTFILE: found '$(grep -vE "$line|$none" "$HOSTFILE" | head -n 1)'; lines 'host slots=GPUS'"
+            fail "HOSTFILE=$HOSTFILE: found '$(grep -vE "$line|$none" "$HOSTFILE" | head -n 1)'; allowed:" \
+                 "lines 'host slots=GPUS'"
         nodes=$(grep -cE "$line" "$HOSTFILE")
-        [ "$nodes" -gt 1 ] || fail "HOSTFILE=$HOSTFILE: names one machine; two or more, or NPROC=GPUS on that machine"
+        [ "$nodes" -gt 1 ] ||
+            fail "HOSTFILE=$HOSTFILE: names one machine; allowed: two or more (or NPROC=GPUS, on that machine)"
         ranks=$(grep -E "$line" "$HOSTFILE" | awk -F= '{ n += $2 } END { print n }')
     elif [ "$nodes" -gt 1 ]; then
         node=${NODE_RANK:-}
-        [[ $node =~ ^[0-9]+$ && $node -lt $nodes ]] || fail "NODE_RANK=$node: 0 to $((nodes - 1)) with NNODES=$nodes"
-        [ -n "${MASTER_ADDR:-}" ] || fail "MASTER_ADDR: missing with NNODES=$nodes; the address of node 0"
+        [[ $node =~ ^[0-9]+$ && $node -lt $nodes ]] ||
+            fail "NODE_RANK=$node; allowed: 0 to $((nodes - 1)) with NNODES=$nodes"
+        [ -n "${MASTER_ADDR:-}" ] || fail "MASTER_ADDR: missing with NNODES=$nodes; allowed: the address of node 0"
     fi
 }
 
@@ -374,6 +383,8 @@ set_command() {
         "${options[@]}" "${extra[@]}"
     )
     [ -n "${HOSTFILE:-}" ] || return 0
+    [[ $PWD != *[[:space:]]* ]] ||
+        fail "HOSTFILE: found whitespace in '$PWD', which DeepSpeed's launcher does not preserve"
     for ((index = ${#launch[@]} + 1; index < ${#command[@]}; index++)); do
         [[ ${command[index]} != *[[:space:]]* ]] ||
             fail "HOSTFILE: found whitespace in '${command[index]}', which DeepSpeed's launcher does not preserve"
@@ -432,7 +443,7 @@ describe() {
     step="$size examples a step = $batch x $(counted "$accumulation" micro-batch es) on $(counted "$ranks" process es)"
     [ "$nodes" -eq 1 ] || step+=" of $nodes machines"
     [[ $size -eq $rows || -n $(in_extra --gradient_accumulation_steps '') ]] ||
-        step+=" ($rows would need processes x micro-batch to divide it)"
+        step+=" ($rows is possible only if processes x micro-batch divides it)"
     say "$name: $what, with $from$penalties_of; $step"
     [[ $mode/$data != small/data/mini_benchmark ]] ||
         say "$name: CL_Benchmark has no train.json, so the made-up texts of data/mini_benchmark are used"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from errors import InputError, entry_point
-from export import load_finished
+from export import DTYPES, load_finished
 from files import read_text
 from prompts import read_prompts
 from uie_collator import DataCollatorForUIE
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source.add_argument("--text", help="the text to ask about, as it would stand in the benchmark")
     source.add_argument("--file", type=Path, help="a UTF-8 file, one text per line, with \\n for a line break in a "
                         "text and \\\\ for a backslash (yelp and yahoo have \\n itself in their texts: \\\\n)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision in which the model answers")
     options = parser.parse_args(arguments)
     texts = [options.text]
     if options.file is not None:
@@ -39,14 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         texts = [re.sub(r"\\([n\\])", lambda found: {"n": "\n"}.get(found[1], "\\"), line) for line in lines]
     if blank := [number for number, text in enumerate(texts, 1) if not text.strip()]:
         raise InputError(f"--text or --file: found no text in line {blank[0]}")
-    for answer in answers(options.folder, options.dataset, texts):
+    try:
+        found = answers(options.folder, options.dataset, texts, getattr(torch, options.dtype))
+    except torch.OutOfMemoryError:
+        raise InputError(f"--dtype: found {options.dtype}, in which the model does not fit into the GPU's memory; "
+                         "allowed: 16 bits, or on the CPU, with CUDA_VISIBLE_DEVICES= in front") from None
+    for answer in found:
         print(answer.replace("\n", "\\n"))
 
 
 @torch.no_grad()
-def answers(run: Path, dataset: str, texts: Sequence[str]) -> list[str]:
+def answers(run: Path, dataset: str, texts: Sequence[str], dtype: torch.dtype = torch.float32) -> list[str]:
     """The model's answers to texts, by greedy search."""
-    folder, loaded = load_finished(run)
+    folder, loaded = load_finished(run, dtype)
     prompts = read_prompts(folder)
     if dataset not in prompts["heads"]:
         raise InputError(f"--dataset: found {dataset}; allowed: {', '.join(prompts['heads'])}")

@@ -38,7 +38,7 @@ class ModelArguments:
     tokenizer_name: str | None = HfArg(default=None, help="Another tokenizer: folder or hub id.")
     cache_dir: str | None = HfArg(default=None, help="Where models from the hub are kept.")
     use_fast_tokenizer: bool = HfArg(default=True, help="Ignored: Transformers 5 has one kind of tokenizer.")
-    model_revision: str = HfArg(default="main", help="Branch, tag or commit of a hub model.")
+    model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of a hub model (main).")
     use_auth_token: bool = HfArg(default=False, help="Use the hub login of this machine.")
     family: Literal["encoder-decoder", "decoder-only"] | None = HfArg(default=None, help="What the model must be.")
     load_in_4bit: bool = HfArg(default=False, help="Hold frozen linear layers in 4 bits (NF4, by bitsandbytes).")
@@ -59,17 +59,17 @@ class DataArguments:
     max_target_length: int = HfArg(default=50, help="Maximum number of tokens in an answer; a longer one is an error.")
     repetition_penalty: float = HfArg(default=1.0, help="Generation: 1.0 is no penalty.")
     num_beams: int = HfArg(default=1, help="Generation: beams; 1 is greedy.")
-    max_num_instances_per_task: int | None = HfArg(default=10000, help="Training examples of a 'random' dataset.")
-    max_num_instances_per_eval_task: int | None = HfArg(default=200, help="Validation examples of a 'random' dataset.")
-    over_sampling: bool = HfArg(default=False, help="Repeat training examples up to the limit.")
+    max_num_instances_per_task: int | None = HfArg(default=10000, help="Training examples, if sampled; -1: all.")
+    max_num_instances_per_eval_task: int | None = HfArg(default=200, help="Validation examples, if sampled.")
+    over_sampling: bool = HfArg(default=False, help="Repeat training examples up to max_num_instances_per_task.")
     max_train_samples: int | None = HfArg(default=None, help="Train on this many examples at most.")
     max_eval_samples: int | None = HfArg(default=None, help="Validate on this many examples at most.")
     max_predict_samples: int | None = HfArg(default=None, help="Test on this many examples of each dataset at most.")
     predict_tasks: Literal["all", "ends"] = HfArg(
-        default="all", help="After each task test all so far (all), or only itself, and at the order's end all (ends)."
+        default="all", help="all: after each task, test all so far; ends: only the new one, all after the last task."
     )
     zero_shot: bool = HfArg(default=False, help="Before training, test on this and later tasks (forward transfer).")
-    unseen_config_dir: str | None = HfArg(default=None, help="A task's folder: also test datasets new to this order.")
+    unseen_config_dir: str | None = HfArg(default=None, help="A task's folder: also test its new datasets.")
     num_examples: int = HfArg(default=0, help="Solved examples shown in each prompt (few-shot).")
     add_task_name: bool = HfArg(default=False, help="Begin the prompt with the task's name.")
     add_dataset_name: bool = HfArg(default=False, help="Begin the prompt with the dataset's name.")
@@ -91,7 +91,7 @@ REJECTED = {
     "predictions are always scored; --predict_loss adds their loss": "prediction_loss_only",
     "no run could resume from such checkpoints":
         "save_only_model save_on_each_node enable_jit_checkpoint restore_callback_states_from_checkpoint",
-    "src/export.py writes a model to upload": "push_to_hub",
+    "src/export.py writes the model to upload": "push_to_hub",
     "a command line is logged; `hf auth login` or the variable HF_TOKEN keeps it secret": "hub_token",
     "--max_non_finite_steps watches losses and gradients": "debug logging_nan_inf_filter",
 }
@@ -137,23 +137,19 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         self._check_numbers()
         if self.deepspeed is not None:
             self.check_deepspeed(self.deepspeed)
-        for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # set by `accelerate launch`
-            found = os.environ.get(name, "false")
-            if self.deepspeed is None and found.lower() in ("true", "1", "yes"):
-                raise InputError(f"{name}: found {found} in the environment; DeepSpeed trains with --deepspeed FILE, "
-                                 "FSDP not at all")
+        self._check_environment()
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # every rank computes the same rounding errors of 16-bit weights
         if self.output_dir is None:
-            raise InputError("--output_dir: missing; a folder for the results")
+            raise InputError("--output_dir: missing; allowed: a folder for the results")
         check_writable(self.output_dir)
         super().__post_init__()
         known = get_available_reporting_integrations()
         for name in self.report_to:
-            hint = f"; pip install {name} adds it" if name in INTEGRATION_TO_CALLBACK else ""
-            check(name in known, "report_to", name, ", ".join(["none", *known]) + " are installed here" + hint)
+            hint = f" (pip install {name} adds it)" if name in INTEGRATION_TO_CALLBACK else ""
+            check(name in known, "report_to", name, ", ".join(["none", *known]) + ", as installed here" + hint)
         if not (self.do_train or self.do_eval or self.do_predict):
-            raise InputError("--do_train, --do_eval, --do_predict: found none of them; one or more")
+            raise InputError("--do_train, --do_eval, --do_predict: found none of them; allowed: one or more")
         check(not self.fp16 or self.device.type != "cpu", "fp16", "true", "false on a CPU, where --bf16 works")
         self._check_settings()
 
@@ -166,12 +162,24 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         defaults = {name: getattr(type(self), name, []) for name in names}  # a list default is no class attribute
         return [name for name in names if getattr(self, name, []) not in (None, defaults[name])]
 
+    def _check_environment(self) -> None:
+        """Reject what `accelerate launch` sets and no flag says."""
+        for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+            found = os.environ.get(name, "false")
+            if self.deepspeed is None and found.lower() in ("true", "1", "yes"):
+                raise InputError(f"{name}: found {found} in the environment; DeepSpeed trains with --deepspeed FILE, "
+                                 "FSDP not at all")
+        found = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if found.lower() != "no" and not (self.bf16 or self.fp16):
+            raise InputError(f"ACCELERATE_MIXED_PRECISION: found {found} in the environment; allowed: no, or --bf16 or "
+                             "--fp16 besides")
+
     def _check_library_options(self) -> None:
         """Reject what `REJECTED` lists, samplers that need tokenised examples, and settings that are not objects."""
         for reason, names in REJECTED.items():
             for name in self._changed(names.split()):
                 found = "a secret" if name == "hub_token" else getattr(self, name)
-                raise InputError(f"--{name}: found {found}; only the default is allowed: {reason}")
+                raise InputError(f"--{name}: found {found}; allowed: only the default, as {reason}")
         sampling = self.train_sampling_strategy
         check(sampling in ("random", "sequential"), "train_sampling_strategy", sampling, "random or sequential")
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
@@ -188,11 +196,15 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             check((getattr(self, name) or 0) < 2**32, name, getattr(self, name), "less than 2^32")
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 up to, not including, 1")
-        if self.max_steps <= 0:
+        check(self.max_steps != 0, "max_steps", 0, "a number above 0, or -1 for --num_train_epochs")
+        if self.max_steps < 0:
             check_number(self, "num_train_epochs", above=0)
 
     def _check_settings(self) -> None:
         """Try on stand-ins what training will need: the schedule, the loader, the recomputation of activations."""
+        chosen = self.metric_for_best_model is not None and self.eval_strategy != "no"
+        check(self.save_strategy != "best" or chosen, "save_strategy", "best",
+              "best with --metric_for_best_model and --eval_strategy steps or epoch")
         kind, settings = self.lr_scheduler_type, self.lr_scheduler_kwargs
         check(kind != SchedulerType.CONSTANT or not self.warmup_steps, "warmup_steps", self.warmup_steps,
               "0 with --lr_scheduler_type constant; constant_with_warmup has them")
@@ -231,29 +243,32 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             if enabled != "auto" and enabled is not wanted:
                 flag = f"--{name}" if wanted else f"no --{name}"
                 raise InputError(f"{path}, key {name}.enabled: found {json.dumps(enabled)} against {flag} on the "
-                                 "command line; both the same, or \"auto\" in the file")
+                                 "command line; allowed: both the same, or \"auto\" in the file")
         for key in config.keys() - DEEPSPEED_KEYS:
             if hint := nearest(key, DEEPSPEED_KEYS, cutoff=0.8):  # DeepSpeed ignores an unknown key
                 raise InputError(f"{path}: unknown key {key!r}{hint}")
         zero = config.get("zero_optimization", {})
         stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
         if type(stage) is not int or not 0 <= stage <= 3:
-            raise InputError(f"{path}, key zero_optimization.stage: found {json.dumps(stage)}; 0, 1, 2 or 3")
+            raise InputError(f"{path}, key zero_optimization.stage: found {json.dumps(stage)}; allowed: 0, 1, 2, 3")
         offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
         forced = config.get("zero_force_ds_cpu_optimizer", True)
         if isinstance(offload, dict) and offload.get("device", "none") != "none" and forced is not False:
             # accelerate would replace the optimizer by DeepSpeed's own: the full-rank weights would not train.
             raise InputError(f"{path}, key zero_force_ds_cpu_optimizer: found {json.dumps(forced)} with "
-                             "offload_optimizer; false, so that the method's optimizer trains")
+                             "offload_optimizer; allowed: false, so that the method's optimizer trains")
         if self.fp16 and stage == 0:
             # deepspeedai/DeepSpeed 8393: gradients are divided by a loss scale that no loss was multiplied by.
             raise InputError(f"{path}, key zero_optimization.stage: found 0 with --fp16, where DeepSpeed 0.19 trains "
-                             "with wrong gradients; 1 to 3, or --bf16")
+                             "with wrong gradients; allowed: 1 to 3, or --bf16")
+        if (found := config.get("train_batch_size", "auto")) != "auto":
+            raise InputError(f"{path}, key train_batch_size: found {json.dumps(found)}; allowed: \"auto\", as the "
+                             "flags and the number of processes decide it")
         for key, option in REPEATED_KEYS.items():
             number = getattr(self, option)
             if config.get(key, "auto") not in ("auto", number):
                 raise InputError(f"{path}, key {key}: found {json.dumps(config[key])} against {number} on the command "
-                                 "line; both the same, or \"auto\" in the file")
+                                 "line; allowed: both the same, or \"auto\" in the file")
         return stage
 
 
@@ -289,7 +304,7 @@ def check_data_arguments(data: DataArguments) -> None:
 def check(holds: bool, flag: str, found, allowed: str) -> None:
     """Reject the value of a flag unless `holds`, saying what is allowed."""
     if not holds:
-        raise InputError(f"--{flag}: found {found}; {allowed}")
+        raise InputError(f"--{flag}: found {found}; allowed: {allowed}")
 
 
 def check_number(group, flag: str, *, above: float | None = None, least: float = -math.inf) -> None:

@@ -90,7 +90,7 @@ def load_training_state(
     for name, parameter in parameters.items():
         found = tuple(saved[name].shape) if name in saved else "nothing"
         if found != tuple(parameter.shape):
-            raise InputError(f"{name}: found {found}; allowed is {tuple(parameter.shape)}")
+            raise InputError(f"{name}: found {found}; allowed: {tuple(parameter.shape)}")
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])
         optimizer.state[parameter] = state[name]

@@ -12,6 +12,7 @@ depends on the flags and the DeepSpeed file alone is checked before data or a mo
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 
@@ -39,7 +40,12 @@ def peek(argv: Sequence[str], **defaults: str | int) -> argparse.Namespace:
     parser = Parser(add_help=False)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", default=default, type=type(default))
-    return parser.parse_known_args(argv)[0]
+    return parser.parse_known_args(underscored(argv))[0]
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """The words with `--galore-rank` as `--galore_rank`: Hugging Face's parser takes both spellings."""
+    return [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
 
 
 def parse_arguments(
@@ -88,19 +94,23 @@ def _check_together(
     if model.load_in_4bit:
         check(stage is None, "load_in_4bit", f"true with {under}", "only without DeepSpeed")
         check(not getattr(method, "merge_old", False), "load_in_4bit", "true with --merge_old", "one of the two")
+        check(method.method != "galore", "load_in_4bit", "true with --method galore", "a method with a LoRA")
     check(training.generation_max_length in (None, data.max_target_length), "generation_max_length",
           training.generation_max_length, f"{data.max_target_length}, as --max_target_length, or the flag left out")
     if not training.do_train:
         stage = None  # nothing trains, so DeepSpeed's engine is not used
     elif data.zero_shot:
         check(not (training.bf16_full_eval or training.fp16_full_eval), "zero_shot", "true with 16-bit evaluation",
-              "either, as the model would then also train in 16 bits")
+              "one of the two, as the model would also train in 16 bits")
         check(stage is None, "zero_shot", "true", f"only without {under}, which cannot predict before it trains")
     if stage is not None:
-        check(most is not None, f"method {method.method}", under, f"{method.method} runs in one process without it")
+        for name in ("bf16", "fp16"):  # "auto" in DeepSpeed's file counts either flag
+            check(getattr(training, name) or not getattr(training, f"{name}_full_eval"), f"{name}_full_eval",
+                  f"true with {under}", f"only with --{name}, as training would use 16 bits too")
+        check(most is not None, f"method {method.method}", under, "one process without DeepSpeed")
         if stage > most:
-            raise InputError(f"--method {method.method}: found ZeRO stage {stage} ({deepspeed_file}); at most stage "
-                             f"{most}")
+            raise InputError(f"--method {method.method}: found ZeRO stage {stage} ({deepspeed_file}); allowed: at "
+                             f"most stage {most}")
     method.settle(training, stage)
 
 

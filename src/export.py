@@ -17,14 +17,18 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 import full_rank
 from errors import InputError, entry_point
-from files import atomic_folder, check_writable
+from files import atomic_folder, check_writable, read_json, write_json
 from loranew import load_loranew
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_factors
 from model.loading import LoadedModel, load_model_and_tokenizer
-from prompts import PROMPTS
+from prompts import PROMPTS, read_prompts
+
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @entry_point
@@ -35,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a task's output folder, or the adapter folder in it")
     parser.add_argument("--to", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--as", dest="form", choices=["model", "adapter"], default="model", help="what to write")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="precision of a model's weights (float32)")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of a model's weights (float32)")
     options = parser.parse_args(arguments)
     adapter = adapter_folder(options.run)
     if options.to.exists():
@@ -64,27 +67,29 @@ def adapter_folder(run: Path) -> Path:
     return found[0]
 
 
-def load_finished(run: Path) -> tuple[Path, LoadedModel]:
-    """Load what a task saved or `export.py` wrote: its folder, and base, LoRA and full-rank changes merged in float32.
+def load_finished(run: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, LoadedModel]:
+    """Load what a task saved or `export.py` wrote: its folder, and base, LoRA and full-rank changes merged in float32,
+    then in `dtype`.
 
     Raises InputError where the base model is missing, or a file is damaged or does not fit it.
     """
     folder = run if (run / "config.json").is_file() else adapter_folder(run)
     own_tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    # A length of 1 keeps the number of positions.
-    loaded = load_model_and_tokenizer(str(folder), tokenizer_name=own_tokenizer, max_source_length=1)
+    # The run's length, as positions may have grown for it; 1 keeps their number.
+    length = read_prompts(folder)["max_source_length"] if (folder / PROMPTS).exists() else 1
+    loaded = load_model_and_tokenizer(str(folder), tokenizer_name=own_tokenizer, max_source_length=length)
     full_rank.load_weights(loaded.model, folder)
     if (folder / WEIGHTS_FILE).exists():
         merged = load_loranew(loaded.model, folder, trainable=False).merge_and_unload()
         loaded = dataclasses.replace(loaded, model=merged)
-    loaded.model.eval()
+    loaded.model.to(dtype).eval()
     return folder, loaded
 
 
 def write_model(adapter: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write base, LoRA and full-rank changes as one model with its tokenizer. Raises as `load_finished` does."""
-    _, loaded = load_finished(adapter)
-    loaded.model.to(dtype).save_pretrained(folder)
+    _, loaded = load_finished(adapter, dtype)
+    loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 
 
@@ -107,6 +112,11 @@ def write_adapter(adapter: Path, folder: Path) -> None:
         inference_mode=True,
     )
     plain.save_pretrained(folder)
+    stored, own = read_json(adapter / CONFIG_FILE), read_json(folder / CONFIG_FILE)
+    origin = {name: stored[name] for name in ("revision", "config_name") if stored.get(name)}
+    write_json(folder / CONFIG_FILE, own | origin, indent=2)
+    if (adapter / "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).save_pretrained(folder)
     save_file(factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 

@@ -16,8 +16,8 @@ from errors import InputError
 from files import atomic_file, check_values, open_tensors
 
 FILE_NAME = "full_rank_weights.safetensors"
-PEFT_TYPE = "LORA with full-rank weights, which README.md explains"
-"""The `peft_type` of a LoRA with these weights: PEFT, which would load it without them, stops and gives this reason."""
+ROUNDING_SCALE = 2.0**11
+"""Kept rounding errors are multiplied by it: unscaled, those of fp16 would fall below its smallest numbers."""
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -41,7 +41,9 @@ def save_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
 def exact_weight(layer: nn.Linear) -> torch.Tensor:
     """The weight (out, in), with its 16-bit rounding error added back."""
     rounding = getattr(layer, "rounding", None)
-    return layer.weight if rounding is None else layer.weight.float() + rounding.to(layer.weight.device)
+    if rounding is None:
+        return layer.weight
+    return layer.weight.float() + rounding.to(layer.weight.device, torch.float32) / ROUNDING_SCALE
 
 
 def set_weight(layer: nn.Linear, W: torch.Tensor) -> None:
@@ -49,7 +51,8 @@ def set_weight(layer: nn.Linear, W: torch.Tensor) -> None:
     W = W.to(layer.weight.device)
     layer.weight.copy_(W)
     if layer.weight.dtype != torch.float32:
-        layer.register_buffer("rounding", (W - layer.weight.float()).to(layer.weight.dtype), persistent=False)
+        error = (W - layer.weight.float()) * ROUNDING_SCALE
+        layer.register_buffer("rounding", error.to(layer.weight.dtype), persistent=False)
 
 
 class ExactWeights(UserDict):

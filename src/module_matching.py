@@ -78,4 +78,5 @@ def check_rank(layers: Mapping[str, nn.Linear], rank: int, where: str) -> None:
     for name, layer in layers.items():
         out, inp = layer.out_features, layer.in_features  # a weight in 4 bits has another shape
         if rank > min(out, inp):
-            raise InputError(f"{where}: found {rank}; at most {min(out, inp)} for {name}, a {out} x {inp} matrix")
+            raise InputError(f"{where}: found {rank}; allowed: at most {min(out, inp)} for {name}, a {out} x {inp} "
+                             "matrix")

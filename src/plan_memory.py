@@ -23,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, T5Config
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, T5Config
 from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -172,6 +172,10 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
     3 f + 2 h numbers per token in a layer's backward pass (f: widest linear layer, h: hidden size), and the logits.
     """
     model, config = method.model.get_base_model().train(), method.model.config
+    widened = 1
+    if model.dtype == torch.float32 and getattr(config, "_experts_implementation", None) == "grouped_mm":
+        model, widened = model.to(torch.bfloat16), 2  # the only dtype of PyTorch's kernel for experts on this device
+    text = config.get_text_config(decoder=True)
     size, source, answer = options.per_device_train_batch_size, options.max_source_length, options.max_target_length
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept, layers, tokens = {}, [0], dict.fromkeys(method.targets, size * answer)  # so many in an output layer
@@ -209,14 +213,14 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
                                 encoder_attention_mask=mask[:, :, :1].expand(-1, -1, answer, -1), use_cache=False)
     f = max(layer.out_features for layer in model.modules()
             if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings())  # fmt: skip
-    logits = size * answer * config.vocab_size * (3 * options.weight_bytes if config.is_encoder_decoder else 12)
+    logits = size * answer * text.vocab_size * (3 * options.weight_bytes if config.is_encoder_decoder else 12)
     copies = 2 * sum(parameter.numel() for parameter in model.parameters())  # autocast's, of 16 bits
     return {
-        "activations": sum(storage.nbytes() for storage in kept.values()) + max(layers),
+        "activations": widened * (sum(storage.nbytes() for storage in kept.values()) + max(layers)),
         "16-bit copies of weights": 0 if not options.bf16 or options.weight_bytes == 2
-        else copies // config.num_hidden_layers if options.activation_checkpointing else copies,
+        else copies // text.num_hidden_layers if options.activation_checkpointing else copies,
         "logits or a layer's backward pass":
-            max(logits, size * length * options.weight_bytes * (3 * f + 2 * config.hidden_size)),
+            max(logits, size * length * options.weight_bytes * (3 * f + 2 * text.hidden_size)),
     }, tokens
 
 
@@ -230,8 +234,13 @@ def build_on_meta(name: str) -> nn.Module:
     """The model of a preset, a folder or a hub id, without values; an InputError says why none can be built."""
     try:
         config = PRESETS[name] if name in PRESETS else AutoConfig.from_pretrained(name, trust_remote_code=False)
+        raw = {} if name in PRESETS else PreTrainedConfig.get_config_dict(name)[0]
         with torch.device("meta"):
-            return model_class(config, name)(config)
+            model = model_class(config, name)(config)
+            if raw.get("tie_word_embeddings") is False:  # but T5's config class, for one, ties whatever the file says
+                head = model.get_output_embeddings()
+                head.weight = nn.Parameter(torch.empty_like(head.weight))
+        return model
     except InputError:
         raise
     except Exception as error:  # whatever the hub's client, a config's own checks or a model's layers raise

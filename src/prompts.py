@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from errors import InputError
-from files import read_object, write_json
+from files import read_json, read_object, write_json
 from full_rank import FILE_NAME
 from uie_dataset_lora import ANSWER_CUE
 
@@ -55,8 +55,10 @@ def read_prompts(folder: Path) -> dict:
 def save_card(folder: Path, method: str, base: str) -> None:
     """Write README.md in place of PEFT's model card, which is an empty form."""
     prompts = read_prompts(folder)
-    last, holds = list(prompts["heads"])[-1], []
-    if (folder / "adapter_model.safetensors").exists():
+    last, holds, config = list(prompts["heads"])[-1], [], read_json(folder / "adapter_config.json")
+    if config.get("save_loranew"):
+        holds.append("the LoRA, with factors `loranew_A` and `loranew_B`, which PEFT alone leaves out")
+    elif (folder / "adapter_model.safetensors").exists():
         holds.append("the LoRA of all tasks, their ranks one after the other")
     if (folder / FILE_NAME).exists():
         holds.append(f"in `{FILE_NAME}` the weights of the base model that changed, which PEFT alone leaves out")

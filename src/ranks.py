@@ -73,7 +73,7 @@ def check_shared(folder: Path) -> None:
     def judge() -> None:
         mark.unlink()
         if blind:
-            raise InputError(f"--output_dir: {folder} is not the folder of the first node on {', '.join(blind)}; one "
-                             "that all nodes share, such as a network file system, is allowed")  # fmt: skip
+            raise InputError(f"--output_dir: {folder} is not the folder of the first node on {', '.join(blind)}; "
+                             "allowed: one that all nodes share, such as a network file system")  # fmt: skip
 
     of_first_rank(judge)

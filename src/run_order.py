@@ -26,9 +26,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import run_uie_lora
+from arguments import check
 from check import check_flags, check_order
 from checkpoints import checkpoint_folders
-from command_line import Parser, peek
+from command_line import Parser, peek, underscored
 from errors import InputError
 from files import check_writable
 from order_config import OrderStep, order_name, read_order, step_name
@@ -77,10 +78,10 @@ def parse_order(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--drop_checkpoints", action="store_true", help="remove the checkpoints of finished tasks")
     parser.add_argument("--task_epochs", nargs="+", type=_epochs, default=[], metavar="DATASET=N",
                         help="epochs of single tasks")  # fmt: skip
-    options, flags = parser.parse_known_args(argv)
+    options, flags = parser.parse_known_args(underscored(argv))
     named = [dataset for dataset, _ in options.task_epochs]
     if twice := [dataset for dataset in named if named.count(dataset) > 1]:
-        raise InputError(f"--task_epochs: found {twice[0]} twice; once is allowed")
+        raise InputError(f"--task_epochs: found {twice[0]} twice; allowed: once")
     options.task_epochs = dict(options.task_epochs)
     return options, flags
 
@@ -91,7 +92,7 @@ def _epochs(word: str) -> tuple[str, str]:
     with contextlib.suppress(ValueError):
         if dataset and 0 < float(number) < math.inf:
             return dataset, number
-    raise InputError(f"--task_epochs: found {word!r}; DATASET=N is allowed, N a number of epochs above 0")
+    raise InputError(f"--task_epochs: found {word!r}; allowed: DATASET=N, with N epochs, above 0")
 
 
 def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
@@ -99,8 +100,11 @@ def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
     steps = read_order(options.order)
     trained = [step.dataset for step in steps]
     if unknown := [dataset for dataset in options.task_epochs if dataset not in trained]:
-        raise InputError(f"--task_epochs: found {unknown[0]!r}; datasets of {order_name(options.order)} are allowed: "
+        raise InputError(f"--task_epochs: found {unknown[0]!r}; allowed: datasets of {order_name(options.order)}: "
                          f"{', '.join(trained)}")
+    named = peek(flags, resume_from_checkpoint="").resume_from_checkpoint
+    check(named in ("", "True", "true"), "resume_from_checkpoint", named,
+          "true for an order; a checkpoint of one task with src/run_uie_lora.py")
     max_steps = peek(flags, max_steps=-1).max_steps
     if options.task_epochs and max_steps > 0:
         options.task_epochs = {}

@@ -5,6 +5,7 @@ what the run trains, projects and protects, and its scores.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -44,6 +45,11 @@ from uie_trainer_lora import UIETrainer
 
 logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 
+# Options that the report shows at their defaults too, and those that do not make a run another one.
+SHOWN = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "max_train_samples",
+         "max_predict_samples")
+APART = ("seed", "ranks", "model_name_or_path", "do_train", "do_eval", "do_predict", "predict_tasks", "zero_shot",
+         "unseen_config_dir", "use_cpu", "accelerator_config")
 SMALLER = ("Training takes less with a smaller --per_device_train_batch_size and more --gradient_accumulation_steps, "
            "evaluation with a smaller --per_device_eval_batch_size or --eval_batch_tokens; change them")
 
@@ -112,7 +118,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     examples = load_examples(data_args, training_args, method)
     loaded, model = load_and_attach(model_args, data_args, training_args, method)
     trainer = build_trainer(model, method, loaded, examples, data_args, training_args)
-    run_record["report"] = describe_run(trainer, loaded.base_name, data_args)
+    run_record["report"] = describe_run(trainer, loaded.base_name, data_args, run_record["configuration"])
     trains = training_args.do_train and len(examples["train"]) > 0
     if training_args.do_train and not trains and loaded.previous is None:
         raise InputError(f"--method {method.full_name}: chose no training examples for the first task, which has no "
@@ -280,7 +286,7 @@ def track(trainer: UIETrainer, metrics: dict, tested: list[str], task: int) -> N
     args = trainer.args
     scores = {f"test_accuracy_{dataset}": metrics[score_key(metrics, dataset, "predict_")] for dataset in tested}
     with contextlib.suppress(InputError):  # the output folder is not in an order's
-        _, matrix = accuracy_matrix(Path(args.output_dir).parents[1])
+        _, matrix = accuracy_matrix(Path(args.output_dir).resolve().parent.parent)
         measures = {"AP": average_performance(matrix), "BWT": backward_transfer(matrix)}
         scores |= {f"test_{name}": value for name, value in measures.items() if value is not None}
     mlflow = sys.modules["mlflow"] if "mlflow" in args.report_to else None
@@ -302,13 +308,14 @@ def score(trainer: UIETrainer, examples: datasets.Dataset, part: str) -> dict:
     return metrics
 
 
-def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) -> dict:
-    """What a report shows of a run besides its scores; part of its record."""
+def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments, configuration: dict) -> dict:
+    """What a report shows of a run besides its scores; part of its record, of which `configuration` is another."""
     args, options, config = trainer.args, trainer.method.effective_options(), Path(data_args.task_config_dir)
     total, trained = trainer.method.sizes()
-    settings = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "per_device_train_batch_size",
-                "gradient_accumulation_steps", "max_train_samples", "max_predict_samples")
-    given = vars(args) | vars(data_args)
+    groups, elsewhere = (args, data_args, ModelArguments), {*vars(trainer.method.options), *APART}
+    defaults = {option.name: option.default for group in groups for option in dataclasses.fields(group)}
+    shared = {name: value for name, value in configuration.items() if name not in elsewhere
+              and (name in SHOWN or (value or None) != (defaults.get(name) or None))}  # fmt: skip
     return {
         "method": trainer.method.full_name,
         "seed": args.seed,
@@ -318,7 +325,7 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments) 
         "processes": args.world_size,
         "values": total,
         "trained_values": trained,
-        "options": options | {name: given[name] for name in settings},
+        "options": options | shared,
     }
 
 

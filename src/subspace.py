@@ -165,8 +165,8 @@ def layer_inputs(
 ) -> dict[str, Tensor]:
     """A sample of each layer's input vectors (n, in), on its device: `SAMPLE` from each example, without padding.
 
-    The positions depend only on the example's number, so the sample does not depend on the batch size. The arguments
-    are those of `see_inputs`.
+    The positions depend only on the example's number, so the sample does not depend on the batch size. A layer that no
+    example reaches is left out. The arguments are those of `see_inputs`.
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
@@ -175,7 +175,7 @@ def layer_inputs(
         seen[name].append(vectors[chosen.to(vectors.device)])
 
     see_inputs(model, layers, batches, take)
-    return {name: torch.cat(vectors) for name, vectors in seen.items()}
+    return {name: torch.cat(vectors) for name, vectors in seen.items() if vectors}
 
 
 @torch.no_grad()
@@ -211,14 +211,15 @@ def see_inputs(
     model.eval()
     try:
         for batch in batches:
-            labels = batch["labels"]
+            batch, labels = dict(batch), batch["labels"]
             if two_stacks and labels.shape == batch["attention_mask"].shape:
                 # One more position of padding makes them differ.
                 labels = nn.functional.pad(labels, (0, 1), value=-100)
+                batch.pop("decoder_input_ids", None)  # of the old length; the model makes them from the labels
             positions.clear()
             for mask in (labels != -100, batch["attention_mask"].bool()):
                 positions[mask.shape] = [row.nonzero().squeeze(1).to(mask.device) for row in mask.cpu()]
-            model(**{**batch, "labels": labels})
+            model(**batch | {"labels": labels})
             examples_before += len(labels)
     finally:
         model.train(training)

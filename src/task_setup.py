@@ -119,7 +119,7 @@ def build_collator(loaded: LoadedModel, data_args: DataArguments,
     """The collator for this model's tokenizer; InputError for options that its batches rule out."""
     padding_ends = loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
     check(not (loaded.decoder_only and padding_ends) or data_args.repetition_penalty == 1, "repetition_penalty",
-          data_args.repetition_penalty, "allowed: 1.0 for this model, whose padding is its end token: the penalty on "
+          data_args.repetition_penalty, "1.0 for this model, whose padding is its end token: the penalty on "
           "ending would depend on an example's batch")
     smoothing = training_args.label_smoothing_factor
     check(not (loaded.decoder_only and smoothing), "label_smoothing_factor", smoothing,

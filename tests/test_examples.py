@@ -99,12 +99,12 @@ def test_a_made_method_ignores_other_methods_options_and_rejects_unknown_ones():
 
 @pytest.mark.parametrize("name, options, fault", [
     ("gorp", {"preset": "relaesed"}, "--preset: found relaesed; released"),
-    ("olora", {"preset": "released"}, "--preset: found released; none with"),
+    ("olora", {"preset": "released"}, "--preset: found released; allowed: none with"),
     ("gorp", {"preset": "released", "lamda_1": 0.5}, "--lamda_1: found 0.5; 0.0 with --preset released"),
     ("gorp", {"protect": "gpfirst"}, "--protect: found gpfirst; gp_first, gp_second, none"),
     ("nlora", {"nlora_form": "prodct"}, "--nlora_form: found prodct; "),
     ("magmax", {"magmax_merge": "TIES"}, "--magmax_merge: found TIES; "),
-    ("seqlora", {"lora_optimizer": "sgd"}, "--lora_optimizer: found sgd; adamw, muon"),
+    ("seqlora", {"lora_optimizer": "sgd"}, "--lora_optimizer: found sgd; allowed: adamw, muon"),
     ("sgorp", {"galore_scale": 0}, "--galore_scale: found 0; "),
 ])
 def test_a_made_method_rejects_a_value_that_its_flag_does_not_take(name, options, fault):

@@ -9,13 +9,19 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PegasusConfig, PegasusForConditionalGeneration,
+)  # fmt: skip
 
 import answer
 import export
 import run_uie_lora
+from arguments import DataArguments, ModelArguments
 from helpers import PREFIX, ROOT, arguments, predictions
+from methods import make_method
+from model.loading import load_model_and_tokenizer
 from prompts import read_prompts, save_prompts
+from task_setup import load_model
 
 SHORT = ["--max_steps", "6", "--max_predict_samples", "6"]
 KIND = {"t5_adapter": AutoModelForSeq2SeqLM, "llama_adapter": AutoModelForCausalLM}
@@ -82,6 +88,12 @@ def test_a_finished_model_has_the_revision_and_the_tokenizer_that_it_was_trained
     assert loaded.tokenizer.name_or_path == str(folder)
     wanted = KIND["t5_adapter"].from_pretrained(base).get_input_embeddings().weight
     assert torch.equal(loaded.model.get_input_embeddings().weight, wanted)
+    again = load_model(ModelArguments(model_name_or_path=str(folder)), DataArguments())  # a next task
+    assert torch.equal(again.model.get_input_embeddings().weight, wanted)
+    assert export.main([str(folder), "--to", str(tmp_path / "adapter"), "--as", "adapter"]) == 0
+    exported = export.load_finished(tmp_path / "adapter")[1]
+    assert torch.equal(exported.model.get_input_embeddings().weight, wanted)
+    assert exported.tokenizer.name_or_path == str(tmp_path / "adapter")
 
 
 def test_another_config_is_remembered_by_the_folder(mini_benchmark, tmp_path):
@@ -124,9 +136,10 @@ def test_an_adapter_folder_says_what_it_is_and_plain_peft_loads_no_incomplete_on
     assert f"method {method}, on {PREFIX[family][0]}" in card and "More Information Needed" not in card
     assert f"{prompts['heads']['SC/amazon']}TEXT{prompts['tail']}" in card
     base = KIND[family].from_pretrained(PREFIX[family][0])
-    if method == "gorp":
-        assert "weights of the base model that changed" in card
-        with pytest.raises(KeyError, match="LORA with full-rank weights, which README.md explains"):
+    assert ("weights of the base model that changed" in card) == (method in ("gorp", "osf"))
+    assert ("factors `loranew_A` and `loranew_B`, which PEFT alone leaves out" in card) == (method == "seqlora")
+    if method in ("gorp", "seqlora"):
+        with pytest.raises(KeyError, match="LORA that PEFT cannot load completely, see README.md"):
             PeftModel.from_pretrained(base, folder / family)
 
 
@@ -141,10 +154,19 @@ def test_answers_are_those_of_the_run(run, tmp_path, capfd):
 
 def test_a_file_of_texts_has_line_breaks_and_backslashes(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(answer, "answers", lambda folder, dataset, texts: asked.extend(texts) or [])
+    monkeypatch.setattr(answer, "answers", lambda folder, dataset, texts, dtype: asked.extend(texts) or [])
     (tmp_path / "texts").write_text("\ufeffone\\ntwo\nthe area.\\\\n\\\\nStaff \\x\n", encoding="utf-8")
     assert answer.main([str(tmp_path), "--dataset", "SC/yelp", "--file", str(tmp_path / "texts")]) == 0
     assert asked == ["one\ntwo", "the area.\\n\\nStaff \\x"]
+
+
+def test_a_model_too_large_for_the_gpu_is_one_line(tmp_path, monkeypatch, capfd):
+    def no_memory(folder, dataset, texts, dtype):
+        raise torch.OutOfMemoryError(f"out of memory in {dtype}")
+
+    monkeypatch.setattr(answer, "answers", no_memory)
+    assert answer.main([str(tmp_path), "--dataset", "SC/yelp", "--text", "x"]) == 2
+    assert capfd.readouterr().err.startswith("error: --dtype: found float32, in which the model does not fit")
 
 
 def test_prompts_of_earlier_tasks_stay_where_only_the_last_is_tested(tmp_path):
@@ -199,6 +221,24 @@ def test_a_model_of_few_positions_is_exported_as_it_is(mini_benchmark, tmp_path)
     assert run_uie_lora.main(command) == 0
     assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "model")]) == 0
     assert json.loads((tmp_path / "model" / "config.json").read_text())["max_position_embeddings"] == 256
+
+
+def test_positions_that_grew_for_the_run_grow_for_its_result(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(PREFIX["t5_adapter"][0])
+    config = PegasusConfig(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64,
+    )  # fmt: skip
+    PegasusForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    method = make_method("inclora", lora_modules=".*self_attn.(q_proj|v_proj)")
+    method.prepare(load_model_and_tokenizer(str(tmp_path / "base")).model, None, decoder_only=False)
+    method.end_task()
+    (tmp_path / "adapter").mkdir()
+    method.save(tmp_path / "adapter")
+    lengths = {"max_source_length": 80, "max_target_length": 8, "heads": {}, "tail": ""}
+    (tmp_path / "adapter" / "prompts.json").write_text(json.dumps(lengths))
+    assert export.load_finished(tmp_path / "adapter")[1].model.config.max_position_embeddings == 80
 
 
 def test_a_base_whose_generation_config_contradicts_itself_is_exported_with_every_eos(mini_benchmark, tmp_path):

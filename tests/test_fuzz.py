@@ -331,7 +331,7 @@ def test_any_matrix_is_projected_or_its_rank_refused(case):
     before = G.clone()
     projector = ProjProjector(case["rank"], proj_type=case["proj_type"], svd=case["svd"])
     if not 1 <= case["rank"] <= min(G.shape):
-        with pytest.raises(InputError, match="allowed are 1 to"):
+        with pytest.raises(InputError, match="allowed: 1 to"):
             projector.refresh(G)
         return
     projector.refresh(G)

@@ -373,12 +373,22 @@ def test_a_training_argument_that_decides_nothing_is_reported_and_changes_no_byt
     assert seen.predictions == plain.predictions and seen.logged("loss") == plain.logged("loss")
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
-def test_what_accelerate_would_shard_without_our_checks_is_rejected(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, value", [
+    ("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_MIXED_PRECISION", "bf16"),
+])  # fmt: skip
+def test_what_accelerate_would_do_without_our_checks_is_rejected(name, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(name, "true")
-    with pytest.raises(InputError, match=f"{name}: found true"):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{name}: found {value}"):
         arguments()
+
+
+def test_a_precision_that_accelerate_and_a_flag_agree_on_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert arguments("--bf16").mixed_precision == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert arguments().mixed_precision == "no"
 
 
 def test_what_a_cpu_lacks_is_said(tmp_path, monkeypatch):

@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
     WhisperConfig,
     xLSTMConfig,
 )
@@ -33,6 +35,7 @@ from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew
 from methods.base_modules import choose_modules
 from model.answer_loss import AnswerLoss
 from model.loading import load_model_and_tokenizer
+from plan_memory import build_on_meta
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "Option: Good, Bad", "Answer: Good"]
 ROWS = 128  # more than the tokenizers need, as in published checkpoints
@@ -349,9 +352,40 @@ def test_every_special_eos_of_the_generation_config_ends_an_answer_and_no_other_
 
 def test_missing_decoder_start_is_refused(tmp_path):
     folder = make_t5(tmp_path / "t5")
-    config = json.loads((folder / "config.json").read_text()) | {"decoder_start_token_id": None}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"decoder_start_token_id": None}))
+    assert "has no decoder_start_token_id" in refusal(folder)
+    del config["decoder_start_token_id"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert "decoder_start_token_id" in refusal(folder)
+    assert "has no decoder_start_token_id" in refusal(folder)
+
+
+def test_t5gemma_starts_with_its_decoders_bos(tmp_path):
+    tokenizer = llama_tokenizer()
+    stack = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1}
+    model = T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=stack, decoder=stack, vocab_size=len(tokenizer)))
+    tokenizer.pad_token = tokenizer.eos_token
+    assert not load_model_and_tokenizer(str(save(tmp_path / "t5gemma", model, tokenizer))).decoder_only
+
+
+def test_a_head_of_its_own_stays_so_when_embeddings_grow(tmp_path):
+    """As in T5 v1.1, whose config Transformers calls tied."""
+    folder = make_t5(tmp_path / "t5")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["lm_head.weight"] = torch.randn_like(tensors["shared.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    planned = sum(parameter.numel() for parameter in build_on_meta(str(folder)).parameters())
+    assert planned == sum(tensor.numel() for tensor in tensors.values())
+    tokenizer = seq2seq_tokenizer()
+    tokenizer.add_tokens([f"<tag_{number}>" for number in range(ROWS - len(tokenizer) + 5)])
+    tokenizer.save_pretrained(tmp_path / "more")
+    grown = load_model_and_tokenizer(str(folder), tokenizer_name=str(tmp_path / "more")).model
+    assert grown.lm_head.out_features == ROWS + 5 and torch.equal(grown.lm_head.weight[:ROWS], head)
+    assert torch.equal(grown.get_input_embeddings().weight[:ROWS], tensors["shared.weight"])
+    assert grown.encoder.embed_tokens.weight is grown.get_input_embeddings().weight
 
 
 def test_embeddings_grow_to_the_tokenizer_the_same_way_each_time(tmp_path, caplog):

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from errors import InputError
 from helpers import renew_loranew
@@ -87,6 +87,24 @@ def rewrite(folder, change) -> None:
 def reconfigure(folder, **options) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
+
+
+# Where it is
+
+
+def test_a_mixture_of_experts_gets_it_in_the_layers_that_the_expression_names(tmp_path):
+    """PEFT alone takes the names that an expression ends in, of all layers."""
+    config = MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)  # fmt: skip
+    pattern = r".*layers\.0\.self_attn\.(q_proj|v_proj)"
+    named = new_config(target_modules=pattern, task_type="CAUSAL_LM")
+    model = add_loranew(MixtralForCausalLM(config), named)
+    wanted = {f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")}
+    assert loranew_layers(model).keys() == wanted
+    fold_loranew(learn(model, seed=1))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == pattern
+    assert loranew_layers(load_loranew(MixtralForCausalLM(config), tmp_path)).keys() == wanted
 
 
 # The layer
@@ -478,7 +496,7 @@ def test_a_pickle_is_refused_with_a_conversion_that_works(folder):
         ({"target_modules": ".*nowhere"}, "matches no module"),
         ({"target_modules": "("}, "not a regular expression"),
         ({"target_modules": ".*SelfAttention"}, "only linear layers"),
-        ({"r": 17}, "r: found 17; at most 16"),
+        ({"r": 17}, "r: found 17; allowed: at most 16"),
     ],
     ids=str,
 )

@@ -366,7 +366,7 @@ REFUSED = {
     "all preserved": (["--method", "osf", "--osf_preserved", "1"], "--osf_preserved: found 1.0"),
     "nothing preserved": (["--method", "osf", "--osf_preserved", "0.001"], "less than one direction of"),
     "unknown preset": (["--preset", "best"], "--preset: found best; released"),
-    "another method's preset": (["--method", "sgorp", "--preset", "released"], "--preset: found released; none with"),
+    "another method's preset": (["--method", "sgorp", "--preset", "released"], "preset: found released; allowed: none"),
     "released with a penalty": (["--preset", "released", "--lamda_1", "0.5"], "--lamda_1: found 0.5; 0.0 with --prese"),
     "released with clipping": ([*RELEASED, "--max_grad_norm", "1"], "--max_grad_norm: found 1.0; 0.0 with --preset"),
     "released in 16 bits": ([*RELEASED, "--bf16", "True"], "--bf16: found True; False with --preset"),

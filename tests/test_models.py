@@ -380,7 +380,7 @@ by the class's own head with its scaling or soft-capping, only where an answer t
 ## What is tested
 
 Tiny models with random weights and large logits are compared with Transformers' classes.
-`python tests/test_models.py > docs/MODELS.md` runs all of it and writes this page only if all passes;
+`python tests/test_models.py > page.md` runs all of it and prints this page only if all passes;
 `pytest -m recipe tests/test_models.py` runs what the default tests leave out.
 
 * **loss**: loss and gradients equal the stock class's on a left-padded batch, and (except for the experts' balance

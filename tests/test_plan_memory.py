@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import MixtralConfig
 
 import plan_memory
 from helpers import ROOT, renew_loranew
@@ -322,7 +323,7 @@ def test_collected_gradient_is_as_large_as_the_real_one(micro_batches):
         (("--lora_modules", ".*nothing.*"), "--lora_modules: '.*nothing.*' matches no module"),
         (("--optim_target_modules", ".*lm_head2"), "--optim_target_modules: '.*lm_head2' matches no module"),
         (("--optim_target_modules", "("), "is not a regular expression"),
-        (("--galore_rank", "999"), "--galore_rank: found 999; at most 128"),
+        (("--galore_rank", "999"), "--galore_rank: found 999; allowed: at most 128"),
         (("--gpus", "0"), "--gpus: found 0; 1 or more"),
         (("--gpu_gib", "nan"), "--gpu_gib: found nan"),
         (("--stage", "4"), "argument --stage"),
@@ -351,6 +352,15 @@ def test_no_full_rank_weights_and_the_output_layer_have_plans(targets):
     plan, options = plan_of(*LLAMA, "--optim_target_modules", targets, "--proj_lora_modules", ".*loranew_A.*")
     assert plan.parameters[3] == (VOCABULARY * H if targets == "lm_head" else 0)
     assert (plan.moments[STEP]["gradients collected"] > 0) == (targets == "lm_head")
+
+
+def test_experts_in_float32_take_twice_what_they_take_in_16_bits(tmp_path):
+    MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                  num_key_value_heads=2, num_local_experts=4).save_pretrained(tmp_path)  # fmt: skip
+    words = ("--model_name_or_path", str(tmp_path), "--lora_modules", "auto", "--optim_target_modules", "none",
+             "--proj_lora_modules", ".*loranew_A.*")  # fmt: skip
+    full, half = (plan_of(*words, *more)[0].moments[STEP]["activations"] for more in ((), ("--bf16",)))
+    assert 1.9 * half < full <= 2.1 * half
 
 
 def test_a_config_of_another_kind_is_rejected(tmp_path, capsys):

@@ -339,21 +339,21 @@ def test_learning_rate_schedules_and_closures_work():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"rnak": 3}, "key 'rnak' is unknown; allowed are params"),
+        ({"rnak": 3}, "key 'rnak' is unknown; allowed: params"),
         ({"rank": 3}, "update_proj_gap, scale, proj_type missing"),
-        (PROJECTION | {"rank": 8}, "parameter q.weight: rank 8 does not fit shape (12, 7); allowed are 1 to 7"),
-        (PROJECTION | {"rank": 2.5}, "rank is 2.5; allowed is a whole number"),
+        (PROJECTION | {"rank": 8}, "parameter q.weight: rank 8 does not fit shape (12, 7); allowed: 1 to 7"),
+        (PROJECTION | {"rank": 2.5}, "rank is 2.5; allowed: a whole number"),
         (PROJECTION | {"rank": "8"}, "rank is '8'"),
         (PROJECTION | {"update_proj_gap": 0}, "update_proj_gap is 0"),
         (PROJECTION | {"scale": 0}, "scale is 0"),
-        (PROJECTION | {"proj_type": "diagonal"}, "proj_type is 'diagonal'; allowed is std"),
-        (PROJECTION | {"svd": "fast"}, "svd is 'fast'; allowed is exact, lowrank"),
+        (PROJECTION | {"proj_type": "diagonal"}, "proj_type is 'diagonal'; allowed: std"),
+        (PROJECTION | {"svd": "fast"}, "svd is 'fast'; allowed: exact, lowrank"),
         ({"gp_first": True}, "scale_mats missing"),
         ({"scale_mats": [], "gp_first": True}, "0 entries for 1 parameters"),
         ({"scale_mats": [orthonormal(12)]}, "gp_first, gp_second, orthogonal are all off"),
-        ({"scale_mats": [orthonormal(7)], "gp_first": True}, "q.weight: shape (7, 2); allowed is (12, c)"),
+        ({"scale_mats": [orthonormal(7)], "gp_first": True}, "q.weight: shape (7, 2); allowed: (12, c)"),
         ({"scale_mats": [2 * orthonormal(12)], "gp_first": True}, "q.weight: columns 3 from orthonormal"),
-        ({"scale_mats": [None], "gp_first": True, "protect_side": "top"}, "protect_side is 'top'; allowed is output"),
+        ({"scale_mats": [None], "gp_first": True, "protect_side": "top"}, "protect_side is 'top'; allowed: output"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"betas": (0.9, 1.0)}, "betas is (0.9, 1.0)"),
     ],
@@ -367,7 +367,7 @@ def test_bad_groups_are_refused_in_one_line(change, words):
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
     first, second = parameter(12, 7), parameter(5, 9)
     optimizer = ProjAdamW([{"params": [first]} | PROJECTION], lr=1e-2)
-    with pytest.raises(InputError, match="allowed are 1 to 5"):
+    with pytest.raises(InputError, match="allowed: 1 to 5"):
         optimizer.add_param_group({"params": [second]} | PROJECTION | {"rank": 8})
     assert [group["params"] for group in optimizer.param_groups] == [[first]]
     optimizer.add_param_group({"params": [second]} | PROJECTION | {"rank": 5})

@@ -183,7 +183,7 @@ def test_where_the_svd_does_not_converge_the_old_basis_stays_with_a_warning(monk
 @pytest.mark.parametrize(
     "shape, rank, proj_type, words",
     [
-        ((8, 12), 9, "std", "rank 9 does not fit shape (8, 12); allowed are 1 to 8"),
+        ((8, 12), 9, "std", "rank 9 does not fit shape (8, 12); allowed: 1 to 8"),
         ((8, 12), 0, "std", "rank 0"),
         ((96,), 2, "std", "not a matrix"),
     ],

@@ -314,6 +314,25 @@ def test_an_evaluation_without_memory_goes_on_with_smaller_batches(mini_benchmar
     assert run_uie_lora.main([*words, "--per_device_eval_batch_size", "4", "--eval_batch_tokens", "900"]) == 0
 
 
+def test_a_smaller_micro_batch_with_as_many_examples_a_step_goes_on(mini_benchmark, tmp_path, capfd):
+    words = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES, "--num_beams", "2")
+    assert run_uie_lora.main(words) == 0
+    shown = json.loads((tmp_path / "run_record.json").read_text())["report"]["options"]
+    assert shown["num_beams"] == 2 and shown["max_train_samples"] is None and "repetition_penalty" not in shown
+    assert run_uie_lora.main([*words, "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]) == 0
+    assert "nothing to do" in capfd.readouterr().out
+    assert run_uie_lora.main([*words, "--per_device_train_batch_size", "4"]) == 2
+    assert "per_device_train_batch_size x gradient_accumulation_steps was 8, is 4" in capfd.readouterr().err
+
+
+def test_an_output_folder_of_one_name(mini_benchmark, tmp_path, monkeypatch):
+    words = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES)
+    words[words.index("--output_dir") + 1] = "out"
+    monkeypatch.chdir(tmp_path)
+    assert run_uie_lora.main(words) == 0
+    assert (tmp_path / "out" / "completed.json").exists()
+
+
 # --- not resuming ---
 
 

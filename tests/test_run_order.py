@@ -35,6 +35,18 @@ def command(order, mini_benchmark, tmp_path):
     return lambda *extra: chain_words(order, mini_benchmark, tmp_path / "outputs", "t5", *short, *extra)
 
 
+def test_flags_spelt_with_dashes_reach_the_order(command):
+    dashed = [word.replace("_", "-") if word in OF_A_TASK else word for word in command()]
+    options, flags = run_order.parse_order(dashed)
+    assert options.output_dir.name == "outputs" and options.model_name_or_path == str(T5)
+    assert not {"--output-dir", "--model-name-or-path"} & set(flags)
+
+
+def test_a_checkpoint_of_one_task_is_none_of_an_order(command, capfd):
+    assert run_order.main(command("--resume-from-checkpoint", "outputs/checkpoint-2")) == 2
+    assert "error: --resume_from_checkpoint: found outputs/checkpoint-2; allowed: true" in capfd.readouterr().err
+
+
 def chain_words(order: Path, benchmark: Path, outputs: Path, family: str, *extra: str) -> list[str]:
     model, modules = FAMILIES[family]
     words = arguments(benchmark, outputs, "dbpedia", model, modules, *extra)

@@ -189,6 +189,12 @@ def test_a_decoders_places_are_told_from_an_encoders_where_prompts_and_answers_a
     mask = torch.tensor([[1] * 6, [1] * 5 + [0]])
     seen = layer_inputs(model, layers, [{"input_ids": torch.full((2, 6), 5), "attention_mask": mask, "labels": labels}])
     assert [len(vectors) for vectors in seen.values()] == [11, 6]
+    start = torch.cat([torch.zeros(2, 1, dtype=torch.long), labels[:, :-1].clamp(min=0)], dim=1)  # as collators may add
+    given = {"input_ids": torch.full((2, 6), 5), "attention_mask": mask, "labels": labels, "decoder_input_ids": start}
+    again = layer_inputs(model, layers, [given])
+    assert all(torch.equal(again[name], vectors) for name, vectors in seen.items())
+    unused = layers | {"an expert": torch.nn.Linear(2, 2)}
+    assert layer_inputs(model, unused, [given]).keys() == layers.keys()
 
 
 def test_describe_says_how_full():
@@ -211,7 +217,7 @@ def test_save_and_load(tmp_path):
     loaded = loaded_from(path, "input", {"q.weight": torch.zeros(8, 12)})
     assert list(loaded.bases) == list(space.bases)
     assert all(torch.equal(loaded.get(name), space.get(name)) for name in space.bases)
-    with pytest.raises(InputError, match=r"space.safetensors: q: shape \(12, .\); allowed is \(9, c\)"):
+    with pytest.raises(InputError, match=r"space.safetensors: q: shape \(12, .\); allowed: \(9, c\)"):
         loaded_from(path, "input", {"q.weight": torch.zeros(8, 9)})
     GradientSpace().save(path)
     assert loaded_from(path, "output").describe() == []

@@ -298,7 +298,7 @@ def _check(group: dict[str, Any]) -> None:
     allowed = ADAM_KEYS + PROJECTION_KEYS + PROTECTION_KEYS
     for key in group:
         if key not in allowed:
-            raise InputError(f"optimizer group: key {key!r} is unknown; allowed are {', '.join(allowed)}")
+            raise InputError(f"optimizer group: key {key!r} is unknown; allowed: {', '.join(allowed)}")
     for keys, purpose in ((PROJECTION_KEYS, "a projection"), (PROTECTION_KEYS, "a protected space")):
         if any(key in group for key in keys):
             group |= {key: DEFAULTS[key] for key in keys if key in DEFAULTS and key not in group}
@@ -310,13 +310,13 @@ def _check(group: dict[str, Any]) -> None:
         except (TypeError, ValueError):
             fits = False
         if not fits:
-            raise InputError(f"optimizer group: {key} is {group[key]!r}; allowed is {wanted}")
+            raise InputError(f"optimizer group: {key} is {group[key]!r}; allowed: {wanted}")
     spaces = group.get("scale_mats", ())
     if spaces and not any(group[way] for way in WAYS) and any(S is not None for S in spaces):
         raise InputError(f"optimizer group: {', '.join(WAYS)} are all off, so scale_mats would do nothing")
     if "scale_mats" in group and len(spaces) != len(group["params"]):
         raise InputError(f"optimizer group: scale_mats has {len(spaces)} entries for {len(group['params'])} "
-                         "parameters; allowed is one per parameter, None where nothing is protected")
+                         "parameters; allowed: one per parameter, None where nothing is protected")
     names = group.get("param_names", [f"number {index}" for index in range(len(group["params"]))])
     for index, (name, p) in enumerate(zip(names, group["params"], strict=True)):
         where, S = f"optimizer group, parameter {name}", _space(group, index)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from full_rank import set_weight
+from full_rank import ROUNDING_SCALE, set_weight
 from Proj_torch.layer_gradient import LayerGradient
 from Proj_torch.proj_projector import SIDES, Bases, Basis, back_factors, project, remove, remove_from_bases, times_thin
 
@@ -45,7 +45,7 @@ class CoreLinear(nn.Linear):
         self.refreshes = 0  # that found bases
         self.fell_back = False  # whether the last refresh found none, so that the next step refreshes again
         self.before: tuple | None = None  # bases, share and fell_back to restore after a skipped step
-        # A 16-bit weight's rounding error, in the weight's dtype; None until a fold has one.
+        # A 16-bit weight's rounding error as `set_weight` keeps it; None until a fold has one.
         self.register_buffer("rounding", getattr(linear, "rounding", None), persistent=False)
         self.gradient: LayerGradient | None = None  # collects a refresh step's gradient
 
@@ -98,7 +98,7 @@ class CoreLinear(nn.Linear):
         """d W + L C R^T (out, in) in float32, with the rounding error of a 16-bit W."""
         W = self.weight.detach().to(torch.float32, copy=True)
         if self.rounding is not None:
-            W += self.rounding
+            W.add_(self.rounding.float(), alpha=1 / ROUNDING_SCALE)
         return self._add_update(W, core)
 
     def _add_update(self, W: Tensor, core: Tensor) -> Tensor:

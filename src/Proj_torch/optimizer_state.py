@@ -45,7 +45,7 @@ def write_parameters(
         for key in (name, *(f"{name}.{moment}" for moment in MOMENTS)):
             found = tuple(saved[key].shape) if key in saved else "nothing"
             if found != shape:
-                raise InputError(f"{key}: found {found}; allowed is {shape}")
+                raise InputError(f"{key}: found {found}; allowed: {shape}")
     for name, param in params.items():
         state.write_master(param, saved[name].to(param.device))
     moments = {param: {key: saved[f"{name}.{key}"].to(param.device) for key in MOMENTS}
@@ -70,7 +70,7 @@ class LocalState:
         self._masters = {}
         if engine is not None and engine.optimizer is not optimizer:
             if not hasattr(engine.optimizer, "fp32_groups"):
-                raise InputError("DeepSpeed stage 0: 16-bit training with a fused optimizer; allowed are stages 1 to 3")
+                raise InputError("DeepSpeed stage 0: 16-bit training with a fused optimizer; allowed: stages 1 to 3")
             for copies, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
                 self._masters.update(zip(copies, masters, strict=True))
             if engine.global_steps == 0:  # DeepSpeed makes this state in an empty step, which must not count

@@ -42,7 +42,7 @@ def mode_ranks(shape: Sequence[int], rank: int, proj_type: str) -> tuple[int | N
     if len(shape) != 2:
         raise InputError(f"shape {tuple(shape)} is not a matrix's; a gradient projection needs its rows and columns")
     if not 1 <= rank <= min(shape):
-        raise InputError(f"rank {rank} does not fit shape {tuple(shape)}; allowed are 1 to {min(shape)}")
+        raise InputError(f"rank {rank} does not fit shape {tuple(shape)}; allowed: 1 to {min(shape)}")
     rows, columns = shape
     right_is_smaller = rows >= columns
     left, right = {
@@ -100,11 +100,11 @@ def _less(X: Tensor, T: Tensor, side: str) -> Tensor:
 def check_space(S: Tensor, size: int, where: str) -> None:
     """Reject with InputError what is not (size, c) with orthonormal columns; `where` begins the message."""
     if S.ndim != 2 or S.shape[0] != size:
-        raise InputError(f"{where}: shape {tuple(S.shape)}; allowed is ({size}, c)")
+        raise InputError(f"{where}: shape {tuple(S.shape)}; allowed: ({size}, c)")
     gram = at_least_float32(S.detach()).T @ at_least_float32(S.detach())
     distance = (gram - torch.eye(len(gram), device=gram.device)).abs().max().item() if len(gram) else 0.0
     if not distance < 1e-3:
-        raise InputError(f"{where}: columns {distance:.1g} from orthonormal; allowed is 1e-3")
+        raise InputError(f"{where}: columns {distance:.1g} from orthonormal; allowed: at most 1e-3")
 
 
 def remove_projected(R: Tensor, left: Basis, right: Basis, S: Tensor, side: str) -> Tensor:

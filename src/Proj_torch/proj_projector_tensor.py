@@ -35,7 +35,7 @@ def tucker_ranks(shape: Sequence[int], rank: int) -> tuple[int | None, ...]:
     Raises InputError where `rank` is not in 1 .. the largest dimension.
     """
     if not 1 <= rank <= max(shape):
-        raise InputError(f"rank {rank} does not fit shape {tuple(shape)}; allowed are 1 to {max(shape)}")
+        raise InputError(f"rank {rank} does not fit shape {tuple(shape)}; allowed: 1 to {max(shape)}")
     capped = [min(rank, size, math.prod(shape) // size) for size in shape]
     return tuple(mode_rank if mode_rank < size else None for mode_rank, size in zip(capped, shape, strict=True))
 

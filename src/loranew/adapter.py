@@ -13,10 +13,11 @@ from torch import nn
 
 from errors import InputError
 from files import check_values, read_object, read_tensors
-from full_rank import PEFT_TYPE
 from loranew.layer import LoraNewConfig, LoraNewLinear
 from module_matching import check_linear, check_rank
 
+# The `peft_type` of what PEFT would load without noticing that it lacks a part: it stops and gives this reason.
+PEFT_TYPE = "LORA that PEFT cannot load completely, see README.md"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -33,7 +34,14 @@ def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
         raise InputError(f"target_modules: {config.target_modules!r} is not a regular expression ({error})") from None
     check_linear(model, targets, f"target_modules: {config.target_modules!r}")
     check_rank(targets, config.r, "r")
-    return get_peft_model(model, config)
+    # By name, as PEFT widens an expression to all layers of a mixture of experts, and renames what is an expert's.
+    expression, config.target_modules = config.target_modules, list(targets)
+    peft_model = get_peft_model(model, config)
+    if found := loranew_layers(peft_model).keys() ^ targets.keys():
+        raise InputError(f"target_modules: {expression!r} matches {min(found)}, which PEFT takes for an expert; "
+                         "allowed: layers outside the experts")
+    peft_model.peft_config[peft_model.active_adapter].target_modules = expression
+    return peft_model
 
 
 def load_loranew(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> PeftModel:
@@ -123,8 +131,8 @@ def read_config(folder: Path) -> LoraNewConfig:
     """The configuration in an adapter folder; InputError where it is missing or describes no supported adapter."""
     path = folder / CONFIG_FILE
     content = read_object(path)
-    if (kind := content.get("peft_type")) not in ("LORA", PEFT_TYPE):
-        raise InputError(f"{path}: found peft_type {kind}; only LORA is loaded")
+    if str(kind := content.get("peft_type")).partition(" ")[0] != "LORA":
+        raise InputError(f"{path}: found peft_type {kind}; allowed: LORA")
     if missing := {"r", "target_modules"} - content.keys():
         raise InputError(f"{path}: has no {min(missing)!r}")
     try:

@@ -46,15 +46,15 @@ class LoraNewConfig(LoraConfig):
         for name, kinds, least in (("r", int, 1), ("r_sum", int, 0), ("lora_alpha", (int, float), 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
-                raise ValueError(f"{name}: found {value!r}; a number of at least {least} is needed")
+                raise ValueError(f"{name}: found {value!r}; allowed: a number of at least {least}")
         plain, options = LoraConfig(), dataclasses.fields(LoraConfig)
         variants = [option.name for option in options if option.metadata.get("is_lora_variant")]
         for name in (*_FIXED_OPTIONS, *variants):
             if getattr(self, name) not in (getattr(plain, name), None, []):  # PEFT sets one to [] for experts
-                raise ValueError(f"{name}: found {getattr(self, name)!r}; only {getattr(plain, name)!r} is supported")
+                raise ValueError(f"{name}: found {getattr(self, name)!r}; allowed: only {getattr(plain, name)!r}")
         # Other initialisations also change W, which is not part of an adapter.
         if not isinstance(self.init_lora_weights, bool):
-            raise ValueError(f"init_lora_weights: found {self.init_lora_weights!r}; only true is supported")
+            raise ValueError(f"init_lora_weights: found {self.init_lora_weights!r}; allowed: only true")
         self._register_custom_module({nn.Linear: LoraNewLinear})
 
     @classmethod

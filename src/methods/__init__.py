@@ -24,7 +24,7 @@ def find_method(name: str) -> type[Method]:
             is).
     """
     if name not in method_names():
-        raise InputError(f"--method: found {name}; one of {', '.join(method_names())}")
+        raise InputError(f"--method: found {name}; allowed: {', '.join(method_names())}")
     module = importlib.import_module(f"methods.{name}")
     found = [
         member
@@ -52,7 +52,8 @@ def make_method(name: str, **options) -> Method:
     own = {option.name for option in dataclasses.fields(method.Arguments)}
     for option, value in method.fixed_by(options.get("preset")).items():
         if option in own and options.setdefault(option, value) != value:
-            raise InputError(f"--{option}: found {options[option]}; {value} with --preset {options['preset']}")
+            raise InputError(f"--{option}: found {options[option]}; allowed: {value} with "
+                             f"--preset {options['preset']}")
     others = {option.name for other in method_names() for option in dataclasses.fields(find_method(other).Arguments)}
     ignored = [option for option in options if option in others - own]
     arguments = method.Arguments(method=name, **{key: options[key] for key in options if key not in ignored})

@@ -28,7 +28,7 @@ from loranew import (
     loranew_layers,
     save_folded,
 )
-from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_factors
+from loranew.adapter import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, read_factors
 from methods.base_options import LoraArguments, MethodArguments, OptimizerArguments, TargetArguments
 from module_matching import check_rank, check_unshared, match_linear
 from Proj_torch.optimizer_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
@@ -88,7 +88,7 @@ class Method:
         """
         if name is not None and name not in cls.presets:
             allowed = ", ".join(cls.presets) or "none with this method; --method gorp has released"
-            raise InputError(f"--preset: found {name}; {allowed}")
+            raise InputError(f"--preset: found {name}; allowed: {allowed}")
         return {"preset": name, **cls.presets[name]} if name else {}
 
     # Setting up
@@ -168,9 +168,9 @@ class Method:
         (folder / full_rank.FILE_NAME).unlink(missing_ok=True)  # an earlier run's, if the folder is reused
         if self.changed:
             full_rank.save_weights(self.changed_weights(), folder)
-            config = read_json(folder / CONFIG_FILE)
-            if config["peft_type"] == "LORA":
-                write_json(folder / CONFIG_FILE, config | {"peft_type": full_rank.PEFT_TYPE}, indent=2)
+        config = read_json(folder / CONFIG_FILE)
+        if config["peft_type"] == "LORA" and (self.changed or config.get("save_loranew")):
+            write_json(folder / CONFIG_FILE, config | {"peft_type": PEFT_TYPE}, indent=2)
 
     def changed_weights(self) -> Mapping[str, torch.Tensor]:
         """Values (out, in) of the full-rank weights that differ from the base model on disk, by module name."""
@@ -288,7 +288,8 @@ class LoraMethod(Method):
         check_unshared(self.model, {name: layer.get_base_layer() for name, layer in layers.items()}, "--merge_old")
         both = sorted(layers.keys() & self.changed.keys())
         if both:  # saved with the old LoRA in it, such a weight would get it twice in the next task
-            raise InputError(f"--merge_old: found {both[0]} with a LoRA and as a full-rank weight; one of the two")
+            raise InputError(f"--merge_old: found {both[0]} with a LoRA and as a full-rank weight; allowed: one of the "
+                             "two")
         for layer in layers.values():
             layer.merge_old(self.model.active_adapter)
 

@@ -56,13 +56,14 @@ class LoraArguments(MethodArguments):
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the trainable LoRA."})
     merge_old: bool = field(
         default=False,
-        metadata={"help": "Add earlier tasks' LoRA to the base weights in memory: no pass grows with their number."},
+        metadata={"help": "Add earlier tasks' LoRA to the base weights in memory, so that passes do not slow down."},
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.lora_modules is None:
-            raise InputError("--lora_modules: missing; auto, or a regular expression such as '.*SelfAttention.(q|v).*'")
+            raise InputError("--lora_modules: missing; allowed: auto, or a regular expression such as "
+                             "'.*SelfAttention.(q|v).*'")
         check_number(self, "lora_dim", above=0)
         check_number(self, "lora_alpha", above=0)
         check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 up to, not including, 1")
@@ -71,7 +72,7 @@ class LoraArguments(MethodArguments):
         super().settle(training, zero_stage)
         for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
             check(not (self.merge_old and getattr(training, name)), "merge_old", f"true with --{name}",
-                  "fp32 alone, for 16 bits would round most of a small change away")
+                  "only in fp32, as 16 bits would round small changes away")
 
 
 @dataclass
@@ -122,7 +123,11 @@ class ProjectionArguments(TargetArguments):
     galore_update_proj_gap: int = field(default=10, metadata={"help": "Optimizer steps between refreshes of bases."})
     galore_scale: float = field(default=1.0, metadata={"help": "Factor on the update that is projected back."})
     galore_proj_type: str = field(
-        default="std", metadata={"help": "Projected side.", "choices": list(PROJ_TYPES)}
+        default="std",
+        metadata={
+            "help": "Projected side: std the smaller, reverse_std the larger, left output, right input, full both.",
+            "choices": list(PROJ_TYPES),
+        },
     )
     galore_svd: str = field(
         default="lowrank",
@@ -197,7 +202,7 @@ class SpaceArguments(MethodArguments):
         metadata={"help": "The protected side of a weight: output in the paper.", "choices": ["input", "output"]},
     )
     space_energy: float = field(
-        default=0.9, metadata={"help": "Share of the energy of the first moment, or of the inputs, in the space."}
+        default=0.9, metadata={"help": "Share of the first moments' or inputs' energy that the space holds."}
     )
     space_from: str = field(
         default="moments",
@@ -219,7 +224,7 @@ class SpaceArguments(MethodArguments):
             self.proj_lora_modules = None
         check(0 < self.space_energy <= 1, "space_energy", self.space_energy, "above 0, at most 1")
         if self.space_from == "inputs" and self.protect_side != "input":
-            raise InputError("--space_from inputs: found --protect_side output; it needs --protect_side input")
+            raise InputError("--space_from inputs: found --protect_side output; allowed: --protect_side input")
 
 
 @dataclass

@@ -73,9 +73,10 @@ class Ewc(Seqlora):
             for row in range(len(batch["labels"])):
                 one = {key: of[row : row + 1] if torch.is_tensor(of) else of for key, of in batch.items()}
                 answer = (one["labels"] != -100).sum()
-                gradients = torch.autograd.grad(model(**one, use_cache=False).loss * answer, factors)
+                loss = model(**one, use_cache=False).loss * answer
+                gradients = torch.autograd.grad(loss, factors, allow_unused=True)  # an expert that the row misses
                 for total, gradient in zip(sums, gradients):
-                    total += gradient.float().square()
+                    total += 0 if gradient is None else gradient.float().square()
                 rows += 1
         model.train(training)
         old = {name: self.options.ewc_decay * F for name, F in self.fisher.items()}

@@ -41,8 +41,9 @@ RELEASED = {
 }  # fmt: skip
 
 NOT_REPRODUCED = (
-    "preset released computes what the released scripts compute: nothing protected, no penalty, full-rank changes for "
-    "their own task alone; not reproduced: ranks that train separately, data loading, evaluation (docs/DEVIATIONS.md)"
+    "preset released computes what the released scripts compute: no protection, no penalty, full-rank changes "
+    "discarded after each task; not reproduced: ranks that train separately, data loading, evaluation "
+    "(docs/DEVIATIONS.md)"
 )
 
 
@@ -55,7 +56,7 @@ class GorpArguments(ChangePenaltyArguments, SpaceArguments, ProjectionArguments,
         super().settle(training, zero_stage)
         if self.protect == "gp_second" and (zero_stage is not None or self.galore_engine == "cores"):
             engine = "--galore_engine cores" if zero_stage is None else "DeepSpeed"
-            raise InputError(f"--protect: found gp_second with {engine}; it needs ProjAdamW, one process without cores")
+            raise InputError(f"--protect: found gp_second with {engine}; allowed: only in one process without cores")
         cores = zero_stage is not None or self.galore_engine == "cores"
         reentrant = (training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         check(not (self.lamda_3 and cores and reentrant), "lamda_3", f"{self.lamda_3} with reentrant checkpointing",
@@ -97,10 +98,11 @@ class Gorp(LoraMethod):
                              "given, so nothing would be projected or protected; give one, or use --method inclora")
         weights = {**self.protected, **{name: layer.weight for name, layer in self.targets.items()}}
         self.space = GradientSpace(options.protect_side, options.space_energy)
-        if self.protects and previous is not None and (previous / SPACE_FILE).exists():
+        if previous is not None and (previous / SPACE_FILE).exists():  # with --protect none it is passed on as it is
             self.space.load(previous / SPACE_FILE, weights)
         side, way, cores = options.protect_side, self.way(), sharded or options.galore_engine == "cores"
-        plan = Plan(self.targets, options.projection(), self.protected, self.spaces(weights), side, way)
+        spaces = self.spaces(weights) if self.protects else {}
+        plan = Plan(self.targets, options.projection(), self.protected, spaces, side, way)
         self.engine = make_engine(model.get_base_model(), plan, cores=cores, eps_before_correction=self.released)
         self.own_state = self.engine.own_state
         return model

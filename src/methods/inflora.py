@@ -65,7 +65,9 @@ class Inflora(LoraMethod):
         return model
 
     def begin_task(self, model, batches):
-        for name, C in input_covariances(model, self.layers, batches).items():
+        for name in self.A.keys() - (found := input_covariances(model, self.layers, batches)).keys():
+            self.A[name].zero_()  # no example reaches the layer
+        for name, C in found.items():
             if not C.isfinite().all():
                 raise InputError(f"--method inflora: the inputs of {name}, which choose A, are not finite")
             self.A[name].copy_(directions(C, self.space.get(name), len(self.A[name])) / math.sqrt(3))
@@ -120,6 +122,6 @@ def directions(C: Tensor, M: Tensor | None, rank: int) -> Tensor:
     rows, residual = C.new_zeros(rank, len(C)), C - M @ (M.T @ C)
     if residual.any():
         U, s, _ = truncated_svd(residual, min(rank, len(C) - M.shape[1]))
-        found = U[:, s > len(C) * torch.finfo(C.dtype).eps * torch.linalg.matrix_norm(C)]
+        found = U[:, s > 10 * torch.finfo(C.dtype).eps * torch.linalg.matrix_norm(C)]  # above C's own rounding errors
         rows[: found.shape[1]] = orthonormal_against(M, found).T
     return rows

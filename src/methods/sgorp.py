@@ -43,7 +43,7 @@ class SgorpArguments(GorpArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.protect in ("structural", "step") and self.protect_side != "input":
-            raise InputError(f"--protect {self.protect}: found --protect_side output; it needs --protect_side input")
+            raise InputError(f"--protect {self.protect}: found --protect_side output; allowed: --protect_side input")
 
     def settle(self, training, zero_stage):
         super().settle(training, zero_stage)
@@ -69,7 +69,9 @@ class Sgorp(Gorp):
     def prepare(self, model, previous, *, decoder_only, sharded=False):
         model = super().prepare(model, previous, decoder_only=decoder_only, sharded=sharded)
         if self.structural:
-            set_input_space(model, {name: self.space.get(f"{name}.loranew_A") for name in loranew_layers(model)})
+            factors = {name: f"{name}.loranew_A.weight" for name in loranew_layers(model)}
+            set_input_space(model, {name: self.space.get(factor) if factor in self.protected else None
+                                    for name, factor in factors.items()})  # fmt: skip
         return model
 
     def create_optimizer(self, **adam):

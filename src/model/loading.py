@@ -329,7 +329,10 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
             model.config.decoder_start_token_id = settings.decoder_start_token_id = language
         else:
             settings.forced_bos_token_id = language
-    if model.config.is_encoder_decoder and model.config.decoder_start_token_id is None:
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:  # T5Gemma's answers start with the decoder's bos
+        start = getattr(getattr(model.config, "decoder", None), "bos_token_id", None)
+    if model.config.is_encoder_decoder and start is None:
         raise InputError(f"{model.name_or_path}/config.json: has no decoder_start_token_id, with which answers start")
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     others = [index for index in _as_list(settings.eos_token_id) if index in special]
@@ -352,6 +355,9 @@ def _grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     if needed <= rows:
         return
     logger.warning("embeddings grow from %d to %d rows for the tokenizer; new rows start near the mean", rows, needed)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # T5's config class, for one, says true for heads of their own
     # The new rows are drawn narrowly around the mean and not saved, so every load must draw the same ones.
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -33,7 +33,7 @@ NOTE = (
     "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
     "same order and seed with those of the best method, the ceiling aside; in brackets the 95 % interval "
     "over test examples and seeds (over examples alone with one seed). A difference whose interval contains 0 is not "
-    "significant; the best is chosen by the same answers, so among many equal methods some interval may exclude 0. "
+    "significant; the best is chosen from the same answers, so even between equal methods an interval may exclude 0. "
     "Trained: most trainable parameters of a task; stored: what the last task saves. Definitions: "
     "docs/METRICS.md."
 )
@@ -118,7 +118,7 @@ def _caution(gap: Interval) -> str:
     """Say why a difference is not significant; empty if it is."""
     if gap.contains_zero:
         return ", not significant: the interval contains 0"
-    return "" if gap.is_significant else ", with a single seed: another may differ"
+    return "" if gap.is_significant else "; one seed only, so others may differ"
 
 
 def _mean_cost(runs: Sequence[Run], name: str) -> float | None:
