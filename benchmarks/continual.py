@@ -13,12 +13,13 @@ method's own knob (`KNOBS`), or two more rates if it has no knob; `--dev --metho
 comparison uses the settings with the best average over seeds.
 
 Each finished trial adds a line to RESULTS/outcomes.jsonl at once: all that the tables and intervals need, and no text
-of the benchmark. Trials in that file do not run again, so with `--out COPY/small-t5 --data_dir none --model none`, a copy
-of this project's finished trials in benchmarks/results, the tables in REPRODUCE.md are printed at once. RESULTS/made_of.json has the
-digests of model and data; any others are rejected. An interrupted trial resumes, unless the code has changed since:
-then delete its folder. `--learnt_by METHOD` adds the AP over only those tasks that METHOD, usually multi-task training,
-answers better than always giving the most frequent label would. Two methods differ if the interval of their difference
-(`src/report/bootstrap.py`) does not contain 0; with a single seed, this holds for that seed only.
+of the benchmark. Trials in that file do not run again, so with `--out COPY/small-t5 --data_dir none --model none`, a
+copy of this project's finished trials in benchmarks/results, the tables in REPRODUCE.md are printed at once.
+RESULTS/made_of.json has the digests of model and data; any others are rejected. An interrupted trial resumes, unless
+the code has changed since: then delete its folder. `--learnt_by METHOD` adds the AP over only those tasks that METHOD,
+usually multi-task training, answers better than always giving the most frequent label would. Two methods differ if the
+interval of their difference (`src/report/bootstrap.py`) does not contain 0; with a single seed, this holds for that
+seed only.
 """
 
 import argparse

@@ -5,9 +5,10 @@
 Prints one table, and appends each row at once to `--out` as a JSON object. Sections, the most important first:
 
 * step: tokens per second and peak memory of a training step without new bases, in a first task, where nothing is
-  protected yet, and without penalties: `gorp` with the scripts' bases and with bases from a sketch, `sgorp`, PEFT's LoRA on the same layers, and galore-torch in place of gorp's full-rank training.
-  All compute logits only at answers. Also: the overall peak against plan_memory's, the seconds of a step with new bases
-  (for galore-torch, one exact SVD is timed and multiplied), and those of a task's end.
+  protected yet, and without penalties: `gorp` with the scripts' bases and with bases from a sketch, `sgorp`, PEFT's
+  LoRA on the same layers, and galore-torch in place of gorp's full-rank training. All compute logits only at answers.
+  Also: the overall peak against plan_memory's, the seconds of a step with new bases (for galore-torch, one exact SVD is
+  timed and multiplied), and those of a task's end.
 * zero: a step under ZeRO-2 on one rank against one without DeepSpeed.
 * agree: the tiny order's first task on the GPU and on the CPU: weights after 20 steps, accuracies.
 * resume: a task resumed from a checkpoint against the same task without interruption, with deterministic algorithms.
