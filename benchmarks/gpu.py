@@ -351,12 +351,12 @@ def section_resume(table: Table, folder: Path) -> None:
     table.add("a task resumed at step 10 of 20: largest difference of a weight", apart, "", "0", apart == 0)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (all of them)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to check that everything runs")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.jsonl", help="%(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if unknown := [name for name in args.sections if name not in SECTIONS]:
         parser.error(f"SECTION: found {unknown[0]}; {', '.join(SECTIONS)}")
     if not CUDA and not args.tiny:

@@ -13,6 +13,7 @@ that lists what has changed.
 
 import ast
 import enum
+import functools
 import hashlib
 import json
 import os
@@ -84,11 +85,12 @@ def make_record(data: Mapping[str, Path], model_args, data_args, method_args, tr
         } | {"ranks": training_args.world_size},
         "data": {name: digest(path) for name, path in data.items()},
         "model": {name: digest(path) for name, path in model.items()},
-        "code": code_digests(method_args.method),
+        "code": _code_of_this_process(method_args.method),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
     }
     device = torch.cuda.get_device_name() if training_args.device.type == "cuda" else platform.machine()
-    shown = {"git_revision": _git_revision(), "machine": {"device": device, "threads": torch.get_num_threads()}}
+    machine = {"device": device, "threads": torch.get_num_threads()}
+    shown = {"git_revision": _revision_of_this_process(), "machine": machine}
     return json.loads(json.dumps(compared | shown, default=str))
 
 
@@ -184,6 +186,10 @@ def _git_revision() -> str | None:
     if _git("ls-files", "--full-name", "run_record.py", "../scripts/lib.sh") != "scripts/lib.sh\nsrc/run_record.py":
         return None
     return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+# Once for all tasks of an order, as what a process runs is what it imported.
+_code_of_this_process, _revision_of_this_process = functools.cache(code_digests), functools.cache(_git_revision)
 
 
 def _git(*command: str) -> str | None:

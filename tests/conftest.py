@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from helpers import DECODERS, ENCODER_DECODERS, ENTRY, ROOT
 
-LONGEST = ("test_recipe.py", "test_two_ranks.py", "test_resume.py", "test_zero_core.py")
+LONGEST = [f"test_{name}.py" for name in (
+    "recipe", "two_ranks", "every_method", "methods", "run", "run_order", "resume", "scripts", "library_options",
+    "bad_input", "generate", "export", "examples", "own_tasks", "models", "gpu_benchmark", "continual",
+)]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

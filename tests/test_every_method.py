@@ -51,7 +51,8 @@ def test_a_second_task_resumes_to_the_same_bits_and_exports_what_it_predicts(nam
 def test_two_tasks_in_16_bits(name, mini_benchmark, tmp_path):
     model, modules = PREFIX["t5_adapter"]
     for dataset in ("dbpedia", "amazon"):
-        flags = ["--method", *name.split(), "--bf16", "True", *SHORT]
+        small = ["--per_device_train_batch_size", "2", "--max_predict_samples", "1"]
+        flags = ["--method", *name.split(), "--bf16", "True", *SHORT, *small]
         words = arguments(mini_benchmark, tmp_path / dataset, dataset, model, modules, *flags)
         assert run_uie_lora.main(words) == 0
         model = tmp_path / dataset / "t5_adapter"

@@ -18,7 +18,7 @@ from examples import loop, own_trainer
 from methods import find_method, make_method
 from methods.base import LoraMethod, Method
 
-EPOCHS, MOST = 2, 68  # eight batches of 8 and one of 4 in an epoch
+EPOCHS, MOST = 2, 28  # three batches of 8 and one of 4 in an epoch
 T5_LORA = ".*SelfAttention.(q|v).*"
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import gpu
 from helpers import ROOT, bash
 
 CONTENDERS = ("gorp", "sgorp", "lora", "gorp, sketch", "galore-torch")
@@ -43,11 +44,12 @@ def test_the_other_sections(tmp_path):
 
 @pytest.mark.parametrize("words, said", [(["steps", "--tiny"], "SECTION: found steps; step, zero, agree, resume"),
                                          ([], "no GPU was found; --tiny runs on a CPU")])
-def test_what_it_does_not_run(words, said, tmp_path):
+def test_what_it_does_not_run(words, said, tmp_path, capsys):
     if not words and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = bash("benchmarks/gpu.sh", *words, OUT=str(tmp_path / "rows"))
-    assert done.returncode == 2 and said in done.stderr and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([*words, "--out", str(tmp_path / "rows")])
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.recipe

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -22,9 +23,10 @@ ROWS = {  # task/dataset -> its examples
 }
 
 
-@pytest.fixture
-def place(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A benchmark of three tasks, its instruction file, and the order `three`, as the user's commands make them."""
+    tmp_path = tmp_path_factory.mktemp("own")
     for name, rows in ROWS.items():
         for subset in ("train", "dev", "test"):
             put(tmp_path / "data" / name / f"{subset}.json", rows)
@@ -37,6 +39,11 @@ def place(tmp_path):
     run("data/make_order.py", "--name", "three", "--tasks", *ROWS, "--configs_dir", tmp_path, "--data_dir",
         tmp_path / "data")
     return tmp_path
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def run(*words) -> str:

@@ -253,7 +253,8 @@ def test_evaluation_during_training_and_denser(mini_benchmark, tmp_path):
     shutil.copytree(ROOT / "configs" / "order1_configs" / "dbpedia", step)
     shutil.copy(step / "test_tasks.json", step / "dev_tasks.json")
     command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, "--eval_strategy", "steps",
-                        "--eval_steps", "10", "--denser_evaluation", "--max_eval_samples", "8", "--do_eval",
+                        "--eval_steps", "10", "--denser_evaluation", "--max_eval_samples", "2", "--do_eval",
+                        "--per_device_train_batch_size", "2", "--max_predict_samples", "1",
                         "--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--bf16",
                         "--lamda_2", "0.1", "--lamda_3", "0.01")  # fmt: skip
     command[command.index("--task_config_dir") + 1] = str(step)
