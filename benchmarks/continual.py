@@ -375,7 +375,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.learnt_by and args.learnt_by not in (args.methods or METHODS):
         raise InputError(f"--learnt_by: found {args.learnt_by!r}; allowed: one of --methods")
     if args.workers < 1:
-        raise InputError(f"--workers: found {args.workers}; 1 or more")
+        raise InputError(f"--workers: found {args.workers}; allowed: 1 or more")
     for method in args.methods or []:
         try:
             find_method(shlex.split(method)[0])

@@ -317,7 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = {method for _, intervals in panels for method in intervals}
         for method in args.methods or []:
             if method not in known:
-                raise InputError(f"--methods: found {method!r}; complete are {', '.join(sorted(known)) or 'none'}")
+                complete = ", ".join(sorted(known)) or "none"
+                raise InputError(f"--methods: found {method!r}; allowed: the complete ones, {complete}")
         pictures = {
             "results.svg": draw(_wanted(panels, args.methods or SHOWN)),
             "costs.svg": draw_costs(_wanted([(one, points(one, stored)) for one in COSTS], args.methods or SHOWN)),

@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.jsonl", help="%(default)s")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.sections if name not in SECTIONS]:
-        parser.error(f"SECTION: found {unknown[0]}; {', '.join(SECTIONS)}")
+        parser.error(f"SECTION: found {unknown[0]}; allowed: {', '.join(SECTIONS)}")
     if not CUDA and not args.tiny:
         parser.error("no GPU was found; --tiny runs on a CPU")
     if args.tiny:

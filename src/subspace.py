@@ -143,7 +143,7 @@ class GradientSpace:
             raise InputError(f"{path}: not a gradient space of version {VERSION}, its metadata is {metadata}")
         if (side := metadata.get("side")) != self.side:
             hint = " (by METHOD=sgorp)" if side == "input" else ""
-            raise InputError(f"--protect_side: found {self.side}; {path} was built for the {side} side{hint}")
+            raise InputError(f"--protect_side: found {self.side}; allowed: {side}, for which {path} was built{hint}")
         sizes = {_key(name): weight.shape[SIDES.index(side)] for name, weight in weights.items()}
         for name, S in bases.items():
             check_space(S, sizes.get(name, len(S) if S.ndim else 0), f"{path}: {name}")

@@ -1,5 +1,6 @@
 """Fixtures that several test files share; their other helpers are in helpers.py."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -33,6 +34,16 @@ def pytest_sessionfinish(session):
     if not hasattr(session.config, "workerinput"):  # another worker's ranks may be about to open theirs
         for path in shared_memory() - session.config.shared_memory:
             path.unlink(missing_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def no_log_of_an_earlier_test():
+    """A run logs to its test's standard output, which is closed when the test ends."""
+    yield
+    for log in map(logging.getLogger, ("gorp", "gorp.detail")):
+        log.handlers.clear()
+        log.propagate = True
+        log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

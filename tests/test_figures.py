@@ -64,7 +64,7 @@ def test_an_unknown_method_is_rejected(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--methods", "nothing"])
     assert stop.value.code == 2
-    assert "--methods: found 'nothing'; complete are " in capsys.readouterr().err
+    assert "--methods: found 'nothing'; allowed: the complete ones, " in capsys.readouterr().err
 
 
 def test_costs_are_megabytes_or_times_of_one_lora():

@@ -324,7 +324,7 @@ def test_collected_gradient_is_as_large_as_the_real_one(micro_batches):
         (("--optim_target_modules", ".*lm_head2"), "--optim_target_modules: '.*lm_head2' matches no module"),
         (("--optim_target_modules", "("), "is not a regular expression"),
         (("--galore_rank", "999"), "--galore_rank: found 999; allowed: at most 128"),
-        (("--gpus", "0"), "--gpus: found 0; 1 or more"),
+        (("--gpus", "0"), "--gpus: found 0; allowed: 1 or more"),
         (("--gpu_gib", "nan"), "--gpu_gib: found nan"),
         (("--stage", "4"), "argument --stage"),
         (("--stage", "0", "--offload_optimizer"), "--offload_optimizer: found without --stage 1, 2 or 3"),

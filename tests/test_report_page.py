@@ -120,7 +120,7 @@ def test_a_difference_weighs_orders_alike(tmp_path):
 
 @pytest.mark.parametrize("pairs, caution", [
     ([(70.0, 60.0), (60.0, 69.0)], ", not significant: the interval contains 0."),
-    ([(70.0, 60.0)], ", with a single seed: another may differ."),
+    ([(70.0, 60.0)], "; one seed only, so others may differ."),
     ([(70.0, 60.0), (70.0, 60.0)], "2 paired runs)."),
 ])  # fmt: skip
 def test_the_answer_says_why_a_gap_is_not_significant(pairs, caution, tmp_path):

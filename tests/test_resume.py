@@ -419,7 +419,7 @@ def test_comments_docstrings_and_other_methods_change_no_record(source):
     assert not {"src/methods/olora.py", "src/report/page.py", "src/plan_memory.py", "src/export.py"} & new.keys()
 
 
-@pytest.mark.parametrize("method", ["gorp", "nlora"])
+@pytest.mark.parametrize("method", ["gorp", pytest.param("nlora", marks=pytest.mark.recipe)])
 def test_every_module_that_a_run_imports_counts(method):
     lines = f"""import sys, run_uie_lora, methods
 methods.find_method({method!r})

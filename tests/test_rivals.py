@@ -462,7 +462,7 @@ def test_nlora_forms_are_the_papers_product_and_the_released_codes(tmp_path):
 
 def test_nlora_factors_need_square_weights(tmp_path):
     method = method_of("nlora", "--nlora_form", "factors", "--lora_modules", ".*wi.*", folder=tmp_path)
-    with pytest.raises(InputError, match="--nlora_form: found factors; product for .*wi"):
+    with pytest.raises(InputError, match="--nlora_form: found factors; allowed: product for .*wi"):
         method.prepare(tiny_t5(), None, decoder_only=False)
 
 

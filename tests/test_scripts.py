@@ -511,7 +511,7 @@ def test_another_model_gets_what_suits_its_type(script, family):
     ("scripts/order_1.sh --tiny", {"EXTRA": "--run_name 'mine"}, "EXTRA=--run_name 'mine: a quotation is not closed"),
     ("scripts/order_1.sh --tiny", {"EXTRA": '--run_name "a\\"b"'}, "or holds an escaped quotation mark"),
     ("scripts/order_1.sh --tiny", {"EXTRA": "--output_dir mine"}, "EXTRA: found --output_dir; OUTPUT=FOLDER says"),
-    ("scripts/order_1.sh --tiny", {"GORP_ENV": "mine"}, "GORP_ENV=mine: active"),
+    ("scripts/order_1.sh --tiny", {"GORP_ENV": "mine"}, "GORP_ENV=mine; allowed: active"),
     *(("scripts/order_1.sh --tiny", {wrong: "x"}, f"{wrong}: unknown variable; did you mean {meant}?")
       for wrong, meant in (("METOD", "METHOD"), ("METHODS", "METHOD"), ("MEHTOD", "METHOD"), ("METHID", "METHOD"),
                            ("SEEDS", "SEED"), ("seed", "SEED"), ("Output", "OUTPUT"), ("DATADIR", "DATA_DIR"),

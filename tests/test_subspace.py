@@ -241,5 +241,5 @@ def test_bad_files_are_refused_by_name(tmp_path):
     with pytest.raises(InputError, match="not a gradient space"):
         loaded_from(path, "output")
     save_file({}, path, {"format": "gorp-gradient-space", "version": "1", "side": "above", "energy": "0.9"})
-    with pytest.raises(InputError, match="space.safetensors was built for the above side"):
+    with pytest.raises(InputError, match="found output; allowed: above, for which .*space.safetensors"):
         loaded_from(path, "output")

@@ -39,7 +39,7 @@ def make_engine(
     if not cores:
         return DenseEngine(plan, eps_before_correction)
     if plan.way == "gp_second":
-        raise InputError("--protect: found gp_second with cores; it needs --galore_engine dense, in one process")
+        raise InputError("--protect: found gp_second with cores; allowed: --galore_engine dense in one process")
     both = sorted(name for name in plan.targets if type(model.get_submodule(name)) is not nn.Linear)
     if both:  # a core takes the layer's place
         raise InputError(f"--optim_target_modules: matches {both[0]}, a {type(model.get_submodule(both[0])).__name__}; "

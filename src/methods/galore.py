@@ -18,7 +18,7 @@ class Galore(FullRankMethod):
 
     def prepare(self, model, previous, *, decoder_only, sharded=False):
         if self.options.galore_engine == "cores":
-            raise InputError("--galore_engine: found cores; auto or dense with --method galore")
+            raise InputError("--galore_engine: found cores; allowed: auto or dense with --method galore")
         model = super().prepare(model, previous, decoder_only=decoder_only)
         check_rank(self.targets, self.options.galore_rank, "--galore_rank")
         for layer in self.targets.values():

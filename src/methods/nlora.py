@@ -49,7 +49,7 @@ class Nlora(LoraMethod):
         model = super().prepare(model, previous, **kind)
         for name, layer in loranew_layers(model).items() if self.options.nlora_form == "factors" else ():
             if layer.in_features != layer.out_features:
-                raise InputError(f"--nlora_form: found factors; product for {name}, a {layer.out_features} x "
+                raise InputError(f"--nlora_form: found factors; allowed: product for {name}, a {layer.out_features} x "
                                  f"{layer.in_features} matrix, as A B exists only for square ones")
         return model
 
