@@ -170,7 +170,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
                 raise InputError(f"{name}: found {found} in the environment; DeepSpeed trains with --deepspeed FILE, "
                                  "FSDP not at all")
         found = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if found.lower() != "no" and not (self.bf16 or self.fp16):
+        if found.lower() not in ("", "no") and not (self.bf16 or self.fp16):
             raise InputError(f"ACCELERATE_MIXED_PRECISION: found {found} in the environment; allowed: no, or --bf16 or "
                              "--fp16 besides")
 
