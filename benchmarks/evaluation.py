@@ -349,7 +349,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("examples", "datasets", "batch_size", "max_source_length", "repeats"):
         if getattr(args, name) < 1:
-            raise InputError(f"--{name}: found {getattr(args, name)}; allowed is a whole number from 1")
+            raise InputError(f"--{name}: found {getattr(args, name)}; allowed: a whole number from 1")
     return args
 
 

@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number from 1")
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number from 1")
     return int(text)
 
 
@@ -126,7 +126,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, default=3, help="timed gaps per optimizer (%(default)s)")
     args = parser.parse_args(argv)
     if args.rank >= SIZE:
-        raise InputError(f"--rank: found {args.rank}; allowed is 1 to {SIZE - 1}")
+        raise InputError(f"--rank: found {args.rank}; allowed: 1 to {SIZE - 1}")
     return args
 
 

@@ -100,7 +100,7 @@ def real_gradients(model_path: Path, folder: Path, rank: int) -> tuple[str, floa
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     now, other = (layer_factors(model, tokenizer, part) for part in (texts[:ROWS], texts[ROWS:]))
     if not now:
-        raise InputError(f"--model: {model_path} has no gate_proj; allowed is a LLaMA-type model")
+        raise InputError(f"--model: {model_path} has no gate_proj; allowed: a LLaMA-type model")
     shares = {name: share_of_top(factors, rank) for name, factors in now.items()}
     flattest = min(shares, key=shares.get)
     return flattest, shares[flattest], now[flattest], other[flattest]
@@ -216,13 +216,13 @@ def shape(text: str) -> tuple[int, int]:
     except ValueError:
         rows = columns = 0
     if min(rows, columns) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is OUTxIN, such as 1024x1024")
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: OUTxIN, such as 1024x1024")
     return rows, columns
 
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number from 1")
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number from 1")
     return int(text)
 
 

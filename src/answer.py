@@ -43,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         found = answers(options.folder, options.dataset, texts, getattr(torch, options.dtype))
     except torch.OutOfMemoryError:
+        less = "bfloat16, or " * (options.dtype == "float32")
         raise InputError(f"--dtype: found {options.dtype}, in which the model does not fit into the GPU's memory; "
-                         "allowed: 16 bits, or on the CPU, with CUDA_VISIBLE_DEVICES= in front") from None
+                         f"allowed: {less}the CPU, with CUDA_VISIBLE_DEVICES= in front") from None
     for answer in found:
         print(answer.replace("\n", "\\n"))
 

@@ -67,10 +67,10 @@ class Progress(enum.Enum):
 def make_record(data: Mapping[str, Path], model_args, data_args, method_args, training_args) -> dict:
     """The record of the run that these arguments describe, with the data files of `input_files`."""
     options = training_args.to_dict() | vars(method_args) | vars(data_args) | vars(model_args)
-    # Less memory, the same examples a step.
-    options["per_device_train_batch_size x gradient_accumulation_steps"] = (
-        options.pop("per_device_train_batch_size") * options.pop("gradient_accumulation_steps")
-    )
+    if getattr(method_args, "preset", None) != "released":  # whose loss averages micro-batches
+        options["per_device_train_batch_size x gradient_accumulation_steps"] = (  # less memory, the same step
+            options.pop("per_device_train_batch_size") * options.pop("gradient_accumulation_steps")
+        )
     packages = PACKAGES
     if training_args.deepspeed:
         data = {**data, "DeepSpeed config": Path(training_args.deepspeed)}

@@ -48,8 +48,10 @@ logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 # Options that the report shows at their defaults too, and those that do not make a run another one.
 SHOWN = ("learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "max_train_samples",
          "max_predict_samples")
-APART = ("seed", "ranks", "model_name_or_path", "do_train", "do_eval", "do_predict", "predict_tasks", "zero_shot",
-         "unseen_config_dir", "use_cpu", "accelerator_config")
+APART = ("seed", "data_seed", "ranks", "model_name_or_path", "do_train", "do_eval", "do_predict", "predict_tasks",
+         "zero_shot", "unseen_config_dir", "use_cpu", "accelerator_config", "include_for_metrics", "predict_loss")
+VALIDATION = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "denser_evaluation", "max_eval_samples",
+              "metric_for_best_model")  # where no validation chooses the model
 SMALLER = ("Training takes less with a smaller --per_device_train_batch_size and more --gradient_accumulation_steps, "
            "evaluation with a smaller --per_device_eval_batch_size or --eval_batch_tokens; change them")
 
@@ -216,10 +218,10 @@ def find_checkpoint(trainer: UIETrainer, progress: Progress) -> Path | None:
     if named is None:
         return None
     if not is_complete(Path(named)):
-        raise InputError(f"--resume_from_checkpoint: {named} is not a complete checkpoint; a folder checkpoint-<step>")
+        raise InputError(f"--resume_from_checkpoint: {named} is not a complete checkpoint; allowed: checkpoint-N")
     step = TrainerState.load_from_json(str(Path(named) / "trainer_state.json")).global_step
     if 0 < most < step:
-        raise InputError(f"--resume_from_checkpoint: {named} is of step {step}; at most {most}, --max_steps")
+        raise InputError(f"--resume_from_checkpoint: {named} is of step {step}; allowed: at most {most}, --max_steps")
     return Path(named)
 
 
@@ -313,6 +315,7 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments, 
     args, options, config = trainer.args, trainer.method.effective_options(), Path(data_args.task_config_dir)
     total, trained = trainer.method.sizes()
     groups, elsewhere = (args, data_args, ModelArguments), {*vars(trainer.method.options), *APART}
+    elsewhere |= set() if args.load_best_model_at_end else set(VALIDATION)
     defaults = {option.name: option.default for group in groups for option in dataclasses.fields(group)}
     shared = {name: value for name, value in configuration.items() if name not in elsewhere
               and (name in SHOWN or (value or None) != (defaults.get(name) or None))}  # fmt: skip

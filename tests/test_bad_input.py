@@ -470,7 +470,7 @@ CASES: dict[str, list[Case]] = {
              "best_model: found f1; allowed: loss, gen_len, exact_match, rouge1, rougeL, and METRIC", by="run"),
         Case("a checkpoint that does not exist", flags("--resume_from_checkpoint", "checkpoint-9"),
              "--resume_from_checkpoint: checkpoint-9 is not a complete checkpoint", by="run", needs_model=True),
-        Case("a checkpoint of more steps", resumed("--max_steps", "1"), "is of step 2; at most 1, --max_steps",
+        Case("a checkpoint of more steps", resumed("--max_steps", "1"), "is of step 2; allowed: at most 1",
              by="run", needs_model=True),
         Case("a checkpoint of a different run", resumed("--lora_dim", "4"), "a checkpoint of a different run (base_mod",
              by="run", needs_model=True),

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     BartConfig,
     BertConfig,
     BartForConditionalGeneration,
@@ -366,7 +367,14 @@ def test_t5gemma_starts_with_its_decoders_bos(tmp_path):
              "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1}
     model = T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=stack, decoder=stack, vocab_size=len(tokenizer)))
     tokenizer.pad_token = tokenizer.eos_token
-    assert not load_model_and_tokenizer(str(save(tmp_path / "t5gemma", model, tokenizer))).decoder_only
+    loaded = load_model_and_tokenizer(str(save(tmp_path / "t5gemma", model, tokenizer))).model.eval()
+    ids = loaded.generate(**tokenizer("the fox", return_tensors="pt"), max_new_tokens=1)
+    assert ids[0, 0] == loaded.config.decoder.bos_token_id == 1 and ids.shape == (1, 2)
+    tokenizer.add_tokens([f"<tag_{number}>" for number in range(5)])
+    tokenizer.save_pretrained(tmp_path / "more")
+    grown = load_model_and_tokenizer(str(tmp_path / "t5gemma"), tokenizer_name=str(tmp_path / "more")).model
+    assert grown.get_decoder().embed_tokens.weight is grown.get_output_embeddings().weight
+    assert len(grown.get_output_embeddings().weight) == len(grown.get_encoder().embed_tokens.weight) == len(tokenizer)
 
 
 def test_a_head_of_its_own_stays_so_when_embeddings_grow(tmp_path):
@@ -386,6 +394,7 @@ def test_a_head_of_its_own_stays_so_when_embeddings_grow(tmp_path):
     assert grown.lm_head.out_features == ROWS + 5 and torch.equal(grown.lm_head.weight[:ROWS], head)
     assert torch.equal(grown.get_input_embeddings().weight[:ROWS], tensors["shared.weight"])
     assert grown.encoder.embed_tokens.weight is grown.get_input_embeddings().weight
+    assert grown.config.tie_word_embeddings == AutoConfig.from_pretrained(folder).tie_word_embeddings
 
 
 def test_embeddings_grow_to_the_tokenizer_the_same_way_each_time(tmp_path, caplog):

@@ -178,12 +178,12 @@ def test_layers_that_no_example_reaches_stop_no_task(tmp_path, monkeypatch):
             assert method.space.get(f"{name}.loranew_A") is None
 
 
-@pytest.mark.parametrize("method", ["gorp", "sgorp"])
-def test_a_task_without_protection_passes_the_space_on(method, tmp_path):
-    train(method_of(method, folder=tmp_path), None, tmp_path / "1")
-    train(method_of(method, "--protect", "none", folder=tmp_path), tmp_path / "1", tmp_path / "2", task=1)
-    first, second = (load_file(tmp_path / task / "gradient_space.safetensors") for task in "12")
-    assert first.keys() == second.keys() and all(torch.equal(S, second[name]) for name, S in first.items())
+@pytest.mark.parametrize("first, second", [("gorp", "gorp"), ("sgorp", "sgorp"), ("sgorp", "gorp")])
+def test_a_task_without_protection_passes_the_space_on(first, second, tmp_path):
+    train(method_of(first, folder=tmp_path), None, tmp_path / "1")
+    train(method_of(second, "--protect", "none", folder=tmp_path), tmp_path / "1", tmp_path / "2", task=1)
+    before, after = ((tmp_path / task / "gradient_space.safetensors").read_bytes() for task in "12")
+    assert before == after and load_file(tmp_path / "1" / "gradient_space.safetensors")
 
 
 def test_sgorp_without_protected_factors_leaves_them_their_whole_input(tmp_path):

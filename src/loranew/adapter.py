@@ -36,7 +36,10 @@ def add_loranew(model: nn.Module, config: LoraNewConfig) -> PeftModel:
     check_rank(targets, config.r, "r")
     # By name, as PEFT widens an expression to all layers of a mixture of experts, and renames what is an expert's.
     expression, config.target_modules = config.target_modules, list(targets)
-    peft_model = get_peft_model(model, config)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:  # a part of an expert's weights
+        raise InputError(f"target_modules: {expression!r}: {error}") from None
     if found := loranew_layers(peft_model).keys() ^ targets.keys():
         raise InputError(f"target_modules: {expression!r} matches {min(found)}, which PEFT takes for an expert; "
                          "allowed: layers outside the experts")

@@ -15,6 +15,7 @@ Points 1 and 2 are the engine's work (`Proj_torch/engine.py`, `Proj_torch/adamw.
 """
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,11 +99,10 @@ class Gorp(LoraMethod):
                              "given, so nothing would be projected or protected; give one, or use --method inclora")
         weights = {**self.protected, **{name: layer.weight for name, layer in self.targets.items()}}
         self.space = GradientSpace(options.protect_side, options.space_energy)
-        if previous is not None and (previous / SPACE_FILE).exists():  # with --protect none it is passed on as it is
+        if self.protects and previous is not None and (previous / SPACE_FILE).exists():
             self.space.load(previous / SPACE_FILE, weights)
         side, way, cores = options.protect_side, self.way(), sharded or options.galore_engine == "cores"
-        spaces = self.spaces(weights) if self.protects else {}
-        plan = Plan(self.targets, options.projection(), self.protected, spaces, side, way)
+        plan = Plan(self.targets, options.projection(), self.protected, self.spaces(weights), side, way)
         self.engine = make_engine(model.get_base_model(), plan, cores=cores, eps_before_correction=self.released)
         self.own_state = self.engine.own_state
         return model
@@ -172,7 +172,10 @@ class Gorp(LoraMethod):
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        self.space.save(folder / SPACE_FILE)
+        if not self.protects and self.previous is not None and (self.previous / SPACE_FILE).exists():
+            shutil.copy(self.previous / SPACE_FILE, folder)  # a later task may protect again
+        else:
+            self.space.save(folder / SPACE_FILE)
 
     def summary(self) -> list[str]:
         options = self.options

@@ -47,7 +47,7 @@ class Osf(FullRankMethod):
         for name, layer in self.targets.items():
             if self.share * min(layer.weight.shape) < 1:
                 raise InputError(f"--osf_preserved: found {self.share}, less than one direction of {name}; allowed: "
-                                 f"at least {1 / min(layer.weight.shape):.3g}")
+                                 f"at least 1/{min(layer.weight.shape)}")
         modules = "|".join(map(re.escape, self.targets))
         self.model = get_peft_model(model, OSFConfig(effective_rank=self.share, target_modules=f"({modules})"))
         return self.model

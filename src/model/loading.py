@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
@@ -334,6 +335,8 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         start = getattr(getattr(model.config, "decoder", None), "bos_token_id", None)
     if model.config.is_encoder_decoder and start is None:
         raise InputError(f"{model.name_or_path}/config.json: has no decoder_start_token_id, with which answers start")
+    if start is not None:
+        settings.decoder_start_token_id = start
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     others = [index for index in _as_list(settings.eos_token_id) if index in special]
     ends = list(dict.fromkeys([tokenizer.eos_token_id, *others]))
@@ -355,13 +358,14 @@ def _grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     if needed <= rows:
         return
     logger.warning("embeddings grow from %d to %d rows for the tokenizer; new rows start near the mean", rows, needed)
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
+    head, tied = model.get_output_embeddings(), model.config.tie_word_embeddings
+    if not any(head.weight is layer.weight for layer in model.modules() if isinstance(layer, nn.Embedding)):
         model.config.tie_word_embeddings = False  # T5's config class, for one, says true for heads of their own
     # The new rows are drawn narrowly around the mean and not saved, so every load must draw the same ones.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.resize_token_embeddings(needed, mean_resizing=model.device.type != "meta")
+    model.config.tie_word_embeddings = tied
 
 
 def _grow_positions(model: PreTrainedModel, length: int, allowed: bool | None) -> None:
