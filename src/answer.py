@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         found = answers(options.folder, options.dataset, texts, getattr(torch, options.dtype))
     except torch.OutOfMemoryError:
-        less = "bfloat16, or " * (options.dtype == "float32")
+        less = "bfloat16, or " if options.dtype == "float32" else ""
         raise InputError(f"--dtype: found {options.dtype}, in which the model does not fit into the GPU's memory; "
                          f"allowed: {less}the CPU, with CUDA_VISIBLE_DEVICES= in front") from None
     for answer in found:
