@@ -97,6 +97,7 @@ FAMILIES = {
     """),
 }
 """Flags by the model's type: examples per step, steps per task, and the modules that train, as published."""
+ON_A_GPU = ["--per_device_eval_batch_size", "100"]  # a GPU answers a larger batch in the same time
 
 # What `--search` tries: values of a method's main learning rate, then other values of the method's own knob.
 RATES = {"galore": ("--galore_lr", ["1e-3", "3e-3", "1e-2"]), "osf": ("--learning_rate", ["1e-4", "3e-4", "1e-3"])}
@@ -191,6 +192,8 @@ class Bench:
 
     def command(self, trial: Trial, number: int, start: Path) -> list[str]:
         """The flags for the trial's task `number` (from 1), which starts from the model or adapter folder `start`."""
+        import torch  # slow, so only where something runs
+
         dataset = self.orders[trial.order][number - 1].split("/")[1]
         return [
             "--model_name_or_path", str(start),
@@ -199,7 +202,8 @@ class Bench:
             "--task_config_dir", str(self.out / "configs" / f"{trial.order}_configs" / dataset),
             "--output_dir", str(trial.folder(self.out) / "outputs" / f"{number}-{dataset}"),
             "--predict_tasks", "all" if trial.split == "test" and self.family() == "t5" else "ends",
-            *COMMON, *FAMILIES[self.family()], *self.extra, *trial.flags(),
+            *COMMON, *FAMILIES[self.family()], *(ON_A_GPU if torch.cuda.is_available() else []), *self.extra,
+            *trial.flags(),
         ]  # fmt: skip
 
 

@@ -7,11 +7,11 @@ Prints one table, and appends each row at once to `--out` as a JSON object. Sect
 * step: tokens per second and peak memory of a training step without new bases, in a first task, where nothing is
   protected yet, and without penalties: `gorp` with the scripts' bases and with bases from a sketch, `sgorp`, PEFT's
   LoRA on the same layers, and galore-torch in place of gorp's full-rank training. All compute logits only at answers.
-  Also: the overall peak against plan_memory's, the seconds of a step with new bases (for galore-torch, one exact SVD is
-  timed and multiplied), and those of a task's end.
+  Also: the overall peak against plan_memory's, and the seconds of a step with new bases and of a task's end.
 * zero: a step under ZeRO-2 on one rank against one without DeepSpeed.
 * agree: the tiny order's first task on the GPU and on the CPU: weights after 20 steps, accuracies.
 * resume: a task resumed from a checkpoint against the same task without interruption, with deterministic algorithms.
+* svd: what galore-torch's step with new bases takes beyond an ordinary one: one exact SVD is timed and multiplied.
 
 LLaMA: bf16, activations recomputed, 1 x (512 + 50) tokens a step. T5: float32, 4 x 512 prompt and 4 x 50 answer tokens.
 """
@@ -41,7 +41,7 @@ from methods import Method, make_method
 from model.loading import model_class
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("step", "zero", "agree", "resume")
+SECTIONS = ("step", "zero", "agree", "resume", "svd")
 STEPS, WARM_UP = 5, 2
 SOURCE, ANSWER = 512, 50
 TIME, MEMORY, PLAN = 1.10, 1.05, 0.10  # targets: most time and memory relative to LoRA's; the plan's largest error
@@ -51,6 +51,10 @@ MODULES = {
     "t5": {"lora_modules": ".*SelfAttention.(q|v).*", "optim_target_modules": [".*EncDecAttention.(q|v).*"],
            "proj_lora_modules": ".*SelfAttention.(q|v).loranew_A.*"},
 }  # fmt: skip
+TARGETS = {  # the ends of the same names: of layers with LoRA, and of full-rank weights
+    "llama": (["q_proj", "v_proj"], ["gate_proj"]),
+    "t5": (["SelfAttention.q", "SelfAttention.v"], ["EncDecAttention.q", "EncDecAttention.v"]),
+}
 CONFIGS = {"llama": plan_memory.PRESETS["llama-2-7b"], "t5": plan_memory.PRESETS["t5-large"]}
 TINY = {
     "llama": LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -74,7 +78,7 @@ class Table:
     """A table whose rows are printed and written as soon as they are measured."""
 
     def __init__(self, path: Path):
-        self.path, self.card = path, torch.cuda.get_device_name() if CUDA else "no GPU"
+        self.path, self.card, self.failed = path, torch.cuda.get_device_name() if CUDA else "no GPU", False
         print(f"{self.card}, PyTorch {torch.__version__}\n\n| what | figure | target |\n|---|---|---|", flush=True)
 
     def add(self, what: str, value: float | None, unit: str, target: str = "-", met: bool | None = None) -> None:
@@ -83,6 +87,15 @@ class Table:
         row = {"what": what, "value": value, "unit": unit, "target": target, "met": met, "card": self.card}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    @contextlib.contextmanager
+    def failure_as_row(self, what: str) -> Iterator[None]:
+        """Whatever fails in the block becomes a row, and what comes after the block still runs."""
+        try:
+            yield
+        except Exception as error:
+            self.failed = True
+            self.add(f"{what}: {type(error).__name__}: {str(error)[-300:]}".replace("\n", " "), None, "")
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -123,9 +136,8 @@ class Training:
 
     def build_other(self, model, full_rank: bool) -> None:
         """PEFT's LoRA, and for gorp's full-rank weights either LoRA as well or galore-torch's optimizer."""
-        ends = {"llama": (["q_proj", "v_proj"], ["gate_proj"]),
-                "t5": (["SelfAttention.q", "SelfAttention.v"], ["EncDecAttention.q", "EncDecAttention.v"])}[self.kind]
-        targets = ends[0] if full_rank else ends[0] + ends[1]
+        lora, projected = TARGETS[self.kind]
+        targets = lora if full_rank else lora + projected
         self.model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules=targets))
         factors = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not full_rank:
@@ -134,16 +146,16 @@ class Training:
         from galore_torch import GaLoreAdamW
         from galore_torch.galore_projector import GaLoreProjector
 
-        def one_of_them(projector, weights, rank, type):  # exact SVDs take minutes; `measure` times one
+        def one_of_them(projector, weights, rank, type):  # exact SVDs take minutes; `section_svd` times one
             shape = (weights.shape[0], rank) if type == "left" else (rank, weights.shape[1])
             return torch.linalg.qr(torch.randn(max(shape), rank, device=weights.device))[0].to(weights).reshape(shape)
 
         GaLoreProjector.get_orthogonal_matrix = one_of_them
-        weights = [layer.weight for name, layer in self.model.named_modules() if name.endswith(tuple(ends[1]))]
+        weights = [layer.weight for name, layer in self.model.named_modules() if name.endswith(tuple(projected))]
         for weight in weights:
             weight.requires_grad_(True)
-        projected = {"rank": 8, "update_proj_gap": 1000, "scale": 1.0, "proj_type": "std", "lr": 1e-5}
-        self.optimizer = GaLoreAdamW([{"params": factors}, {"params": weights, **projected}], lr=1e-4,
+        options = {"rank": 8, "update_proj_gap": 1000, "scale": 1.0, "proj_type": "std", "lr": 1e-5}
+        self.optimizer = GaLoreAdamW([{"params": factors}, {"params": weights, **options}], lr=1e-4,
                                      no_deprecation_warning=True)  # fmt: skip
 
     def make_batch(self, vocabulary: int) -> dict[str, torch.Tensor]:
@@ -199,11 +211,13 @@ def section_step(table: Table, configs: dict) -> None:
         found = {}
         for name in CONTENDERS:
             clean()
-            found[name] = measure(kind, name, config, table)
-        for name in ("gorp", "sgorp", "gorp, sketch", "galore-torch"):
-            for at, what, most in ((0, "time", TIME), (1, "peak memory", MEMORY)):
-                if found["lora"][at]:
-                    ratio, judged = found[name][at] / found["lora"][at], name in ("gorp", "sgorp")
+            with table.failure_as_row(f"{kind}: {name}"):
+                found[name] = measure(kind, name, config, table)
+        lora = found.pop("lora", (None, None))
+        for name, measured in found.items():
+            for here, there, what, most in zip(measured, lora, ("time", "peak memory"), (TIME, MEMORY)):
+                if there:
+                    ratio, judged = here / there, name in ("gorp", "sgorp")
                     table.add(f"{kind}: {name} / lora, {what}", ratio, "x", f"at most {most:g} x" if judged else "-",
                               ratio <= most if judged else None)  # fmt: skip
 
@@ -231,11 +245,6 @@ def measure(kind: str, name: str, config, table: Table) -> tuple[float, float | 
             close = abs(planned / most[0] - 1) <= PLAN
             table.add(f"{kind}: {name}, plan_memory / peak", planned / most[0], "x", f"within {PLAN:.0%}", close)
         table.add(f"{kind}: {name}, a task's end without saving", seconds(lambda: end(method, training)), "s")
-    elif name == "galore-torch":
-        weight = max((p for p in training.model.parameters() if p.requires_grad), key=torch.Tensor.numel)
-        count = sum(p.numel() == weight.numel() for p in training.model.parameters() if p.requires_grad)
-        once = seconds(lambda: torch.linalg.svd(weight.detach().float(), full_matrices=False))
-        table.add(f"{kind}: exact SVDs of all {count} weights (one timed, multiplied)", once * count, "s")
     return step, ordinary[0]
 
 
@@ -351,6 +360,17 @@ def section_resume(table: Table, folder: Path) -> None:
     table.add("a task resumed at step 10 of 20: largest difference of a weight", apart, "", "0", apart == 0)
 
 
+def section_svd(table: Table, configs: dict) -> None:
+    """Any matrix of a gradient's shape serves; all of a model's full-rank weights have one shape."""
+    for kind, config in configs.items():
+        with torch.device("meta"):
+            layers = model_class(config, kind)(config).named_modules()
+        shapes = [layer.weight.shape for name, layer in layers if name.endswith(tuple(TARGETS[kind][1]))]
+        gradient = torch.randn(shapes[0], device=DEVICE)
+        once = seconds(lambda: torch.linalg.svd(gradient, full_matrices=False))
+        table.add(f"{kind}: exact SVDs of all {len(shapes)} weights (one timed, multiplied)", once * len(shapes), "s")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (all of them)")
@@ -364,14 +384,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.tiny:
         global SOURCE, ANSWER, PLANNED
         SOURCE, ANSWER, PLANNED = 32, 8, False
-    table, status = Table(args.out), 0
+    table = Table(args.out)
     for name in args.sections or SECTIONS:
-        try:
+        clean()
+        with table.failure_as_row(name):
             globals()[f"section_{name}"](table, TINY if args.tiny else CONFIGS)
-        except Exception as error:  # the other sections still run
-            status = 1
-            table.add(f"{name}: {type(error).__name__}: {str(error)[-300:]}".replace("\n", " "), None, "")
-    return status
+    return int(table.failed)
 
 
 if __name__ == "__main__":
