@@ -20,6 +20,7 @@ from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast,
 ROOT = Path(__file__).resolve().parent.parent
 REAL_BENCHMARK = ROOT.parent / "shared" / "cl_benchmark_small"
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; benchmarks/gpu.sh is for a GPU
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -112,8 +113,7 @@ def losses(folder: Path) -> list[float]:
 # The scripts, in a checkout of their own whose entry is a stand-in
 
 VARIABLES = ("MODEL", "DATA_DIR", "METHOD", "NPROC", "DS_CONFIG", "SEED", "OUTPUT", "EXTRA", "SAVE_STEPS",
-             "DRY_RUN", "GORP_ENV", "VIRTUAL_ENV", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE",
-             "CUDA_VISIBLE_DEVICES")
+             "DRY_RUN", "GORP_ENV", "VIRTUAL_ENV", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE")
 ENTRY = """
 import json, os, pathlib, sys
 order = pathlib.Path(sys.argv[1])
@@ -132,8 +132,11 @@ for number, dataset in enumerate(("dbpedia", "amazon", "yahoo", "agnews"), 1):
 
 
 def bash(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
-    """Run bash with this interpreter's environment first on PATH and none of the scripts' variables but `variables`."""
+    """Run bash without a GPU, with this interpreter's environment first on PATH and, of the scripts' variables, only
+    `variables`.
+    """
     environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(["bash", *command], cwd=cwd, env=environment | variables, capture_output=True, text=True)
 
