@@ -289,6 +289,8 @@ run_order() {  # FAMILY NAME
         started=$SECONDS
         one_at_a_time make_small_parts
         set_command
+        command -v "${launch[0]}" >/dev/null || fail "${launch[0]}: its package is installed, but PATH has no such" \
+            "command; add the folder of pip's scripts"
         trap 'say "$name: interrupted; the same command${fresh:+ without --fresh} resumes" >&2; exit 130' INT
         run_tasks
         [ "$node" -gt 0 ] || "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"

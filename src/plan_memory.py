@@ -23,6 +23,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, T5Config
 from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -49,6 +51,40 @@ STEP = "a micro-batch"
 BASES = "new bases"
 END = "the task's end"
 STATE = "fp32 masters and Adam moments"
+
+
+class FusedAttention(torch.autograd.Function):
+    """What a GPU's fused attention keeps for the backward pass: the mask, but no scores."""
+
+    @staticmethod
+    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None):
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, mask, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+
+class GpuKernels(TorchFunctionMode):
+    """Lets autograd keep what it keeps on a GPU, where attention is one operation, and so is dropout.
+
+    On the meta device, as on a CPU, both are made of several operations that keep more.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        here = {F.scaled_dot_product_attention: self.attention, F.dropout: self.dropout}.get(function, function)
+        return here(*args, **(kwargs or {}))
+
+    @staticmethod
+    def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        return torch.native_dropout(input, p, training)[0] if training and p else input  # keeps a byte for each value
+
+    @classmethod
+    def attention(cls, query, key, value, attn_mask=None, dropout_p=0.0, **_) -> torch.Tensor:
+        if attn_mask is None or attn_mask.stride(-1) == 1:
+            return FusedAttention.apply(query, key, value, attn_mask)
+        # T5's position bias: the fused kernels need values that lie side by side.
+        half = 0.5  # any factor: scaled copies are kept
+        weights = torch.softmax((query * half) @ (key * half).mT + attn_mask, -1)
+        return cls.dropout(weights, dropout_p) @ value
 
 
 @dataclass(kw_only=True)
@@ -205,7 +241,7 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
     length = source if config.is_encoder_decoder else source + answer
     ids = torch.ones(size, length, dtype=torch.long, device="meta")
     mask = torch.zeros(size, 1, length, length, dtype=model.dtype, device="meta")  # as padding makes it
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with GpuKernels(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         stack = model.get_encoder() if config.is_encoder_decoder else model.get_decoder()
         encoded = stack(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         if config.is_encoder_decoder:

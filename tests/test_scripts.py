@@ -285,6 +285,14 @@ def launch_with_gpus(**variables: str) -> subprocess.CompletedProcess:
                 DRY_RUN="1", **variables)
 
 
+def test_a_launcher_that_is_not_on_path_is_said_before_anything_runs(checkout, tmp_path):
+    (tmp_path / "python").symlink_to(sys.executable)
+    done = order_1(checkout, NPROC="2", GORP_ENV="active", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert done.returncode == 2 and not (checkout / "logs_and_outputs").exists()
+    assert done.stderr.splitlines()[-1] == ("error: deepspeed: its package is installed, but PATH has no such command; "
+                                            "add the folder of pip's scripts")
+
+
 @pytest.mark.parametrize("variables, launcher", [
     ({"CUDA_VISIBLE_DEVICES": "4"}, [sys.executable, "src/run_order.py"]),  # one process needs no launcher
     ({"NPROC": "2", "CUDA_VISIBLE_DEVICES": "4,5,6"}, ["deepspeed", "--include", "localhost:4,5"]),
