@@ -45,7 +45,7 @@ SECTIONS = ("step", "zero", "agree", "resume", "svd")
 STEPS, WARM_UP = 5, 2
 SOURCE, ANSWER = 512, 50
 TIME, MEMORY, PLAN = 1.10, 1.05, 0.10  # targets: most time and memory relative to LoRA's; the plan's largest error
-LOSS = 1e-3  # target: a loss's largest relative error
+FIRST, LOSS = 5, 1e-3  # target: how far a loss of the first steps may be from the CPU's; rounding errors soon grow
 MODULES = {
     "llama": {"lora_modules": ".*self_attn.(q_proj|v_proj).*", "optim_target_modules": [".*mlp.gate_proj.*"],
               "proj_lora_modules": ".*self_attn.(q_proj|v_proj).loranew_A.*"},
@@ -351,8 +351,11 @@ def with_mini_benchmark(section: Callable[[Table, Path], None]) -> Callable:
 @with_mini_benchmark
 def section_agree(table: Table, folder: Path) -> None:
     here, there = train(folder, "device"), train(folder, "cpu", "--use_cpu", "True")
-    apart = max(abs(a / b - 1) for a, b in zip(losses(here), losses(there), strict=True))
-    table.add("the tiny T5, 20 steps: a loss, GPU / CPU - 1", apart, "", f"within {LOSS:g}", apart <= LOSS)
+    apart = [abs(a / b - 1) for a, b in zip(losses(here), losses(there), strict=True)]
+    first = max(apart[:FIRST])
+    table.add(f"the tiny T5: a loss of the first {FIRST} steps, GPU / CPU - 1", first, "", f"within {LOSS:g}",
+              first <= LOSS)  # fmt: skip
+    table.add(f"the same: of all {len(apart)} steps", max(apart), "")
     table.add("the same: largest difference of a weight afterwards", difference(here, there), "")
     for name, path in (("GPU", here), ("CPU", there)):
         results = json.loads((path / "predict_results.json").read_text())
