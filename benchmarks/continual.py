@@ -16,10 +16,10 @@ Each finished trial adds a line to RESULTS/outcomes.jsonl at once: all that the 
 of the benchmark. Trials in that file do not run again, so with `--out COPY/small-t5 --data_dir none --model none`, a
 copy of this project's finished trials in benchmarks/results, the tables in REPRODUCE.md are printed at once.
 RESULTS/made_of.json has the digests of model and data; any others are rejected. An interrupted trial resumes, unless
-the code has changed since: then delete its folder. `--learnt_by METHOD` adds the AP over only those tasks that METHOD,
-usually multi-task training, answers better than always giving the most frequent label would. Two methods differ if the
-interval of their difference (`src/report/bootstrap.py`) does not contain 0; with a single seed, this holds for that
-seed only.
+the code has changed since: then delete its folder. `--also` adds the trials of other machines. `--learnt_by METHOD`
+adds the AP over only those tasks that METHOD, usually multi-task training, answers better than always giving the most
+frequent label would. Two methods differ if the interval of their difference (`src/report/bootstrap.py`) does not
+contain 0; with a single seed, this holds for that seed only.
 """
 
 import argparse
@@ -121,13 +121,31 @@ KNOBS = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What all trials share: the tasks of each order, and for tests flags (`extra`) that no outcome records."""
+    """What all trials share: the tasks of each order, and for tests flags (`extra`) that no outcome records.
+
+    `also` are results folders of other machines, whose trials count as finished.
+    """
 
     data_dir: Path
     model: Path
     out: Path
     orders: Mapping[str, list[str]]
     extra: tuple[str, ...] = ()
+    also: tuple[Path, ...] = ()
+
+    def finished(self) -> dict[Trial, Outcome]:
+        """The finished trials. Where several folders have one, the first of `out` and `also` counts.
+
+        Raises:
+            InputError: a folder holds results of another model or of other examples.
+        """
+        outcomes: dict[Trial, Outcome] = {}
+        for folder in (self.out, *self.also):
+            theirs, own = made_of(folder), made_of(self.out)
+            if others := {name for name in theirs.keys() & own.keys() if theirs[name] != own[name]}:
+                raise InputError(f"--also: {folder} holds results of another {min(others)} than {self.out}")
+            outcomes = read_outcomes(folder) | outcomes
+        return outcomes
 
     def family(self) -> str:
         """The key of `FAMILIES` whose flags the model gets: t5 or llama, whichever has the same module names."""
@@ -157,12 +175,8 @@ class Bench:
 
     def majorities(self) -> dict[str, float]:
         """Dataset -> share of its most frequent label among the test examples, 0 to 1."""
-        kept = self._made_of()
+        kept = made_of(self.out)
         return {task.split("/")[1]: kept[f"{task}/majority"] for task in self.tasks() if f"{task}/majority" in kept}
-
-    def _made_of(self) -> dict[str, str | float]:
-        path = self.out / "made_of.json"
-        return read_json(path) if path.exists() else {}
 
     def tasks(self) -> list[str]:
         """The tasks of all orders, each once."""
@@ -179,7 +193,7 @@ class Bench:
                     for task in self.tasks() for part in ("labels", "train", "dev", "test")}
         found: dict[str, str | float] = {name: digest(path) for name, path in (weights | examples).items()}
         found |= {f"{task}/majority": majority(self.data_dir / task) for task in self.tasks()}
-        before = self._made_of()
+        before = made_of(self.out)
         stored = {name for name in before if name.endswith(".safetensors")}
         others = {name for name, value in found.items() if before.get(name, value) != value}
         if stored:  # of this model
@@ -205,6 +219,12 @@ class Bench:
             *COMMON, *FAMILIES[self.family()], *(ON_A_GPU if torch.cuda.is_available() else []), *self.extra,
             *trial.flags(),
         ]  # fmt: skip
+
+
+def made_of(out: Path) -> dict[str, str | float]:
+    """File -> digest, of the model and the examples behind the results in `out`; also each task's majority."""
+    path = out / "made_of.json"
+    return read_json(path) if path.exists() else {}
 
 
 def majority(folder: Path) -> float:
@@ -258,7 +278,7 @@ def end_with_parent() -> None:
 
 def run_all(bench: Bench, trials: list[Trial], workers: int) -> dict[Trial, str]:
     """Run the trials that `outcomes.jsonl` lacks in worker processes; return those that failed, with the reason."""
-    finished = read_outcomes(bench.out)
+    finished = bench.finished()
     waiting = [trial for trial in dict.fromkeys(trials) if trial not in finished]
     failures: dict[Trial, str] = {}
     if waiting:
@@ -323,7 +343,7 @@ def compare(bench: Bench, reference: str, trials: list[Trial], workers: int,
         learnt_by: the method whose learnt tasks get a column.
     """
     failures = run_all(bench, trials, workers)
-    finished = read_outcomes(bench.out)
+    finished = bench.finished()
     outcomes = [finished[trial] for trial in trials if trial in finished]
     counts = {trial.method: sum(map(len, tried(searched, trial.method).values())) for trial in trials}
     learnt = None
@@ -347,11 +367,13 @@ def main() -> int:
     parser.add_argument("--dev", action="store_true", help="compare --methods on dev examples, to choose among them")
     parser.add_argument("--settings_from", type=Path, nargs="+", default=[],
                         help="results folders that contain the searches; default: --out")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], metavar="FOLDER",
+                        help="results folders of other machines, whose trials count as finished")
     parser.add_argument("--search", action="store_true", help="find each method's settings, on dev examples")
     args = parser.parse_args()
     orders = [SEARCHED] if args.search else args.orders or SHORT
     bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve(),
-                  {order: ORDERS[order] for order in orders})
+                  {order: ORDERS[order] for order in orders}, also=tuple(args.also))
     try:
         _check(args)
         if args.search:
@@ -363,19 +385,20 @@ def main() -> int:
                   for seed in args.seeds for order in orders for method in methods]
         reference = OURS if OURS in methods and split == "test" else methods[0]
         print(compare(bench, reference, trials, args.workers, folders, args.learnt_by))
-        return 0 if read_outcomes(bench.out).keys() >= set(trials) else 1
+        return 0 if bench.finished().keys() >= set(trials) else 1
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
 
 
 def _check(args: argparse.Namespace) -> None:
     """Reject flags that would have no effect, and those that would make a run fail late."""
-    for flag in ("dev", "orders", "settings_from", "learnt_by"):
+    for flag in ("dev", "orders", "settings_from", "learnt_by", "also"):
         if args.search and getattr(args, flag):
             raise InputError(f"--search: found --{flag} as well, which it does not read")
-    for folder in args.settings_from:
-        if not (folder / "outcomes.jsonl").exists():
-            raise InputError(f"--settings_from: {folder} has no outcomes.jsonl; allowed: the --out of a --search")
+    for flag, what in (("settings_from", "the --out of a --search"), ("also", "the --out of a comparison")):
+        for folder in getattr(args, flag):
+            if not (folder / "outcomes.jsonl").exists():
+                raise InputError(f"--{flag}: {folder} has no outcomes.jsonl; allowed: {what}")
     if args.learnt_by and args.learnt_by not in (args.methods or METHODS):
         raise InputError(f"--learnt_by: found {args.learnt_by!r}; allowed: one of --methods")
     if args.workers < 1:
