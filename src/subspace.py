@@ -107,15 +107,18 @@ class GradientSpace:
 
         The SVDs run on the moments' device, and with several ranks only on the first, which saves the space. A moment
         that is not finite, or whose SVD does not converge, is skipped with a warning; a zero one with a line in the
-        log.
+        log. Neighbours that see the same inputs, such as an attention's q and v, share one SVD.
         """
+        last: tuple[Tensor | None, ...] = (None, None, None)  # a moment, and its S before and after
         for name, moment in tqdm(moments.items(), "shared space", leave=False, delay=1) if is_first() else ():
-            M = columns_of(moment, self.side)
+            M, S = columns_of(moment, self.side), self.get(name)
             if not M.any():  # as in every later task once S is full: no reason to warn
                 detail.info("%s: the moment is zero; its gradient space does not change", name)
                 continue
             try:
-                self.bases[_key(name)] = extend_basis(self.get(name), M, self.energy)
+                if not (_equal(M, last[0]) and _equal(S, last[1])):
+                    last = M, S, extend_basis(S, M, self.energy)
+                self.bases[_key(name)] = last[2].clone()
             except torch.linalg.LinAlgError as error:
                 logger.warning("%s: %s; its gradient space does not change", name, error)
 
@@ -158,6 +161,12 @@ class GradientSpace:
 
 def _key(name: str) -> str:
     return name.removesuffix(".weight")
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return (one.shape, one.device) == (other.shape, other.device) and torch.equal(one, other)
 
 
 def layer_inputs(

@@ -91,6 +91,23 @@ def test_input_side_holds_the_columns():
     assert space.get("absent") is None and list(space.bases) == ["q"]
 
 
+def test_neighbours_with_the_same_inputs_and_space_share_one_svd(monkeypatch, tmp_path):
+    seen, others = (torch.randn(20, 6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    counted, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda M, **options: counted.append(M.shape) or svd(M, **options))
+    space, alone = GradientSpace("input", 0.5), GradientSpace("input", 0.5)
+    space.extend({"q": seen, "v": seen.clone(), "up": others})
+    alone.extend({"v": seen})
+    assert len(counted) == 2 + 1
+    assert space.get("q").equal(space.get("v")) and space.get("v").equal(alone.get("v"))
+    assert not space.get("up").equal(space.get("v"))
+    space.save(tmp_path / "space.safetensors")  # rejects tensors that share their memory
+    counted.clear()
+    space.bases["v"] = space.get("up")  # the same inputs, another space
+    space.extend({"q": others, "v": others})
+    assert len(counted) == 1 and not space.get("q").equal(space.get("v")), "v's space held them already"
+
+
 @pytest.mark.parametrize("side", ["output", "input"])
 def test_a_moment_of_two_thin_factors_needs_no_svd_of_the_product(side, monkeypatch):
     A, B = (torch.randn(shape, generator=torch.Generator().manual_seed(5)) for shape in ((40, 3), (3, 60)))
