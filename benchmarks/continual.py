@@ -97,7 +97,7 @@ FAMILIES = {
     """),
 }
 """Flags by the model's type: examples per step, steps per task, and the modules that train, as published."""
-ON_A_GPU = ["--per_device_eval_batch_size", "100"]  # a GPU answers a larger batch in the same time
+ON_A_GPU = ["--per_device_eval_batch_size", "100"]  # small batches leave a GPU idle
 
 # What `--search` tries: values of a method's main learning rate, then other values of the method's own knob.
 RATES = {"galore": ("--galore_lr", ["1e-3", "3e-3", "1e-2"]), "osf": ("--learning_rate", ["1e-4", "3e-4", "1e-3"])}
@@ -137,14 +137,15 @@ class Bench:
         """The finished trials. Where several folders have one, the first of `out` and `also` counts.
 
         Raises:
-            InputError: a folder holds results of another model or of other examples.
+            InputError: a folder of `also` has results of another model or of other examples, or does not say of which.
         """
-        outcomes: dict[Trial, Outcome] = {}
-        for folder in (self.out, *self.also):
-            theirs, own = made_of(folder), made_of(self.out)
-            if others := {name for name in theirs.keys() & own.keys() if theirs[name] != own[name]}:
-                raise InputError(f"--also: {folder} holds results of another {min(others)} than {self.out}")
-            outcomes = read_outcomes(folder) | outcomes
+        outcomes, known = read_outcomes(self.out), made_of(self.out)
+        for folder in self.also:
+            if not (theirs := made_of(folder)):
+                raise InputError(f"--also: {folder} has no made_of.json; allowed: the --out of a comparison")
+            if others := {name for name in theirs.keys() & known.keys() if theirs[name] != known[name]}:
+                raise InputError(f"--also: the results in {folder} are of another {min(others)} than the others")
+            outcomes, known = read_outcomes(folder) | outcomes, theirs | known
         return outcomes
 
     def family(self) -> str:
@@ -175,7 +176,7 @@ class Bench:
 
     def majorities(self) -> dict[str, float]:
         """Dataset -> share of its most frequent label among the test examples, 0 to 1."""
-        kept = made_of(self.out)
+        kept = {name: value for folder in (*self.also, self.out) for name, value in made_of(folder).items()}
         return {task.split("/")[1]: kept[f"{task}/majority"] for task in self.tasks() if f"{task}/majority" in kept}
 
     def tasks(self) -> list[str]:
@@ -283,6 +284,7 @@ def run_all(bench: Bench, trials: list[Trial], workers: int) -> dict[Trial, str]
     failures: dict[Trial, str] = {}
     if waiting:
         bench.prepare()
+        bench.finished()  # rejects results of other examples in `also`, now that the digests of `out` are known
     # Spawned, not forked: PyTorch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:

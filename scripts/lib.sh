@@ -286,11 +286,11 @@ run_order() {  # FAMILY NAME
         check_model
         one_at_a_time set_up "${requirements[@]}"
         has_gpu || true   # rejects a GPU that PyTorch cannot use
-        started=$SECONDS
-        one_at_a_time make_small_parts
         set_command
         command -v "${launch[0]}" >/dev/null || fail "${launch[0]}: its package is installed, but PATH has no such" \
-            "command; add the folder of pip's scripts"
+            "command; add the folder where pip put it to PATH"
+        started=$SECONDS
+        one_at_a_time make_small_parts
         trap 'say "$name: interrupted; the same command${fresh:+ without --fresh} resumes" >&2; exit 130' INT
         run_tasks
         [ "$node" -gt 0 ] || "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"

@@ -78,10 +78,10 @@ class GpuKernels(TorchFunctionMode):
         return torch.native_dropout(input, p, training)[0] if training and p else input  # keeps a byte for each value
 
     @classmethod
-    def attention(cls, query, key, value, attn_mask=None, dropout_p=0.0, **_) -> torch.Tensor:
-        if attn_mask is None or attn_mask.stride(-1) == 1:
+    def attention(cls, query, key, value, attn_mask=None, dropout_p=0.0, *_, **__) -> torch.Tensor:
+        if attn_mask is None or attn_mask.stride(-1) == 1 or key.shape[1] != query.shape[1]:
             return FusedAttention.apply(query, key, value, attn_mask)
-        # T5's position bias: the fused kernels need values that lie side by side.
+        # T5's position bias in Transformers 5.17: the fused kernels need a mask whose last dimension is contiguous.
         half = 0.5  # any factor: scaled copies are kept
         weights = torch.softmax((query * half) @ (key * half).mT + attn_mask, -1)
         return cls.dropout(weights, dropout_p) @ value

@@ -243,7 +243,14 @@ def test_trials_of_another_machine_count_unless_this_one_has_them(bench, tmp_pat
     assert bench.finished() == {both: here, theirs: there}
     assert "| gorp |" in compare(bench, "gorp", [both, theirs], 1) and not theirs.folder(bench.out).exists()
     edit(other / "made_of.json", lambda made: made | {"TC/agnews/test.json": "0"})
-    with pytest.raises(InputError, match=r"--also: .*other holds results of another TC/agnews/test.json than "):
+    with pytest.raises(InputError, match="--also: .*other are of another TC/agnews/test.json than"):
+        bench.finished()
+    new = dataclasses.replace(bench, out=tmp_path / "new")
+    with pytest.raises(InputError, match="of another TC/agnews/test.json"):
+        compare(new, "gorp", [Trial("gorp", "A", 3)], 1)
+    assert not (tmp_path / "new" / "test").exists(), "before anything runs"
+    (other / "made_of.json").unlink()
+    with pytest.raises(InputError, match="--also: .* has no made_of.json"):
         bench.finished()
 
 

@@ -34,10 +34,11 @@ def test_every_contender_steps(tmp_path):
 
 @pytest.mark.recipe
 def test_the_other_sections(tmp_path):
-    found = rows(tmp_path, "zero", "agree", "resume")
+    found = rows(tmp_path, "zero", "agree", "resume", "svd")
     assert found["llama: a step under ZeRO-2 on one rank / without DeepSpeed"]["value"] > 0
-    [agree] = [row for what, row in found.items() if "GPU and CPU" in what]
+    agree = found["the tiny T5: a loss of the first 5 steps, GPU / CPU - 1"]
     [resume] = [row for what, row in found.items() if "resumed" in what]
+    assert found["t5: exact SVDs of all 4 weights (one timed, multiplied)"]["value"] > 0
     assert agree["met"] and resume["met"] and resume["value"] == 0
 
 

@@ -285,12 +285,14 @@ def launch_with_gpus(**variables: str) -> subprocess.CompletedProcess:
                 DRY_RUN="1", **variables)
 
 
-def test_a_launcher_that_is_not_on_path_is_said_before_anything_runs(checkout, tmp_path):
+def test_a_launcher_that_is_not_on_path_is_reported_before_anything_is_made(checkout, tmp_path):
+    shutil.rmtree(checkout / "data" / "mini_benchmark")
     (tmp_path / "python").symlink_to(sys.executable)
     done = order_1(checkout, NPROC="2", GORP_ENV="active", PATH=f"{tmp_path}:/usr/bin:/bin")
     assert done.returncode == 2 and not (checkout / "logs_and_outputs").exists()
+    assert not (checkout / "data" / "mini_benchmark").exists()
     assert done.stderr.splitlines()[-1] == ("error: deepspeed: its package is installed, but PATH has no such command; "
-                                            "add the folder of pip's scripts")
+                                            "add the folder where pip put it to PATH")
 
 
 @pytest.mark.parametrize("variables, launcher", [
