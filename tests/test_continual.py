@@ -330,6 +330,9 @@ NAMES = ["sgorp", "gorp", "gorp --preset released"]
      "olora --lamda_1 0.05", "nlora", "osf", "inclora", "seqlora", "multitask", "multitask --learning_rate 1e-3"],
     ["smollm2-135m", "--orders", "L", "--learnt_by", "multitask --learning_rate 1e-3", "--methods", "sgorp", "gorp",
      "inflora --inflora_energy 0.995", "galore", "olora", "ella", "multitask --learning_rate 1e-3"],
+    ["smollm2-135m", "--also", "smollm2-135m-h200", "--orders", "L", "--seeds", "1", "2", "--learnt_by",
+     "multitask --learning_rate 1e-3", "--methods", "sgorp", "galore", "olora", "slao", "ella",
+     "multitask --learning_rate 1e-3"],
     ["gemma3-270m", "--orders", "A", "--methods", "sgorp", "olora", "gorp", "gorp --galore_lr 1e-5 --galore_rank 8",
      "multitask", "multitask --learning_rate 1e-3"],
 ])  # fmt: skip
