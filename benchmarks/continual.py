@@ -6,7 +6,7 @@
 
 Every method trains on the same 160 examples of each task for the same number of steps. After every task it answers the
 same test examples (200 a task, where it has as many) of all tasks so far. On dev examples, and with a LLaMA, which is
-slow at answering, it answers only the current task's, and all tasks' after the last. A method is given by its name and,
+slow, it answers only the current task's examples and, after the last task, all. A method is given by its name and,
 optionally, flags, which override all others: `--methods olora "sgorp --protect none"`. Settings are chosen on dev
 examples: `--search` tries, on one order, three learning rates and then, at the best rate, two more values of the
 method's own knob (`KNOBS`), or two more rates if it has no knob; `--dev --methods` compares variants of a method. A

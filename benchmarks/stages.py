@@ -5,7 +5,7 @@
 Runs the scripts with `--tiny` once for each way and prints one table. A way that has results in the folder is not run
 again. There are two targets: every accuracy after the last task within 2 points of one process, and the averages of
 16-bit training within 1 point of float32. A control, one process with two threads, shows how far rounding alone moves
-the results; no way can be expected to be closer than that.
+the results; none of the ways can be expected to come closer than that.
 
 DeepSpeed rejects fp16 on a CPU without fast kernels for it, although PyTorch can compute it there. For that way, a
 `sitecustomize.py` in a temporary folder therefore declares that the CPU supports it.

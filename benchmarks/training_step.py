@@ -7,7 +7,7 @@ that its memory is measured alone; the contenders take turns. After a few warm-u
 which include exactly one refresh of the projection.
 
 * `gorp`: an order's second task as `--method gorp` trains it: the new LoRA on q_proj and v_proj beside the frozen one,
-  gate_proj in full rank, and the shared space of the first task; with trainable cores whose bases come from a sketch
+  gate_proj at full rank, and the shared space of the first task; with trainable cores whose bases come from a sketch
   (`--galore_engine cores --galore_svd sketch`).
 * `gorp, dense`: the same with ProjAdamW and the default, randomised SVD.
 * `lora`: PEFT's LoRA on q_proj, v_proj and gate_proj under Hugging Face's Trainer with its AdamW.

@@ -10,7 +10,7 @@ set -euo pipefail
 gpu=''      # what has_gpu found; not the user's variable of that name
 script=$0   # made absolute, as the current folder changes below
 [[ $script == /* ]] || script=$PWD/$script
-for variable in OUTPUT MODEL DATA_DIR DS_CONFIG HOSTFILE; do   # started elsewhere: what lies there, and results
+for variable in OUTPUT MODEL DATA_DIR DS_CONFIG HOSTFILE; do   # if run elsewhere, make OUTPUT and found paths absolute
     [[ -z ${!variable:-} || ${!variable} == /* ]] || [[ $variable != OUTPUT && ! -e ${!variable} ]] ||
         [ "$PWD" -ef "$(dirname "${BASH_SOURCE[0]}")/.." ] || printf -v $variable %s "$PWD/${!variable}"
 done

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="a task's output folder, its adapter folder, or an exported model")
     parser.add_argument("--dataset", required=True, help="TASK/NAME, whose prompt is used, such as TC/dbpedia")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", help="the text to ask about, as it would stand in the benchmark")
+    source.add_argument("--text", help="the text to ask about, as it would appear in the benchmark")
     source.add_argument("--file", type=Path, help="a UTF-8 file, one text per line, with \\n for a line break in a "
                         "text and \\\\ for a backslash (yelp and yahoo have \\n itself in their texts: \\\\n)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision in which the model answers")

@@ -69,7 +69,7 @@ class DataArguments:
         default="all", help="all: after each task, test all so far; ends: only the new one, all after the last task."
     )
     zero_shot: bool = HfArg(default=False, help="Before training, test on this and later tasks (forward transfer).")
-    unseen_config_dir: str | None = HfArg(default=None, help="A task's folder: also test its new datasets.")
+    unseen_config_dir: str | None = HfArg(default=None, help="A task's folder: also test its unseen datasets.")
     num_examples: int = HfArg(default=0, help="Solved examples shown in each prompt (few-shot).")
     add_task_name: bool = HfArg(default=False, help="Begin the prompt with the task's name.")
     add_dataset_name: bool = HfArg(default=False, help="Begin the prompt with the dataset's name.")

@@ -18,7 +18,7 @@ EXAMPLES_NAMED = 16
 class NonFiniteGuard:
     """Keeps NaN and infinity out of the weights during one task.
 
-    Right before the optimizer steps, all ranks agree whether one of them has seen a loss or gradient that is not
+    Right before the optimizer steps, all ranks agree on whether one has seen a loss or gradient that is not
     finite. If so, every gradient becomes None, so that the optimizer leaves parameters, moments and counts as they
     are. This reads one value per step from the device, and works for each slice that a ZeRO optimizer updates.
 

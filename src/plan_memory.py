@@ -273,7 +273,7 @@ def build_on_meta(name: str) -> nn.Module:
         raw = {} if name in PRESETS else PreTrainedConfig.get_config_dict(name)[0]
         with torch.device("meta"):
             model = model_class(config, name)(config)
-            if raw.get("tie_word_embeddings") is False:  # but T5's config class, for one, ties whatever the file says
+            if raw.get("tie_word_embeddings") is False:  # which some config classes, such as T5's, ignore
                 head = model.get_output_embeddings()
                 head.weight = nn.Parameter(torch.empty_like(head.weight))
         return model

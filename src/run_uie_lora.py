@@ -124,7 +124,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     trains = training_args.do_train and len(examples["train"]) > 0
     if training_args.do_train and not trains and loaded.previous is None:
         raise InputError(f"--method {method.full_name}: chose no training examples for the first task, which has no "
-                         "earlier result to keep; one at least is needed")
+                         "earlier result to keep; at least one is needed")
     checkpoint = of_first_rank(lambda: find_checkpoint(trainer, progress)) if trains else None
     zero_shot = {}
     if "zero_shot" in examples and (trains or not training_args.do_train):  # multitask's later tasks have no such score

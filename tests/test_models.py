@@ -393,8 +393,8 @@ Tiny models with random weights and large logits are compared with Transformers'
 
 """
 OUTRO = """
-A decoder-only type that is not listed is compared when it is loaded: its loss on a short left-padded batch with the
-stock class's on each example. Where they differ (GPT-2's learned positions, which padding shifts), it is an error.
+A decoder-only type that is not listed is checked when it is loaded: its loss on a short left-padded batch must equal
+the stock class's on each example. If it does not (GPT-2: padding shifts its learned positions), this is an error.
 
 ## Where LoRA and full-rank training go
 
@@ -413,7 +413,7 @@ LAST = """
 ## Languages
 
 mBART and NLLB answer in the language of the prompt, the tokenizer's `src_lang` (English unless its files say
-otherwise): its code begins the answer and is not part of the text.
+otherwise): the language's code begins the answer and is not part of its text.
 
 ## Small pretrained models
 

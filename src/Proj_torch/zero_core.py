@@ -16,7 +16,7 @@ with elementwise AdamW on C, whose result does not depend on how C is partitione
   (`exact`, `lowrank`: the matrix, on rank 0, which sends the bases to the others; `sketch`: only thin products), and
   the core's gradient L^T G R is formed with the new bases, before ZeRO reduces it like any other. Earlier
   micro-batches give the core a zero gradient, so that the basis sees the complete batch. Nothing is lost, unless
-  LayerDrop skips a layer in the last micro-batch: then what the layer has collected is.
+  LayerDrop skips a layer in the last micro-batch: then what the layer has collected is lost.
 * **The fold**: before the first micro-batch of a refresh step, W <- d W + L C R^T on every rank, C <- 0, d <- 1. The
   moments stay, as in published GaLore. A 16-bit W keeps its rounding error beside it, so small updates are not lost.
 * **Weight decay** W <- (1 - lr wd) W is the number d of each layer, applied in the forward pass and in the fold; on C
@@ -80,7 +80,7 @@ class CoreEngine:
                 lambda grad, name=name: remove(grad, self.spaces[name], plan.side).to(grad.dtype)
             )
         self.step = 0  # optimizer steps taken
-        self._is_last = True  # whether the current micro-batch, or between two steps the one before, ends its step
+        self._is_last = True  # whether the current micro-batch (between steps, the previous one) ends its step
         self._open = False  # whether that step has yet to be taken
 
     def create_optimizer(self, factors: Mapping[str, nn.Parameter], **adam: Any) -> torch.optim.AdamW:

@@ -16,7 +16,7 @@ from files import check_values, read_object, read_tensors
 from loranew.layer import LoraNewConfig, LoraNewLinear
 from module_matching import check_linear, check_rank
 
-# The `peft_type` of what PEFT would load without noticing that it lacks a part: it stops and gives this reason.
+# The `peft_type` of adapters that PEFT would otherwise load in part without noticing: PEFT stops and prints it.
 PEFT_TYPE = "LORA that PEFT cannot load completely, see README.md"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -4,7 +4,7 @@ A new LoRA for each task, the old ones frozen, and a penalty, the sum over LoRA 
 
     lambda ||dW * W_past||_F^2     dW = s B_new A_new, W_past = s B_old A_old (all earlier tasks), * elementwise
 
-An entry that earlier tasks have changed much is expensive to change again; one that they left alone is free. The paper
+An entry that earlier tasks have changed a lot is costly to change again; one that they left alone is free. The paper
 keeps W_past (out, in) for each layer. The old factors, which are kept anyway, are enough: the penalty and its gradient
 
     df/dB = 2 lambda s^2 (W_past^2 * B A) A^T      df/dA = 2 lambda s^2 B^T (W_past^2 * B A),   A, B of the new LoRA

@@ -1,6 +1,6 @@
 """GaLore in sequence (Zhao et al., ICML 2024): full-rank weights by a low-rank gradient projection, and nothing else.
 
-The weights that `--optim_target_modules` names train by `ProjAdamW` with the `galore_` options, from task to task,
+`ProjAdamW`, with the `galore_` options, trains the weights named by `--optim_target_modules`, from task to task,
 without a LoRA and without a protected space. The paper trains every other parameter too, by plain Adam; here they
 stay frozen, so that the weights are those that GORP changes.
 """

@@ -2,7 +2,7 @@
 
 For each task:
 
-1. A new LoRA trains on `--lora_modules`, and the weights of `--optim_target_modules` train in full rank, their
+1. A new LoRA trains on `--lora_modules`, and the weights of `--optim_target_modules` train at full rank, their
    gradients G projected to rank k by bases taken from G at every `--galore_update_proj_gap`-th step.
 2. S is the shared gradient space of earlier tasks, one orthonormal basis for each protected LoRA factor and full-rank
    weight. A (projected) gradient R becomes R - S S^T R before Adam.

@@ -34,7 +34,7 @@ SPACE_FILE = "input_space.safetensors"
 @dataclass
 class InfloraArguments(LoraArguments):
     inflora_energy: float = field(
-        default=0.995, metadata={"help": "Share eps of a task's input energy in M after the first task; then grows."}
+        default=0.995, metadata={"help": "Share of the first task's input energy that is protected; grows later."}
     )
 
     def __post_init__(self):

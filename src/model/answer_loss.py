@@ -23,8 +23,8 @@ class AnswerLoss:
     """A mixin in front of a causal language model of Transformers: the same loss for less memory.
 
     An answer has a few tokens after a prompt of hundreds, and each position's logits span the vocabulary. Here the
-    stock forward, with whatever scaling or soft-capping it has, computes logits only from the first position on that
-    precedes a label in any example (`logits_to_keep`). Without labels (in generation) this is the stock class.
+    stock forward, with whatever scaling or soft-capping it has, computes logits only from the position before the
+    batch's first label onwards (`logits_to_keep`). Without labels (in generation) this is the stock class.
     """
 
     @can_return_tuple
