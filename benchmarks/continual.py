@@ -24,6 +24,7 @@ contain 0; with a single seed, this holds for that seed only.
 
 import argparse
 import contextlib
+import filecmp
 import json
 import multiprocessing
 import os
@@ -35,7 +36,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,8 +144,8 @@ class Bench:
         for folder in self.also:
             if not (theirs := made_of(folder)):
                 raise InputError(f"--also: {folder} has no made_of.json; allowed: the --out of a comparison")
-            if others := {name for name in theirs.keys() & known.keys() if theirs[name] != known[name]}:
-                raise InputError(f"--also: the results in {folder} are of another {min(others)} than the others")
+            if other := differing_file(theirs, known):
+                raise InputError(f"--also: the results in {folder} are of another {other} than the others")
             outcomes, known = read_outcomes(folder) | outcomes, theirs | known
         return outcomes
 
@@ -172,7 +173,7 @@ class Bench:
             copy = self.out / "dev_benchmark" / task
             copy.mkdir(parents=True, exist_ok=True)
             for name, source in [("labels", "labels"), ("train", "train"), ("dev", "dev"), ("test", "dev")]:
-                shutil.copyfile(self.data_dir / task / f"{source}.json", copy / f"{name}.json")
+                _copy_unless_there(self.data_dir / task / f"{source}.json", copy / f"{name}.json")
 
     def majorities(self) -> dict[str, float]:
         """Dataset -> share of its most frequent label among the test examples, 0 to 1."""
@@ -195,13 +196,11 @@ class Bench:
         found: dict[str, str | float] = {name: digest(path) for name, path in (weights | examples).items()}
         found |= {f"{task}/majority": majority(self.data_dir / task) for task in self.tasks()}
         before = made_of(self.out)
-        stored = {name for name in before if name.endswith(".safetensors")}
-        others = {name for name, value in found.items() if before.get(name, value) != value}
-        if stored:  # of this model
-            others |= stored ^ weights.keys()
-        if others:
-            raise InputError(f"--out: {self.out} holds results of another {min(others)}; use another folder, or "
-                             "that file")
+        if not before and read_outcomes(self.out):
+            raise InputError(f"--out: {self.out} has outcomes.jsonl but no made_of.json, so nothing says of which model "
+                             "and examples; use another folder")
+        if other := differing_file(before, found):
+            raise InputError(f"--out: {self.out} holds results of another {other}; use another folder, or that file")
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "made_of.json", before | found, indent=2)
 
@@ -226,6 +225,20 @@ def made_of(out: Path) -> dict[str, str | float]:
     """File -> digest, of the model and the examples behind the results in `out`; also each task's majority."""
     path = out / "made_of.json"
     return read_json(path) if path.exists() else {}
+
+
+def differing_file(one: Mapping[str, str | float], other: Mapping[str, str | float]) -> str | None:
+    """A file that two `made_of.json` do not agree on, None without one. They may know different datasets, but one model,
+    whose weights lie in the same files."""
+    differing = {name for name in one.keys() & other.keys() if one[name] != other[name]}
+    weights, others = ({name for name in made if name.endswith(".safetensors")} for made in (one, other))
+    return min(differing | (weights ^ others if weights and others else set()), default=None)
+
+
+def _copy_unless_there(source: Path, copy: Path) -> None:
+    """Leave an equal file as it is, since another command's trial may be reading it."""
+    if not copy.exists() or not filecmp.cmp(source, copy, shallow=False):
+        shutil.copyfile(source, copy)
 
 
 def majority(folder: Path) -> float:
@@ -277,7 +290,7 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def run_all(bench: Bench, trials: list[Trial], workers: int) -> dict[Trial, str]:
+def run_all(bench: Bench, trials: Sequence[Trial], workers: int) -> dict[Trial, str]:
     """Run the trials that `outcomes.jsonl` lacks in worker processes; return those that failed, with the reason."""
     finished = bench.finished()
     waiting = [trial for trial in dict.fromkeys(trials) if trial not in finished]
@@ -285,24 +298,36 @@ def run_all(bench: Bench, trials: list[Trial], workers: int) -> dict[Trial, str]
     if waiting:
         bench.prepare()
         bench.finished()  # rejects results of other examples in `also`, now that the digests of `out` are known
+        if kept := [finished[trial].revision for trial in dict.fromkeys(trials) if trial in finished]:
+            print(f"{len(waiting)} trials to run; {len(kept)} are stored, of revision "
+                  f"{', '.join(sorted({str(revision)[:7] for revision in kept}))}", flush=True)
     # Spawned, not forked: PyTorch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         running = {pool.submit(run, bench, trial): trial for trial in waiting}
-        for done in as_completed(running):
-            trial = running[done]
-            try:
-                outcome = done.result()
-            except BrokenProcessPool:
-                outcome = "a worker process was killed, perhaps for lack of memory; the same command resumes"
-            if isinstance(outcome, Outcome):
-                with open(bench.out / "outcomes.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(outcome)) + "\n")
-                said = "AP {:.2f}, BWT {:+.2f}".format(*outcome.measures)
-            else:
-                said = failures[trial] = outcome
-            print(f"{time.strftime('%H:%M')} {trial}: {said}", flush=True)
+        try:
+            for done in as_completed(running):
+                trial, outcome = running[done], result_of(done)
+                if isinstance(outcome, Outcome):
+                    with open(bench.out / "outcomes.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps(asdict(outcome)) + "\n")
+                    said = "AP {:.2f}, BWT {:+.2f}".format(*outcome.measures)
+                else:
+                    said = failures[trial] = outcome
+                print(f"{time.strftime('%H:%M')} {trial}: {said}", flush=True)
+        finally:  # interrupted: without this, all the waiting trials would still run
+            pool.shutdown(cancel_futures=True)
     return failures
+
+
+def result_of(done: Future) -> Outcome | str:
+    """What `run` returned, or why its process returned nothing."""
+    try:
+        return done.result()
+    except BrokenProcessPool:
+        return "a worker process was killed, perhaps for lack of memory; the same command resumes"
+    except Exception as error:  # such as a full disk: one trial's failure must not stop the others
+        return f"{type(error).__name__}: {error}"
 
 
 # The search
@@ -322,15 +347,17 @@ def knobs(method: str, rate: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [(flag, f"{float(best) * factor:g}") for factor in (0.5, 2)]
 
 
-def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> None:
-    """Try each method's settings on dev examples."""
-    def try_all(settings_of) -> None:
+def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> dict[Trial, str]:
+    """Try each method's settings on dev examples; return the trials that failed, with the reason. Only a method whose
+    rates could all be tried goes on to its knob: the best of some is not the result of an equal search."""
+    def try_all(settings_of) -> dict[Trial, str]:
         trials = [Trial(method, SEARCHED, seed, settings, "dev") for seed in seeds for method in methods
                   for settings in settings_of(method)]
-        run_all(bench, trials, workers)
+        return run_all(bench, trials, workers)
 
-    try_all(rates)
-    try_all(lambda method: knobs(method, best_settings([bench.out], method, among=rates(method))))
+    failures = try_all(rates)
+    methods = [method for method in methods if method not in {trial.method for trial in failures}]
+    return failures | try_all(lambda method: knobs(method, best_settings([bench.out], method, among=rates(method))))
 
 
 # The comparison
@@ -379,8 +406,8 @@ def main() -> int:
     try:
         _check(args)
         if args.search:
-            search(bench, args.methods or METHODS, args.seeds, args.workers)
-            return 0
+            failures = search(bench, args.methods or METHODS, args.seeds, args.workers)
+            return 1 if failures else 0
         methods, split = args.methods or METHODS, "dev" if args.dev else "test"
         folders = args.settings_from or [bench.out]
         trials = [Trial(method, order, seed, best_settings(folders, method), split)
@@ -401,6 +428,8 @@ def _check(args: argparse.Namespace) -> None:
         for folder in getattr(args, flag):
             if not (folder / "outcomes.jsonl").exists():
                 raise InputError(f"--{flag}: {folder} has no outcomes.jsonl; allowed: {what}")
+    if args.learnt_by and args.dev:
+        raise InputError("--learnt_by: found --dev as well; the most frequent labels are those of the test examples")
     if args.learnt_by and args.learnt_by not in (args.methods or METHODS):
         raise InputError(f"--learnt_by: found {args.learnt_by!r}; allowed: one of --methods")
     if args.workers < 1:

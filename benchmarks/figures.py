@@ -109,7 +109,11 @@ COSTS = (
 
 def complete_runs(outcomes: Sequence[Outcome], panel: Panel) -> dict[str, list[Outcome]]:
     """Method -> its runs on test examples, for each method that has the panel's orders and seeds: those of the seeds
-    that it has in all of these orders."""
+    that it has in all of these orders.
+
+    Raises:
+        InputError: a method has trials with several settings, which one bar would mix.
+    """
     runs: dict[str, dict[tuple[str, int], Outcome]] = {}
     for outcome in outcomes:
         trial = outcome.trial
@@ -117,6 +121,8 @@ def complete_runs(outcomes: Sequence[Outcome], panel: Panel) -> dict[str, list[O
             runs.setdefault(trial.method, {})[trial.order, trial.seed] = outcome
     complete = {}
     for method, own in runs.items():
+        if len(settings := {outcome.trial.settings for outcome in own.values()}) > 1:
+            raise InputError(f"{panel.model}: {method} has trials with {len(settings)} settings; a picture has one")
         seeds = set.intersection(*({seed for of, seed in own if of == order} for order in panel.orders))
         if len(seeds) >= panel.seeds:
             complete[method] = [outcome for (_, seed), outcome in own.items() if seed in seeds]

@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,13 +167,13 @@ def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {
     everything = set().union(*right.values())
     means = {method: _mean_over_orders(own) for method, own in of_method.items() if right[method].keys() == everything}
     leads = _leads(reference, right)
-    of_one_seed = " over examples" if any(lead.seeds == 1 for lead in leads.values()) else ""
+    covered, cell_of = _lead_cells(leads)
     lines = [f"| method | settings | {' | '.join(f'{order}: AP, BWT' for order in orders)} | mean AP | mean BWT "
-             f"| {reference} minus it, 95 %{of_one_seed} | trains | stores |", "|---|---|" + "---|" * (len(orders) + 5)]
+             f"| {reference} minus it, {covered} | trains | stores |", "|---|---|" + "---|" * (len(orders) + 5)]
     if learnt:
         of_learnt = {method: _right(own, learnt) for method, own in of_method.items()}
-        leads_there = _leads(reference, of_learnt)
-        lines = [f"{lines[0]} {len(learnt)} learnt tasks: AP, {reference} minus it |", f"{lines[1]}---|"]
+        covered, learnt_cell_of = _lead_cells(_leads(reference, of_learnt))
+        lines = [f"{lines[0]} {len(learnt)} learnt tasks: AP, {reference} minus it, {covered} |", f"{lines[1]}---|"]
     for method in sorted(of_method, key=lambda method: -means.get(method, (0, 0))[0]):
         own = of_method[method]
         settings, count = own[0].trial.effective_settings(), trials.get(method)
@@ -182,11 +182,12 @@ def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {
         cells += [", ".join(map(_spread, zip(*measures))) if (measures := _measures(own, order)) else "-"
                   for order in orders]  # fmt: skip
         cells += [f"{mean:.1f}" for mean in means[method]] if method in means else ["-", "-"]
-        cells.append(str(leads.get(method, "-")))
+        cells.append(cell_of(method))
         cells += [f"{max(one.trained_values for one in own) / 1000:,.0f} k",
                   f"{statistics.mean(one.stored_bytes for one in own) / 1e6:.1f} MB"]
         if learnt:
-            cells.append(f"{paired_interval(of_learnt[method]).mean:.1f}, {leads_there.get(method, '-')}")
+            there = of_learnt[method]
+            cells.append(f"{paired_interval(there).mean:.1f}, {learnt_cell_of(method)}" if there else "-")
         lines.append(f"| {' | '.join(cells)} |")
     if learnt is not None:
         lines += ["", f"Learnt: {', '.join(learnt) or 'none'}."]
@@ -194,10 +195,12 @@ def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {
 
 
 def _right(outcomes: list[Outcome], datasets: Sequence[str] = ()) -> dict[RunKey, dict[str, np.ndarray]]:
-    """Correct answers by order and seed, then by dataset: all of them, or those in `datasets`."""
-    return {(one.trial.order, str(one.trial.seed)): {
+    """Correct answers by order and seed, then by dataset: all of them, or those in `datasets`, and then without the
+    orders that have none of these."""
+    right = {(one.trial.order, str(one.trial.seed)): {
         dataset: hits for dataset, hits in one.rows().items() if dataset in (datasets or one.right)}
         for one in outcomes}  # fmt: skip
+    return {run: of_run for run, of_run in right.items() if of_run}
 
 
 def _leads(reference: str, right: Mapping[str, Mapping[RunKey, Mapping[str, np.ndarray]]]) -> dict[str, Interval]:
@@ -206,9 +209,18 @@ def _leads(reference: str, right: Mapping[str, Mapping[RunKey, Mapping[str, np.n
             if method != reference and right.get(reference, {}).keys() & own.keys()}
 
 
+def _lead_cells(leads: Mapping[str, Interval]) -> tuple[str, Callable[[str], str]]:
+    """What the intervals of a column cover, for its head, and each method's cell: an interval over examples alone is
+    marked where others are over seeds as well."""
+    of_one_seed = {method for method, lead in leads.items() if lead.seeds == 1}
+    if of_one_seed == leads.keys():
+        return "95 %" + (" over examples" if leads else ""), lambda method: str(leads.get(method, "-"))
+    return "95 %", lambda method: f"{leads.get(method, '-')}{' over examples' if method in of_one_seed else ''}"
+
+
 def learnt_tasks(outcomes: list[Outcome], majorities: Mapping[str, float]) -> list[str]:
-    """The datasets that these outcomes, all of one method, answer better than by always giving the most frequent label,
-    by more than 1.96 standard errors over examples; seeds are averaged first.
+    """The datasets that these outcomes, all of one method, answer better than by always giving the most frequent label:
+    its share lies below Wilson's 95 % interval of theirs. Seeds are averaged first, so it is over examples alone.
 
     Raises:
         InputError: the share of a dataset's most frequent label is not known.
@@ -220,8 +232,14 @@ def learnt_tasks(outcomes: list[Outcome], majorities: Mapping[str, float]) -> li
     if missing := hits.keys() - majorities.keys():
         raise InputError(f"--learnt_by: made_of.json lacks the most frequent labels of {', '.join(sorted(missing))}")
     shares = {dataset: np.mean(own, axis=0) for dataset, own in hits.items()}
-    return [dataset for dataset, own in shares.items()
-            if own.mean() - 1.96 * own.std() / math.sqrt(len(own)) > majorities[dataset]]
+    return [dataset for dataset, own in shares.items() if _lower_bound(own) > majorities[dataset]]
+
+
+def _lower_bound(shares: np.ndarray, z: float = 1.96) -> float:
+    """The lower end of Wilson's interval of the mean of `shares` (n,), which also holds where all of few are right."""
+    n = len(shares)
+    margin = z * math.sqrt(shares.var() / n + (z / (2 * n)) ** 2)
+    return (shares.mean() + z**2 / (2 * n) - margin) / (1 + z**2 / n)
 
 
 def _measures(outcomes: list[Outcome], order: str) -> list[tuple[float, float]]:
