@@ -197,8 +197,8 @@ class Bench:
         found |= {f"{task}/majority": majority(self.data_dir / task) for task in self.tasks()}
         before = made_of(self.out)
         if not before and read_outcomes(self.out):
-            raise InputError(f"--out: {self.out} has outcomes.jsonl but no made_of.json, so nothing says of which model "
-                             "and examples; use another folder")
+            raise InputError(f"--out: {self.out} has outcomes.jsonl but no made_of.json, which says of which model and "
+                             "examples; use another folder")
         if other := differing_file(before, found):
             raise InputError(f"--out: {self.out} holds results of another {other}; use another folder, or that file")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -228,8 +228,8 @@ def made_of(out: Path) -> dict[str, str | float]:
 
 
 def differing_file(one: Mapping[str, str | float], other: Mapping[str, str | float]) -> str | None:
-    """A file that two `made_of.json` do not agree on, None without one. They may know different datasets, but one model,
-    whose weights lie in the same files."""
+    """A file that two `made_of.json` do not agree on, None without one. They may know different datasets, but one
+    model, whose weights lie in the same files."""
     differing = {name for name in one.keys() & other.keys() if one[name] != other[name]}
     weights, others = ({name for name in made if name.endswith(".safetensors")} for made in (one, other))
     return min(differing | (weights ^ others if weights and others else set()), default=None)

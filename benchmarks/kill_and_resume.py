@@ -63,6 +63,7 @@ class Order:
         self.script: subprocess.Popen | None = None
         self.environment = os.environ | {
             "OUTPUT": str(folder), "NPROC": str(options.ranks), "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix,
+            "CUDA_VISIBLE_DEVICES": "",
             "EXTRA": f"--max_steps {options.steps} --max_predict_samples 8", "SAVE_STEPS": str(options.save_steps),
         }
 
@@ -158,7 +159,7 @@ def check_equal(whole: Order, killed: Order) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

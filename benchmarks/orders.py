@@ -26,7 +26,8 @@ from files import digest  # noqa: E402
 
 STARTED, TWICE = 12, 2  # targets: seconds to the first step, times faster in one process
 PREDICTIONS, TENSORS = "predict_eval_predictions.jsonl", "t5_adapter/*.safetensors"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "VIRTUAL_ENV": sys.prefix}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "VIRTUAL_ENV": sys.prefix,
+                            "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
 Row = tuple[str, str, str, str]  # what, against, figure, target
 
 
@@ -67,6 +68,8 @@ def seconds_to_first_step(args: argparse.Namespace, output: Path) -> float:
 def contents(outputs: Path) -> dict[str, str | dict[str, Tensor]]:
     """File -> its digest, or for safetensors its tensors, as the order of their header varies."""
     files = {str(path.relative_to(outputs)): digest(path) for path in outputs.glob(f"*/{PREDICTIONS}")}
+    if not files:
+        sys.exit(f"error: {outputs}: found no predictions")
     return files | {str(path.relative_to(outputs)): load_file(path) for path in outputs.glob(f"*/{TENSORS}")}
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/stages.py --family t5 --order order1 --steps 300 --out FOLDER
 
-Runs the scripts with `--tiny` once for each way and prints one table. A way that has results in the folder is not run
-again. There are two targets: every accuracy after the last task within 2 points of one process, and the averages of
-16-bit training within 1 point of float32. A control, one process with two threads, shows how far rounding alone moves
-the results; none of the ways can be expected to come closer than that.
+Runs the scripts with `--tiny` once for each way, on the CPU, and prints one table. A way that has results in the
+folder is not run again; results of other settings there are an error. There are two targets: every accuracy after the
+last task within 2 points of one process, and the averages of 16-bit training within 1 point of float32. A control, one
+process with two threads, shows how far rounding alone moves the results; none of the ways can be expected to come
+closer than that.
 
 DeepSpeed rejects fp16 on a CPU without fast kernels for it, although PyTorch can compute it there. For that way, a
 `sitecustomize.py` in a temporary folder therefore declares that the CPU supports it.
@@ -57,7 +58,8 @@ def run(way: Way, args: argparse.Namespace, shim: Path) -> dict:
     if not results.exists():
         precision = "" if way.precision == "fp32" else f"--{way.precision} True"
         rates = f"--learning_rate {args.lr} --galore_lr {args.galore_lr}"
-        environment = os.environ | {"OUTPUT": str(folder), "OMP_NUM_THREADS": str(way.threads)}
+        environment = os.environ | {"OUTPUT": str(folder), "OMP_NUM_THREADS": str(way.threads),
+                                    "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
         environment["EXTRA"] = f"--max_steps {args.steps} {rates} {args.extra} {precision}"
         if way.stage is not None:
             environment |= {"NPROC": "2", "DS_CONFIG": f"configs/ds_configs/stage{way.stage}.config"}
@@ -69,6 +71,16 @@ def run(way: Way, args: argparse.Namespace, shim: Path) -> dict:
         if done.returncode:
             sys.exit(f"error: {way}: {' '.join(command)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
     return json.loads(results.read_text(encoding="utf-8"))
+
+
+def reject_others(args: argparse.Namespace) -> None:
+    """End the program if the folder has results of other settings; otherwise note those of this call there."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("ways", "out")}
+    made_of = args.out / "made_of.json"
+    if made_of.exists() and (found := json.loads(made_of.read_text(encoding="utf-8"))) != settings:
+        sys.exit(f"error: --out: {args.out} has results of {found}; allowed: the same settings, or another folder")
+    args.out.mkdir(parents=True, exist_ok=True)
+    made_of.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def table(results: dict[Way, dict]) -> str:
@@ -113,6 +125,7 @@ def main() -> None:
                         help=f"some of: {'; '.join(map(str, WAYS))} (all); the ways they are compared with run too")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     args = parser.parse_args()
+    reject_others(args)
     # A 16-bit way is compared with float32 under the same stage.
     chosen = [way for way in WAYS if args.ways is None or str(way) in args.ways]
     ways = dict.fromkeys([Way(), *(Way(way.stage) for way in chosen), *chosen])

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+import torch
 from helpers import DECODERS, ENCODER_DECODERS, ENTRY, ROOT
 
+hypothesis.settings.register_profile("patient", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("patient")
 LONGEST = [f"test_{name}.py" for name in (
     "recipe", "two_ranks", "every_method", "methods", "run", "run_order", "resume", "scripts", "library_options",
     "bad_input", "generate", "export", "examples", "own_tasks", "models", "gpu_benchmark", "continual",
@@ -28,6 +32,7 @@ def shared_memory() -> set[Path]:
 
 def pytest_sessionstart(session):
     session.config.shared_memory = shared_memory()
+    assert not torch.cuda.is_available(), "helpers.py hides every GPU"
 
 
 def pytest_sessionfinish(session):

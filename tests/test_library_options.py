@@ -300,6 +300,7 @@ class Run:
             self.clipped.append(most)
             return clip(accelerator, parameters, most, *rest)
 
+        before = hf_logging.get_verbosity()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run_uie_lora, "build_trainer", build_trainer)
             patch.setattr(DataCollatorForUIE, "__call__", collate_and_note)
@@ -309,6 +310,7 @@ class Run:
         self.args, self.state = self.trainer.args, self.trainer.state
         self.precision = self.trainer.accelerator.mixed_precision
         self.verbosity = hf_logging.get_verbosity()
+        hf_logging.set_verbosity(before)
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)
         answers = self.folder / "predict_eval_predictions.jsonl"

@@ -16,7 +16,7 @@ from helpers import edit
 from report import figures as draw
 from report import page
 from report.__main__ import main
-from report.runs import find_runs, paired_difference, ranked_methods, read_run, select, summarise
+from report.runs import find_runs, interval, paired_difference, ranked_methods, read_run, select, summarise
 
 REPORT = Path(page.__file__).parent
 TASKS = ["dbpedia", "amazon", "agnews"]
@@ -56,6 +56,13 @@ def runs(tmp_path):
             for seed in (1, 2):
                 write_run(root, method, order, seed, best - lower - (seed - 1) * (4 if method == "gorp" else 2))
     return root
+
+
+def test_an_average_has_an_interval_only_of_the_same_runs(runs):
+    gorp = select(find_runs([runs]), method="gorp")
+    assert interval(gorp).mean == pytest.approx(summarise(gorp, "average_performance").mean)
+    (gorp[0].folder / "outputs" / "3-agnews" / "predict_eval_predictions.jsonl").unlink()
+    assert interval(select(find_runs([runs]), method="gorp")) is None
 
 
 def test_mean_counts_orders_alike_and_differences_are_paired(runs):

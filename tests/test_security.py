@@ -26,7 +26,7 @@ from subspace import GradientSpace
 from uie_dataset_lora import ExampleOptions, read_examples
 
 T5 = ROOT / "initial_model" / "tiny-t5"
-SOURCES = sorted(path for folder in ("src", "scripts", "data", "initial_model", "benchmarks")
+SOURCES = sorted(path for folder in ("src", "scripts", "data", "initial_model", "benchmarks", "examples")
                  for path in ROOT.joinpath(folder).rglob("*.py"))  # fmt: skip
 
 # --- what the tree may not hold ---
@@ -38,32 +38,45 @@ FORBIDDEN = {
 }  # fmt: skip
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 REQUIRED = {"numpy.load": ("allow_pickle", False)}
-ALIASES = {"np": "numpy"}
 NEVER_TRUE = {"shell", "trust_remote_code", "allow_pickle"}
 
 
-def dotted(node: ast.expr) -> str:
-    """`a.b.c` of a chain of attributes, empty for anything else."""
+def imported(tree: ast.AST) -> dict[str, str]:
+    """Names in a file -> what they were imported as: `np` -> `numpy`, `load` -> `torch.load`."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def dotted(node: ast.expr, names: dict[str, str]) -> str:
+    """`a.b.c` of a chain of attributes, empty for anything else; `names` as `imported` returns them."""
     parts = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
         node = node.value
     if not isinstance(node, ast.Name):
         return ""
-    return ".".join([ALIASES.get(node.id, node.id), *reversed(parts)])
+    return ".".join([names.get(node.id, node.id), *reversed(parts)])
 
 
 def forbidden(source: str) -> list[str]:
     """What a source file does that none here may do."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    found, tree = [], ast.parse(source)
+    names = imported(tree)
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             found += [f"import {name}" for name in modules if name and name.split(".")[0] in FORBIDDEN_MODULES]
         if not isinstance(node, ast.Call):
             continue
-        name = dotted(node.func)
+        name = dotted(node.func, names)
         given = {word.arg: word.value for word in node.keywords}
+        for more in (word.value for word in node.keywords if word.arg is None and isinstance(word.value, ast.Dict)):
+            given |= {getattr(key, "value", None): value for key, value in zip(more.keys, more.values)}
         if name in FORBIDDEN:
             found.append(name)
         if name in REQUIRED:
@@ -86,8 +99,10 @@ def test_the_tree_makes_no_forbidden_call(path):
 
 @pytest.mark.parametrize("source", [
     "eval(text)", "exec(text)", "import os\nos.system('ls')", "import pickle", "from pickle import load",
-    "torch.load(path)", "torch.load(path, weights_only=True)", "np.load(path)", "yaml.load(text)",
+    "torch.load(path)", "torch.load(path, weights_only=True)", "import numpy as np\nnp.load(path)", "yaml.load(text)",
     "subprocess.run('ls', shell=True)", "subprocess.run('ls', shell=wanted)", "torch.save(state, path)",
+    "from torch import load\nload(path)", "import torch as t\nt.load(path)", "from os import system\nsystem('ls')",
+    "subprocess.run('ls', **{'shell': True})",
     "AutoModel.from_pretrained(name, trust_remote_code=True)", "M.from_pretrained(name, use_safetensors=False)",
 ])  # fmt: skip
 def test_the_search_finds_what_it_looks_for(source):

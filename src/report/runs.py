@@ -198,9 +198,10 @@ def paired_difference(ours: Iterable[Run], theirs: Iterable[Run]) -> Interval | 
 
 
 def interval(runs: Iterable[Run]) -> Interval | None:
-    """The average performance of finished runs with predictions and its 95 % interval; None if there are none."""
-    mine = _right(runs)
-    return paired_interval(mine) if mine else None
+    """The average performance of finished runs and its 95 % interval; None without a run, or if one of them has no
+    predictions: the interval would be of other runs than the average beside it."""
+    finished = [run for run in runs if not run.unfinished]
+    return paired_interval(_right(finished)) if finished and all(run.scores for run in finished) else None
 
 
 def _right(runs: Iterable[Run]) -> dict[RunKey, dict[str, np.ndarray]]:
