@@ -293,6 +293,10 @@ def _unfinished(data_dir: str | Path, names: Iterable[str], overwrite: bool) -> 
     """The names of the datasets that are to be written; the log says which are finished."""
     check_writable(data_dir)
     finished = [name for name in names if is_complete(Path(data_dir) / name) and not overwrite]
+    for folder in (Path(data_dir) / name for name in names if name not in finished and not overwrite):
+        if own := sorted(path.name for path in folder.glob("[!.]*") if path.name != "labels.json"):
+            raise InputError(f"{folder}: holds {own[0]}, which would be deleted, but not all of train, dev and test; "
+                             "move it away, or pass --overwrite")
     if finished:
         logger.info("finished already: %s (--overwrite prepares them again)", ", ".join(finished))
     return [name for name in dict.fromkeys(names) if name not in finished]

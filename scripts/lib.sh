@@ -7,7 +7,12 @@
 # everything (see terminal.py).
 
 set -euo pipefail
-gpu=''      # what has_gpu found; not the user's variable of that name
+gpu='' gpus=''   # what has_gpu found, and the number of GPUs; not the user's variables of these names
+use_gpu='import sys, torch
+if not torch.cuda.is_available(): sys.exit(1)
+try: torch.ones(1, device="cuda") + 1   # fails where this PyTorch has no code for the GPU
+except RuntimeError as error: sys.exit(str(error).splitlines()[0])
+print(torch.cuda.device_count())'
 script=$0   # made absolute, as the current folder changes below
 [[ $script == /* ]] || script=$PWD/$script
 for variable in OUTPUT MODEL DATA_DIR DS_CONFIG HOSTFILE; do   # if run elsewhere, make OUTPUT and found paths absolute
@@ -19,7 +24,7 @@ source scripts/settings.sh
 
 say() { echo "[gorp] $*"; }
 fail() { echo "error: $*" >&2; exit 2; }
-masked() { sed -E 's/(--hub[_-]token[= ])[^ )]+/\1***/g'; }   # as terminal.py masks what a run prints
+masked() { sed -E 's/(--hub[_-]token[= ]|\bhf_)[^ )]+/\1***/g'; }   # as terminal.py masks what a run prints
 
 # --- set-up ---
 
@@ -108,8 +113,9 @@ has_gpu() {
         [[ -n ${CUDA_VISIBLE_DEVICES-unset} ]] || return 1
         if [ -n "${DRY_RUN:-}" ] && ! "$PYTHON" -c 'import torch' 2>/dev/null; then
             gpu=yes   # nothing is installed yet that could be asked
-        elif reason=$("$PYTHON" -W always -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>&1); then
-            gpu=yes
+        elif reason=$("$PYTHON" -W always -c "$use_gpu" 2>&1); then
+            gpu=yes gpus=${reason##*$'\n'}
+            [[ $gpus =~ ^[0-9]+$ ]] || gpus=''
         else
             reason="PyTorch cannot use this machine's GPU: ${reason:-no reason given}"
             [ "${mode:-}" != full ] || fail "$reason; set CUDA_VISIBLE_DEVICES= to train on the CPU"
@@ -331,7 +337,10 @@ read_values() {
 
 # Append to `label`, which names the default folder, what distinguishes the run from the plain published one.
 distinguish() {
+    local own=${MODEL:-$model}
+    own=${own%/} own=${own##*/}
     [ "$mode" = full ] || label+=-$mode
+    [[ $own == "${model##*/}" || ($mode == full && $own == "${source##*/}") ]] || label+=-$own
     [ "$method" = gorp ] || label+=-$method
     [ "$preset" = default ] || label+=-$preset
     [ "$seed" = 42 ] || label+=-seed$seed
@@ -409,6 +418,8 @@ set_launch() {
         options+=(--use_cpu True)   # needed by ranks on a CPU to connect
     fi
     if [ -n "${HOSTFILE:-}" ]; then
+        [ -z "${CUDA_VISIBLE_DEVICES:-}" ] || fail "HOSTFILE=$HOSTFILE: found with CUDA_VISIBLE_DEVICES, which" \
+            "DeepSpeed's launcher replaces by each host's first GPUs; unset it, or start on each machine with NNODES"
         # -N keeps pdsh from putting a host's name in front of a line, which terminal.py would not recognise.
         launch=(deepspeed --hostfile "$HOSTFILE" --launcher_args=-N --master_port "$port")
         [ -z "${MASTER_ADDR:-}" ] || launch+=(--master_addr "$MASTER_ADDR")
@@ -416,6 +427,7 @@ set_launch() {
     fi
     [[ ${#devices[@]} -eq 0 || ${#devices[@]} -ge $processes ]] ||
         fail "NPROC=$processes: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names fewer devices"
+    [[ -z $gpus || $gpus -ge $processes ]] || fail "NPROC=$processes: PyTorch finds $gpus; allowed: one GPU a process"
     if [[ $nodes -gt 1 || ${devices[*]} == *[^0-9\ ]* ]]; then
         launch=(torchrun --nnodes "$nodes" --node_rank "$node" --nproc_per_node "$processes"
                 --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$port")
@@ -442,6 +454,7 @@ describe() {
         full) from="the published values of $values_from" ;;
         *) from='values for a small model (settings.sh)' ;;
     esac
+    [[ $mode != full || -z ${MODEL:-} ]] || from+=" for $source"
     step="$size examples a step = $batch x $(counted "$accumulation" micro-batch es) on $(counted "$ranks" process es)"
     [ "$nodes" -eq 1 ] || step+=" of $nodes machines"
     [[ $size -eq $rows || -n $(in_extra --gradient_accumulation_steps '') ]] ||
@@ -471,7 +484,7 @@ run_tasks() {
     # On a busy machine, threads that wait for one another made a tiny task of one minute take five.
     [ "$mode" != tiny ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     {
-        printf '%q ' "${command[@]}" | sed -E 's/(--hub[_-]token[= ])[^ ]+/\1***/' && echo
+        printf '%q ' "${command[@]}" | masked && echo
         describe
         say "checking $name: data, flags and model"
         exec "${command[@]}"

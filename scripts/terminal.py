@@ -4,8 +4,9 @@
 
 LOG (appended to) gets every line, and only the last state of each progress bar. Standard output gets the lines that
 begin with `[gorp] ` (with --all, every line) and, on a terminal, the progress bars, which overwrite one another; lines
-that begin with `error: ` go to standard error. The value of `--hub_token` is masked everywhere. If the log cannot be
-written, it warns once and continues; if the terminal cannot, it continues too.
+that begin with `error: ` go to standard error, each once, as several ranks may report one fault. The value of
+`--hub_token` and other tokens of Hugging Face are masked everywhere. If the log cannot be written, it warns once and
+continues; if the terminal cannot, it continues too.
 """
 
 import codecs
@@ -20,7 +21,7 @@ CLEAR_LINE = "\r\x1b[K"
 # tqdm's bars: "name:  40%|####    | 4/10 [00:01<00:02,  3.1it/s]" and, without a total, "name: 4it [00:01, 3.1it/s]"
 BAR = re.compile(r"[^\r\n]*?(\d{1,3}%\|[^|\r\n]*\| *\S+/\S+|\d{1,12} ?[a-z]{1,12}) \[\d+:\d\d[^\]\r\n]*\]")
 
-SECRET = re.compile(r"(--hub[_-]token\W+)[^\s'\",]+")  # in a command, however it is quoted
+SECRET = re.compile(r"(--hub[_-]token\W+|\bhf_)[^\s'\",]+")  # however it is quoted
 
 
 class Terminal:
@@ -30,6 +31,7 @@ class Terminal:
         self.log, self.out, self.errors, self.show_bars, self.show_all = log, out, errors, show_bars, show_all
         self.rest = ""  # text after the last line end
         self.bar = ""  # the bar's current state, not logged yet
+        self.reported: set[str] = set()
 
     def feed(self, text: str) -> None:
         """Process the next piece of output, which may end anywhere."""
@@ -68,7 +70,9 @@ class Terminal:
         self.log.flush()
         if line.startswith(ERROR):
             self._clear_bar()
-            self.errors.write(f"{line}\n")
+            if line not in self.reported:
+                self.errors.write(f"{line}\n")
+                self.reported.add(line)
         elif self.show_all or line.startswith(FOR_THE_USER):
             self._clear_bar()
             self.out.write(f"{line}\n")

@@ -25,7 +25,6 @@ from command_line import Parser, parse_arguments, peek
 from compute_metrics import gpt2_folder
 from errors import InputError, entry_point
 from methods import find_method
-from methods.base_modules import choose_modules
 from order_config import read_order
 from ranks import of_first_rank
 from task_setup import build_collator, example_options, load_model
@@ -72,7 +71,6 @@ def check_flags(flags: list[str]) -> tuple[ExampleOptions, DataCollatorForUIE | 
     collator = None
     if with_model:
         loaded = load_model(model_args, data_args, weights=False)
-        choose_modules(method_args, loaded.model)
         find_method(method_args.method)(method_args).prepare(
             loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=launch.deepspeed is not None
         )

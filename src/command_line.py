@@ -12,6 +12,7 @@ depends on the flags and the DeepSpeed file alone is checked before data or a mo
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,10 @@ def parse_arguments(
         )
     except (ValueError, TypeError, OSError, ImportError) as error:  # Hugging Face's own checks of its arguments
         raise InputError(f"command line: {error}") from None
+    except RuntimeError as error:  # of PyTorch or Accelerate, from one line to a stack of C++ calls
+        where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise InputError("the device of this process cannot be set up, or the processes cannot connect "
+                         f"(MASTER_ADDR:MASTER_PORT {where}): {str(error).splitlines()[0]}") from None
     if unknown:
         flag = unknown[0].partition("=")[0]
         known = [f"--{option.name}" for group in groups for option in dataclasses.fields(group)]

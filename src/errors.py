@@ -32,15 +32,23 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorate `main` to return an exit code: 2 after bad input, which is reported in one line on stderr."""
+    """Decorate `main` to return an exit code: 2 after bad input, 1 if a disk is full, 130 after Ctrl-C, with one line
+    on stderr."""
 
     @functools.wraps(main)
     def program(*args, **kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            status, line = 2, f"error: {error}"
+        except KeyboardInterrupt:
+            status, line = 130, "interrupted"  # 130 as in a shell
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            status, line = 1, f"error: a disk is full ({str(error).strip().splitlines()[0]})"
+        print(line, file=sys.stderr)
+        return status
 
     return program
 

@@ -6,6 +6,7 @@ All raise InputError; `where` begins its message: the flag or argument that name
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from errors import InputError
@@ -71,6 +72,14 @@ def check_unshared(model: nn.Module, layers: Mapping[str, nn.Linear], where: str
         names = owners[id(layer.weight)]
         if len(names) > 1:
             raise InputError(f"{where}: the weight of {name} is shared ({', '.join(names)}); allowed: unshared weights")
+
+
+def check_float32(layers: Mapping[str, nn.Linear], where: str) -> None:
+    """Reject weights in 16 bits, in which most of a small change would be lost."""
+    for name, layer in layers.items():
+        if layer.weight.dtype != torch.float32:
+            raise InputError(f"{where}: the weight of {name} changes and is in {layer.weight.dtype}; allowed: float32, "
+                             "as when the model is loaded with dtype=\"float32\"")
 
 
 def check_rank(layers: Mapping[str, nn.Linear], rank: int, where: str) -> None:

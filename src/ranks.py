@@ -16,7 +16,8 @@ from errors import InputError
 
 def is_first() -> bool:
     """Whether this is the first rank, or the only process."""
-    return os.environ.get("RANK", "0") == "0"
+    # A launcher sets both; RANK alone is left over from something else.
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def of_first_rank(decide: Callable[[], Any]) -> Any:

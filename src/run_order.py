@@ -14,6 +14,7 @@ each rank runs the complete order; the first one checks, writes and prints, and 
 
 import argparse
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -30,22 +31,19 @@ from arguments import check
 from check import check_flags, check_order
 from checkpoints import checkpoint_folders
 from command_line import Parser, peek, underscored
-from errors import InputError
-from files import check_writable
+from errors import InputError, entry_point
+from files import check_writable, read_json
+from methods import find_method
 from order_config import OrderStep, order_name, read_order, step_name
 from ranks import disconnect, is_first, of_first_rank
-from run_record import find_adapter
+from run_record import RECORD, find_adapter
 
 
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run an order; returns 0, or the exit code of the check or of the task that ended it."""
-    try:
-        options, flags = parse_order(sys.argv[1:] if argv is None else argv)
-        steps = begin(options, flags)
-    except InputError as error:
-        if is_first():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    options, flags = parse_order(sys.argv[1:] if argv is None else argv)
+    steps = begin(options, flags)
     gc.freeze()  # keeps garbage collections from scanning what the imports have created
     start, group = options.model_name_or_path, run_group(options, flags)
     for name in ("WANDB_RUN_GROUP", "MLFLOW_EXPERIMENT_NAME"):
@@ -64,8 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.drop_checkpoints and is_first():
             for checkpoint in checkpoint_folders(folder):
                 shutil.rmtree(checkpoint)
-        start = of_first_rank(lambda: find_adapter(folder))
+        if number < len(steps):
+            start = of_first_rank(functools.partial(next_start, folder, start))
     return 0
+
+
+def next_start(folder: Path, start: Path | str) -> Path | str:
+    """Where the task after the finished one in `folder` starts: from its adapter, or without `--do_train` from `start`
+    again.
+
+    Raises:
+        InputError: the adapter has been removed.
+    """
+    adapter = find_adapter(folder)
+    if adapter is None and read_json(folder / RECORD)["configuration"]["do_train"]:
+        raise InputError(f"{folder}: finished, but the adapter folder that the next task starts from is gone; restore "
+                         "it, or start over with --fresh")
+    return adapter or start
 
 
 def parse_order(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -102,14 +115,18 @@ def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
     if unknown := [dataset for dataset in options.task_epochs if dataset not in trained]:
         raise InputError(f"--task_epochs: found {unknown[0]!r}; allowed: datasets of {order_name(options.order)}: "
                          f"{', '.join(trained)}")
-    named = peek(flags, resume_from_checkpoint="").resume_from_checkpoint
-    check(named in ("", "True", "true"), "resume_from_checkpoint", named,
+    named = peek(flags, resume_from_checkpoint="", task_config_dir="", max_steps=-1, method="gorp")
+    check(named.resume_from_checkpoint in ("", "True", "true"), "resume_from_checkpoint", named.resume_from_checkpoint,
           "true for an order; a checkpoint of one task with src/run_uie_lora.py")
-    max_steps = peek(flags, max_steps=-1).max_steps
-    if options.task_epochs and max_steps > 0:
+    check(not named.task_config_dir, "task_config_dir", named.task_config_dir,
+          "none for an order, which has one for each task")
+    together = find_method(named.method).reads == "all"
+    if options.task_epochs and (named.max_steps > 0 or together):
         options.task_epochs = {}
+        why = (f"{named.method} trains all tasks together" if together
+               else f"each task trains for --max_steps {named.max_steps}")
         if is_first():
-            print(f"[gorp] --task_epochs is ignored: each task trains for --max_steps {max_steps}", flush=True)
+            print(f"[gorp] --task_epochs is ignored: {why}", flush=True)
     checked = check_flags(["--model_name_or_path", options.model_name_or_path, *flags])  # every rank: connects them
 
     def check_and_claim() -> None:

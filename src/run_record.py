@@ -64,8 +64,10 @@ class Progress(enum.Enum):
     COMPLETED = "everything is done"
 
 
-def make_record(data: Mapping[str, Path], model_args, data_args, method_args, training_args) -> dict:
-    """The record of the run that these arguments describe, with the data files of `input_files`."""
+def make_record(data: Mapping[str, Path], model_args, data_args, method_args, training_args,
+                place: str | None = None) -> dict:
+    """The record of the run that these arguments describe, with the data files of `input_files`; `place`: the task's
+    place in the order, where the result depends on it."""
     options = training_args.to_dict() | vars(method_args) | vars(data_args) | vars(model_args)
     if getattr(method_args, "preset", None) != "released":  # whose loss averages micro-batches
         options["per_device_train_batch_size x gradient_accumulation_steps"] = (  # less memory, the same step
@@ -83,7 +85,7 @@ def make_record(data: Mapping[str, Path], model_args, data_args, method_args, tr
             name: value for name, value in sorted(options.items())
             if name not in NOT_COMPARED and not name.startswith(NOT_COMPARED_PREFIXES)
         } | {"ranks": training_args.world_size},
-        "data": {name: digest(path) for name, path in data.items()},
+        "data": {name: digest(path) for name, path in data.items()} | ({"place in the order": place} if place else {}),
         "model": {name: digest(path) for name, path in model.items()},
         "code": _code_of_this_process(method_args.method),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},

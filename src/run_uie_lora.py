@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one task; returns 0, or, after one printed line, 2 for bad input, 1 for a stopped run, 130 for Ctrl-C."""
     try:
         groups = parse_arguments(argv)
+        if groups[-1].deepspeed and not torch.distributed.is_initialized():
+            raise InputError(f"--deepspeed: found {groups[-1].deepspeed} without a launcher; allowed: with NPROC= or "
+                             "DS_CONFIG= in front of a script, or under `deepspeed` or `torchrun`")
         with only_run_in(Path(groups[-1].output_dir)):
             run(*groups)
         return 0
@@ -91,6 +94,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     set_up_logging(training_args)
     if idle := training_args.idle_gpus():
         logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
+    if training_args.bf16 and training_args.device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            logger.warning("%s emulates bf16, slowly; --bf16 False trains in float32", torch.cuda.get_device_name())
     ignored = [*training_args.ignored(), *["use_fast_tokenizer"] * (not model_args.use_fast_tokenizer),
                *["overwrite_cache"] * data_args.overwrite_cache]
     if ignored:
@@ -103,7 +109,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
 
     def compare() -> tuple[dict, Progress, Path | None]:
         files = input_files(data_args, training_args, method)
-        found = make_record(files, model_args, data_args, method_args, training_args)
+        index, order = place_in_order(data_args.task_config_dir)
+        place = f"{index + 1} of {len(order)}" if method.counts_tasks else None
+        found = make_record(files, model_args, data_args, method_args, training_args, place)
         progress = find_progress(output_dir, found, start_over=training_args.overwrite_output_dir)
         return found, progress, find_adapter(output_dir)
 
@@ -172,7 +180,6 @@ def load_and_attach(model_args: ModelArguments, data_args: DataArguments, traini
     loaded = load_model(model_args, data_args, **how)
     if how["dtype"] == torch.float16:
         loaded.model.half()  # even what the class keeps in float32, such as T5's wo
-    choose_modules(method.options, loaded.model)
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:

@@ -5,6 +5,7 @@
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Container
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from task_examples import OrderExamples, first_examples, first_examples_of_each,
 from uie_collator import DataCollatorForUIE
 from uie_dataset_lora import SPLITS, ExampleOptions, data_files, load_uie_dataset
 from uie_trainer_lora import DenserEvaluation, UIETrainer
+
+logger = logging.getLogger("gorp")
 
 
 def example_options(data_args: DataArguments, training_args: UIETrainingArguments) -> ExampleOptions:
@@ -55,7 +58,9 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
 
     def read(config_dir, subset: str) -> Dataset:
         [examples] = load_uie_dataset(config_dir, options, [subset]).values()
-        return (first_examples_of_each if subset == "test" else first_examples)(examples, limits[subset])
+        kept = (first_examples_of_each if subset == "test" else first_examples)(examples, limits[subset])
+        warn_of_lost_labels(examples, kept, subset)
+        return kept
 
     examples = DatasetDict({split: read(own, subset) for subset, split in SPLITS.items()})
     needed = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
@@ -87,6 +92,21 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
     return examples
 
 
+def warn_of_lost_labels(examples: Dataset, kept: Dataset, subset: str) -> None:
+    """Warn where a limit leaves out all examples of a label, as it does in a file that is sorted by label."""
+    if len(kept) == len(examples):
+        return
+    labels: dict[str, list[set[str]]] = {}
+    for place, those in enumerate((examples, kept)):
+        for dataset, instance, metric in zip(those["Dataset"], those["Instance"], those["Metric"]):
+            if metric != "rougeL":
+                labels.setdefault(dataset, [set(), set()])[place].add(instance["label"])
+    for dataset, (every, left) in labels.items():
+        if lost := sorted(every - left):
+            logger.warning("%s: the first %s examples, which a limit keeps, lack %d of %d labels, such as %r; shuffle "
+                           "the file if it is sorted", dataset, subset, len(lost), len(every), lost[0])
+
+
 def _of_datasets(examples: Dataset, wanted: Container[str]) -> Dataset:
     return examples.select([index for index, dataset in enumerate(examples["Dataset"]) if dataset in wanted])
 
@@ -109,6 +129,7 @@ def load_model(model_args: ModelArguments, data_args: DataArguments, **how) -> L
         revision=model_args.model_revision,
         token=True if model_args.use_auth_token else None,
         max_source_length=data_args.max_source_length,
+        max_target_length=data_args.max_target_length,
         **{name: getattr(model_args, name) for name in same},
         **how,
     )

@@ -23,6 +23,8 @@ from uie_dataset_lora import ANSWER_CUE, prompt_parts
 logger = logging.getLogger("gorp")
 NARROWEST = 20
 """To how many characters a sentence's lines may be cut."""
+LEAST_ROOM = 16
+"""To how many tokens a sentence may be cut."""
 
 
 @dataclass
@@ -75,17 +77,17 @@ class DataCollatorForUIE:
     def check(self, examples: Iterable[dict]) -> None:
         """Raise what batches of these examples would raise, after trying one of each prompt head and answer.
 
-        Also rejects a label that the tokenizer does not reproduce, so that no prediction could equal it; free-text
-        answers of this kind are counted in a warning.
+        Also rejects a sentence that would have to be cut to almost nothing, and a label that the tokenizer does not
+        reproduce, so that no prediction could equal it; free-text answers of this kind are counted in a warning.
         """
-        distinct, changed = {}, collections.Counter()
+        distinct, rooms, changed = {}, {}, collections.Counter()
         for example in examples:
-            instance = example["Instance"]
-            key = (example["Dataset"], instance["instruction"], instance["label"], str(example["Samples"]))
-            distinct.setdefault(key, example)
-        for example in distinct.values():
-            head, _, tail = self.parts(example)
-            self._check_room(head + tail, example)
+            head, sentence, tail = self.parts(example)
+            if (head, tail) not in rooms:
+                rooms[head, tail] = self._room(head + tail, example)
+            if rooms[head, tail] < LEAST_ROOM:
+                self._check_uncut(head + sentence + tail, rooms[head, tail], example)
+            distinct.setdefault((example["Dataset"], head, tail, example["Instance"]["label"]), example)
         tokens = self._answers(list(distinct.values()))
         for example, written in zip(distinct.values(), self.decode(tokens)):
             label, name = example["Instance"]["label"], self.tokenizer.name_or_path
@@ -150,9 +152,18 @@ class DataCollatorForUIE:
         """`prompt_parts` with the names that this collator's prompts have."""
         return prompt_parts(example, add_task_name=self.add_task_name, add_dataset_name=self.add_dataset_name)
 
-    def _check_room(self, prompt: str, example: dict) -> None:
+    def _room(self, prompt: str, example: dict) -> int:
+        """The number of tokens left for the sentence beside the rest of its prompt, which must fit."""
         needed = len(self._source_ids([prompt])[0])
         self._check_length("the prompt without its sentence", needed, "max_source_length", example)
+        return self.max_source_length - needed
+
+    def _check_uncut(self, prompt: str, room: int, example: dict) -> None:
+        """Reject a sentence that would have to be cut to less than `LEAST_ROOM` tokens."""
+        if (needed := len(self._source_ids([prompt])[0])) > self.max_source_length:
+            raise InputError(f"{_name(example)}: --max_source_length {self.max_source_length} leaves {room} tokens for "
+                             f"the sentence, beside the rest of the prompt; allowed: at least {LEAST_ROOM}, or the "
+                             f"{needed} of the complete prompt")
 
     def _check_length(self, what: str, needed: int, flag: str, example: dict) -> None:
         if needed > getattr(self, flag):
@@ -177,7 +188,7 @@ class DataCollatorForUIE:
         width = greatest()
         if width < NARROWEST:  # a table, a program: many short lines, of which nothing readable would be left
             lines = [sentence]
-            self._check_room(prompt(0), example)
+            self._room(prompt(0), example)
             width = greatest()
         return prompt(width)
 

@@ -62,8 +62,11 @@ class UIETrainer(Seq2SeqTrainer):
         self.args.logging_nan_inf_filter = False  # would read a value from the device in every micro-batch
         if self.is_deepspeed_enabled and not self.args.do_train and not self.args.hf_deepspeed_config.is_zero3():
             self.is_deepspeed_enabled = False  # evaluation alone needs no engine, and Hugging Face would reject it
-            if self.args.bf16 or self.args.fp16:  # the precision in which the engine would hold the model
+            if self.args.bf16 or self.args.fp16:  # as after training: the engine's precision, and exact LoRA factors
+                factors = {name: value.data for name, value in self.model.named_parameters() if ".lora" in name}
                 self.model.to(torch.bfloat16 if self.args.bf16 else torch.float16)
+                for name, value in factors.items():
+                    self.model.get_parameter(name).data = value
 
     # Optimizer and loss
 
@@ -88,7 +91,8 @@ class UIETrainer(Seq2SeqTrainer):
 
         The model returns the mean over its own answer tokens. It is scaled to this batch's share of the mean over the
         global batch (all micro-batches, all ranks), so that neither accumulation nor the number of ranks changes the
-        gradient. Hugging Face leaves this to the model, and T5's forward does not do it.
+        gradient, except in an epoch's last step, for which Accelerate fills up the ranks with the epoch's first
+        examples. Hugging Face leaves this to the model, and T5's forward does not do it.
         """
         loss, outputs = self.answer_loss(model, inputs, num_items_in_batch)
         if model.training:

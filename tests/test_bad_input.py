@@ -490,9 +490,14 @@ CASES: dict[str, list[Case]] = {
              "--galore_rank: found 999; allowed: at most", needs_model=True),
         Case("prompts too long even without their sentence", flags("--max_source_length", "5"),
              "the prompt without its sentence needs", needs_model=True),
+        Case("prompts that leave too little room for a long sentence", lambda place: (
+            flags("--max_source_length", "40")(place), row(sentence="many words " * 50, label="Alpha")(place)),
+            "leaves 8 tokens for the sentence, beside the rest of the prompt; allowed: at least 16", needs_model=True),
     ],
     "DeepSpeed": [
         Case("the file is missing", flags("--deepspeed", "none.json"), "none.json: no such file"),
+        Case("no launcher", flags("--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")),
+             "stage2.config without a launcher; allowed: with NPROC= or DS_CONFIG= in front of a script", by="run"),
         Case("not JSON", deepspeed("{"), "ds.json, line 1, column 2: not JSON"),
         Case("not an object", deepspeed([]), "ds.json: found empty array; allowed: a DeepSpeed config, an object"),
         Case("a section `optimizer`", deepspeed({"optimizer": {}}), "found a section 'optimizer'"),

@@ -14,6 +14,7 @@ from datasets import Dataset, load_dataset
 from data import generate_labels, make_order, prepare_benchmark
 from data.prepare_benchmark import SOURCES, TRAIN_ROWS_PER_CLASS, Reservoir, hub_subsets
 from errors import InputError
+from helpers import put
 from order_config import BENCHMARK_FILES, benchmark_datasets, is_complete, read_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,6 +248,16 @@ def test_finished_datasets_are_skipped_and_overwritten_on_demand(tmp_path):
     prepare_benchmark.prepare_from_hub(tmp_path, ["TC/agnews"], seed=7, overwrite=True, load=hub)
     assert len(hub.calls) == 4 and (tmp_path / "TC/agnews/train.json").read_bytes() != before
     assert sorted(path.name for path in (tmp_path / "TC/agnews").iterdir()) == sorted(BENCHMARK_FILES)
+
+
+def test_a_users_own_file_is_not_deleted(tmp_path):
+    put(tmp_path / "TC/agnews/train.json", [])
+    hub = Hub(lambda split: news(2, start=9 if split == "test" else 0))
+    with pytest.raises(InputError, match="agnews: holds train.json, which would be deleted"):
+        prepare_benchmark.prepare_from_hub(tmp_path, ["TC/agnews"], load=hub)
+    assert not hub.calls
+    prepare_benchmark.prepare_from_hub(tmp_path, ["TC/agnews"], load=hub, overwrite=True)
+    assert json.loads((tmp_path / "TC/agnews/train.json").read_text())
 
 
 def test_the_real_load_dataset_takes_the_calls(tmp_path):

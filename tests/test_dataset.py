@@ -4,10 +4,13 @@ import json
 import logging
 
 import pytest
+from datasets import Dataset
 
 from errors import InputError
 from helpers import GOLDEN, INSTRUCTIONS, REAL_BENCHMARK, STARS, Benchmark, put
 from order_config import TASKS
+from task_examples import first_examples_of_each
+from task_setup import warn_of_lost_labels
 from uie_dataset_lora import (
     FEATURES,
     prompt_parts,
@@ -152,6 +155,19 @@ def test_over_sampling_repeats_training_examples_up_to_the_limit(benchmark):
     assert ids(rows["train"])[:6] == list(range(6)) and len(rows["train"]) == 40
     assert set(ids(rows["train"])[6:]) <= set(range(6)) and len(set(ids(rows["train"])[6:])) > 1
     assert len(rows["validation"]) == len(rows["test"]) == 6
+
+
+def test_a_limit_that_loses_all_examples_of_a_label_is_reported(caplog):
+    labels, kinds = "aaab", {"mine": "exact_match", "free": "rougeL"}
+    rows = [{"Dataset": name, "Metric": metric, "Instance": {"label": label}}
+            for name, metric in kinds.items() for label in labels]  # fmt: skip
+    examples = Dataset.from_list(rows)
+    kept = first_examples_of_each(examples, 3)
+    with caplog.at_level(logging.WARNING, "gorp"):
+        warn_of_lost_labels(examples, examples, "train")
+        warn_of_lost_labels(examples, kept, "test")
+    [said] = caplog.messages
+    assert said.startswith("mine: the first test examples, which a limit keeps, lack 1 of 2 labels, such as 'b'")
 
 
 def test_a_split_without_datasets_is_empty(benchmark):

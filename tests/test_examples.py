@@ -112,6 +112,24 @@ def test_a_made_method_rejects_a_value_that_its_flag_does_not_take(name, options
         make_method(name, lora_modules=T5_LORA, **options)
 
 
+@pytest.mark.parametrize("name, options", [
+    ("sgorp", {"galore_engine": "dense"}), ("gorp", {"protect": "gp_second"}), ("galore", {}), ("osf", {}),
+    ("magmax", {}), ("inclora", {"merge_old": True}),
+])  # fmt: skip
+def test_16_bit_weights_that_would_lose_small_changes_are_rejected(name, options):
+    model = AutoModelForSeq2SeqLM.from_pretrained(loop.BASE, dtype="bfloat16")
+    method = make_method(name, lora_modules=T5_LORA, optim_target_modules=".*EncDecAttention.q", **options)
+    with pytest.raises(InputError, match="changes and is in torch.bfloat16; allowed: float32"):
+        method.prepare(model, None, decoder_only=False)
+
+
+def test_cores_train_16_bit_weights_without_being_asked():
+    model = AutoModelForSeq2SeqLM.from_pretrained(loop.BASE, dtype="bfloat16")
+    method = make_method("sgorp", lora_modules="auto", optim_target_modules="auto")
+    method.prepare(model, None, decoder_only=False)
+    assert "cores" in method.engine.name and method.options.lora_modules == T5_LORA + ".*"
+
+
 def test_a_made_method_has_what_its_preset_fixes():
     options = make_method("gorp", lora_modules=T5_LORA, preset="released").options
     assert (options.protect, options.lamda_1, options.galore_svd) == ("none", 0.0, "exact")

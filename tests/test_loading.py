@@ -1,7 +1,9 @@
 """Which model `--model_name_or_path` leads to, and what is refused."""
 
+import functools
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +34,7 @@ from transformers import (
 )
 
 from errors import InputError
+from helpers import ROOT, put
 from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew
 from methods.base_modules import choose_modules
 from model.answer_loss import AnswerLoss
@@ -421,6 +424,32 @@ def test_too_few_positions_are_refused_where_they_cannot_grow(tmp_path, allowed)
     message = refusal(make_bart(tmp_path / "bart"), max_source_length=65, resize_position_embeddings=allowed)
     assert "--max_source_length: found 65" in message and "--resize_position_embeddings" in message
     assert message.endswith("at most 64")
+
+
+def test_prompt_and_answer_share_the_positions_of_a_decoder_only_model(tmp_path):
+    folder = ROOT / "initial_model" / "tiny-llama"
+    most = LlamaConfig.from_pretrained(folder).max_position_embeddings
+    load_model_and_tokenizer(str(folder), max_source_length=most - 50, max_target_length=50, weights=False)
+    message = refusal(folder, max_source_length=most - 49, max_target_length=50)
+    assert f"--max_source_length: found {most + 1} with --max_target_length; " in message
+    bart = make_bart(tmp_path / "bart")
+    load_model_and_tokenizer(str(bart), max_source_length=64, max_target_length=50, weights=False)
+
+
+def test_a_branch_of_the_hub_is_pinned_to_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    place, commit = tmp_path / "models--someone--llama", "a" * 40
+    shutil.copytree(ROOT / "initial_model" / "tiny-llama", place / "snapshots" / commit)
+    put(place / "refs" / "main", commit)
+    load = functools.partial(load_model_and_tokenizer, "someone/llama", cache_dir=str(tmp_path), weights=False)
+    assert load().origin["revision"] == commit
+    put(place / "refs" / "main", "b" * 40)
+    with pytest.raises(InputError):
+        load()
+    assert load(revision=commit).origin["revision"] == commit
+    (place / "snapshots" / commit / "model.safetensors").rename(place / "snapshots" / commit / "pytorch_model.bin")
+    with pytest.raises(InputError, match="the hub has it without safetensors; `hf download` it into a folder"):
+        load(revision=commit)
 
 
 def test_positions_grow_where_the_model_can(tmp_path, caplog):

@@ -362,6 +362,7 @@ REFUSED = {
                 "--method seqlora: found ZeRO stage 3"),
     "no weights": (["--method", "galore", "--optim_target_modules", "none"], "--optim_target_modules is missing"),
     "replay of nothing": (["--method", "replay", "--replay_rows", "0"], "--replay_rows: found 0"),
+    "an infinite weight": (["--method", "nlora", "--nlora_lamda", "inf"], "--nlora_lamda: found inf"),
     "negative weight": (["--method", "nlora", "--nlora_lamda", "-1"], "--nlora_lamda: found -1.0"),
     "all preserved": (["--method", "osf", "--osf_preserved", "1"], "--osf_preserved: found 1.0"),
     "nothing preserved": (["--method", "osf", "--osf_preserved", "0.001"], "less than one direction of"),

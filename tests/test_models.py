@@ -350,14 +350,14 @@ def test_a_frozen_base_in_4_bits(method, mini_benchmark, tmp_path, monkeypatch, 
     bitsandbytes = pytest.importorskip("bitsandbytes")
     import run_uie_lora
 
-    model, prepared, choose = LLAMA, [], run_uie_lora.choose_modules
-    monkeypatch.setattr(run_uie_lora, "choose_modules", lambda *given: prepared.append(given[1]) or choose(*given))
+    model, prepared, attach = LLAMA, [], run_uie_lora.load_and_attach
+    monkeypatch.setattr(run_uie_lora, "load_and_attach", lambda *given: prepared.append(attach(*given)) or prepared[-1])
     for dataset in ("dbpedia", "amazon"):
         words = command(mini_benchmark, tmp_path / dataset, dataset, model, "--method", method, "--load_in_4bit")
         assert run_uie_lora.main(words) == 0
         model = adapter(tmp_path / dataset)
     kinds = {name.removesuffix(".base_layer").split(".")[-1]: type(module)
-             for name, module in prepared[-1].named_modules() if isinstance(module, torch.nn.Linear)}
+             for name, module in prepared[-1][1].named_modules() if isinstance(module, torch.nn.Linear)}
     changed = {"gorp": {"gate_proj"}, "magmax": {"q_proj", "v_proj"}}.get(method, set())
     whole = {name for name in ("gate_proj", "q_proj", "v_proj", "o_proj", "lm_head") if kinds[name] is torch.nn.Linear}
     assert whole == changed | {"lm_head"} and kinds["o_proj"] is bitsandbytes.nn.Linear4bit
@@ -403,6 +403,10 @@ The scripts pass the published expressions with the published models. With `MODE
 phi3, queries, keys and values are one matrix, so LoRA trains keys too, and the full-rank weights hold the gate and what
 it multiplies. In a mixture of experts the experts are not linear layers; the full-rank weights are the attention's
 output. A type without an entry is an error that lists the endings of its linear layers' names, for your own flags.
+
+All other values stay those of T5-large (`scripts/`) or LLaMA-2-7B (`scripts_llama/`): learning rates, rank, epochs, a
+micro-batch of 4 or 1, recomputation of activations. They need a search for each model. A small decoder-only model runs
+faster with `EXTRA="--per_device_train_batch_size 8 --per_device_eval_batch_size 32 --gradient_checkpointing False"`.
 
 | type | `--lora_modules` | `--optim_target_modules` |
 |---|---|---|

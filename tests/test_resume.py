@@ -29,12 +29,13 @@ import full_rank
 import run_record
 import run_uie_lora
 from command_line import parse_arguments
-from errors import InputError, RunStopped, is_disk_full
+from errors import InputError, RunStopped, entry_point, is_disk_full
 from helpers import (
-    ENVIRONMENT, HostReads, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, predictions,
+    ENVIRONMENT, HostReads, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, free_port, predictions,
 )  # fmt: skip
 from methods import find_method
 from non_finite import NonFiniteGuard
+from order_config import write_order
 from Proj_torch import ProjAdamW
 from task_setup import input_files, load_examples
 from uie_trainer_lora import UIETrainer
@@ -109,7 +110,7 @@ def test_a_checkpoint_holds_no_pickle_and_resumes_to_the_same_bits(engine, mini_
         if engine != "stage2":
             assert run_uie_lora.main(words) == 0
             return
-        launcher = ["deepspeed", "--num_accelerators", "1", "--master_port", "29574", "src/run_uie_lora.py"]
+        launcher = ["deepspeed", "--num_accelerators", "1", "--master_port", str(free_port()), "src/run_uie_lora.py"]
         subprocess.run([*launcher, *words], cwd=ROOT, env=ENVIRONMENT, check=True)
 
     run(whole)
@@ -373,6 +374,21 @@ def test_the_data_of_other_tasks_count_where_a_method_reads_them(
     assert (digests() != before) is differs
 
 
+def test_a_longer_order_is_another_one_for_a_method_that_counts_its_tasks(mini_benchmark, tmp_path, capfd):
+    """InfLoRA's energy depends on the number of tasks; other methods' finished tasks stay when one is added."""
+    for method, status in (("inflora", 2), ("inclora", 0)):
+        order = tmp_path / method / "mine_configs"
+        for tasks in ([("TC", "dbpedia")], [("TC", "dbpedia"), ("SC", "amazon")]):
+            shutil.rmtree(order, ignore_errors=True)
+            write_order(order, tasks)
+            words = command(mini_benchmark, tmp_path / method / "out", "--method", method)
+            words[words.index("--task_config_dir") + 1] = str(order / "dbpedia")
+            found = run_uie_lora.main(words)
+        assert found == status
+        said = capfd.readouterr()
+        assert ("differs: place in the order has changed" in said.err) is bool(status)
+
+
 def test_a_method_reads_what_it_declares(mini_benchmark, tmp_path):
     flags = arguments(mini_benchmark, tmp_path / "out", "amazon", T5, T5_MODULES, "--method", "replay")
     _, data_args, method_args, training_args = parse_arguments([str(flag) for flag in flags])
@@ -612,7 +628,8 @@ def test_a_rank_whose_loss_is_nan_ends_the_run_under_zero(mini_benchmark, tmp_pa
     """No rank's factors change in such a step, and at the third in a row it says why it ends."""
     stage_2 = ["--deepspeed", "configs/ds_configs/stage2.config"]
     words = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES, *stage_2)
-    launched = ["deepspeed", "--num_accelerators", "2", "--master_port", "29573", "tests/poisoned_entry.py", *words]
+    launched = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "tests/poisoned_entry.py",
+                *words]  # fmt: skip
     done = subprocess.run(launched, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
@@ -644,6 +661,21 @@ def test_a_write_without_space_is_one_line(
     assert not list(output.rglob("*.partial"))
     assert run_uie_lora.main(command(mini_benchmark, output)) == 0
     assert same_results(output, uninterrupted)
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (InputError("--flag: bad"), 2, "error: --flag: bad\n"),
+    (OSError(errno.ENOSPC, "No space left on device"), 1,
+     "error: a disk is full ([Errno 28] No space left on device)\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+])  # fmt: skip
+def test_a_command_that_trains_nothing_ends_with_one_line_too(error, status, line, capsys):
+    @entry_point
+    def main():
+        raise error
+
+    assert main() == status
+    assert capsys.readouterr().err == line
 
 
 def test_what_other_libraries_say_of_a_full_disk():

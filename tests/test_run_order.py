@@ -1,6 +1,7 @@
 """An order in one process: the same bits as one process a task, and the same ends."""
 
 import gc
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import ranks
 import run_order
 import run_uie_lora
-from errors import RunStopped
-from helpers import ENVIRONMENT, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, free_port, losses
+from errors import InputError, RunStopped
+from helpers import ENVIRONMENT, LLAMA, LLAMA_MODULES, ROOT, T5, T5_MODULES, arguments, edit, free_port, losses, put
 from order_config import read_order, step_name, write_order
 from uie_trainer_lora import UIETrainer
 
@@ -45,6 +47,64 @@ def test_flags_spelt_with_dashes_reach_the_order(command):
 def test_a_checkpoint_of_one_task_is_none_of_an_order(command, capfd):
     assert run_order.main(command("--resume-from-checkpoint", "outputs/checkpoint-2")) == 2
     assert "error: --resume_from_checkpoint: found outputs/checkpoint-2; allowed: true" in capfd.readouterr().err
+
+
+def test_the_folder_of_one_task_is_none_of_an_order(command, capfd):
+    assert run_order.main(command("--task_config_dir", "configs/order1_configs/dbpedia")) == 2
+    assert "error: --task_config_dir: found configs/order1_configs/dbpedia; allowed: none" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("method, steps, said", [
+    ("multitask", "-1", "--task_epochs is ignored: multitask trains all tasks together"),
+    ("olora", "4", "--task_epochs is ignored: each task trains for --max_steps 4"),
+    ("olora", "-1", None),
+])
+def test_epochs_of_single_tasks_are_ignored_only_where_they_mean_nothing(method, steps, said, command, capfd):
+    options, flags = run_order.parse_order(command("--max_steps", steps, "--method", method, "--task_epochs",
+                                                   "amazon=2"))
+    run_order.begin(options, flags)
+    printed = capfd.readouterr().out
+    assert (said in printed) if said else ("is ignored" not in printed)
+    assert options.task_epochs == ({} if said else {"amazon": "2"})
+
+
+def test_the_next_task_starts_from_an_adapter_and_not_silently_from_an_older_one(tmp_path):
+    folder, start = tmp_path / "1-dbpedia", tmp_path / "model"
+    put(folder / "run_record.json", {"configuration": {"do_train": False}})
+    assert run_order.next_start(folder, start) == start
+    put(folder / "run_record.json", {"configuration": {"do_train": True}})
+    with pytest.raises(InputError, match="1-dbpedia: finished, but the adapter folder that the next task starts from"):
+        run_order.next_start(folder, start)
+    (folder / "t5_adapter").mkdir()
+    assert run_order.next_start(folder, start) == folder / "t5_adapter"
+
+
+def test_an_order_without_training_tests_the_base_after_every_task(command, tmp_path):
+    words = command()
+    words.remove("--do_train")
+    assert run_order.main(words) == 0
+    assert len(list((tmp_path / "outputs").glob("*/predict_results.json"))) == 2
+
+
+def test_ranks_that_cannot_connect_are_one_line(command):
+    """Another program listens on the port of the first rank."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(taken.getsockname()[1])}
+        done = subprocess.run([sys.executable, "src/run_order.py", *command()], cwd=ROOT, env=ENVIRONMENT | place,
+                              capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"the processes cannot connect (MASTER_ADDR:MASTER_PORT 127.0.0.1:{place['MASTER_PORT']}): " in done.stderr
+
+
+def test_a_rank_left_over_in_the_environment_is_no_rank(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert ranks.is_first()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not ranks.is_first()
 
 
 def chain_words(order: Path, benchmark: Path, outputs: Path, family: str, *extra: str) -> list[str]:

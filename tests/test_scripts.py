@@ -313,6 +313,26 @@ def test_fewer_devices_than_processes():
     done = launch_with_gpus(NPROC="3", CUDA_VISIBLE_DEVICES="4,5")
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: NPROC=3: CUDA_VISIBLE_DEVICES=4,5 names fewer devices\n" in done.stderr
+    run = ("source scripts/lib.sh; has_gpu() { gpus=2; }; unset CUDA_VISIBLE_DEVICES; parse_arguments ''; "
+           "run_order t5 order1")
+    assert bash("-c", run, DRY_RUN="1", NPROC="2").returncode == 0
+    done = bash("-c", run, DRY_RUN="1", NPROC="3")
+    assert done.returncode == 2 and "error: NPROC=3: PyTorch finds 2; allowed: one GPU a process\n" in done.stderr
+
+
+def test_the_number_of_gpus_is_what_pytorch_counts(tmp_path):
+    """A warning before the number is none, and neither is a PyTorch that prints something else."""
+    run = "source scripts/lib.sh; compgen() { true; }; unset CUDA_VISIBLE_DEVICES; has_gpu; echo \"$gpu $gpus\""
+    for said, found in (("a warning\\n4", "yes 4"), ("done", "yes ")):
+        (tmp_path / "python").write_text(f"#!/bin/bash\nprintf '{said}'\n")
+        (tmp_path / "python").chmod(0o755)
+        assert bash("-c", f"PYTHON={tmp_path}/python; {run}").stdout == f"{found}\n"
+
+
+def test_a_hostfile_with_chosen_devices(tmp_path):
+    put(tmp_path / "hosts", "a slots=2\nb slots=2\n")
+    done = launch_with_gpus(HOSTFILE=str(tmp_path / "hosts"), CUDA_VISIBLE_DEVICES="4,5")
+    assert done.returncode == 2 and "CUDA_VISIBLE_DEVICES, which DeepSpeed's launcher replaces" in done.stderr
 
 
 def test_several_machines_share_the_examples_of_a_step(tmp_path):
@@ -591,6 +611,11 @@ def test_help_of_a_task_shows_this_projects_options_first(capsys):
     ("scripts/order_1.sh", {"EXTRA": "--seed 7 --method sgorp"}, "logs_and_outputs/order_1-sgorp-seed7"),
     ("scripts/order_1.sh", {"EXTRA": "--preset released"}, "logs_and_outputs/order_1-released"),
     ("scripts/order_1.sh", {"METHOD": "../x"}, "logs_and_outputs/order_1-.._x"),
+    ("scripts/order_1.sh", {"MODEL": "facebook/bart-base", "METHOD": "sgorp"},
+     "logs_and_outputs/order_1-bart-base-sgorp"),
+    ("scripts/order_1.sh", {"MODEL": "/models/t5-large/"}, "logs_and_outputs/order_1"),
+    ("scripts_llama/order_1.sh --small", {"MODEL": "initial_model/gemma3-270m"},
+     "logs_and_outputs_llama/order_1-small-gemma3-270m"),
     ("scripts_llama/order_1.sh --small", {}, "logs_and_outputs_llama/order_1-small"),
     ("scripts/order_1.sh --tiny", {"METHOD": "olora", "OUTPUT": "mine"}, "mine/order_1"),
 ])
@@ -638,7 +663,8 @@ def test_bad_input_is_said_once(checkout):
     assert "table of" not in done.stdout
 
 
-@pytest.mark.parametrize("flag", ["--hub_token hf_secret", "--hub_token=hf_secret", "--hub-token 'hf_secret'"])
+@pytest.mark.parametrize("flag", ["--hub_token hf_secret", "--hub_token=hf_secret", "--hub-token 'hf_secret'",
+                                  "--use_auth_token hf_secret"])
 def test_a_secret_reaches_no_log(flag, checkout):
     done = order_1(checkout, EXTRA=flag)
     [log] = [path.read_text() for path in (checkout / "logs").glob("*.log")]
@@ -891,6 +917,11 @@ def test_without_a_python_that_is_new_enough(checkout, tmp_path):
 
 
 # --- the terminal ---
+
+
+def test_an_error_that_several_ranks_report_is_shown_once():
+    log, _, errors = filtered(["error: a\n", "error: b\nerror: a\n"], show_bars=False)
+    assert (log, errors) == ("error: a\nerror: b\nerror: a\n", "error: a\nerror: b\n")
 
 
 def test_a_terminal_without_a_character_shows_its_code(tmp_path):

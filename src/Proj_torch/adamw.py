@@ -20,11 +20,12 @@ This is the reference; `zero_core.py` does the same with cores that persist from
 
 A parameter whose gradient is None is left as it is, its state included.
 
-S is always in W's own coordinates; where its side is projected, it is removed from that side's basis. `gp_first` and
-`gp_second` come from the released GORP code. They make the change of W orthogonal to S only where S's side
-is itself projected: elsewhere Adam's elementwise division turns a direction orthogonal to S into one that is not.
-`orthogonal`, this project's own way, always does (except for weight decay, which acts on W itself): it removes S from
-G before the bases are taken, and from the update that is projected back.
+S is always in W's own coordinates. `gp_first` and `gp_second` come from the released GORP code. `gp_first` makes the
+change of W orthogonal to S only where S's side is itself projected, as it then removes S from that side's basis:
+elsewhere Adam's elementwise division turns a direction orthogonal to S into one that is not, and so it does with
+`gp_second` everywhere. `orthogonal`, this project's own way, makes the change orthogonal everywhere (except for weight
+decay, which acts on W itself): it removes S from G before the bases are taken, and from the update that is projected
+back.
 """
 
 import math

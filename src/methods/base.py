@@ -29,8 +29,9 @@ from loranew import (
     save_folded,
 )
 from loranew.adapter import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, read_factors
+from methods.base_modules import choose_modules
 from methods.base_options import LoraArguments, MethodArguments, OptimizerArguments, TargetArguments
-from module_matching import check_rank, check_unshared, match_linear
+from module_matching import check_float32, check_rank, check_unshared, match_linear
 from Proj_torch.optimizer_state import optimizer_state_of, read_parameters, steps_taken, write_parameters
 from task_examples import OrderExamples
 
@@ -56,6 +57,7 @@ class Method:
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
             all answer tokens of the step.
         presets: what each `--preset` fixes, of the method's options and of Hugging Face's.
+        counts_tasks: whether the result depends on the task's place in the order and on the order's length.
         float32_base: whether the base model is read in float32 even under `--bf16`, as its own weights change.
         trains: whether training follows; otherwise the folder to load is this task's own. Set before `prepare`.
     """
@@ -65,6 +67,7 @@ class Method:
     reads = "no"
     step_factor = 1
     shown_examples: int | None = 64
+    counts_tasks = False
     averages_micro_batches = False
     float32_base = False
     trains = True
@@ -106,7 +109,8 @@ class Method:
 
         Raises:
             InputError: a regular expression that matches nothing or a layer that is not linear, a rank above that of a
-                matrix, or an adapter folder that does not fit the model.
+                matrix, a weight in 16 bits whose small changes would be lost, or an adapter folder that does not fit
+                the model.
         """
         raise NotImplementedError
 
@@ -239,6 +243,7 @@ class LoraMethod(Method):
     def prepare(
         self, model: nn.Module, previous: Path | None, *, decoder_only: bool, sharded: bool = False
     ) -> PeftModel:
+        choose_modules(self.options, model)
         layers = match_linear(model, [self.options.lora_modules], "--lora_modules")
         check_rank(layers, self.options.lora_dim, "--lora_dim")
         model.requires_grad_(False)
@@ -282,10 +287,12 @@ class LoraMethod(Method):
         """Add the LoRA of earlier tasks to the base weights, before DeepSpeed can partition them.
 
         Raises:
-            InputError: a weight that the LoRA layer shares, or that is also a full-rank weight.
+            InputError: a weight that the LoRA layer shares, that is also a full-rank weight, or that is in 16 bits.
         """
         layers = loranew_layers(self.model)
-        check_unshared(self.model, {name: layer.get_base_layer() for name, layer in layers.items()}, "--merge_old")
+        weights = {name: layer.get_base_layer() for name, layer in layers.items()}
+        check_unshared(self.model, weights, "--merge_old")
+        check_float32(weights, "--merge_old")
         both = sorted(layers.keys() & self.changed.keys())
         if both:  # saved with the old LoRA in it, such a weight would get it twice in the next task
             raise InputError(f"--merge_old: found {both[0]} with a LoRA and as a full-rank weight; allowed: one of the "
@@ -430,7 +437,9 @@ class FullRankMethod(Method):
         name = self.options.method
         if not self.options.optim_target_modules:
             raise InputError(f"--method {name}: --optim_target_modules is missing; it names the weights that train")
+        choose_modules(self.options, model)
         self.targets = match_linear(model, self.options.optim_target_modules, "--optim_target_modules")
+        check_float32(self.targets, f"--method {name}")
         if previous is not None:
             if (previous / WEIGHTS_FILE).exists():
                 raise InputError(f"--method {name}: {previous} holds a LoRA; only a folder that {name} saved is loaded")

@@ -141,7 +141,8 @@ class ProjectionArguments(TargetArguments):
         default="auto",
         metadata={
             "help": "What trains full-rank weights: dense gradients and ProjAdamW, or small cores beside frozen "
-            "weights, the same mathematics with less memory. auto: cores under DeepSpeed and --bf16, else dense.",
+            "weights, with the same mathematics (clipping sees the cores' gradients) and less memory. auto: cores "
+            "under DeepSpeed and beside 16-bit weights, else dense.",
             "choices": ["auto", "dense", "cores"],
         },
     )

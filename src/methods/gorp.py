@@ -25,8 +25,9 @@ from arguments import check
 from errors import InputError
 from loranew import loranew_layers
 from methods.base import LoraMethod
+from methods.base_modules import choose_modules
 from methods.base_options import ChangePenaltyArguments, LoraArguments, ProjectionArguments, SpaceArguments
-from module_matching import check_rank, match_linear, match_names
+from module_matching import check_float32, check_rank, match_linear, match_names
 from Proj_torch.engine import Plan, make_engine, report_line
 from subspace import GradientSpace, layer_inputs
 
@@ -84,6 +85,7 @@ class Gorp(LoraMethod):
 
     def prepare(self, model, previous: Path | None, *, decoder_only: bool, sharded: bool = False):
         options = self.options
+        choose_modules(options, model)
         self.targets = match_linear(model, options.optim_target_modules, "--optim_target_modules")
         check_rank(self.targets, options.galore_rank, "--galore_rank")
         self.idle |= set() if self.targets else {*options.of_projection(), "lamda_3"}
@@ -101,11 +103,26 @@ class Gorp(LoraMethod):
         self.space = GradientSpace(options.protect_side, options.space_energy)
         if self.protects and previous is not None and (previous / SPACE_FILE).exists():
             self.space.load(previous / SPACE_FILE, weights)
-        side, way, cores = options.protect_side, self.way(), sharded or options.galore_engine == "cores"
-        plan = Plan(self.targets, options.projection(), self.protected, self.spaces(weights), side, way)
-        self.engine = make_engine(model.get_base_model(), plan, cores=cores, eps_before_correction=self.released)
+        plan = Plan(self.targets, options.projection(), self.protected, self.spaces(weights), options.protect_side,
+                    self.way())  # fmt: skip
+        self.engine = make_engine(model.get_base_model(), plan, cores=sharded or self.needs_cores(),
+                                  eps_before_correction=self.released)  # fmt: skip
         self.own_state = self.engine.own_state
         return model
+
+    def needs_cores(self) -> bool:
+        """Whether small cores train in one process: as told, or by default beside weights in 16 bits.
+
+        Raises:
+            InputError: dense gradients of weights in 16 bits.
+        """
+        engine = self.options.galore_engine
+        exact = all(layer.weight.dtype == torch.float32 for layer in self.targets.values())
+        if engine == "cores" or exact or not self.trains:
+            return engine == "cores"
+        if engine == "dense" or self.options.protect == "gp_second":
+            check_float32(self.targets, f"--method {self.full_name} with dense gradients")
+        return True
 
     def spaces(self, names) -> dict[str, torch.Tensor]:
         """S of each of the named factors and weights that has one."""

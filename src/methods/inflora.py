@@ -46,6 +46,7 @@ class Inflora(LoraMethod):
     Arguments = InfloraArguments
     zero_stage = 2
     shown_examples = None
+    counts_tasks = True
     finished = 0.0  # share of the order's tasks before this one, t / T
 
     def training_examples(self, own, order):

@@ -25,6 +25,7 @@ from arguments import check_number
 from files import read_tensors
 from loranew import loranew_layers
 from methods.base_options import LoraArguments
+from module_matching import check_float32
 from methods.seqlora import Seqlora
 
 TASKS_FILE = "task_factors.safetensors"
@@ -62,6 +63,8 @@ class Magmax(Seqlora):
             if name in merged and isinstance(module, nn.Linear):
                 self.base[name] = module.weight.detach().clone()
         model = super().prepare(model, previous, **kind)
+        check_float32({name: layer.get_base_layer() for name, layer in loranew_layers(model).items()},
+                      "--method magmax")
         if previous is not None:
             self.check_like_factors(self.tasks, previous / TASKS_FILE)
         return model

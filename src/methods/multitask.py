@@ -2,8 +2,9 @@
 
 The order's first step trains one LoRA on the examples of all T tasks, shuffled together, with equal steps per task: T
 times `--max_steps`, every task's examples repeated up to the largest task's number. Without `--max_steps` each example
-counts once per epoch, and a task gets the steps that it would have had alone. The later steps train nothing: they copy
-the first one's folder and evaluate, so that the same scripts and the same report can be used.
+counts once per epoch, and a task gets the steps that it would have had alone (`--task_epochs` is ignored). The later
+steps train nothing: they copy the first one's folder and evaluate, so that the same scripts and the same report can be
+used.
 """
 
 from datasets import concatenate_datasets

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from arguments import check
+from arguments import check_number
 from errors import InputError
 from loranew import loranew_layers
 from methods.base import LoraMethod
@@ -36,7 +36,7 @@ class NloraArguments(LoraArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.nlora_lamda >= 0, "nlora_lamda", self.nlora_lamda, "0 or more")
+        check_number(self, "nlora_lamda", least=0)
 
 
 class Nlora(LoraMethod):

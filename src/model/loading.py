@@ -7,6 +7,7 @@ Weights are read from safetensors only, after all other checks, and no code that
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,7 +19,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import extract_commit_hash
 
 from errors import InputError
 from files import json_kind, read_object
@@ -32,6 +35,7 @@ SAME_LOSS = {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_te
              "phi3", "mixtral", "qwen3_moe"}  # fmt: skip
 """Decoder-only types for which tests/test_models.py compares the loss; others are compared when they are loaded."""
 
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # weights from a stranger's pull request are not loaded
 logger = logging.getLogger("gorp")
 
 
@@ -62,6 +66,7 @@ def load_model_and_tokenizer(
     tokenizer_name: str | None = None,
     resize_position_embeddings: bool | None = None,
     max_source_length: int = 512,
+    max_target_length: int = 0,
     family: str | None = None,
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
@@ -73,24 +78,27 @@ def load_model_and_tokenizer(
     Args:
         model_name_or_path: a folder or a hub id; `hub` are `cache_dir`, `revision` and `token` of from_pretrained.
         config_name, tokenizer_name: where the config and the tokenizer are, if not with the model.
-        resize_position_embeddings: whether learned positions may grow to `max_source_length`; None: yes, with a
-            warning. Only some models can (Pegasus can, BART and LLaMA cannot).
+        resize_position_embeddings: whether learned positions may grow to `max_source_length`, with a decoder-only model
+            plus `max_target_length`; None: yes, with a warning. Only some models can (Pegasus can, BART and LLaMA
+            cannot).
         family: "encoder-decoder" or "decoder-only", if the model must be of that family.
         not_in_4bit: None, or regular expressions for layers that keep `dtype`; all others but the head are in 4 bits.
         weights: False leaves the model on the meta device: files and shapes are checked, no values are read.
 
     Raises:
         InputError: the model is missing, a pickle, incomplete, of an unsupported kind or another family, or has too few
-            positions for `max_source_length`; the hub cannot be reached.
+            positions; the hub cannot be reached.
     """
     previous, base_name = _find_base(model_name_or_path)
     hub["trust_remote_code"] = False
     stored = read_object(previous / ADAPTER_CONFIG) if previous is not None else {}
     config_name = config_name or stored.get("config_name")
-    if hub.get("revision") is None:
-        hub["revision"] = stored.get("revision")
-    revision = None if Path(base_name).is_dir() else hub.get("revision")
-    config = _load_config(config_name or base_name, hub)
+    elsewhere = dict(hub)  # for a config or tokenizer of another repository
+    hub["revision"] = hub.get("revision") or stored.get("revision")
+    config = _load_config(config_name or base_name, elsewhere if config_name else hub)
+    if not Path(base_name).is_dir():
+        hub["revision"] = _commit(base_name, hub)
+    revision = None if Path(base_name).is_dir() else hub["revision"]
     own_class, decoder_only = model_class(config, base_name), not config.is_encoder_decoder
     kind, other = ("decoder-only", "scripts_llama/") if decoder_only else ("encoder-decoder", "scripts/")
     if family not in (None, kind):
@@ -99,13 +107,14 @@ def load_model_and_tokenizer(
     if Path(base_name).is_dir():  # of a hub repository, from_pretrained reads nothing but safetensors
         _require_safetensors(Path(base_name), "AutoModelForCausalLM" if decoder_only else "AutoModelForSeq2SeqLM")
     with _loading("tokenizer", tokenizer_name or base_name):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or base_name, **(elsewhere if tokenizer_name else hub))
     _complete_tokenizer(tokenizer, config, base_name)
     place = {} if weights else {"device_map": "meta"}
     if not_in_4bit is not None and weights:
         place["quantization_config"] = _four_bits(dtype, not_in_4bit)
     model = _load_weights(own_class, base_name, config=config, dtype=dtype, **place, **hub)
-    _grow_positions(model, max_source_length, resize_position_embeddings)
+    length = max_source_length + (max_target_length if decoder_only else 0)
+    _grow_positions(model, length, resize_position_embeddings)
     _drop_generation_settings(model, base_name)
     _set_special_tokens(model, tokenizer)
     _grow_embeddings(model, tokenizer)
@@ -195,11 +204,21 @@ def _loading(what: str, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # the tokenizers library raises nothing more specific
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "use_safetensors" in reason:  # Transformers' advice would load a pickle
+            reason = ("the hub has it without safetensors; `hf download` it into a folder, and MODEL=FOLDER says how "
+                      "to convert it")
         raise InputError(f"{name}: the {what} cannot be loaded: {reason}") from error
     finally:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def _commit(name: str, hub: dict) -> str | None:
+    """The commit of a hub repository that a branch, a tag or no revision stands for, so that all parts of a model, and
+    all tasks of an order, have the same one."""
+    with _loading("config", name):
+        return extract_commit_hash(cached_file(name, "config.json", **hub), None)
 
 
 def _load_config(name: str, hub: dict) -> PreTrainedConfig:
@@ -372,7 +391,8 @@ def _grow_positions(model: PreTrainedModel, length: int, allowed: bool | None) -
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None or limit >= length:
         return
-    fault = f"--max_source_length: found {length}; {model.name_or_path} has {limit} positions, which"
+    whose = "" if model.config.is_encoder_decoder else " with --max_target_length"
+    fault = f"--max_source_length: found {length}{whose}; {model.name_or_path} has {limit} positions, which"
     if allowed is False:
         raise InputError(f"{fault} --resize_position_embeddings false keeps; allowed: at most {limit}")
     try:
