@@ -47,12 +47,18 @@ def exact_weight(layer: nn.Linear) -> torch.Tensor:
 
 
 def set_weight(layer: nn.Linear, W: torch.Tensor) -> None:
-    """Set a layer's weight to W (out, in), and keep the error of rounding it to 16 bits for `exact_weight`."""
-    W = W.to(layer.weight.device)
+    """Set a layer's weight to W (out, in), and keep the error of rounding it to 16 bits for `exact_weight`.
+
+    Setting it to its `exact_weight`, as the next load does, changes nothing; so the second pass, as an error that is
+    itself rounded to half a unit makes the sum round the other way. In 16 bits W is overwritten.
+    """
+    W, dtype = W.to(layer.weight.device), layer.weight.dtype
     layer.weight.copy_(W)
-    if layer.weight.dtype != torch.float32:
-        error = (W - layer.weight.float()) * ROUNDING_SCALE
-        layer.register_buffer("rounding", error.to(layer.weight.dtype), persistent=False)
+    for _ in range(2 if dtype != torch.float32 else 0):
+        error = (W - layer.weight).mul_(ROUNDING_SCALE).to(dtype)
+        layer.register_buffer("rounding", error, persistent=False)
+        W.copy_(layer.weight).add_(error.float(), alpha=1 / ROUNDING_SCALE)
+        layer.weight.copy_(W)
 
 
 class ExactWeights(UserDict):

@@ -62,11 +62,10 @@ class UIETrainer(Seq2SeqTrainer):
         self.args.logging_nan_inf_filter = False  # would read a value from the device in every micro-batch
         if self.is_deepspeed_enabled and not self.args.do_train and not self.args.hf_deepspeed_config.is_zero3():
             self.is_deepspeed_enabled = False  # evaluation alone needs no engine, and Hugging Face would reject it
-            if self.args.bf16 or self.args.fp16:  # as after training: the engine's precision, and exact LoRA factors
-                factors = {name: value.data for name, value in self.model.named_parameters() if ".lora" in name}
-                self.model.to(torch.bfloat16 if self.args.bf16 else torch.float16)
-                for name, value in factors.items():
-                    self.model.get_parameter(name).data = value
+            if self.args.bf16 or self.args.fp16:  # as after training: the base in 16 bits; factors and buffers not
+                for name, value in self.model.named_parameters():
+                    if ".lora" not in name:
+                        value.data = value.data.to(torch.bfloat16 if self.args.bf16 else torch.float16)
 
     # Optimizer and loss
 

@@ -113,6 +113,22 @@ def test_a_16_bit_weight_continues_from_the_float32_value_that_was_saved(dtype, 
             assert ((held - saved[name]).abs() <= tolerance).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_16_bit_weight_that_was_saved_is_read_as_the_one_that_was_evaluated(dtype):
+    """Also entries that lie about half a unit beside a 16-bit number, whose kept error is rounded to that half."""
+    torch.manual_seed(0)
+    any_, near = torch.randn(2, 50, 100)
+    near = near.to(dtype).float()
+    W = torch.cat([any_, near * (1 + torch.finfo(dtype).eps / 2 * (1 - 1e-3 * torch.rand_like(near)))])
+    held, loaded = (torch.nn.Linear(100, 100, bias=False, dtype=dtype) for _ in range(2))
+    set_weight(held, W.clone())
+    exact = exact_weight(held)
+    assert torch.allclose(exact, W, rtol=2**-16, atol=1e-7)
+    set_weight(loaded, exact.clone())
+    assert torch.equal(loaded.weight, held.weight) and torch.equal(exact_weight(loaded), exact)
+
+
 def test_full_rank_weights_are_put_where_the_model_is():
     """A 4-bit base is on the GPU when the previous task's weights are loaded. Here `meta` stands for the GPU."""
     layer = torch.nn.Linear(3, 2, bias=False, dtype=torch.bfloat16, device="meta")

@@ -299,6 +299,21 @@ def test_a_trained_task_is_only_evaluated(model, modules, mini_benchmark, tmp_pa
     assert kept[0] == kept[1] and kept[0]["predict_global_step"] == 12
 
 
+def test_an_evaluation_alone_has_the_precision_of_the_one_after_training(mini_benchmark, tmp_path):
+    """Under DeepSpeed in bf16, which rounds neither the LoRA nor LLaMA's rotary frequencies."""
+    flags = ["--deepspeed", "configs/ds_configs/stage2.config", "--bf16", "True", "--max_steps", "4", "--predict_loss",
+             "True", "--max_predict_samples", "4"]
+    words = arguments(mini_benchmark, tmp_path, "dbpedia", LLAMA, LLAMA_MODULES, *flags)
+    found = []
+    for said in ("gorp trains", "trained before; only the evaluation runs"):
+        launcher = ["deepspeed", "--num_accelerators", "1", "--master_port", str(free_port()), "src/run_uie_lora.py"]
+        done = subprocess.run([*launcher, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+        found.append(json.loads((tmp_path / "predict_results.json").read_text())["predict_loss"])
+        (tmp_path / "completed.json").unlink()
+    assert found[0] == found[1]
+
+
 def test_an_evaluation_without_memory_goes_on_with_smaller_batches(mini_benchmark, tmp_path, monkeypatch, capfd):
     words = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES)
 
