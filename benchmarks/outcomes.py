@@ -166,32 +166,42 @@ def table(reference: str, outcomes: list[Outcome], trials: Mapping[str, int] = {
     right = {method: _right(own) for method, own in of_method.items()}
     everything = set().union(*right.values())
     means = {method: _mean_over_orders(own) for method, own in of_method.items() if right[method].keys() == everything}
-    leads = _leads(reference, right)
-    covered, cell_of = _lead_cells(leads)
-    lines = [f"| method | settings | {' | '.join(f'{order}: AP, BWT' for order in orders)} | mean AP | mean BWT "
-             f"| {reference} minus it, {covered} | trains | stores |", "|---|---|" + "---|" * (len(orders) + 5)]
+    covered, lead_over = _lead_cells(_leads(reference, right))
+    head = ["method", "settings", *(f"{order}: AP, BWT" for order in orders), "mean AP", "mean BWT",
+            f"{reference} minus it, {covered}", "trains", "stores"]  # fmt: skip
     if learnt:
         of_learnt = {method: _right(own, learnt) for method, own in of_method.items()}
-        covered, learnt_cell_of = _lead_cells(_leads(reference, of_learnt))
-        lines = [f"{lines[0]} {len(learnt)} learnt tasks: AP, {reference} minus it, {covered} |", f"{lines[1]}---|"]
+        covered, lead_there = _lead_cells(_leads(reference, of_learnt))
+        head.append(f"{len(learnt)} learnt tasks: AP, {reference} minus it, {covered}")
+    rows = []
     for method in sorted(of_method, key=lambda method: -means.get(method, (0, 0))[0]):
         own = of_method[method]
-        settings, count = own[0].trial.effective_settings(), trials.get(method)
-        found = f" ({count} trials)" if count and settings != DEFAULTS else ""
-        cells = [f"{method} | `{settings}`{found}"]
-        cells += [", ".join(map(_spread, zip(*measures))) if (measures := _measures(own, order)) else "-"
-                  for order in orders]  # fmt: skip
-        cells += [f"{mean:.1f}" for mean in means[method]] if method in means else ["-", "-"]
-        cells.append(cell_of(method))
-        cells += [f"{max(one.trained_values for one in own) / 1000:,.0f} k",
-                  f"{statistics.mean(one.stored_bytes for one in own) / 1e6:.1f} MB"]
+        rows.append([
+            method, _settings_cell(own[0].trial, trials), *(_order_cell(own, order) for order in orders),
+            *(f"{mean:.1f}" for mean in means.get(method, ())), *["-"] * (0 if method in means else 2),
+            lead_over(method), f"{max(one.trained_values for one in own) / 1000:,.0f} k",
+            f"{statistics.mean(one.stored_bytes for one in own) / 1e6:.1f} MB",
+        ])  # fmt: skip
         if learnt:
             there = of_learnt[method]
-            cells.append(f"{paired_interval(there).mean:.1f}, {learnt_cell_of(method)}" if there else "-")
-        lines.append(f"| {' | '.join(cells)} |")
+            rows[-1].append(f"{paired_interval(there).mean:.1f}, {lead_there(method)}" if there else "-")
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|" + "---|" * len(head))
     if learnt is not None:
         lines += ["", f"Learnt: {', '.join(learnt) or 'none'}."]
     return "\n".join(lines)
+
+
+def _settings_cell(trial: Trial, searched: Mapping[str, int]) -> str:
+    """A method's settings, and the number of trials in the search that found them."""
+    settings, count = trial.effective_settings(), searched.get(trial.method)
+    return f"`{settings}`" + (f" ({count} trials)" if count and settings != DEFAULTS else "")
+
+
+def _order_cell(outcomes: list[Outcome], order: str) -> str:
+    """AP and BWT in an order, each with its standard deviation over seeds."""
+    measures = _measures(outcomes, order)
+    return ", ".join(map(_spread, zip(*measures))) if measures else "-"
 
 
 def _right(outcomes: list[Outcome], datasets: Sequence[str] = ()) -> dict[RunKey, dict[str, np.ndarray]]:
