@@ -295,8 +295,10 @@ def _unfinished(data_dir: str | Path, names: Iterable[str], overwrite: bool) -> 
     finished = [name for name in names if is_complete(Path(data_dir) / name) and not overwrite]
     for folder in (Path(data_dir) / name for name in names if name not in finished and not overwrite):
         if own := sorted(path.name for path in folder.glob("[!.]*") if path.name != "labels.json"):
-            raise InputError(f"{folder}: holds {own[0]}, which would be deleted, but not all of train, dev and test; "
-                             "move it away, or pass --overwrite")
+            missing = [name for name in BENCHMARK_FILES if not (folder / name).exists()]
+            raise InputError(f"{folder}: holds {own[0]}, which would be deleted, and lacks {', '.join(missing)}; "
+                             "complete the folder (data/generate_labels.py writes labels.json), move it away, or pass "
+                             "--overwrite")
     if finished:
         logger.info("finished already: %s (--overwrite prepares them again)", ", ".join(finished))
     return [name for name in dict.fromkeys(names) if name not in finished]

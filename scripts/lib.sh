@@ -24,7 +24,8 @@ source scripts/settings.sh
 
 say() { echo "[gorp] $*"; }
 fail() { echo "error: $*" >&2; exit 2; }
-masked() { sed -E 's/(--hub[_-]token[= ]|\bhf_)[^ )]+/\1***/g'; }   # as terminal.py masks what a run prints
+# As terminal.py masks what a run prints.
+masked() { sed -E -e 's/(--hub[_-]token[= ])[^ )]+/\1***/g' -e 's/\bhf_[A-Za-z0-9]{20,}/hf_***/g'; }
 
 # --- set-up ---
 
@@ -338,6 +339,7 @@ read_values() {
 # Append to `label`, which names the default folder, what distinguishes the run from the plain published one.
 distinguish() {
     local own=${MODEL:-$model}
+    [ ! -d "$own" ] || own=$(cd "$own" && pwd)
     own=${own%/} own=${own##*/}
     [ "$mode" = full ] || label+=-$mode
     [[ $own == "${model##*/}" || ($mode == full && $own == "${source##*/}") ]] || label+=-$own

@@ -21,7 +21,8 @@ CLEAR_LINE = "\r\x1b[K"
 # tqdm's bars: "name:  40%|####    | 4/10 [00:01<00:02,  3.1it/s]" and, without a total, "name: 4it [00:01, 3.1it/s]"
 BAR = re.compile(r"[^\r\n]*?(\d{1,3}%\|[^|\r\n]*\| *\S+/\S+|\d{1,12} ?[a-z]{1,12}) \[\d+:\d\d[^\]\r\n]*\]")
 
-SECRET = re.compile(r"(--hub[_-]token\W+|\bhf_)[^\s'\",]+")  # however it is quoted
+# In a command, however it is quoted; and Hugging Face's tokens anywhere.
+SECRET = re.compile(r"(--hub[_-]token\W+)[^\s'\",]+|\b(hf_)[A-Za-z0-9]{20,}")
 
 
 class Terminal:
@@ -65,7 +66,7 @@ class Terminal:
                     self.out.write("\n")
 
     def _line(self, line: str) -> None:
-        line = SECRET.sub(r"\1***", line)
+        line = SECRET.sub(lambda found: f"{found[1] or found[2]}***", line)
         self.log.write(line + "\n")
         self.log.flush()
         if line.startswith(ERROR):

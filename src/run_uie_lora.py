@@ -191,7 +191,7 @@ def base_dtype(training_args: UIETrainingArguments, method: Method) -> torch.dty
     """The dtype in which the base model is read; trainable parameters are float32 all the same."""
     if method.float32_base:
         return torch.float32
-    if training_args.fp16 and training_args.deepspeed and training_args.do_train:
+    if training_args.fp16 and training_args.deepspeed:
         return torch.float16  # DeepSpeed's cast of a float32 base would round earlier tasks' changes away
     return torch.bfloat16 if training_args.bf16 else torch.float32
 

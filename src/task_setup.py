@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 from collections.abc import Container
@@ -59,7 +60,8 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
     def read(config_dir, subset: str) -> Dataset:
         [examples] = load_uie_dataset(config_dir, options, [subset]).values()
         kept = (first_examples_of_each if subset == "test" else first_examples)(examples, limits[subset])
-        warn_of_lost_labels(examples, kept, subset)
+        if subset != "dev" or training_args.do_eval:
+            warn_of_lost_labels(examples, kept, subset)
         return kept
 
     examples = DatasetDict({split: read(own, subset) for subset, split in SPLITS.items()})
@@ -98,13 +100,21 @@ def warn_of_lost_labels(examples: Dataset, kept: Dataset, subset: str) -> None:
         return
     labels: dict[str, list[set[str]]] = {}
     for place, those in enumerate((examples, kept)):
-        for dataset, instance, metric in zip(those["Dataset"], those["Instance"], those["Metric"]):
-            if metric != "rougeL":
-                labels.setdefault(dataset, [set(), set()])[place].add(instance["label"])
+        table = those.with_format("arrow")[:]
+        answers = table["Instance"].combine_chunks().field("label")
+        found = set(zip(*(column.to_pylist() for column in (table["Dataset"], table["Metric"], answers))))
+        for dataset, _, label in (one for one in found if one[1] != "rougeL"):
+            labels.setdefault(dataset, [set(), set()])[place].add(label)
     for dataset, (every, left) in labels.items():
         if lost := sorted(every - left):
-            logger.warning("%s: the first %s examples, which a limit keeps, lack %d of %d labels, such as %r; shuffle "
-                           "the file if it is sorted", dataset, subset, len(lost), len(every), lost[0])
+            _warn_once(f"{dataset}: the first {subset} examples, which a limit keeps, lack {len(lost)} of {len(every)} "
+                       f"labels, such as {lost[0]!r}; shuffle the file if it is sorted")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Later tasks of an order read the same test sets again."""
+    logger.warning(text)
 
 
 def _of_datasets(examples: Dataset, wanted: Container[str]) -> Dataset:

@@ -253,7 +253,7 @@ def test_finished_datasets_are_skipped_and_overwritten_on_demand(tmp_path):
 def test_a_users_own_file_is_not_deleted(tmp_path):
     put(tmp_path / "TC/agnews/train.json", [])
     hub = Hub(lambda split: news(2, start=9 if split == "test" else 0))
-    with pytest.raises(InputError, match="agnews: holds train.json, which would be deleted"):
+    with pytest.raises(InputError, match="agnews: holds train.json, which would be deleted, and lacks "):
         prepare_benchmark.prepare_from_hub(tmp_path, ["TC/agnews"], load=hub)
     assert not hub.calls
     prepare_benchmark.prepare_from_hub(tmp_path, ["TC/agnews"], load=hub, overwrite=True)

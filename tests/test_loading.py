@@ -447,6 +447,11 @@ def test_a_branch_of_the_hub_is_pinned_to_its_commit(tmp_path, monkeypatch):
     with pytest.raises(InputError):
         load()
     assert load(revision=commit).origin["revision"] == commit
+    adapter = tmp_path / "adapter"
+    put(adapter / "adapter_config.json", {"base_model_name_or_path": "someone/llama", "peft_type": "LORA",
+                                          "revision": commit})
+    again = load_model_and_tokenizer(str(adapter), cache_dir=str(tmp_path), revision="main", weights=False)
+    assert again.origin["revision"] == commit, "a next task, with the flag of the first"
     (place / "snapshots" / commit / "model.safetensors").rename(place / "snapshots" / commit / "pytorch_model.bin")
     with pytest.raises(InputError, match="the hub has it without safetensors; `hf download` it into a folder"):
         load(revision=commit)

@@ -84,7 +84,7 @@ def test_dense_gradients_need_float32_weights(trained):
     ({"bf16": True}, "gorp", torch.bfloat16),
     ({"fp16": True}, "gorp", torch.float32),  # autocast
     ({"fp16": True, "deepspeed": "ds.json"}, "gorp", torch.float16),
-    ({"fp16": True, "deepspeed": "ds.json", "do_train": False}, "gorp", torch.float32),
+    ({"fp16": True, "deepspeed": "ds.json", "do_train": False}, "gorp", torch.float16),  # as in training
     ({"bf16": True}, "galore", torch.float32),
     ({}, "gorp", torch.float32),
 ])  # fmt: skip

@@ -613,7 +613,8 @@ def test_help_of_a_task_shows_this_projects_options_first(capsys):
     ("scripts/order_1.sh", {"METHOD": "../x"}, "logs_and_outputs/order_1-.._x"),
     ("scripts/order_1.sh", {"MODEL": "facebook/bart-base", "METHOD": "sgorp"},
      "logs_and_outputs/order_1-bart-base-sgorp"),
-    ("scripts/order_1.sh", {"MODEL": "/models/t5-large/"}, "logs_and_outputs/order_1"),
+    ("scripts/order_1.sh", {"MODEL": "/hf_models/t5-large/"}, "logs_and_outputs/order_1"),
+    ("scripts/order_1.sh", {"MODEL": "initial_model/../initial_model/tiny-t5/."}, "logs_and_outputs/order_1-tiny-t5"),
     ("scripts_llama/order_1.sh --small", {"MODEL": "initial_model/gemma3-270m"},
      "logs_and_outputs_llama/order_1-small-gemma3-270m"),
     ("scripts_llama/order_1.sh --small", {}, "logs_and_outputs_llama/order_1-small"),
@@ -664,12 +665,13 @@ def test_bad_input_is_said_once(checkout):
 
 
 @pytest.mark.parametrize("flag", ["--hub_token hf_secret", "--hub_token=hf_secret", "--hub-token 'hf_secret'",
-                                  "--use_auth_token hf_secret"])
+                                  "--use_auth_token hf_secretsecretsecretsecret"])
 def test_a_secret_reaches_no_log(flag, checkout):
     done = order_1(checkout, EXTRA=flag)
     [log] = [path.read_text() for path in (checkout / "logs").glob("*.log")]
     assert "hf_secret" not in log + done.stdout + done.stderr
     assert "***" in log and "EXTRA override these" in done.stdout
+    assert order_1(checkout, EXTRA="--cache_dir /data/hf_cache", DRY_RUN="1").stdout.count("/data/hf_cache ") == 1
     dry = order_1(checkout, EXTRA=flag, DRY_RUN="1")
     assert "***" in dry.stdout and "hf_secret" not in dry.stdout + dry.stderr
 

@@ -8,6 +8,7 @@ Weights are read from safetensors only, after all other checks, and no code that
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ from model.answer_loss import causal_class, check_loss
 
 FLAG = "--model_name_or_path"
 # Keys of a generation config that are not settings of the base: token ids come from the tokenizer, or from training.
+COMMIT = re.compile("[0-9a-f]{40}")
 NO_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_from_model_config",
                "transformers_version")
 SAME_LOSS = {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite",
@@ -94,7 +96,9 @@ def load_model_and_tokenizer(
     stored = read_object(previous / ADAPTER_CONFIG) if previous is not None else {}
     config_name = config_name or stored.get("config_name")
     elsewhere = dict(hub)  # for a config or tokenizer of another repository
-    hub["revision"] = hub.get("revision") or stored.get("revision")
+    kept = stored.get("revision")
+    if kept and (COMMIT.fullmatch(kept) or not hub.get("revision")):  # not a branch that may have moved on since
+        hub["revision"] = kept
     config = _load_config(config_name or base_name, elsewhere if config_name else hub)
     if not Path(base_name).is_dir():
         hub["revision"] = _commit(base_name, hub)
