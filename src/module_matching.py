@@ -74,10 +74,15 @@ def check_unshared(model: nn.Module, layers: Mapping[str, nn.Linear], where: str
             raise InputError(f"{where}: the weight of {name} is shared ({', '.join(names)}); allowed: unshared weights")
 
 
+def holds_small_changes(layer: nn.Linear) -> bool:
+    """Whether the weight has 32 bits or more; in 16, most of a small change would be lost."""
+    return layer.weight.dtype in (torch.float32, torch.float64)
+
+
 def check_float32(layers: Mapping[str, nn.Linear], where: str) -> None:
-    """Reject weights in 16 bits, in which most of a small change would be lost."""
+    """Reject weights in fewer than 32 bits."""
     for name, layer in layers.items():
-        if layer.weight.dtype != torch.float32:
+        if not holds_small_changes(layer):
             raise InputError(f"{where}: the weight of {name} changes and is in {layer.weight.dtype}; allowed: float32, "
                              "as when the model is loaded with dtype=\"float32\"")
 

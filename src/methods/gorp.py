@@ -27,7 +27,7 @@ from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_modules import choose_modules
 from methods.base_options import ChangePenaltyArguments, LoraArguments, ProjectionArguments, SpaceArguments
-from module_matching import check_float32, check_rank, match_linear, match_names
+from module_matching import check_float32, check_rank, holds_small_changes, match_linear, match_names
 from Proj_torch.engine import Plan, make_engine, report_line
 from subspace import GradientSpace, layer_inputs
 
@@ -117,7 +117,7 @@ class Gorp(LoraMethod):
             InputError: dense gradients of weights in 16 bits.
         """
         engine = self.options.galore_engine
-        exact = all(layer.weight.dtype == torch.float32 for layer in self.targets.values())
+        exact = all(map(holds_small_changes, self.targets.values()))
         if engine == "cores" or exact or not self.trains:
             return engine == "cores"
         if engine == "dense" or self.options.protect == "gp_second":
