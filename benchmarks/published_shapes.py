@@ -30,7 +30,7 @@ SHAPES = {  # name -> scripts, tokenizer, flags
     "t5-large": ("scripts", "tiny-t5", []),
     "llama-2-7b": ("scripts_llama", "tiny-llama", ["--bf16", "True", "--use_cpu", "True"]),
 }
-SOURCE, ANSWER = 40, 8
+SOURCE, ANSWER = 64, 8
 FEW = ["--max_steps", "2", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1",
        "--max_predict_samples", "1", "--max_source_length", str(SOURCE), "--max_target_length", str(ANSWER)]
 TASKS = ["SC/IMDB", "SC/SST-2"]
