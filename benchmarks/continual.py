@@ -348,8 +348,8 @@ def knobs(method: str, rate: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def search(bench: Bench, methods: list[str], seeds: list[int], workers: int) -> dict[Trial, str]:
-    """Try each method's settings on dev examples; return the trials that failed, with the reason. Only a method whose
-    rates could all be tried goes on to its knob: the best of some is not the result of an equal search."""
+    """Try each method's settings on dev examples; return the trials that failed, with the reason. Only for a method
+    whose rates were all tried is its knob tried as well: the best of some is not the result of an equal search."""
     def try_all(settings_of) -> dict[Trial, str]:
         trials = [Trial(method, SEARCHED, seed, settings, "dev") for seed in seeds for method in methods
                   for settings in settings_of(method)]
