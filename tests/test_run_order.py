@@ -164,7 +164,7 @@ def test_a_chain_on_two_ranks_gives_what_two_processes_a_task_give(order, mini_b
     assert results(tmp_path / "chain") == results(tmp_path / "alone")
     refused = subprocess.run([*launched, "--galore_rank", "4096"], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
                              text=True)
-    assert refused.returncode == 2 and refused.stderr.count("error: --galore_rank: found 4096") == 1
+    assert refused.returncode == 2 and "error: --galore_rank: found 4096" in refused.stderr  # of any rank, or of both
 
 
 @pytest.mark.recipe

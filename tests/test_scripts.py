@@ -317,7 +317,7 @@ def test_fewer_devices_than_processes():
            "run_order t5 order1")
     assert bash("-c", run, DRY_RUN="1", NPROC="2").returncode == 0
     done = bash("-c", run, DRY_RUN="1", NPROC="3")
-    assert done.returncode == 2 and "error: NPROC=3: PyTorch finds 2; allowed: one GPU a process\n" in done.stderr
+    assert done.returncode == 2 and "error: NPROC=3: PyTorch finds 2 GPUs; allowed: at most one" in done.stderr
 
 
 def test_the_number_of_gpus_is_what_pytorch_counts(tmp_path):

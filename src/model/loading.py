@@ -29,8 +29,8 @@ from files import json_kind, read_object
 from model.answer_loss import causal_class, check_loss
 
 FLAG = "--model_name_or_path"
-# Keys of a generation config that are not settings of the base: token ids come from the tokenizer, or from training.
 COMMIT = re.compile("[0-9a-f]{40}")
+# Keys of a generation config that are not settings of the base: token ids come from the tokenizer, or from training.
 NO_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_from_model_config",
                "transformers_version")
 SAME_LOSS = {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite",
