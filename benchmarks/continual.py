@@ -17,9 +17,9 @@ of the benchmark. Trials in that file do not run again, so with `--out COPY/smal
 copy of this project's finished trials in benchmarks/results, the tables in REPRODUCE.md are printed at once.
 RESULTS/made_of.json has the digests of model and data; any others are rejected. An interrupted trial resumes, unless
 the code has changed since: then delete its folder. `--also` adds the trials of other machines. `--learnt_by METHOD`
-adds the AP over only those tasks that METHOD, usually multi-task training, answers better than always giving the most
-frequent label would. Two methods differ if the interval of their difference (`src/report/bootstrap.py`) does not
-contain 0; with a single seed, this holds for that seed only.
+adds the AP over only the tasks that METHOD, usually multi-task training, learns: the most frequent label's share lies
+below the 95 % (Wilson) interval of its accuracy. Two methods differ if the interval of their difference
+(`src/report/bootstrap.py`) does not contain 0; with a single seed, this holds for that seed only.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 After a task, let M be Adam's first moment of a weight, and M' = M - S S^T M the part of it outside the space S
 (orthonormal columns). S is extended by the fewest leading left singular vectors of M' that make it hold a share
 `energy` of ||M||_F^2 (GPM, Saha et al. 2021, equation 9, with the moment in place of the activations). For side "input"
-M^T takes the place of M, so that S lives in the weight's columns. There a sample of the layer's inputs can replace the
-moment (as in GPM), because the gradient's rows are combinations of inputs.
+M^T takes the place of M, so that S holds directions of the layer's input. There a sample of the layer's inputs can
+replace the moment (as in GPM), because the gradient's rows are combinations of inputs.
 """
 
 import logging

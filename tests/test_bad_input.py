@@ -763,10 +763,10 @@ def documentation() -> str:
     lines = [
         "# Bad input",
         "",
-        "What is rejected, and part of the one-line error. Each case ends the run with exit code 2 before training",
-        "starts, and leaves earlier results untouched. `python src/check.py` reports the same in seconds, except for",
-        "those marked *, which are found when their task begins. This page is generated from the table in",
-        "`tests/test_bad_input.py`, which tests every case.",
+        "This page lists what is rejected, with part of the one-line error. Each case ends the run with exit code 2",
+        "and leaves earlier results untouched. `python src/check.py` finds all of them in seconds, except those marked",
+        "*, which are found when their task begins. The page is generated from the table in `tests/test_bad_input.py`,",
+        "which tests every case.",
     ]
     for area, cases in CASES.items():
         lines += ["", f"## {area}", "", "| input | the error contains |", "|---|---|"]

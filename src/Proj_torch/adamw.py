@@ -21,11 +21,10 @@ This is the reference; `zero_core.py` does the same with cores that persist from
 A parameter whose gradient is None is left as it is, its state included.
 
 S is always in W's own coordinates. `gp_first` and `gp_second` come from the released GORP code. `gp_first` makes the
-change of W orthogonal to S only where S's side is itself projected, as it then removes S from that side's basis:
-elsewhere Adam's elementwise division turns a direction orthogonal to S into one that is not, and so it does with
-`gp_second` everywhere. `orthogonal`, this project's own way, makes the change orthogonal everywhere (except for weight
-decay, which acts on W itself): it removes S from G before the bases are taken, and from the update that is projected
-back.
+change of W orthogonal to S only if S's side is projected, because it then removes S from that side's basis. Otherwise,
+and always with `gp_second`, Adam's elementwise division brings a component in S back. `orthogonal`, this project's own
+way, makes the change orthogonal everywhere (except for weight decay, which acts on W itself): it removes S from G
+before the bases are taken, and from the update that is projected back.
 """
 
 import math

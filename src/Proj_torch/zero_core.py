@@ -15,8 +15,8 @@ with elementwise AdamW on C, whose result does not depend on how C is partitione
   gradient in the layer, as the factors GY and X. After the last micro-batch the shares are summed over the ranks
   (`exact`, `lowrank`: the matrix, on rank 0, which sends the bases to the others; `sketch`: only thin products), and
   the core's gradient L^T G R is formed with the new bases, before ZeRO reduces it like any other. Earlier
-  micro-batches give the core a zero gradient, so that the basis sees the complete batch. Nothing is lost, unless
-  LayerDrop skips a layer in the last micro-batch: then what the layer has collected is lost.
+  micro-batches give the core a zero gradient, so that the basis sees the complete batch. Only a layer that LayerDrop
+  skips in the last micro-batch loses what it has collected.
 * **The fold**: before the first micro-batch of a refresh step, W <- d W + L C R^T on every rank, C <- 0, d <- 1. The
   moments stay, as in published GaLore. A 16-bit W keeps its rounding error beside it, so small updates are not lost.
 * **Weight decay** W <- (1 - lr wd) W is the number d of each layer, applied in the forward pass and in the fold; on C

@@ -3,8 +3,8 @@
 The difference between two runs of one order and seed depends on which test examples there happen to be and on what the
 seed draws. Each dataset's examples are resampled (a bootstrap, with the same draw for every run, as two methods answer
 the same examples). The few seeds are not, since resampling n of them gives only (n - 1) / n of their variance and
-ignores how uncertain it is: a Student's t error is added to their mean. Runs of one seed in different orders share
-its random draws, such as the first A, so each seed counts once, by its mean over orders. A difference is not
+ignores how uncertain it is: a Student's t error is added to their mean. Runs of one seed in different orders share its
+random draws, such as the initial LoRA factor A, so each seed counts once, by its mean over orders. A difference is not
 significant if its interval contains 0, or if there is a single seed, as the interval does not then cover what another
 seed would draw.
 """
