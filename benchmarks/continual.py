@@ -420,7 +420,7 @@ def main() -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Reject flags that would have no effect, and those that would make a run fail late."""
+    """Reject flags that would be ignored, and those that would make a run fail late."""
     for flag in ("dev", "orders", "settings_from", "learnt_by", "also"):
         if args.search and getattr(args, flag):
             raise InputError(f"--search: found --{flag} as well, which it does not read")

@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+from benchmarks.flags import Parser, positive  # noqa: E402
 from errors import InputError, entry_point  # noqa: E402
 from evaluation.generate import Prediction, plan_batches  # noqa: E402
 from loranew import LoraNewConfig, add_loranew, loranew_layers  # noqa: E402
@@ -331,34 +332,26 @@ def padding(subject: Subject) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------ command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
-
-
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="benchmark folder: <TASK>/<DATASET>/*.json")
     parser.add_argument("--model", default="initial_model/tiny-t5", help="default: %(default)s")
-    parser.add_argument("--examples", type=int, default=8, help="test examples of each dataset (%(default)s)")
-    parser.add_argument("--datasets", type=int, default=15, help="the order's first N datasets (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="most examples per batch (%(default)s)")
-    parser.add_argument("--max_source_length", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--examples", type=positive, default=8, help="test examples of each dataset (%(default)s)")
+    parser.add_argument("--datasets", type=positive, default=15, help="the order's first N datasets (%(default)s)")
+    parser.add_argument("--batch_size", type=positive, default=16, help="most examples per batch (%(default)s)")
+    parser.add_argument("--max_source_length", type=positive, default=512, help="default: %(default)s")
     parser.add_argument("--teach", type=int, default=40, help="training steps before the measurement (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
-    args = parser.parse_args(argv)
-    for name in ("examples", "datasets", "batch_size", "max_source_length", "repeats"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name}: found {getattr(args, name)}; allowed: a whole number from 1")
-    return args
+    parser.add_argument("--repeats", type=positive, default=1, help="default: %(default)s")
+    return parser.parse_args(argv)
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
     hf_logging.set_verbosity_error()  # a fixed number of tokens is requested on purpose
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, float32, processor time\n")
     print("| what | against | figure | target |\n|---|---|---|---|")
-    for row in results(arguments(argv)):
+    for row in results(args):
         print(f"| {' | '.join(row)} |", flush=True)
 
 

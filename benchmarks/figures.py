@@ -122,7 +122,7 @@ def complete_runs(outcomes: Sequence[Outcome], panel: Panel) -> dict[str, list[O
     complete = {}
     for method, own in runs.items():
         if len(settings := {outcome.trial.settings for outcome in own.values()}) > 1:
-            raise InputError(f"{panel.model}: {method} has trials with {len(settings)} settings; a picture has one")
+            raise InputError(f"{panel.folder}: {method} has trials with {len(settings)} settings; a picture has one")
         seeds = set.intersection(*({seed for of, seed in own if of == order} for order in panel.orders))
         if len(seeds) >= panel.seeds:
             complete[method] = [outcome for (_, seed), outcome in own.items() if seed in seeds]

@@ -46,13 +46,8 @@ STEPS, WARM_UP = 5, 2
 SOURCE, ANSWER = 512, 50
 TIME, MEMORY, PLAN = 1.10, 1.05, 0.10  # targets: most time and memory relative to LoRA's; the plan's largest error
 FIRST, LOSS = 5, 1e-3  # target: how far a loss of the first steps may be from the CPU's; rounding errors soon grow
-MODULES = {
-    "llama": {"lora_modules": ".*self_attn.(q_proj|v_proj).*", "optim_target_modules": [".*mlp.gate_proj.*"],
-              "proj_lora_modules": ".*self_attn.(q_proj|v_proj).loranew_A.*"},
-    "t5": {"lora_modules": ".*SelfAttention.(q|v).*", "optim_target_modules": [".*EncDecAttention.(q|v).*"],
-           "proj_lora_modules": ".*SelfAttention.(q|v).loranew_A.*"},
-}  # fmt: skip
-TARGETS = {  # the ends of the same names: of layers with LoRA, and of full-rank weights
+AUTO = {"lora_modules": "auto", "optim_target_modules": ["auto"], "proj_lora_modules": "auto"}
+TARGETS = {  # the ends of the names that auto chooses: of layers with LoRA, and of full-rank weights
     "llama": (["q_proj", "v_proj"], ["gate_proj"]),
     "t5": (["SelfAttention.q", "SelfAttention.v"], ["EncDecAttention.q", "EncDecAttention.v"]),
 }
@@ -127,7 +122,7 @@ class Training:
         else:
             if self.bf16:
                 options = {"galore_engine": "cores", **options}
-            self.method = make_method(what, **MODULES[kind], galore_rank=8, lora_dropout=0.0, lamda_1=0.0, **options)
+            self.method = make_method(what, **AUTO, galore_rank=8, lora_dropout=0.0, lamda_1=0.0, **options)
             self.model = self.method.prepare(model, None, decoder_only=kind == "llama").to(DEVICE)
             self.optimizer = self.method.create_optimizer(lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         self.model.train()
@@ -257,8 +252,8 @@ def end(method: Method, training: Training) -> None:
 def plan_of(kind: str, method: Method, training: Training) -> int:
     """Bytes that plan_memory expects at the peak of a step, without CUDA's own."""
     preset = {"llama": "llama-2-7b", "t5": "t5-large"}[kind]
-    words = ["--model_name_or_path", preset, "--lora_modules", MODULES[kind]["lora_modules"], "--optim_target_modules",
-             *MODULES[kind]["optim_target_modules"], "--per_device_train_batch_size", str(training.rows),
+    words = ["--model_name_or_path", preset, "--lora_modules", "auto", "--optim_target_modules", "auto",
+             "--per_device_train_batch_size", str(training.rows),
              "--lora_dropout", "0", "--galore_engine", method.options.galore_engine,
              "--galore_svd", method.options.galore_svd]  # fmt: skip
     options = plan_memory.parse_arguments(words + ["--bf16", "--activation_checkpointing"] * training.bf16)
@@ -299,13 +294,12 @@ def zero_step(config, initialize: Callable | None) -> float:
 
 def train(folder: Path, name: str, *extra: str) -> Path:
     """Train one task of the mini benchmark on the tiny T5 through the entry point; return its output folder."""
-    modules = MODULES["t5"]
     command = [
         sys.executable, "src/run_uie_lora.py", "--model_name_or_path", "initial_model/tiny-t5",
         "--data_dir", str(folder / "data"), "--task_config_dir", "configs/order1_configs/dbpedia",
         "--output_dir", str(folder / name), "--do_train", "--do_predict", "--predict_with_generate",
-        "--lora_modules", modules["lora_modules"], "--optim_target_modules", *modules["optim_target_modules"],
-        "--proj_lora_modules", modules["proj_lora_modules"], "--lora_dropout", "0", "--max_steps", "20",
+        "--lora_modules", "auto", "--optim_target_modules", "auto", "--proj_lora_modules", "auto",
+        "--lora_dropout", "0", "--max_steps", "20",
         "--per_device_train_batch_size", "8", "--max_predict_samples", "50", "--learning_rate", "1e-3",
         "--galore_lr", "1e-3", "--lr_scheduler_type", "constant", "--report_to", "none", "--save_strategy", "no",
         "--logging_steps", "1", "--add_task_name", "True", "--add_dataset_name", "True", *extra,

@@ -103,7 +103,7 @@ class Order:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                words = (folder / "cmdline").read_text().split("\0")
+                words = (folder / "cmdline").read_text(errors="replace").split("\0")
                 session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
             except OSError:
                 continue

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+from benchmarks.flags import Parser, positive  # noqa: E402
 from errors import InputError, entry_point  # noqa: E402
 from Proj_torch import ProjAdamW  # noqa: E402
 
@@ -105,17 +107,6 @@ def print_results(results: dict[str, tuple[float, float, float]]) -> None:
 
 
 # ------------------------------------------------------------------------------------------ command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number from 1")
-    return int(text)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+from benchmarks.flags import Parser, positive  # noqa: E402
 from errors import InputError, entry_point  # noqa: E402
 from Proj_torch.layer_gradient import LayerGradient, sketched_bases  # noqa: E402
 from Proj_torch.proj_projector import Bases, matrix_bases, mode_ranks, project  # noqa: E402
@@ -205,11 +206,6 @@ def print_targets(results: dict[tuple[int, int], dict[str, tuple[float, float]]]
 # ------------------------------------------------------------------------------------------ command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
-
-
 def shape(text: str) -> tuple[int, int]:
     try:
         rows, columns = map(int, text.split("x"))
@@ -218,12 +214,6 @@ def shape(text: str) -> tuple[int, int]:
     if min(rows, columns) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; allowed: OUTxIN, such as 1024x1024")
     return rows, columns
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number from 1")
-    return int(text)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -34,8 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 WARM_UP, GAP = 2, 10  # steps; a refresh falls on every tenth, counted from 0
 LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
-MODULES = ["--lora_modules", ".*self_attn.(q_proj|v_proj).*", "--optim_target_modules", ".*mlp.gate_proj.*",
-           "--proj_lora_modules", ".*self_attn.(q_proj|v_proj).loranew_A.*"]  # fmt: skip
+MODULES = ["--lora_modules", "auto", "--optim_target_modules", "auto", "--proj_lora_modules", "auto"]
 SKETCH = ["--galore_engine", "cores", "--galore_svd", "sketch"]
 ALONE = ("gorp", "gorp, dense", "lora", "lora, our logits", "published", "gorp, full logits")
 TRIED = {"gorp, bf16": ["--bf16", "True"]}
@@ -58,10 +57,9 @@ Row = tuple[str, str, str, str]  # what, against, figure, target
 
 def build(contender: str, args: argparse.Namespace, output: Path):
     """The contender's trainer, before its first step."""
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
     from command_line import parse_arguments
     from methods import find_method
+    from run_uie_lora import load_and_attach
     from task_setup import build_trainer, load_examples, load_model
 
     if contender == "gorp, full logits":
@@ -74,19 +72,14 @@ def build(contender: str, args: argparse.Namespace, output: Path):
     flags = flags_of(args, args.previous if ours else args.model, output)
     flags += [] if contender == "gorp, dense" else SKETCH
     flags += TRIED.get(contender, [])
-    sharded = contender in RANKS
-    if sharded:
+    if contender in RANKS:
         flags += ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")]
     model_args, data_args, method_args, training_args = parse_arguments(flags)
     method = find_method(method_args.method)(method_args)
     rows = load_examples(data_args, training_args, method)
-    unset_hf_deepspeed_config()
-    loaded = load_model(model_args, data_args)
     if not ours:
-        return build_other(contender, loaded, rows, data_args, training_args)
-    model = method.prepare(loaded.model, loaded.previous, decoder_only=True, sharded=sharded)
-    if sharded:
-        set_hf_deepspeed_config(training_args.hf_deepspeed_config)
+        return build_other(contender, load_model(model_args, data_args), rows, data_args, training_args)
+    loaded, model = load_and_attach(model_args, data_args, training_args, method)
     trainer = build_trainer(model, method, loaded, rows, data_args, training_args)
     trainer.data_collator.pad_to_multiple_of = args.length
     return trainer

@@ -324,6 +324,18 @@ in_extra() {  # FLAG DEFAULT
     printf '%s' "$value"
 }
 
+# Whether the command has a flag without a value, or with a true one the last time.
+is_on() {  # FLAG
+    local value=False index
+    for index in "${!command[@]}"; do
+        case ${command[index]} in
+            "$1") value=${command[index + 1]:-True}; [[ $value != --* ]] || value=True ;;
+            "$1="*) value=${command[index]#*=} ;;
+        esac
+    done
+    [[ $value =~ ^([Tt]rue|[Yy]es|[Tt]|[Yy]|1)$ ]]
+}
+
 # Read an order's own `values` and `penalties`, and its `label` in paths. Unpublished orders use order 1's values.
 read_values() {
     local script=$scripts/order_1.sh
@@ -443,7 +455,7 @@ set_launch() {
 
 # Describe the command: the method, the source of its values, the examples per step, the precision.
 describe() {
-    local what from penalties_of='' size=$((batch * accumulation * ranks)) step precision=float32
+    local bits what from penalties_of='' size=$((batch * accumulation * ranks)) step precision=float32
     case $method/$preset in
         gorp/default) what='gorp, the published method' ;;
         gorp/released) what='gorp as its released code computes it (--preset released)' ;;
@@ -465,7 +477,9 @@ describe() {
     [[ $mode/$data != small/data/mini_benchmark ]] ||
         say "$name: CL_Benchmark has no train.json, so the made-up texts of data/mini_benchmark are used"
     if [ -n "$released_precision" ]; then
-        [[ " ${options[*]} " != *' --bf16 True '* || $(in_extra --bf16 True) != True ]] || precision=bf16
+        for bits in bf16 fp16; do
+            ! is_on "--$bits" || precision=$bits
+        done
         if [ "$preset" = released ]; then
             say "$name: $released_precision, as in the released runs"
         else

@@ -68,7 +68,6 @@ class Terminal:
     def _line(self, line: str) -> None:
         line = SECRET.sub(lambda found: f"{found[1] or found[2]}***", line)
         self.log.write(line + "\n")
-        self.log.flush()
         if line.startswith(ERROR):
             self._clear_bar()
             if line not in self.reported:
@@ -124,9 +123,6 @@ class Log:
             if not self.failed:
                 print(f"[gorp] {self.path}: cannot be written ({error.strerror}); the run continues", flush=True)
             self.failed, self.file = True, None
-
-    def flush(self) -> None:
-        """Nothing to do: the file is line-buffered."""
 
 
 def main(path: str, *, show_all: bool = False) -> None:

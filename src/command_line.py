@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from transformers import HfArgumentParser
 
 from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
-from errors import InputError, nearest
+from errors import InputError, first_line, nearest
 from files import read_object
 from methods import Method, find_method, method_names
 from methods.base_options import MethodArguments
@@ -74,7 +74,7 @@ def parse_arguments(
     except RuntimeError as error:  # of PyTorch or Accelerate, from one line to a stack of C++ calls
         where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise InputError("the device of this process cannot be set up, or the processes cannot connect "
-                         f"(MASTER_ADDR:MASTER_PORT {where}): {str(error).splitlines()[0]}") from None
+                         f"(MASTER_ADDR:MASTER_PORT {where}): {first_line(error)}") from None
     if unknown:
         flag = unknown[0].partition("=")[0]
         known = [f"--{option.name}" for group in groups for option in dataclasses.fields(group)]

@@ -177,7 +177,8 @@ def gpt2_folder() -> Path:
         logger.info("fetching GPT-2's vocabulary into %s, for ROUGE in any language", GPT2_FOLDER)
         fetched = subprocess.run([sys.executable, str(script)], check=False, stderr=subprocess.PIPE, text=True)
         if fetched.returncode:
-            raise InputError(fetched.stderr.splitlines()[-1].removeprefix("error: "))
+            said = fetched.stderr.strip() or f"{script} was killed"
+            raise InputError(said.splitlines()[-1].removeprefix("error: "))
     return GPT2_FOLDER
 
 

@@ -25,6 +25,11 @@ class InputError(Exception):
         super().__init__(line if len(line) <= MOST else f"{line[: MOST // 2]} ... {line[-MOST // 2 :]}")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The end of a message about an unknown word: the most similar known word, if there is one."""
     found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
@@ -46,7 +51,7 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
         except Exception as error:
             if not is_disk_full(error):
                 raise
-            status, line = 1, f"error: a disk is full ({str(error).strip().splitlines()[0]})"
+            status, line = 1, f"error: a disk is full ({first_line(error)})"
         print(line, file=sys.stderr)
         return status
 

@@ -20,7 +20,7 @@ class NonFiniteGuard:
 
     Right before the optimizer steps, all ranks agree on whether one has seen a loss or gradient that is not
     finite. If so, every gradient becomes None, so that the optimizer leaves parameters, moments and counts as they
-    are. This reads one value per step from the device, and works for each slice that a ZeRO optimizer updates.
+    are. This reads once per step from the device, and works for each slice that a ZeRO optimizer updates.
 
     Args:
         limit: number of non-finite steps in a row that ends the run.
@@ -34,6 +34,7 @@ class NonFiniteGuard:
         self._micro_batches: list[tuple[Tensor, list[str]]] = []
         self._gradients_bad: list[Tensor] = []
         self._skips: bool | None = None  # None until decided
+        self._loss_is_bad = False  # on some rank
 
     def watch(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter] = ()) -> None:
         """Guard the steps of `optimizer`.
@@ -79,16 +80,20 @@ class NonFiniteGuard:
 
     def _is_bad(self) -> bool:
         losses = torch.stack([loss.float() for loss, _ in self._micro_batches])
-        bad = torch.stack([~losses.isfinite().all(), *(flag.to(losses.device) for flag in self._gradients_bad)]).any()
+        lost = ~losses.isfinite().all()
+        bad = torch.stack([lost, *(flag.to(losses.device) for flag in self._gradients_bad)]).any()
+        flags = torch.stack([lost, bad]).float()
         if dist.is_initialized():
-            bad = bad.float()
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        return bool(bad)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        self._loss_is_bad, bad = map(bool, flags.tolist())
+        return bad
 
     def _report(self) -> None:
         lost = [(loss, examples) for loss, examples in self._micro_batches if not loss.isfinite()]
-        here = lost or any(self._gradients_bad)
-        what = f"loss is {lost[0][0].item()}" if lost else "gradient is not finite"
+        # A lost loss makes gradients bad, on other ranks too where they have been summed by now.
+        here = lost or not self._loss_is_bad and any(self._gradients_bad)
+        what = f"loss is {lost[0][0].item()}" if lost else (
+            "loss is not finite" if self._loss_is_bad else "gradient is not finite")  # fmt: skip
         named = [example for _, names in lost or self._micro_batches for example in names][:EXAMPLES_NAMED]
         examples = f"; examples: {', '.join(named)}" if here else "; found on another rank"
         if self.in_a_row >= self.limit:

@@ -31,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from arguments import check, check_number
 from command_line import Parser
-from errors import InputError, entry_point
+from errors import InputError, entry_point, first_line
 from methods.base_modules import choose_modules
 from methods.gorp import Gorp, GorpArguments
 from model.loading import model_class
@@ -280,8 +280,7 @@ def build_on_meta(name: str) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # whatever the hub's client, a config's own checks or a model's layers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--model_name_or_path: no model can be built for {name} ({reason}); a folder with "
+        raise InputError(f"--model_name_or_path: no model can be built for {name} ({first_line(error)}); a folder with "
                          f"config.json, a hub id such as google-t5/t5-large, or one of {', '.join(PRESETS)}") from None
 
 

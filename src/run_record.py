@@ -31,6 +31,7 @@ import torch
 from checkpoints import checkpoint_folders, is_complete
 from errors import InputError
 from files import digest, read_json, write_json
+from methods import Method
 from model.loading import model_files
 
 RECORD = "run_record.json"
@@ -64,12 +65,12 @@ class Progress(enum.Enum):
     COMPLETED = "everything is done"
 
 
-def make_record(data: Mapping[str, Path], model_args, data_args, method_args, training_args,
+def make_record(data: Mapping[str, Path], model_args, data_args, method: Method, training_args,
                 place: str | None = None) -> dict:
     """The record of the run that these arguments describe, with the data files of `input_files`; `place`: the task's
     place in the order, where the result depends on it."""
-    options = training_args.to_dict() | vars(method_args) | vars(data_args) | vars(model_args)
-    if getattr(method_args, "preset", None) != "released":  # whose loss averages micro-batches
+    options = training_args.to_dict() | vars(method.options) | vars(data_args) | vars(model_args)
+    if not method.averages_micro_batches:
         options["per_device_train_batch_size x gradient_accumulation_steps"] = (  # less memory, the same step
             options.pop("per_device_train_batch_size") * options.pop("gradient_accumulation_steps")
         )
@@ -87,7 +88,7 @@ def make_record(data: Mapping[str, Path], model_args, data_args, method_args, tr
         } | {"ranks": training_args.world_size},
         "data": {name: digest(path) for name, path in data.items()} | ({"place in the order": place} if place else {}),
         "model": {name: digest(path) for name, path in model.items()},
-        "code": _code_of_this_process(method_args.method),
+        "code": _code_of_this_process(method.options.method),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
     }
     device = torch.cuda.get_device_name() if training_args.device.type == "cuda" else platform.machine()

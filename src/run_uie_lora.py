@@ -27,7 +27,7 @@ from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
 from checkpoints import is_complete, latest_complete
 from command_line import parse_arguments
 from compute_metrics import accuracy_line, gpt2_folder, score_key
-from errors import InputError, RunStopped, is_disk_full
+from errors import InputError, RunStopped, first_line, is_disk_full
 from files import atomic_file, atomic_folder, read_json, write_json
 from loranew.adapter import CONFIG_FILE
 from methods import Method, find_method
@@ -73,13 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command resumes"  # 130 as in a shell
     except torch.OutOfMemoryError as error:
-        reason = str(error).strip().splitlines()[0]
-        status, line = 1, f"error: {reason} {SMALLER}, and the same command resumes"
+        status, line = 1, f"error: {first_line(error)} {SMALLER}, and the same command resumes"
     except Exception as error:
         if not is_disk_full(error):
             raise
-        reason = str(error).strip().splitlines()[0]
-        status, line = 1, f"error: a disk is full ({reason}); finished results are kept, the same command resumes"
+        status = 1
+        line = f"error: a disk is full ({first_line(error)}); finished results are kept, the same command resumes"
     tqdm.write(line, file=sys.stderr)  # on a line of its own, even beside a progress bar
     return status
 
@@ -111,7 +110,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         files = input_files(data_args, training_args, method)
         index, order = place_in_order(data_args.task_config_dir)
         place = f"{index + 1} of {len(order)}" if method.counts_tasks else None
-        found = make_record(files, model_args, data_args, method_args, training_args, place)
+        found = make_record(files, model_args, data_args, method, training_args, place)
         progress = find_progress(output_dir, found, start_over=training_args.overwrite_output_dir)
         return found, progress, find_adapter(output_dir)
 
@@ -151,7 +150,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         adapter = output_dir / ADAPTERS[loaded.decoder_only]
         if trains:
             train(trainer, checkpoint)
-            save_task(trainer, adapter, loaded, examples)  # from here on the task counts as trained
+            index, order = place_in_order(data_args.task_config_dir)
+            save_task(trainer, adapter, loaded, examples, order[index])  # from here on the task counts as trained
         else:
             write_results(trainer, "train", {"train_samples": 0, "train_runtime": 0.0})
             copy_previous(trainer, loaded.previous, adapter)
@@ -245,8 +245,9 @@ def train(trainer: UIETrainer, checkpoint: Path | None) -> None:
     write_results(trainer, "train", metrics | sums)
 
 
-def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples: datasets.DatasetDict) -> None:
-    """Write the complete adapter folder."""
+def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples: datasets.DatasetDict,
+              dataset: str) -> None:
+    """Write the complete adapter folder of a task, which is named after its dataset."""
     for line in trainer.method.closing_summary():
         detail.info(line)
     if trainer.is_world_process_zero():
@@ -256,7 +257,8 @@ def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples:
                 write_json(partial / CONFIG_FILE, read_json(partial / CONFIG_FILE) | origin, indent=2)
             loaded.tokenizer.save_pretrained(partial)
             shown = [first_examples_of_each(examples[split], 1) for split in ("test", "train")]
-            save_prompts(partial, loaded.previous, chain(*shown), trainer.data_collator)
+            own_last = sorted(chain(*shown), key=lambda example: example["Dataset"] == dataset)
+            save_prompts(partial, loaded.previous, own_last, trainer.data_collator)
             save_card(partial, trainer.method.full_name, loaded.base_name)
     trainer.accelerator.wait_for_everyone()
 

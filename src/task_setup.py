@@ -88,7 +88,7 @@ def load_examples(data_args: DataArguments, training_args: UIETrainingArguments,
         found, batch = len(examples["train"]), training_args.train_batch_size * training_args.world_size
         if training_args.dataloader_drop_last and 0 < found < batch:
             raise InputError(f"--dataloader_drop_last: found true, with which {found} examples make no batch of "
-                             f"{batch}; false, or a smaller batch")
+                             f"{batch}; allowed: false, or a smaller batch")
         if fixed_steps:
             training_args.max_steps *= method.step_factor
     return examples

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compute_metrics import exact_match
 from errors import InputError
+from ranks import is_first
 from token_ids import KeptIds, shared_ids
 from uie_dataset_lora import ANSWER_CUE, prompt_parts
 
@@ -244,7 +245,7 @@ class DataCollatorForUIE:
         return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, fill)])
 
     def _record(self, prompts: list[str], examples: list[dict]) -> None:
-        if self.input_record_file is None or os.environ.get("RANK", "0") != "0":
+        if self.input_record_file is None or not is_first():
             return
         try:
             with open(self.input_record_file, "a", encoding="utf-8") as record:

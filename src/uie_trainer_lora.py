@@ -125,7 +125,7 @@ class UIETrainer(Seq2SeqTrainer):
             self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
         shown = self.train_dataset.select(sample_places(len(self.train_dataset), self.method.shown_examples))
         starts = range(0, len(shown), self.args.per_device_train_batch_size)
-        for start in tqdm(starts, f"{self.name}, layer inputs", disable=self._quiet or not starts):
+        for start in tqdm(starts, f"{self.name}, the method's pass", disable=self._quiet or not starts):
             yield self._batch([shown[place] for place in range(len(shown))[start : start + starts.step]])
 
     def _batch(self, examples: list[dict]) -> dict[str, torch.Tensor]:

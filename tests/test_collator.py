@@ -304,9 +304,12 @@ def test_every_batch_is_recorded_as_read(tokenizers, tmp_path, monkeypatch):
     assert lines[0] == lines[2] == {"source": prompt_of(rows[0]), "label": "very negative"}
     assert len(lines[1]["source"]) == 99 and lines[1]["source"].endswith("yyy\nAnswer:")
     assert "naïve" in path.read_text(encoding="utf-8")
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "1")  # left over from something else
     collate(rows)
-    assert len(path.read_text(encoding="utf-8").splitlines()) == 3
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 5
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    collate(rows)
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 5
 
 
 def test_a_record_that_cannot_be_written(tokenizers, tmp_path):

@@ -17,7 +17,8 @@ from methods import method_names
 
 SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "16"]
 RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ewc", "nlora --nlora_form factors",
-          "inclora --lora_optimizer muon", "seqlora --lora_optimizer muon", "sgorp", "sgorp --protect step"]
+          "inclora --lora_optimizer muon", "seqlora --lora_optimizer muon", "sgorp", "sgorp --protect step", "galore",
+          "osf"]
 
 
 @pytest.mark.parametrize("name", RIVALS)

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.outcomes import Outcome, Trial
+from errors import InputError
 from benchmarks.figures import LABEL, LETTER, Costs, Panel, complete_runs, draw, main, performance, place_names, points
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,13 @@ def test_a_seed_that_one_order_lacks_is_left_out_of_the_others():
     alone = outcome("gorp", "A", 3, {"one": "0000"})
     found = performance(complete_runs([*trials("gorp", {"one": "1110"}), alone], PANEL))["gorp"]
     assert (found.mean, found.runs, found.seeds) == (75, 4, 2)
+
+
+def test_trials_with_several_settings_are_not_mixed():
+    runs = trials("gorp", {"one": "1100"})
+    runs[0] = dataclasses.replace(runs[0], trial=dataclasses.replace(runs[0].trial, settings="--learning_rate 1"))
+    with pytest.raises(InputError, match="small: gorp has trials with 2 settings; a picture has one"):
+        complete_runs(runs, PANEL)
 
 
 def test_every_method_has_one_row_best_first():

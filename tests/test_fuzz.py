@@ -353,6 +353,7 @@ def test_any_matrix_is_projected_or_its_rank_refused(case):
 @given(case=MATRICES, side=st.sampled_from(SIDES), space=st.integers(0, 13), steps=st.integers(1, 3),
        protect=st.sampled_from(["gp_first", "gp_second", "orthogonal"]))  # fmt: skip
 def test_a_step_of_any_weight_is_finite_and_stays_out_of_the_space(case, side, space, steps, protect):
+    assume((protect, case["proj_type"]) != ("gp_second", "full"))  # refused
     case = case | {"rank": 1 + case["rank"] % min(case["rows"], case["columns"]), "scale": min(case["scale"], 1e4)}
     size = case["rows"] if side == "output" else case["columns"]
     S = torch.linalg.qr(torch.randn(size, min(space, size), generator=torch.Generator().manual_seed(1))).Q

@@ -322,6 +322,19 @@ def test_a_second_adapter_gets_its_own_memory_rank():
     assert trained == {name for name, _ in model.named_parameters() if ".loranew_" in name and ".other." in name}
 
 
+def test_adapters_of_different_layers_stay_apart():
+    model = learn(add_loranew(new_base(), new_config()), seed=1)
+    first, base = logits(model), logits(new_base())
+    model.add_adapter("other", new_config(target_modules=".*EncDecAttention.q"))
+    model.set_adapter("other")
+    assert torch.equal(logits(model), base) and all("EncDec" in name for name in loranew_layers(model))
+    fold_loranew(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), first, atol=1e-5, rtol=1e-4)
+
+
 def test_from_pretrained_rebuilds_the_config(folder):
     before = logits(load_loranew(new_base(), folder))
     config = LoraNewConfig.from_pretrained(folder)

@@ -265,6 +265,11 @@ def test_penalties_are_those_of_the_formulas(name, flags, tmp_path):
         expected += 0.1 * (change @ change.T - torch.eye(len(change))).norm()
     assert bool(targets) == (name != "olora")
     torch.testing.assert_close(method.penalty(), expected)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    gradients = [torch.autograd.grad(value, trained) for value in (method.penalty(), expected)]
+    for ours, wanted in zip(*gradients):
+        assert wanted.any()
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
 def test_nlora_makes_the_change_sparser(mini_benchmark, tmp_path):
@@ -322,6 +327,16 @@ def test_osf_keeps_gradients_off_the_leading_directions_and_preserves_more_each_
         assert not torch.equal(layer.base_layer.weight, weights[f"{name}.weight"])
 
 
+def test_osf_preserves_more_with_every_task_up_to_its_limit(tmp_path):
+    previous, shares = None, []
+    for task in range(4):
+        method = method_of("osf", "--osf_preserved", "0.25", "--osf_growth", "0.3", output=tmp_path)
+        train(method, previous, tmp_path / str(task), steps=1)
+        previous = tmp_path / str(task)
+        shares.append(method.share)
+    assert shares == pytest.approx([0.25, 0.55, 0.85, 0.95])
+
+
 @pytest.mark.parametrize("name", ["galore", "osf"])
 def test_a_method_without_lora_refuses_a_folder_that_holds_one(name, tmp_path, mini_benchmark, capfd):
     train(method_of("inclora", output=tmp_path), None, tmp_path / "t5_adapter")
@@ -372,10 +387,15 @@ REFUSED = {
     "released with clipping": ([*RELEASED, "--max_grad_norm", "1"], "--max_grad_norm: found 1.0; allowed: 0.0 with"),
     "released in 16 bits": ([*RELEASED, "--bf16", "True"], "--bf16: found True; allowed: False with --preset"),
     "released under DeepSpeed": ([*RELEASED, *DEEPSPEED], "--deepspeed: found"),
+    "the same, as PyTorch recomputes by default": (
+        ["--lamda_3", "1", "--galore_engine", "cores", "--gradient_checkpointing", "--gradient_checkpointing_kwargs",
+         '{"preserve_rng_state": false}'], "--lamda_3: found 1.0 with reentrant"),
     "a penalty on cores with reentrant recomputation": (
         ["--lamda_3", "0.1", "--galore_engine", "cores", "--gradient_checkpointing", "True",
          "--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "--lamda_3: found 0.1 with reentrant"),
     "gp_second with cores": (["--protect", "gp_second", "--galore_engine", "cores"], "--protect: found gp_second"),
+    "gp_second of a two-sided core": (
+        ["--protect", "gp_second", "--galore_proj_type", "full"], "--protect: found gp_second with --galore_proj_type"),
     "gp_second under DeepSpeed": (["--protect", "gp_second", *DEEPSPEED], "--protect: found gp_second"),
 }  # fmt: skip
 

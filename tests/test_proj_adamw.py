@@ -137,6 +137,20 @@ def test_how_far_gp_first_is_from_orthogonal(proj_type, side):
         assert 0.05 < share < 0.6, f"{share:.2g} of the change lies in S"
 
 
+@pytest.mark.parametrize("proj_type, side", [("left", "output"), ("right", "input")])
+def test_gp_second_removes_the_space_from_a_projected_moment(proj_type, side):
+    """By one step's formulas; where the protected side is projected, m is L^T (L m - S S^T L m) or its mirror image."""
+    p = parameter(9, 9)
+    group = protected(p, side, gp_second=True) | PROJECTION | {"proj_type": proj_type}
+    S, start, optimizer = group["scale_mats"][0], p.detach().clone(), ProjAdamW([group], lr=1e-2)
+    train(optimizer, 1)
+    state = optimizer.state[p]
+    L, R = (torch.eye(9) if state.get(key) is None else state[key] for key in ("basis_0", "basis_1"))
+    m = L.T @ remove(L @ (state["exp_avg"] / 0.1) @ R.T, S, side) @ R
+    core = m / ((state["exp_avg_sq"] / 0.001).sqrt() + 1e-8)
+    torch.testing.assert_close(p.detach() - start, -1e-2 * 0.5 * L @ core @ R.T, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("when", ["gp_first", "gp_second", "orthogonal"])
 @pytest.mark.parametrize("projection", [{}, PROJECTION])
 def test_a_full_space_stops_every_change(projection, when):
@@ -351,6 +365,7 @@ def test_learning_rate_schedules_and_closures_work():
         ({"gp_first": True}, "scale_mats missing"),
         ({"scale_mats": [], "gp_first": True}, "0 entries for 1 parameters"),
         ({"scale_mats": [orthonormal(12)]}, "gp_first, gp_second, orthogonal are all off"),
+        (PROJECTION | {"proj_type": "full", "scale_mats": [None], "gp_second": True}, "gp_second with proj_type"),
         ({"scale_mats": [orthonormal(7)], "gp_first": True}, "q.weight: shape (7, 2); allowed: (12, c)"),
         ({"scale_mats": [2 * orthonormal(12)], "gp_first": True}, "q.weight: columns 3 from orthonormal"),
         ({"scale_mats": [None], "gp_first": True, "protect_side": "top"}, "protect_side is 'top'; allowed: output"),

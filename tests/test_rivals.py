@@ -283,6 +283,28 @@ def test_penalties_neither_under_nor_overflow_in_fp16(tmp_path):
     assert method.penalty() == sum(8 * layer.in_features * layer.out_features for layer in layers) > 65504
 
 
+@pytest.mark.parametrize("name, kind", [("ella", "lora_B"), ("olora", "lora_A")])
+def test_every_earlier_task_counts_in_a_penalty(name, kind, tmp_path):
+    previous = None
+    for task in range(2):
+        previous = train(method_of(name, folder=tmp_path), previous, tmp_path / str(task), task)
+    method = method_of(name, folder=tmp_path)
+    begin(method, previous, task=2)
+    for _, factor in method.factors():
+        torch.nn.init.normal_(factor)
+    whole = method.penalty().item()
+    parts = []
+    for cleared in (slice(None, 8), slice(8, None)):  # the first task's, the second's
+        kept = {layer: getattr(layer, kind)["default"].weight for layer in loranew_layers(method.model).values()}
+        old = {layer: weight.detach().clone() for layer, weight in kept.items()}
+        for weight in kept.values():
+            (weight.data if kind == "lora_A" else weight.data.T)[cleared] = 0
+        parts.append(method.penalty().item())
+        for layer, weight in kept.items():
+            weight.data.copy_(old[layer])
+    assert all(0 < part < 0.999 * whole for part in parts)
+
+
 # SLAO
 
 
@@ -331,12 +353,13 @@ def test_magmax_evaluates_the_merged_changes_and_trains_on_from_the_unmerged_one
             taus.setdefault(name, []).append(layer.get_delta_weight("default").detach())
         previous = finish(method, model, tmp_path / str(task), task)
         reloaded = method_of("magmax", folder=tmp_path).prepare(tiny_t5(), previous, decoder_only=False)
+        sizes = [torch.cat([of[number].abs().flatten() for of in taus.values()]) for number in range(task + 1)]
+        bound = torch.stack([of.sort().values[-int(0.2 * len(of)) - 1] for of in sizes])[:, None, None]
         for name, layer in loranew_layers(reloaded).items():
             stacked = torch.stack(taus[name])
             if rule == "max":
                 merged = stacked.gather(0, stacked.abs().argmax(0, keepdim=True))[0]
             else:
-                bound = stacked.abs().flatten(1).quantile(0.8, dim=1)[:, None, None]
                 kept = torch.where(stacked.abs() > bound, stacked, 0)
                 agree = kept * kept.sum(0).sign() > 0
                 merged = (kept * agree).sum(0) / agree.sum(0).clamp_min(1)
@@ -368,11 +391,16 @@ def test_magmax_merges_into_the_exact_base_where_deepspeed_holds_it_in_16_bits(t
 
 
 def test_ties_trims_elects_and_averages():
-    from methods.magmax import ties
+    """Of each task the largest 20 % of all entries, which lie in one layer here, keep their values."""
+    from methods.magmax import limit, ties
 
-    changes = [torch.tensor([[9.0, 8, 3, 3, 1, 1, 1, 1, 1, 1]]), torch.tensor([[-5.0, 4, 3, 3, 1, 1, 1, 1, 1, 1]])]
-    merged = ties([(change, torch.ones(1, 1)) for change in changes])
-    assert torch.equal(merged, torch.tensor([[9.0, 6, 0, 0, 0, 0, 0, 0, 0, 0]]))
+    changes = [torch.tensor([[9.0, 8, 3, 3, 1]]), torch.tensor([[-5.0, 4, 3, 3, 1]])]
+    elsewhere = torch.ones(1, 5)
+    pairs = [[(change, torch.ones(1, 1)) for change in of] for of in (changes, [elsewhere] * 2)]  # of two layers
+    limits = [limit(of_task) for of_task in zip(*pairs)]
+    assert limits == pytest.approx([3, 3], rel=1e-6)
+    assert torch.equal(ties(pairs[0], limits), torch.tensor([[9.0, 6, 0, 0, 0]]))
+    assert not ties(pairs[1], limits).any()
 
 
 # EWC
@@ -401,6 +429,18 @@ def test_ewc_holds_the_mean_squared_gradient_of_each_row_over_tasks(tmp_path):
         assert saved.keys() == expected.keys()
         for name, F in saved.items():
             torch.testing.assert_close(F, expected[name], rtol=1e-3, atol=1e-6 * F.max().item())
+
+
+def test_ewc_takes_gradients_without_dropout(tmp_path):
+    method = method_of("ewc", "--lora_dropout", "0.5", folder=tmp_path)
+    model = begin(method, None)
+    fit(method, model)
+    found = []
+    for _ in range(2):
+        method.fisher = {}
+        method.revisit(model, iter(batches()))
+        found.append(method.fisher)
+    assert model.training and all(torch.equal(F, found[1][name]) for name, F in found[0].items())
 
 
 @pytest.mark.parametrize("name", ["slao", "magmax", "ewc"])
@@ -460,6 +500,12 @@ def test_nlora_forms_are_the_papers_product_and_the_released_codes(tmp_path):
         torch.testing.assert_close(method.penalty(), 0.5 * wanted)
 
 
+def test_nlora_weighs_each_form_by_its_own_default(tmp_path):
+    of_form = {form: method_of("nlora", "--nlora_form", form, folder=tmp_path).options.nlora_lamda
+               for form in ("product", "factors")}  # fmt: skip
+    assert of_form == {"product": 1e-5, "factors": 0.4}
+
+
 def test_nlora_factors_need_square_weights(tmp_path):
     method = method_of("nlora", "--nlora_form", "factors", "--lora_modules", ".*wi.*", folder=tmp_path)
     with pytest.raises(InputError, match="--nlora_form: found factors; allowed: product for .*wi"):
@@ -489,6 +535,19 @@ def test_a_muon_step_moves_every_direction_of_a_factor_alike_and_by_adamws_size(
     assert type(plain.create_optimizer(**ADAM)) is torch.optim.AdamW
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_muon_decays_as_told(decay, tmp_path):
+    method = method_of("seqlora", "--lora_optimizer", "muon", folder=tmp_path)
+    begin(method, None)
+    optimizer = method.create_optimizer(**ADAM | {"weight_decay": decay})
+    before = {name: factor.detach().clone() for name, factor in method.factors()}
+    for _, factor in method.factors():
+        factor.grad = torch.zeros_like(factor)
+    optimizer.step()
+    for name, factor in method.factors():
+        torch.testing.assert_close(factor.detach(), before[name] * (1 - ADAM["lr"] * decay))
+
+
 def test_muon_is_refused_under_deepspeed(tmp_path):
     with pytest.raises(InputError, match="--lora_optimizer: found muon; allowed: adamw under DeepSpeed"):
         method_of("seqlora", "--lora_optimizer", "muon", "--deepspeed", STAGE_2, folder=tmp_path)
@@ -516,7 +575,8 @@ def test_sgorp_protects_the_share_of_the_inputs_energy_that_is_asked_for(energy,
 
 @pytest.mark.parametrize("engine", ["dense", "cores"])
 def test_sgorp_step_keeps_the_new_factor_clear_of_the_space_after_every_step(engine, tmp_path):
-    flags = ["--protect", "step", "--galore_engine", engine]
+    # With bases on the other side, removing S from the gradient alone would not keep full-rank weights clear of it.
+    flags = ["--protect", "step", "--galore_engine", engine, "--galore_proj_type", "reverse_std"]
     train(method_of("sgorp", *flags, folder=tmp_path), None, tmp_path / "1")
     method = method_of("sgorp", *flags, folder=tmp_path)
     model = begin(method, tmp_path / "1", task=1)
@@ -532,6 +592,12 @@ def test_sgorp_step_keeps_the_new_factor_clear_of_the_space_after_every_step(eng
     assert all((A - start[name]).norm() > 1e-3 for name, A in method.protected.items())
     assert all(layer.loranew_A["default"].space is None for layer in loranew_layers(model).values())
     finish(method, model, tmp_path / "2", task=1)
+    space = load_file(tmp_path / "1" / "gradient_space.safetensors")
+    before, after = (load_file(tmp_path / task / FULL_RANK) for task in "12")
+    for name, weight in before.items():
+        change = after[name] - weight
+        assert change.norm() > 1e-3
+        assert (change @ space[name.removesuffix(".weight")]).norm() < 1e-4 * change.norm()
 
 
 def test_sgorp_step_protects_the_input_side_in_one_process(tmp_path):

@@ -169,12 +169,12 @@ def test_a_chain_on_two_ranks_gives_what_two_processes_a_task_give(order, mini_b
 
 @pytest.mark.recipe
 @pytest.mark.parametrize("bits, loss_apart, apart", [(32, 2e-4, 1e-2), (16, 2e-2, 0.5)])
-@pytest.mark.parametrize("method", ["nlora", "inflora", "ella", "slao", "magmax", "ewc"])
+@pytest.mark.parametrize("method", ["nlora", "inflora", "ella", "slao", "magmax", "ewc", "olora --lamda_2 0.1"])
 def test_other_methods_train_on_two_ranks_what_they_train_in_one_process(
     method, bits, loss_apart, apart, order, mini_benchmark, tmp_path
 ):
     """Both tasks, so that what a method passes on is read under DeepSpeed too."""
-    exact = ["--method", method, "--lora_dropout", "0", "--learning_rate", "1e-4", "--adam_epsilon", "1e-4",
+    exact = ["--method", *method.split(), "--lora_dropout", "0", "--learning_rate", "1e-4", "--adam_epsilon", "1e-4",
              "--max_steps", "6", "--logging_steps", "1", "--max_train_samples", "48", "--max_predict_samples", "4",
              "--bf16", str(bits == 16)]
     ranks = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]

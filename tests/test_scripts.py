@@ -475,6 +475,12 @@ def test_the_first_lines_say_what_is_run():
     assert said("-c", "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order llama order1")[1:] == [
         "[gorp] order1: bf16 with recomputation of activations, to save memory; the released runs were float32 without "
         "recomputation (27 GB of weights)"]
+    gpu = "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order llama order1"
+    cases = [(gpu, "--bf16 False", "float32"), (gpu, "--bf16 --galore_rank 4", "bf16"), ("", "", "float32"),
+             (gpu, "--bf16 False --fp16", "fp16"), ("", "--bf16 yes", "bf16")]
+    for words, extra, precision in cases:
+        call = ("-c", words) if words else ("scripts_llama/order_1.sh",)
+        assert said(*call, EXTRA=extra)[1].startswith(f"[gorp] order1: {precision} with recomputation"), extra
     assert said("scripts_llama/order_1.sh", EXTRA="--preset released")[1] == (
         "[gorp] order1: float32 without recomputation (27 GB of weights), as in the released runs")
 

@@ -159,6 +159,21 @@ def test_layer_inputs_are_what_the_layers_see_without_padding():
     assert torch.allclose(remove(seen["b"], space.get("b"), "input"), torch.zeros(6, 6), atol=1e-5)
 
 
+def test_layer_inputs_are_those_of_evaluation():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout, self.layer = torch.nn.Dropout(0.5), torch.nn.Linear(4, 6)
+
+        def forward(self, x, attention_mask, labels):
+            return self.layer(self.dropout(x))
+
+    model, x = Model().train(), torch.randn(2, 3, 4)
+    batch = {"x": x, "attention_mask": torch.ones(2, 3), "labels": torch.zeros(2, 5)}
+    seen = layer_inputs(model, {"layer": model.layer}, [batch])["layer"]
+    assert model.training and torch.equal(seen.sort(0).values, x.flatten(0, 1).sort(0).values)
+
+
 @pytest.mark.parametrize("most", [2, 40])  # positions; more than a sample takes
 def test_a_layer_that_sees_examples_end_to_end_is_sampled_like_another(most):
     """Some models (OPT, Qwen2-MoE) give a linear layer (examples * positions, in)."""

@@ -314,6 +314,9 @@ def _check(group: dict[str, Any]) -> None:
     spaces = group.get("scale_mats", ())
     if spaces and not any(group[way] for way in WAYS) and any(S is not None for S in spaces):
         raise InputError(f"optimizer group: {', '.join(WAYS)} are all off, so scale_mats would do nothing")
+    if group.get("gp_second") and group.get("proj_type") == "full":
+        # A new two-sided core's gradient is diagonal; off the diagonal what S takes away is divided by almost 0.
+        raise InputError("optimizer group: gp_second with proj_type 'full'; allowed: gp_first, orthogonal")
     if "scale_mats" in group and len(spaces) != len(group["params"]):
         raise InputError(f"optimizer group: scale_mats has {len(spaces)} entries for {len(group['params'])} "
                          "parameters; allowed: one per parameter, None where nothing is protected")

@@ -50,7 +50,7 @@ def write_parameters(
         state.write_master(param, saved[name].to(param.device))
     moments = {param: {key: saved[f"{name}.{key}"].to(param.device) for key in MOMENTS}
                for name, param in params.items()}  # fmt: skip
-    if step:
+    if params and (step or steps_taken(state.optimizer)):  # a step that only made the state must not count
         state.write_moments(moments, step)
 
 
@@ -173,9 +173,9 @@ def _own_slice(value: Tensor, like: Tensor) -> Tensor:
 def start_moments(engine: Any, optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
     """Make DeepSpeed create its optimizer state, all zero, without changing a weight.
 
-    ZeRO creates the moments in its first step, and only then can they be set; this is that step, with no gradient
-    and no learning rate. It counts in the engine's own step and schedule, which the caller sets afterwards. `loss`
-    computes the loss of a micro-batch through the engine.
+    ZeRO creates the moments in its first step, and only then can they be set; this is that step, with zero gradients
+    and a learning rate of zero. It counts in the engine's own step and schedule, which the caller sets afterwards.
+    `loss` computes the loss of a micro-batch through the engine.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

@@ -125,9 +125,10 @@ def set_input_space(peft_model: PeftModel, spaces: Mapping[str, torch.Tensor | N
 
 
 def loranew_layers(peft_model: PeftModel) -> dict[str, LoraNewLinear]:
-    """The LoRA layers, by their names in the base model."""
-    base = peft_model.get_base_model()
-    return {name: module for name, module in base.named_modules() if isinstance(module, LoraNewLinear)}
+    """The layers that the active adapter changes, by their names in the base model."""
+    base, adapter = peft_model.get_base_model(), peft_model.active_adapter
+    return {name: module for name, module in base.named_modules()
+            if isinstance(module, LoraNewLinear) and adapter in module.scaling}  # fmt: skip
 
 
 def read_config(folder: Path) -> LoraNewConfig:

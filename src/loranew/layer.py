@@ -108,6 +108,8 @@ class LoraNewLinear(nn.Module, LoraLayer):
             return result
         change = 0
         for adapter in self.active_adapters:
+            if adapter not in self.scaling:  # an adapter of other layers
+                continue
             seen = x.to((self.loranew_A if adapter in self.loranew_A else self.lora_A)[adapter].weight.dtype)
             dropped = self.lora_dropout[adapter](seen)
             if self.has_old_branch(adapter):
@@ -186,6 +188,8 @@ class LoraNewLinear(nn.Module, LoraLayer):
         """Add the change of the named adapters (by default the active ones) to W; with `safe_merge` only if finite."""
         weight = self.get_base_layer().weight
         for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.scaling:
+                continue
             merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"merging adapter {adapter} would make weights that are not finite")

@@ -200,7 +200,8 @@ class Method:
         """Options on the command line that are ignored: other methods', and this one's idle ones that are not at their
         defaults."""
         options = {option.name: option for option in dataclasses.fields(self.options)}
-        idle = [name for name in sorted(self.idle & options.keys())
+        fixed = self.fixed_by(self.options.preset)  # in effect, as the preset says
+        idle = [name for name in sorted((self.idle & options.keys()) - fixed.keys())
                 if getattr(self.options, name) not in ([], None, options[name].default)]
         return [*self.options.ignored, *idle]
 

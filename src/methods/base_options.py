@@ -83,7 +83,7 @@ class OptimizerArguments(MethodArguments):
         default="adamw",
         metadata={
             "help": "adamw, or muon (torch.optim.Muon: momentum 0.95, orthogonalised, steps of AdamW's size; the adam_ "
-            "flags have no effect).",
+            "flags are ignored).",
             "choices": ["adamw", "muon"],
         },
     )

@@ -29,7 +29,7 @@ class EwcArguments(LoraArguments):
     def __post_init__(self):
         super().__post_init__()
         check_number(self, "ewc_lamda", least=0)
-        check(0 <= self.ewc_decay <= 1, "ewc_decay", self.ewc_decay, "0 to 1")
+        check(0 < self.ewc_decay <= 1, "ewc_decay", self.ewc_decay, "above 0, at most 1")
 
 
 class Ewc(Seqlora):
@@ -87,4 +87,5 @@ class Ewc(Seqlora):
         save_file({name: F.cpu() for name, F in self.fisher.items()}, folder / FISHER_FILE)
 
     def describe(self):
-        return f"{super().describe()}; {'regularised by' if self.fisher else 'no'} Fisher information of earlier tasks"
+        return (f"{super().describe()}; {'regularised by' if self.fisher and self.options.ewc_lamda else 'no'} Fisher "
+                "information of earlier tasks")

@@ -59,8 +59,13 @@ class GorpArguments(ChangePenaltyArguments, SpaceArguments, ProjectionArguments,
         if self.protect == "gp_second" and (zero_stage is not None or self.galore_engine == "cores"):
             engine = "--galore_engine cores" if zero_stage is None else "DeepSpeed"
             raise InputError(f"--protect: found gp_second with {engine}; allowed: only in one process without cores")
+        check(self.protect != "gp_second" or self.galore_proj_type != "full", "protect",
+              "gp_second with --galore_proj_type full", "gp_first, none, or another projection")
         cores = zero_stage is not None or self.galore_engine == "cores"
-        reentrant = (training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        # PyTorch recomputes reentrantly unless told otherwise; the Trainer tells it, but not where settings are given.
+        settings = {name: value for name, value in (training.gradient_checkpointing_kwargs or {}).items()
+                    if name not in ("every_n_layers", "offload")}  # the Trainer's own
+        reentrant = bool(settings) and settings.get("use_reentrant", True)
         check(not (self.lamda_3 and cores and reentrant), "lamda_3", f"{self.lamda_3} with reentrant checkpointing",
               "0, or use_reentrant false (else a core's gradient arrives in two parts)")
 

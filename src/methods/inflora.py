@@ -34,7 +34,8 @@ SPACE_FILE = "input_space.safetensors"
 @dataclass
 class InfloraArguments(LoraArguments):
     inflora_energy: float = field(
-        default=0.995, metadata={"help": "Share of the first task's input energy that is protected; grows later."}
+        default=0.995,
+        metadata={"help": "Share of ||sum x x^T||_F^2 over the first task's inputs that is protected; grows later."},
     )
 
     def __post_init__(self):
@@ -75,9 +76,6 @@ class Inflora(LoraMethod):
         if not any(A.any() for A in self.A.values()):
             raise InputError("--method inflora: earlier tasks' inputs leave this task no direction in any layer, and "
                              "nothing would train; allowed: a lower --inflora_energy from the first task on")
-
-    def factors(self):
-        return ((name, factor) for name, factor in super().factors() if factor.requires_grad)
 
     def training_state(self):
         return super().training_state() | {f"frozen.{name}": A.to("cpu", copy=True) for name, A in self.A.items()}

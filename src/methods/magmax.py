@@ -5,14 +5,14 @@ share of it. What is evaluated is W + lambda tau, with tau merged from tau_1 ...
 
 * `--magmax_merge max`: the value of largest magnitude.
 * `--magmax_merge ties` (TIES, Yadav et al., NeurIPS 2023, https://arxiv.org/abs/2306.01708): each tau_t keeps the
-  largest 20 % of its entries in each weight; the sign of their sum is elected; those that have it are averaged.
+  largest 20 % of its entries over all layers; the sign of their sum is elected; those that have it are averaged.
 
 Training continues from W and (A_t, B_t). Merging is not linear, so the merged change is not a LoRA: the folder holds
 the merged weight as a full-rank weight, beside a LoRA that adds nothing. The factors of all tasks, which give every
 tau_t, take less space than the tau_t themselves.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,13 +86,15 @@ class Magmax(Seqlora):
         for name, factor in self.factors():
             kept = self.tasks.get(name, torch.empty(0, *factor.shape))
             self.tasks[name] = torch.cat([kept, factor.float().cpu()[None]])
-        merge = {"max": largest, "ties": ties}[self.options.magmax_merge]
-        adapter = self.model.active_adapter
-        for name, layer in loranew_layers(self.model).items():
+        layers, adapter = loranew_layers(self.model), self.model.active_adapter
+        pairs = {name: list(zip(*(self.tasks[f"{name}.loranew_{kind}.weight"].to(layer.get_base_layer().weight.device)
+                                  for kind in "AB"))) for name, layer in layers.items()}  # fmt: skip
+        limits = [limit(of_task) for of_task in zip(*pairs.values())] if self.options.magmax_merge == "ties" else None
+        for name, layer in layers.items():
             target, scale = layer.get_base_layer(), self.options.magmax_scale * layer.scaling[adapter]
             weight = self.base.pop(name, target.weight).to(target.weight.device)
-            pairs = [self.tasks[f"{name}.loranew_{kind}.weight"].to(weight.device) for kind in "AB"]
-            full_rank.set_weight(target, weight + scale * merge([(A, B) for A, B in zip(*pairs)]))
+            merged = largest(pairs[name]) if limits is None else ties(pairs[name], limits)
+            full_rank.set_weight(target, weight + scale * merged)
             layer.loranew_B[adapter].weight.zero_()
             self.changed[name] = target
 
@@ -114,19 +116,33 @@ def largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return merged
 
 
-def ties(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """For each entry, the mean of the trimmed B A that have the elected sign; 0 if none is left or signs cancel."""
-    total = sum(trimmed(B @ A) for A, B in pairs)
+def limit(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The magnitude above which a share `TIES_SHARE` of a task's entries lies, those of B A over the layers' (A, B).
+
+    By bisection, layer after layer: all entries of a large model would not fit beside it.
+    """
+    wanted = TIES_SHARE * sum(len(B) * A.shape[1] for A, B in pairs)
+    low, high = 0.0, max((B @ A).abs().max().item() for A, B in pairs)
+    for _ in range(30):  # to a billionth of the largest entry
+        middle = (low + high) / 2
+        if sum(((B @ A).abs() > middle).sum().item() for A, B in pairs) > wanted:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def ties(pairs: Sequence[tuple[Tensor, Tensor]], limits: Sequence[float]) -> Tensor:
+    """For each entry, the mean over tasks of the B A above the task's limit that have the elected sign, or else 0."""
+    def trimmed() -> Iterator[Tensor]:
+        for (A, B), least in zip(pairs, limits):
+            change = B @ A
+            yield change * (change.abs() > least)
+
+    total = sum(trimmed())
     agreeing, count = torch.zeros_like(total), torch.zeros_like(total)
-    for A, B in pairs:
-        change = trimmed(B @ A)
+    for change in trimmed():
         agrees = change * total > 0
         agreeing += change * agrees
         count += agrees
     return agreeing / count.clamp_min(1)
-
-
-def trimmed(change: Tensor) -> Tensor:
-    """The share `TIES_SHARE` of the entries with the largest magnitudes, with 0 in place of the others."""
-    dropped = int((1 - TIES_SHARE) * change.numel())
-    return change * (change.abs() > change.abs().flatten().kthvalue(dropped).values) if dropped else change

@@ -18,13 +18,16 @@ from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import LoraArguments
 
+LAMDA = {"product": 1e-5, "factors": 0.4}  # by form
+
 
 @dataclass
 class NloraArguments(LoraArguments):
-    nlora_lamda: float = field(
-        default=1e-5,
-        metadata={"help": "Weight of sum |B_new A_new| over all layers (a choice of this project, not the paper's)."},
-    )
+    nlora_lamda: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the penalty; by default 1e-5 with product (a choice of this project, not the "
+                          "paper's) and 0.4 with factors, the released value."},
+    )  # fmt: skip
     nlora_form: str = field(
         default="product",
         metadata={
@@ -37,6 +40,8 @@ class NloraArguments(LoraArguments):
     def __post_init__(self):
         super().__post_init__()
         check_number(self, "nlora_lamda", least=0)
+        if self.nlora_lamda is None:
+            self.nlora_lamda = LAMDA[self.nlora_form]
 
 
 class Nlora(LoraMethod):

@@ -2,8 +2,9 @@
 
 Removing S from a gradient does not keep an update clear of S: Adam divides elementwise, and a `loranew_A` starts with a
 component in S (docs/LOG.md). Here the new LoRA sees x - S S^T x, and a full-rank weight's update loses its component in
-S after Adam. S lives on the input side and comes from what the layers see on a task's examples. For such an S there is
-a theory of forgetting (GPM, Saha et al. 2021; InfLoRA, Liang and Li 2024).
+S after Adam. Only weight decay, which shrinks the full-rank weight itself, can still change it in S. S lives on the
+input side and comes from what the layers see on a task's examples. For such an S there is a theory of forgetting (GPM,
+Saha et al. 2021; InfLoRA, Liang and Li 2024).
 
 With `--protect step` the new LoRA sees x itself, and A loses its component in S instead, A <- A - A S S^T, before
 training and after each optimizer step. The change is then orthogonal to S too, but A's gradient and Adam's moments
@@ -58,17 +59,13 @@ class Sgorp(Gorp):
     presets = {}
 
     @property
-    def structural(self) -> bool:
-        return self.options.protect == "structural"
-
-    @property
     def exact(self) -> bool:
         """Whether a change is orthogonal to S, whatever Adam makes of a gradient."""
         return self.options.protect in ("structural", "step")
 
     def prepare(self, model, previous, *, decoder_only, sharded=False):
         model = super().prepare(model, previous, decoder_only=decoder_only, sharded=sharded)
-        if self.structural:
+        if self.options.protect == "structural":
             factors = {name: f"{name}.loranew_A.weight" for name in loranew_layers(model)}
             set_input_space(model, {name: self.space.get(factor) if factor in self.protected else None
                                     for name, factor in factors.items()})  # fmt: skip

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import extract_commit_hash
 
-from errors import InputError
+from errors import InputError, first_line
 from files import json_kind, read_object
 from model.answer_loss import causal_class, check_loss
 
@@ -207,7 +207,7 @@ def _loading(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the tokenizers library raises nothing more specific
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if "use_safetensors" in reason:  # Transformers' advice would load a pickle
             reason = ("the hub has it without safetensors; `hf download` it into a folder, and MODEL=FOLDER says how "
                       "to convert it")
