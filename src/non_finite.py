@@ -20,7 +20,7 @@ class NonFiniteGuard:
 
     Right before the optimizer steps, all ranks agree on whether one has seen a loss or gradient that is not
     finite. If so, every gradient becomes None, so that the optimizer leaves parameters, moments and counts as they
-    are. This reads once per step from the device, and works for each slice that a ZeRO optimizer updates.
+    are. This reads one value per step from the device, and works for each slice that a ZeRO optimizer updates.
 
     Args:
         limit: number of non-finite steps in a row that ends the run.
@@ -82,11 +82,12 @@ class NonFiniteGuard:
         losses = torch.stack([loss.float() for loss, _ in self._micro_batches])
         lost = ~losses.isfinite().all()
         bad = torch.stack([lost, *(flag.to(losses.device) for flag in self._gradients_bad)]).any()
-        flags = torch.stack([lost, bad]).float()
+        worst = lost.float() + bad.float()  # 2 for a loss, which is bad too, 1 for a gradient
         if dist.is_initialized():
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        self._loss_is_bad, bad = map(bool, flags.tolist())
-        return bad
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+        found = worst.item()
+        self._loss_is_bad = found == 2
+        return found > 0
 
     def _report(self) -> None:
         lost = [(loss, examples) for loss, examples in self._micro_batches if not loss.isfinite()]
