@@ -131,9 +131,10 @@ def differences(before: dict, now: dict) -> list[str]:
 
 def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoints: bool) -> None:
     """Remove what does not belong to the run, and write its record; on one rank only."""
-    removed = _kept(output_dir, checkpoints=not keep_checkpoints) if progress is Progress.NEW else []
-    if not keep_checkpoints:
-        removed += [folder for folder in checkpoint_folders(output_dir) if not is_complete(folder)]
+    new = progress is Progress.NEW
+    removed = _kept(output_dir, checkpoints=False) if new else []
+    if not keep_checkpoints:  # a complete one of another run would be taken for this run's when it resumes
+        removed += [folder for folder in checkpoint_folders(output_dir) if new or not is_complete(folder)]
     for path in [*removed, *output_dir.glob(".*.partial")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if progress is Progress.NEW:

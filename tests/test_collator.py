@@ -393,10 +393,11 @@ def test_what_is_kept_serves_the_collator_of_the_next_task_but_no_other_rules(to
     again = collator(counted, True, max_source_length=200)
     before = counted.texts
     assert torch.equal(again(rows)["input_ids"], first["input_ids"]) and counted.texts == before
-    for other in (collator(tokenizers[llama], True, max_source_length=150), collator(tokenizers[t5], False)):
-        fresh = other(rows)["input_ids"]
+    for rules in ((tokenizers[llama], True, 150), (tokenizers[t5], False, 200)):
+        with_kept = collator(*rules[:2], max_source_length=rules[2])(rows)["input_ids"]
         shared_ids.cache_clear()
-        assert torch.equal(fresh, other(rows)["input_ids"]) and fresh.shape != first["input_ids"].shape
+        alone = collator(*rules[:2], max_source_length=rules[2])(rows)["input_ids"]
+        assert torch.equal(with_kept, alone) and alone.shape != first["input_ids"].shape
 
 
 def test_what_is_kept_is_bounded(tokenizers):

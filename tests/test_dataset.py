@@ -149,8 +149,9 @@ def test_no_limit(benchmark, limit):
     assert {split: len(part) for split, part in rows.items()} == {"train": 300, "validation": 300, "test": 300}
 
 
-def test_over_sampling_repeats_training_examples_up_to_the_limit(benchmark):
-    benchmark.add("QQP", "QQP", ["False", "True"], numbered(6))
+@pytest.mark.parametrize("strategy", ["full", "random"])
+def test_over_sampling_repeats_training_examples_up_to_the_limit(strategy, benchmark):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(6), **{"sampling strategy": strategy})
     rows = benchmark.load(over_sampling=True, max_num_instances_per_task=40, max_num_instances_per_eval_task=40)
     assert ids(rows["train"])[:6] == list(range(6)) and len(rows["train"]) == 40
     assert set(ids(rows["train"])[6:]) <= set(range(6)) and len(set(ids(rows["train"])[6:])) > 1

@@ -1,5 +1,6 @@
 """The evaluation loop against the plainest one, a row at a time: the same answers, whatever shares a batch."""
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import numpy
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from evaluation.generate import Prediction, plan_batches
 from helpers import ROOT
@@ -166,6 +167,35 @@ def test_answers_and_loss_do_not_depend_on_the_batches(taught, batch_size, most_
     whole = prediction(taught, batch_size=len(taught.rows), most_tokens=10**6)
     assert torch.equal(other.answers(), whole.answers())
     assert other.loss() == pytest.approx(whole.loss(), rel=1e-5)
+
+
+def test_a_mixtures_balance_is_no_part_of_the_loss(taught):
+    config = MixtralConfig(vocab_size=len(taught.collator.tokenizer), hidden_size=16, intermediate_size=24,
+                           num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+                           output_router_logits=True, router_aux_loss_coef=1.0)  # fmt: skip
+    torch.manual_seed(0)
+    experts = causal_class(config, "mixtral")(config).eval()
+    collator = copy.copy(taught.collator)
+    collator.decoder_only = True
+    one = SimpleNamespace(model=experts, collator=collator, rows=taught.rows[:12])
+    losses = [prediction(one, batch_size=size).loss() for size in (1, 12)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_rows_are_tokenised_in_portions_without_a_gap(taught, monkeypatch):
+    whole = prediction(taught)
+    monkeypatch.setattr("evaluation.generate.TOKENISED_AT_ONCE", 5)  # does not divide the number of rows
+    parts = prediction(taught)
+    assert list(parts.prompt_lengths) == list(range(len(taught.rows)))
+    assert (parts.prompt_lengths, parts.bounds) == (whole.prompt_lengths, whole.bounds)
+
+
+def test_an_evaluation_keeps_no_graph(taught):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(1), lambda kept: kept):
+        evaluated = prediction(taught)
+        evaluated.loss(), evaluated.answers()
+    assert not kept
 
 
 def test_loss_weighs_every_answer_token_alike(taught):

@@ -349,6 +349,13 @@ def arguments(*flags: str):
     return parse_arguments(["--output_dir", "out", *SMALL, *flags])[-1]
 
 
+def test_this_projects_flags_reach_prompts_and_answers(runs):
+    RUNS["own"] = "--add_task_name True --add_dataset_name True --num_beams 3 --repetition_penalty 1.5"
+    trainer = runs("own").trainer
+    assert trainer.data_collator.parts(trainer.train_dataset[0])[0].startswith("Task:TC\nDataset:dbpedia\n")
+    assert trainer.generation.items() >= {"max_new_tokens": 8, "num_beams": 3, "repetition_penalty": 1.5}.items()
+
+
 def other_than_default(name: str) -> str:
     """A value of a flag, as text, that is not its default."""
     default = UIETrainingArguments.__dataclass_fields__[name].default

@@ -1,5 +1,6 @@
 """A decoder-only class with `AnswerLoss` in front computes the stock loss on fewer logits."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -102,3 +103,7 @@ def test_trainer_averages_over_all_tokens_of_an_accumulated_step(models, tmp_pat
         steps[size] = model.state_dict()
     for name, value in steps[2].items():
         torch.testing.assert_close(value, steps[1][name], atol=1e-6, rtol=0)
+
+
+def test_in_16_bits_the_loss_is_computed_in_float32(models):
+    assert copy.deepcopy(models.ours).bfloat16()(**make_batch(3, 1, 2)).loss.dtype == torch.float32

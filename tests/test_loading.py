@@ -39,6 +39,7 @@ from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew
 from methods.base_modules import choose_modules
 from model.answer_loss import AnswerLoss
 from model.loading import load_model_and_tokenizer
+from module_matching import match_linear, match_names
 from plan_memory import build_on_meta
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "Option: Good, Bad", "Answer: Good"]
@@ -463,6 +464,15 @@ def test_positions_grow_where_the_model_can(tmp_path, caplog):
         loaded = load_model_and_tokenizer(str(folder), max_source_length=80)
     assert loaded.model.config.max_position_embeddings == 80 and "from 64 to 80" in caplog.text
     assert "at most 64" in refusal(folder, max_source_length=80, resize_position_embeddings=False)
+
+
+def test_expressions_name_layers_and_factors_completely():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("up", "up_proj", "gate_up")})
+    assert match_linear(model, ["up"], "--x").keys() == {"up"}
+    names = ["up.loranew_A.weight", "gate_up.loranew_A.weight"]
+    assert match_names(names, "up.loranew_A.weight", "--x") == names[:1]
+    with pytest.raises(InputError, match="matches no factor"):
+        match_names(names, "up.loranew_A", "--x")
 
 
 def test_config_and_tokenizer_may_come_from_elsewhere(tmp_path):

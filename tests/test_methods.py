@@ -1,5 +1,6 @@
 """The methods: each one does what its name says, over two tasks of either model, and its folder reloads as it was."""
 
+import functools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -23,6 +25,7 @@ from methods.seqlora import Seqlora
 from order_config import read_order
 from task_examples import sample_places
 from task_setup import load_examples
+from uie_trainer_lora import UIETrainer
 
 SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "40"]
 RELEASED = ["--preset=released", "--lamda_1", "0"]
@@ -203,6 +206,19 @@ def test_a_step_outside_an_order_has_no_earlier_tasks(mini_benchmark, tmp_path, 
 # What a method does to the model
 
 
+def test_a_task_that_trains_no_full_rank_weight_passes_earlier_ones_on(tmp_path):
+    train(method_of("gorp", output=tmp_path), None, tmp_path / "1")
+    train(method_of("inclora", output=tmp_path), tmp_path / "1", tmp_path / "2")
+    before, after = (load_file(tmp_path / task / "full_rank_weights.safetensors") for task in "12")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_weight_that_is_shared_is_refused(tmp_path):
+    method = method_of("gorp", "--optim_target_modules", "lm_head", output=tmp_path)
+    with pytest.raises(InputError, match="--optim_target_modules: the weight of lm_head is shared"):
+        method.prepare(tiny_t5(), None, decoder_only=False)
+
+
 def test_seqlora_goes_on_with_the_one_lora(tmp_path):
     train(method_of("seqlora", output=tmp_path), None, tmp_path / "first")
     saved = load_file(tmp_path / "first" / "adapter_model.safetensors")
@@ -213,6 +229,15 @@ def test_seqlora_goes_on_with_the_one_lora(tmp_path):
     for name, factor in factors.items():
         assert torch.equal(factor, saved[f"base_model.model.{name}"]) and factor.abs().max() > 0
     assert not [name for name, _ in second.model.named_parameters() if ".lora_" in name]
+
+
+@pytest.mark.parametrize("name", ["olora", "seqlora"])
+def test_the_optimizer_of_a_lora_has_the_settings_of_the_flags(name, tmp_path):
+    method = method_of(name, output=tmp_path)
+    method.prepare(tiny_t5(), None, decoder_only=False)
+    given = {"lr": 2e-3, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.3}
+    [group] = method.create_optimizer(**given).param_groups
+    assert {key: group[key] for key in given} == given
 
 
 def test_nlora_penalty_is_the_l1_norm_of_the_change(tmp_path):
@@ -470,6 +495,35 @@ def test_a_method_sees_as_many_examples_as_it_asks_for(name, examples, mini_benc
                     "--max_train_samples", "80", "--max_predict_samples", "1")  # fmt: skip
     assert run_uie_lora.main(run) == 0
     assert len(seen) == examples
+
+
+def test_the_trainer_shows_the_sample_in_batches():
+    made = SimpleNamespace(
+        model=None, model_wrapped=object(), name="", _quiet=True, method=SimpleNamespace(shown_examples=64),
+        args=SimpleNamespace(per_device_train_batch_size=10), _batch=lambda examples: [one["id"] for one in examples],
+        train_dataset=Dataset.from_list([{"id": number} for number in range(200)]))  # fmt: skip
+    batches = list(UIETrainer.shown_batches(made))
+    assert sum(batches, []) == list(sample_places(200, 64)) and [len(one) for one in batches] == [10] * 6 + [4]
+
+
+@pytest.mark.parametrize("averages, expected", [(False, 4.0), (True, 3.5)])
+def test_a_micro_batchs_share_of_a_short_step_on_two_ranks(averages, expected):
+    """3 of the step's 6 answer tokens, 2 micro-batches where others have 4; the penalty, 6, counts once."""
+    class Model:
+        training = True
+
+        def __call__(self, **inputs):
+            return SimpleNamespace(loss=torch.tensor(1.0))
+
+    method = SimpleNamespace(averages_micro_batches=averages, penalty=lambda: torch.tensor(6.0))
+    made = SimpleNamespace(
+        method=method, label_smoother=None, _penalties=[], _examples=[], state=SimpleNamespace(global_step=0),
+        accelerator=SimpleNamespace(num_processes=2), args=SimpleNamespace(gradient_accumulation_steps=4),
+        current_gradient_accumulation_steps=2, non_finite=SimpleNamespace(note_micro_batch=lambda *_: None),
+    )
+    made.answer_loss = functools.partial(UIETrainer.answer_loss, made)
+    inputs = {"labels": torch.tensor([[1, 2, 3, -100]])}
+    assert UIETrainer.compute_loss(made, Model(), inputs, num_items_in_batch=6).item() == expected
 
 
 def test_the_examples_that_a_method_sees_are_a_sample_and_the_same_in_every_run():

@@ -361,6 +361,9 @@ def test_a_frozen_base_in_4_bits(method, mini_benchmark, tmp_path, monkeypatch, 
     changed = {"gorp": {"gate_proj"}, "magmax": {"q_proj", "v_proj"}}.get(method, set())
     whole = {name for name in ("gate_proj", "q_proj", "v_proj", "o_proj", "lm_head") if kinds[name] is torch.nn.Linear}
     assert whole == changed | {"lm_head"} and kinds["o_proj"] is bitsandbytes.nn.Linear4bit
+    packed = next(one for one in prepared[-1][1].modules() if isinstance(one, bitsandbytes.nn.Linear4bit))
+    assert (packed.weight.quant_type, packed.weight.compress_statistics) == ("nf4", True)
+    assert packed.compute_dtype == torch.float32
     said = capfd.readouterr().out
     assert ("stay in float32" in said) == bool(changed) and all(name in said for name in changed)
     assert (model / "full_rank_weights.safetensors").exists() == bool(changed)

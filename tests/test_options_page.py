@@ -24,6 +24,17 @@ def test_every_flag_has_a_line():
     assert own_flags() - named == set()
 
 
+def test_the_defaults_on_the_page_are_those_of_the_code():
+    page = PAGE.read_text(encoding="utf-8").split("\n## Method\n")[1].split("Those that matter most")[0]
+    stated = dict(re.findall(r"^\| `--(\w+)` \|.* \| ([\d.e-]+) \|$", page, flags=re.M))
+    groups = [ModelArguments, DataArguments, UIETrainingArguments,
+              *(find_method(name).Arguments for name in method_names())]
+    options = [option for group in groups for option in dataclasses.fields(group) if option.name in stated]
+    assert len(stated) > 20 and {option.name for option in options} == stated.keys()
+    for option in options:
+        assert option.default == float(stated[option.name]), option.name
+
+
 def test_what_is_rejected_or_ignored_stands_on_the_page():
     page = PAGE.read_text(encoding="utf-8")
     for reason, names in REJECTED.items():

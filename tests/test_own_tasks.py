@@ -97,6 +97,8 @@ def test_an_order_over_them_is_scored_by_exact_match_and_rouge(place):
     folder = place / "run" / "outputs" / "3-counts"
     results = json.loads((folder / "predict_results.json").read_text())
     lines = [json.loads(line) for line in (folder / "predict_eval_predictions.jsonl").read_text().splitlines()]
+    assert {line["Dataset"]: line["Metric"] for line in lines} == {
+        "balls": "exact_match", "news": "rougeL", "counts": "exact_match"}
     news = [(line["Prediction"], line["Instance"]["label"]) for line in lines if line["Dataset"] == "news"]
     assert results["predict_score_for_news"] == compute_metrics(*zip(*news))["rougeL"]
     assert results["predict_score_for_balls"] == results["predict_exact_match_for_balls"]

@@ -9,6 +9,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy
 import pytest
 
 from errors import InputError
@@ -40,7 +41,7 @@ def write_run(root: Path, method: str, order: str, seed: int, last: float, optio
             (step / "predict_results.json").write_text(json.dumps(scores | {"predict_exact_match": value}))
             (step / "train_results.json").write_text(json.dumps({"train_runtime": 20.0}))
             (step / "t5_adapter").mkdir()
-            (step / "t5_adapter" / "adapter_model.safetensors").write_bytes(bytes(2_500_000))
+            (step / "t5_adapter" / "adapter_model.safetensors").write_bytes(bytes(2_500_000 * (i + 1) // 3))
             rows = [{"Task": "TC", "Dataset": name, "Instance": {"label": "x"}, "Prediction": "x" if k < value else "y"}
                     for name in TASKS[: i + 1] for k in range(100)]
             (step / "predict_eval_predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -258,8 +259,46 @@ def test_command_writes_pages_pictures_and_tables(runs, tmp_path):
     assert (best["average_performance"], best["backward_transfer"], best["forgetting"]) == ("80.0", "-10.0", "10.0")
     cells = list(csv.DictReader((out / "accuracy.csv").open()))
     assert len(cells) == 12 * 6 + 3
+    [cell] = [cell for cell in cells if [cell[key] for key in ("method", "order", "seed", "step", "task")]
+              == ["gorp", "A", "1", "2", "dbpedia"]]  # fmt: skip
+    assert (cell["after"], cell["accuracy"]) == ("amazon", "90.0")
     again = subprocess.run([sys.executable, str(REPORT), str(runs), "--out", str(out)], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr  # a report replaces a report
+
+
+def test_the_table_of_methods_has_each_value_under_its_name(runs):
+    found = find_runs([runs])
+    head, _, *rows = [line.strip("| ").split(" | ") for line in
+                      page._method_table(found, ranked_methods(found)).splitlines()]
+    ceiling, best, olora = (dict(zip(head, row)) for row in rows)
+    assert ceiling["method"] == "multitask (ceiling)" and ceiling["against the best"].startswith("+6.0 ")
+    assert (best["method"], best["against the best"]) == ("gorp", "-")
+    assert olora["against the best"].startswith("-9.0 ")
+    assert [olora[name] for name in ("AP", "BWT", "F", "training", "trained", "stored", "runs")] == [
+        "64.0 ± 5.9", "-26.0 ± 5.9", "26.0 ± 5.9", "60 s", "10", "2.50 MB", "4"]
+
+
+def test_long_times_are_minutes(runs):
+    found = find_runs([runs])
+    for run in found:
+        run.seconds = 5400
+    assert page._costs(found)[0] == "90 min"
+
+
+def test_figures_show_each_task_over_time_and_each_cost_on_its_axis(tmp_path):
+    write_run(tmp_path, "gorp", "A", 1, 70.0)
+    [run] = find_runs([tmp_path])
+    look = draw.styles(["gorp"])
+    panels = draw.curves({"gorp": [run]}, look, "t").axes
+    assert [list(axes.lines[0].get_ydata()) for axes in panels] == [[90, 90, 70], [90, 70], [70]]
+    [axes] = draw.heat_map(run.tasks, numpy.array(run.matrix, float), "t").axes
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0.5, 0.5): "90", (0.5, 1.5): "90", (1.5, 1.5): "90", (0.5, 2.5): "70", (1.5, 2.5): "70", (2.5, 2.5): "70"}
+    cells = numpy.ma.filled(axes.collections[0].get_array(), numpy.nan).reshape(3, 3)
+    numpy.testing.assert_array_equal(cells, numpy.array(run.matrix, float))
+    costs = draw.costs({"gorp": (70.0, 60.0, 2.5)}, look, "t").axes
+    assert [(axes.get_xlabel(), axes.lines[0].get_xdata()[0]) for axes in costs] == [
+        ("training of an order, seconds", 60), ("kept between tasks, MB", 2.5)]
 
 
 def colours_of(path: Path) -> set[str]:

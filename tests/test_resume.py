@@ -425,6 +425,60 @@ def test_every_part_of_a_record_is_compared(finished):
     assert run_record.differences(record, record | {"git_revision": "other", "machine": {}}) == []
 
 
+def test_what_decides_a_result_is_compared(finished, mini_benchmark, tmp_path):
+    record = json.loads((finished / "run_record.json").read_text())
+    for section, name in (("configuration", "seed"), ("data", "TC/dbpedia/test.json"), ("code", "src/subspace.py"),
+                          ("model", "base/model.safetensors"), ("versions", "torch")):
+        changed = record | {section: record[section] | {name: "other"}}
+        assert len(run_record.differences(record, changed)) == 1, section
+    decisive = """ranks seed data_seed learning_rate weight_decay max_grad_norm max_steps num_train_epochs warmup_steps
+        lr_scheduler_type bf16 dataloader_drop_last max_source_length max_target_length max_train_samples num_beams
+        repetition_penalty add_task_name add_dataset_name instruction_strategy num_examples predict_tasks lora_dim
+        lora_alpha lora_dropout lamda_1 lamda_2 lamda_3 galore_lr galore_rank galore_scale galore_update_proj_gap
+        galore_proj_type galore_svd protect protect_side space_energy space_from"""
+    assert set(decisive.split()) <= record["configuration"].keys()
+    assert set(record["data"]) == {"instructions", "train_tasks.json", "dev_tasks.json", "test_tasks.json",
+                                   *(f"TC/dbpedia/{name}.json" for name in ("train", "test", "labels"))}
+    of_next = run_record.model_files(str(finished / "t5_adapter"))  # what a next task starts from
+    assert {f"adapter/{name}.safetensors" for name in FACTOR_FILES} | {"base/model.safetensors"} <= of_next.keys()
+    model_args, data_args, method_args, training_args = parse_arguments(command(mini_benchmark, tmp_path / "out"))
+    method, made = find_method("gorp")(method_args), []
+    for stage in (1, 2):
+        training_args.deepspeed = str(ROOT / f"configs/ds_configs/stage{stage}.config")
+        made.append(run_record.make_record({}, model_args, data_args, method, training_args))
+    assert run_record.differences(*made) == ["DeepSpeed config has changed"]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_starting_over_removes_all_that_a_resume_would_take_for_its_own(recorded, tmp_path):
+    parts = [f"{part}_results.json" for part in ("zero_shot", "train", "eval", "predict", "unseen", "all")]
+    for name in ("completed.json", *parts, "predict_eval_predictions.jsonl", "trainer_state.json",
+                 "t5_adapter/adapter_config.json", "llama_adapter/adapter_config.json", "checkpoint-3/schedule.json",
+                 *["run_record.json"] * recorded):
+        files.write_json(tmp_path / name, {})
+    checkpoints.write_manifest(tmp_path / "checkpoint-3")
+    run_record.begin(tmp_path, {}, run_record.Progress.NEW, keep_checkpoints=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run_record.json"]
+
+
+def test_the_latest_checkpoint_has_the_most_steps(tmp_path):
+    for step in (900, 1000):
+        files.write_json(tmp_path / f"checkpoint-{step}" / "schedule.json", {})
+        checkpoints.write_manifest(tmp_path / f"checkpoint-{step}")
+    assert checkpoints.latest_complete(tmp_path).name == "checkpoint-1000"
+
+
+def test_the_score_before_training_stays_where_only_the_evaluation_runs(mini_benchmark, tmp_path, monkeypatch):
+    words = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES, "--zero_shot", "True",
+                      "--max_predict_samples", "4")  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(run_uie_lora, "predict", no_space)
+        assert run_uie_lora.main(words) == 1
+    before = (tmp_path / "zero_shot_results.json").read_bytes()
+    assert run_uie_lora.main(words) == 0
+    assert (tmp_path / "zero_shot_results.json").read_bytes() == before
+
+
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
     """A copy of src/ that a test may edit; its record is made from it."""
@@ -621,6 +675,21 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_moments_and_counts_as_t
         assert guard.skips_step() is (factor != 1.0)
     for before, after, same in zip(states, states[1:], (True, False, True, True)):
         assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) is same
+
+
+def test_a_gradient_that_alone_is_not_finite_ends_the_run_at_the_limit(mini_benchmark, tmp_path, monkeypatch, capfd):
+    compute = UIETrainer.answer_loss
+
+    def answer_loss(self, model, *args):
+        loss, outputs = compute(self, model, *args)
+        bad = model.training and self.state.global_step == 2
+        return (loss + (loss * 0).sqrt() if bad else loss), outputs  # as large; the root's derivative at 0 is infinite
+
+    monkeypatch.setattr(UIETrainer, "answer_loss", answer_loss)
+    words = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES, "--method", "inclora", "--max_steps", "4",
+                      "--max_predict_samples", "1", "--max_non_finite_steps", "1")  # fmt: skip
+    assert run_uie_lora.main(words) == 1
+    assert "step 3: gradient is not finite, the last of 1 such steps in a row" in capfd.readouterr().err
 
 
 def test_gradients_of_passes_after_training_are_neither_watched_nor_kept():

@@ -3,6 +3,7 @@
 What is refused is in test_bad_input.py.
 """
 
+import collections
 import json
 import shutil
 
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import run_uie_lora
+import uie_trainer_lora
 from helpers import PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
+from uie_collator import DataCollatorForUIE
 
 
 @pytest.fixture(scope="module", params=["t5_adapter", "llama_adapter"])
@@ -120,6 +123,42 @@ def test_loss_of_the_test_rows_where_it_is_asked_for(two_tasks, mini_benchmark, 
     assert predictions(tmp_path) == predictions(first)
 
 
+def test_validation_sees_dev_examples_alone_and_within_their_own_limit(mini_benchmark, tmp_path, monkeypatch):
+    step = tmp_path / "step"
+    shutil.copytree(ROOT / "configs" / "order1_configs" / "dbpedia", step)
+    shutil.copy(step / "test_tasks.json", step / "dev_tasks.json")
+    seen, collate = collections.defaultdict(set), DataCollatorForUIE.__call__
+
+    def note(collator, examples):
+        for one in examples:
+            seen[one["subset"]].add(int(one["Instance"]["id"]))
+        return collate(collator, examples)
+
+    monkeypatch.setattr(DataCollatorForUIE, "__call__", note)
+    command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, "--method", "inclora", "--do_eval",
+                        "--max_steps", "1", "--max_eval_samples", "3", "--max_predict_samples", "5")  # fmt: skip
+    command[command.index("--task_config_dir") + 1] = str(step)
+    assert run_uie_lora.main(command) == 0
+    assert (seen["dev"], seen["test"]) == (set(range(3)), set(range(5)))
+
+
+def test_flags_of_the_evaluation_reach_it(mini_benchmark, tmp_path, monkeypatch):
+    made, scored = [], []
+    kind, evaluate = uie_trainer_lora.Prediction, uie_trainer_lora.evaluate_predictions
+    monkeypatch.setattr(uie_trainer_lora, "Prediction",
+                        lambda *given, **named: made.append(kind(*given, **named)) or made[-1])
+    monkeypatch.setattr(uie_trainer_lora, "evaluate_predictions",
+                        lambda *given, multilingual: scored.append(multilingual) or evaluate(*given))
+    monkeypatch.setattr(run_uie_lora, "gpt2_folder", lambda: None)
+    command = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES, "--multilingual", "True",
+                        "--eval_batch_tokens", "900", "--num_beams", "2", "--per_device_eval_batch_size", "3",
+                        "--max_predict_samples", "2")  # fmt: skip
+    command.remove("--do_train")
+    assert run_uie_lora.main(command) == 0
+    [one] = made
+    assert (one.most_tokens, one.batch_size, one.generation["num_beams"], scored) == (900, 3, 2, [True])
+
+
 def test_summary_says_what_trains_and_is_protected(two_tasks, mini_benchmark, tmp_path, capsys):
     adapter_name, first, _ = two_tasks
     _, modules = PREFIX[adapter_name]
@@ -133,6 +172,16 @@ def test_summary_says_what_trains_and_is_protected(two_tasks, mini_benchmark, tm
     space = load_file(first / adapter_name / "gradient_space.safetensors")
     directions = sum(basis.shape[1] for basis in space.values())
     assert any(f"{directions} directions of earlier tasks" in line for line in said)
+
+
+def test_the_seed_decides_the_initial_factors(mini_benchmark, tmp_path):
+    factors = []
+    for seed in ("42", "7"):
+        flags = ["--method", "inclora", "--seed", seed, "--learning_rate", "0", "--max_steps", "1",
+                 "--max_predict_samples", "1"]  # fmt: skip
+        assert run_uie_lora.main(arguments(mini_benchmark, tmp_path / seed, "dbpedia", T5, T5_MODULES, *flags)) == 0
+        factors.append(load_file(tmp_path / seed / "t5_adapter" / "adapter_model.safetensors"))
+    assert not any(torch.equal(A, factors[1][name]) for name, A in factors[0].items() if "lora_A" in name)
 
 
 @pytest.mark.parametrize("method", ["inclora", "olora"])

@@ -159,6 +159,23 @@ def test_layer_inputs_are_what_the_layers_see_without_padding():
     assert torch.allclose(remove(seen["b"], space.get("b"), "input"), torch.zeros(6, 6), atol=1e-5)
 
 
+def test_a_sample_of_layer_inputs_is_drawn_from_the_whole_example():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 2)
+
+        def forward(self, x, attention_mask, labels):
+            return self.layer(x)
+
+    model, x = Model(), torch.arange(80.0).view(2, 40, 1)  # each position by its number
+    batch = {"x": x, "attention_mask": torch.ones(2, 40), "labels": torch.zeros(2, 3)}
+    seen = layer_inputs(model, {"layer": model.layer}, [batch])["layer"].view(2, SAMPLE) - torch.tensor([[0], [40]])
+    first, second = map(set, seen.tolist())
+    assert all(len(places) == SAMPLE and min(places) < 5 and max(places) > 35 for places in (first, second))
+    assert first != second
+
+
 def test_layer_inputs_are_those_of_evaluation():
     class Model(torch.nn.Module):
         def __init__(self):

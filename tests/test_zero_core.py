@@ -228,7 +228,33 @@ def test_a_factor_gradient_loses_its_component_and_its_moment_is_returned():
     G = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     (factor * G).sum().backward()
     torch.testing.assert_close(factor.grad, G - S @ (S.T @ G))
-    assert cores.first_moments()["loranew_A"][0].shape == (4, 6)
+    cores.optimizer_state.optimizer.step()
+    torch.testing.assert_close(cores.first_moments()["loranew_A"][0], 0.1 * factor.grad)
+
+
+def test_the_optimizer_of_the_cores_has_their_rate_and_decay():
+    net, factor = Net(), nn.Parameter(torch.zeros(4, 6))
+    projection = {"rank": 2, "update_proj_gap": 5, "scale": 0.5, "proj_type": "std", "svd": "exact", "lr": LR}
+    cores = CoreEngine(net, Plan({"first": net.first}, projection))
+    groups = cores.create_optimizer({"loranew_A": factor}, lr=3 * LR, weight_decay=0.1).param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(3 * LR, 0.1), (0.5 * LR, 0.2)]
+
+
+def test_a_layer_gradient_of_16_bit_factors_is_summed_in_float32():
+    generator, gradient, G = torch.Generator().manual_seed(0), LayerGradient((24, 16)), torch.zeros(24, 16)
+    for _ in range(2):
+        GY, X = (torch.randn(300, n, generator=generator).bfloat16() for n in (24, 16))
+        gradient.add(GY, X)
+        G += GY.float().T @ X.float()
+    torch.testing.assert_close(gradient.matrix(), G, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("refresh", ["exact", "lowrank", "sketch"])
+def test_orthogonal_bases_are_clear_of_the_space(refresh):
+    one = Run(Case("clear", refresh=refresh, side="input", way="orthogonal"))
+    one.train(0, 1)
+    right = [(layer.space, layer.bases[1]) for layer in one.cores.layers.values() if layer.bases[1] is not None]
+    assert right and all((S.T @ basis).abs().max() < 1e-4 for S, basis in right)
 
 
 def test_a_damaged_state_is_refused_before_anything_changes():

@@ -141,13 +141,15 @@ class Prediction:
     def loss(self) -> float:
         """Cross entropy of the reference answers, averaged over their tokens."""
         total = torch.zeros(2, device=self.accelerator.device)
+        # A mixture's balance is no part of an answer's loss, and depends on what shares a batch.
+        balance = {"output_router_logits": False} if hasattr(self.model.config, "output_router_logits") else {}
         for batch, is_real in self._batches(list(self.prompt_lengths)):
             # Prompt and answer, as in training.
             examples = [self.examples[place] | {"subset": "train"} for place in batch]
             inputs = send_to_device(self.collator(examples), self.accelerator.device)
             inputs.pop("examples", None)
             tokens = (inputs["labels"] != -100).sum()
-            mean = self.model(**inputs, use_cache=False).loss.float()
+            mean = self.model(**inputs, use_cache=False, **balance).loss.float()
             if is_real:
                 total += torch.stack([mean * tokens, tokens.float()])
         loss, tokens = self.accelerator.gather(total).view(-1, 2).sum(0).tolist()
