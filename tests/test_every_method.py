@@ -23,7 +23,7 @@ RIVALS = ["inflora", "ella", "slao", "magmax", "magmax --magmax_merge ties", "ew
 
 @pytest.mark.parametrize("name", RIVALS)
 @pytest.mark.parametrize("family", PREFIX)
-def test_a_second_task_resumes_to_the_same_bits_and_exports_what_it_predicts(name, family, mini_benchmark, tmp_path):
+def test_a_second_task_resumes_to_the_same_bits_and_exports_the_same(name, family, mini_benchmark, tmp_path, capfd):
     model, modules = PREFIX[family]
     flags = ["--method", *name.split(), *SHORT, "--save_strategy", "steps", "--save_steps", "2"]
 
@@ -36,6 +36,7 @@ def test_a_second_task_resumes_to_the_same_bits_and_exports_what_it_predicts(nam
     whole = run("whole", "amazon", first / family)
     shutil.copytree(whole / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
     cut = run("cut", "amazon", first / family, "--resume_from_checkpoint", "True")
+    assert "resuming from" in capfd.readouterr().out
     assert predictions(cut) == predictions(whole)
     for path in (whole / family).glob("*.safetensors"):
         once, again = load_file(path), load_file(cut / family / path.name)

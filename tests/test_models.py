@@ -286,7 +286,7 @@ def test_two_tasks(name, trained):
 
 
 @pytest.mark.parametrize("name", some(MODELS))
-def test_resume(name, trained, make, mini_benchmark, tmp_path):
+def test_resume(name, trained, make, mini_benchmark, tmp_path, capfd):
     """From a checkpoint within the task to the same bits."""
     import run_uie_lora
 
@@ -294,6 +294,7 @@ def test_resume(name, trained, make, mini_benchmark, tmp_path):
     shutil.copytree(complete / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
     resumed = command(mini_benchmark, tmp_path / "out", "dbpedia", make(name), "--resume_from_checkpoint", "True")
     assert run_uie_lora.main(resumed) == 0
+    assert "resuming from" in capfd.readouterr().out
     found, expected = tensors(tmp_path / "out"), tensors(complete)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
     assert predictions(tmp_path / "out") == predictions(complete)

@@ -99,7 +99,7 @@ def same_results(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("engine", ["dense", "cores", pytest.param("stage2", marks=pytest.mark.recipe)])
-def test_a_checkpoint_holds_no_pickle_and_resumes_to_the_same_bits(engine, mini_benchmark, tmp_path):
+def test_a_checkpoint_holds_no_pickle_and_resumes_to_the_same_bits(engine, mini_benchmark, tmp_path, capfd):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     flags = ["--save_strategy", "steps", "--save_steps", "6", "--lr_scheduler_type", "linear"]
     stage_2 = ["--deepspeed", "configs/ds_configs/stage2.config"]
@@ -123,6 +123,7 @@ def test_a_checkpoint_holds_no_pickle_and_resumes_to_the_same_bits(engine, mini_
             path.read_text(encoding="utf-8")  # no pickle is UTF-8
     shutil.copytree(whole / "checkpoint-6", cut / "checkpoint-6")
     run(cut, "--resume_from_checkpoint", "True")
+    assert "resuming from" in capfd.readouterr().out
     assert same_results(whole, cut)
 
 
