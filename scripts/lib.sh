@@ -324,7 +324,7 @@ in_extra() {  # FLAG DEFAULT
     printf '%s' "$value"
 }
 
-# Whether the command has a flag without a value, or with a true one the last time.
+# Whether the command switches a flag on: where it occurs last, it has no value or a true one.
 is_on() {  # FLAG
     local value=False index
     for index in "${!command[@]}"; do
@@ -333,7 +333,7 @@ is_on() {  # FLAG
             "$1="*) value=${command[index]#*=} ;;
         esac
     done
-    [[ $value =~ ^([Tt]rue|[Yy]es|[Tt]|[Yy]|1)$ ]]
+    [[ ${value,,} =~ ^(true|yes|t|y|1)$ ]]
 }
 
 # Read an order's own `values` and `penalties`, and its `label` in paths. Unpublished orders use order 1's values.

@@ -16,6 +16,7 @@ import enum
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -33,6 +34,8 @@ from errors import InputError
 from files import digest, read_json, write_json
 from methods import Method
 from model.loading import model_files
+
+logger = logging.getLogger("gorp")
 
 RECORD = "run_record.json"
 COMPLETED = "completed.json"
@@ -136,8 +139,10 @@ def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoint
     if not keep_checkpoints:  # a complete one of another run would be taken for this run's when it resumes
         removed += [folder for folder in checkpoint_folders(output_dir) if new or not is_complete(folder)]
     for path in [*removed, *output_dir.glob(".*.partial")]:
+        if path.name.startswith("checkpoint-") and is_complete(path):
+            logger.warning("%s: removed, a checkpoint of another run", path)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if progress is Progress.NEW:
+    if new:
         write_json(output_dir / RECORD, record)
 
 

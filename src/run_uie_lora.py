@@ -150,8 +150,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
         adapter = output_dir / ADAPTERS[loaded.decoder_only]
         if trains:
             train(trainer, checkpoint)
-            index, order = place_in_order(data_args.task_config_dir)
-            save_task(trainer, adapter, loaded, examples, order[index])  # from here on the task counts as trained
+            dataset = Path(data_args.task_config_dir).name  # the task's own
+            save_task(trainer, adapter, loaded, examples, dataset)  # from here on the task counts as trained
         else:
             write_results(trainer, "train", {"train_samples": 0, "train_runtime": 0.0})
             copy_previous(trainer, loaded.previous, adapter)
@@ -247,7 +247,7 @@ def train(trainer: UIETrainer, checkpoint: Path | None) -> None:
 
 def save_task(trainer: UIETrainer, adapter: Path, loaded: LoadedModel, examples: datasets.DatasetDict,
               dataset: str) -> None:
-    """Write the complete adapter folder of a task, which is named after its dataset."""
+    """Write the complete adapter folder; the prompt of `dataset` comes last."""
     for line in trainer.method.closing_summary():
         detail.info(line)
     if trainer.is_world_process_zero():

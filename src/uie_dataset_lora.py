@@ -334,9 +334,8 @@ def _choose(rows: list[dict], source: _Source, options: ExampleOptions) -> list[
     if options.over_sampling and source.subset == "train" and limit > len(rows):
         return rows + draw.choices(rows, k=limit - len(rows))
     if limit < len(rows) and limit != ExampleOptions("", "").limit(source.subset):  # was asked for
-        logger.warning("%s, %s: all %d examples are used and not %d, as the order's sampling strategy is full; "
-                       "--max_train_samples and --max_eval_samples limit them",
-                       source.dataset, source.subset, len(rows), limit)  # fmt: skip
+        logger.warning("%s, %s: the limit of %d examples is ignored, as the order's sampling strategy is full; "
+                       "--max_train_samples and --max_eval_samples limit them", source.dataset, source.subset, limit)
     return rows
 
 

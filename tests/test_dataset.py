@@ -142,6 +142,16 @@ def test_full_keeps_every_row_and_random_a_seeded_choice_in_file_order(benchmark
         assert train == chosen(dataset, "train") != chosen(dataset, "train", seed=1)
 
 
+def test_a_limit_that_the_orders_strategy_ignores_is_reported(benchmark, caplog):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(300), **{"sampling strategy": "full"})
+    with caplog.at_level(logging.WARNING, "gorp"):
+        assert len(benchmark.load()["validation"]) == 300  # the default of 200 was not asked for
+        assert not caplog.messages
+        assert len(benchmark.load(max_num_instances_per_task=20)["train"]) == 300
+    assert caplog.messages == ["QQP, train: the limit of 20 examples is ignored, as the order's sampling strategy is "
+                               "full; --max_train_samples and --max_eval_samples limit them"]
+
+
 @pytest.mark.parametrize("limit", [None, -1])
 def test_no_limit(benchmark, limit):
     benchmark.add("QQP", "QQP", ["False", "True"], numbered(300))

@@ -23,6 +23,7 @@ from loranew import loranew_layers
 from methods import find_method, method_names
 from methods.seqlora import Seqlora
 from order_config import read_order
+from prompts import read_prompts
 from task_examples import sample_places
 from task_setup import load_examples
 from uie_trainer_lora import UIETrainer
@@ -100,6 +101,8 @@ def test_two_tasks_then_the_folder_predicts_what_the_run_did(name, family, mini_
     command.remove("--do_train")
     assert run_uie_lora.main(command) == 0
     assert len(predictions(second)) == 8 and predictions(again) == predictions(second)
+    last = list(read_prompts(second / adapter_name)["heads"])[-1]
+    assert last == ("TC/dbpedia" if name == "multitask" else "SC/amazon")
     before, after = ({f"{path.name}: {key}": tensor for path in (folder / adapter_name).glob("*.safetensors")
                       for key, tensor in load_file(path).items()} for folder in (first, second))
     same = before.keys() == after.keys() and all(
@@ -402,6 +405,7 @@ REFUSED = {
                 "--method seqlora: found ZeRO stage 3"),
     "no weights": (["--method", "galore", "--optim_target_modules", "none"], "--optim_target_modules is missing"),
     "replay of nothing": (["--method", "replay", "--replay_rows", "0"], "--replay_rows: found 0"),
+    "no weight of earlier tasks": (["--method", "ewc", "--ewc_decay", "0"], "--ewc_decay: found 0.0"),
     "an infinite weight": (["--method", "nlora", "--nlora_lamda", "inf"], "--nlora_lamda: found inf"),
     "negative weight": (["--method", "nlora", "--nlora_lamda", "-1"], "--nlora_lamda: found -1.0"),
     "all preserved": (["--method", "osf", "--osf_preserved", "1"], "--osf_preserved: found 1.0"),
@@ -412,7 +416,7 @@ REFUSED = {
     "released with clipping": ([*RELEASED, "--max_grad_norm", "1"], "--max_grad_norm: found 1.0; allowed: 0.0 with"),
     "released in 16 bits": ([*RELEASED, "--bf16", "True"], "--bf16: found True; allowed: False with --preset"),
     "released under DeepSpeed": ([*RELEASED, *DEEPSPEED], "--deepspeed: found"),
-    "the same, as PyTorch recomputes by default": (
+    "a penalty on cores with PyTorch's default recomputation": (
         ["--lamda_3", "1", "--galore_engine", "cores", "--gradient_checkpointing", "--gradient_checkpointing_kwargs",
          '{"preserve_rng_state": false}'], "--lamda_3: found 1.0 with reentrant"),
     "a penalty on cores with reentrant recomputation": (

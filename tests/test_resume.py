@@ -693,6 +693,22 @@ def test_a_gradient_that_alone_is_not_finite_ends_the_run_at_the_limit(mini_benc
     assert "step 3: gradient is not finite, the last of 1 such steps in a row" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("worst, said", [
+    (2.0, "step 1: loss is not finite, the last of 1 such steps in a row (--max_non_finite_steps); found on another"),
+    (1.0, "step 1: gradient is not finite, the last of 1 such steps in a row (--max_non_finite_steps); found on"),
+])
+def test_what_another_rank_has_lost_is_named_as_such(worst, said, monkeypatch):
+    """Even where the sum over ranks has made this rank's gradients bad."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda found, operation: found.fill_(worst))
+    guard = NonFiniteGuard(1)
+    guard.note_micro_batch(1, torch.tensor(1.0), ["row 1"])
+    guard.note_gradient_norm(float("nan") if worst == 2 else 1.0)
+    with pytest.raises(RunStopped) as stopped:
+        guard.skips_step()
+    assert str(stopped.value).startswith(said) and "row 1" not in str(stopped.value)
+
+
 def test_gradients_of_passes_after_training_are_neither_watched_nor_kept():
     """EWC takes one of each example, which would add up."""
     layer = torch.nn.Linear(2, 2)

@@ -38,11 +38,11 @@ def typed(proj_type: str, **fields) -> Case:
 def left_out(stage: int | str | None, **fields) -> list[Case]:
     """Steps left out at the start, at a refresh (every fourth), between, in a row and at the end, with a resume; and
     refreshes that find no basis."""
-    patterns = {"first": (0,), "refresh": (8,), "between": (5, 6), "many": (0, 1, 4, 7, 8, 23)}
+    patterns = {"first": ((0,), 1), "refresh": ((8,), 0), "between": ((5, 6), 0), "many": ((0, 1, 4, 7, 8, 23), 9)}
     fields |= {"steps": 24, "accumulation": 2}
     return [
-        *(Case(f"{stage}-{name}-left-out", stage, bad_steps=steps, stop_at=9 if name == "many" else 0, **fields)
-          for name, steps in patterns.items()),
+        *(Case(f"{stage}-{name}-left-out", stage, bad_steps=steps, stop_at=stop_at, **fields)
+          for name, (steps, stop_at) in patterns.items()),
         Case(f"{stage}-fell-back", stage, zero_steps=(0, 4, 5), bad_steps=(6,), stop_at=6, **fields),
     ]  # fmt: skip
 

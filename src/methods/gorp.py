@@ -62,9 +62,8 @@ class GorpArguments(ChangePenaltyArguments, SpaceArguments, ProjectionArguments,
         check(self.protect != "gp_second" or self.galore_proj_type != "full", "protect",
               "gp_second with --galore_proj_type full", "gp_first, none, or another projection")
         cores = zero_stage is not None or self.galore_engine == "cores"
-        # PyTorch recomputes reentrantly unless told otherwise; the Trainer tells it, but not where settings are given.
-        settings = {name: value for name, value in (training.gradient_checkpointing_kwargs or {}).items()
-                    if name not in ("every_n_layers", "offload")}  # the Trainer's own
+        # PyTorch recomputes reentrantly by default; the Trainer changes that only if no settings are given.
+        settings = training.gradient_checkpointing and training.gradient_checkpointing_kwargs
         reentrant = bool(settings) and settings.get("use_reentrant", True)
         check(not (self.lamda_3 and cores and reentrant), "lamda_3", f"{self.lamda_3} with reentrant checkpointing",
               "0, or use_reentrant false (else a core's gradient arrives in two parts)")

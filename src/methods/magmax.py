@@ -117,9 +117,10 @@ def largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def limit(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """The magnitude above which a share `TIES_SHARE` of a task's entries lies, those of B A over the layers' (A, B).
+    """A task's limit: a share `TIES_SHARE` of the entries of all its B A has a larger magnitude.
 
-    By bisection, layer after layer: all entries of a large model would not fit beside it.
+    The pairs are A (r, in) and B (out, r), one for each layer. By bisection, as all B A of a large model at once would
+    not fit beside it.
     """
     wanted = TIES_SHARE * sum(len(B) * A.shape[1] for A, B in pairs)
     low, high = 0.0, max((B @ A).abs().max().item() for A, B in pairs)
