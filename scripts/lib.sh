@@ -441,7 +441,8 @@ set_launch() {
     fi
     [[ ${#devices[@]} -eq 0 || ${#devices[@]} -ge $processes ]] ||
         fail "NPROC=$processes: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names fewer devices"
-    [[ -z $gpus || $gpus -ge $processes ]] || fail "NPROC=$processes: PyTorch finds $gpus GPUs; allowed: at most one process for each"
+    [[ -z $gpus || $gpus -ge $processes ]] ||
+        fail "NPROC=$processes: PyTorch finds $gpus GPUs; allowed: at most one process for each"
     if [[ $nodes -gt 1 || ${devices[*]} == *[^0-9\ ]* ]]; then
         launch=(torchrun --nnodes "$nodes" --node_rank "$node" --nproc_per_node "$processes"
                 --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$port")

@@ -140,7 +140,7 @@ def begin(output_dir: Path, record: dict, progress: Progress, *, keep_checkpoint
         removed += [folder for folder in checkpoint_folders(output_dir) if new or not is_complete(folder)]
     for path in [*removed, *output_dir.glob(".*.partial")]:
         if path.name.startswith("checkpoint-") and is_complete(path):
-            logger.warning("%s: removed, a checkpoint of another run", path)
+            logger.warning("%s: removed, a checkpoint of an earlier run", path)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if new:
         write_json(output_dir / RECORD, record)
