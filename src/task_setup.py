@@ -165,6 +165,14 @@ def build_collator(loaded: LoadedModel, data_args: DataArguments,
     )
 
 
+def report_cut(examples: DatasetDict, collator: DataCollatorForUIE, training_args: UIETrainingArguments) -> None:
+    """Report how many prompts of the splits that the run uses do not fit, and so are cut."""
+    uses = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
+    counts = {split: collator.count_cut(examples[split]) for split in examples if uses.get(split, True)}
+    if found := [f"{count:,} of {len(examples[split]):,} in {split}" for split, count in counts.items() if count]:
+        logger.info("--max_source_length %d cuts prompts: %s", collator.max_source_length, ", ".join(found))
+
+
 def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetDict, data_args: DataArguments,
                   training_args: UIETrainingArguments) -> UIETrainer:
     """The trainer of this task, with its collator, generation settings and callbacks."""
@@ -172,6 +180,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
     for split, of_split in examples.items():
         if split != "validation" or training_args.do_eval:
             collator.check(of_split)
+    report_cut(examples, collator, training_args)
     index, order = place_in_order(data_args.task_config_dir)
     return UIETrainer(
         model=model,

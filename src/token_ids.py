@@ -17,6 +17,7 @@ class KeptIds:
     def __init__(self, most: int = MOST):
         self._room = most
         self._ids: dict[bytes, array] = {}
+        self.cut: set[int] = set()  # the hashes of the texts whose ids are of a part only
 
     def look_up(self, texts: list[str], encode: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
         """The ids of each text; `encode` computes those of the texts at the given indices, which are not kept yet."""

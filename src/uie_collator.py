@@ -6,6 +6,7 @@ begins. Only the sentence is ever cut. Later epochs and tasks reuse the ids of t
 
 import bisect
 import collections
+import itertools
 import json
 import logging
 import os
@@ -134,6 +135,14 @@ class DataCollatorForUIE:
         _, prompts = self._prompts(examples)
         return [(len(prompt), len(answer)) for prompt, answer in zip(prompts, self._answers(examples))]
 
+    def count_cut(self, examples: Iterable[dict]) -> int:
+        """The number of examples whose prompts are cut. Their ids are kept, so that this takes no time of its own."""
+        remaining, count = iter(examples), 0
+        while some := list(itertools.islice(remaining, 1000)):
+            self._prompts(some)
+            count += sum(hash("".join(self.parts(example))) in self.kept.cut for example in some)
+        return count
+
     def _prompts(self, examples: list[dict]) -> tuple[list[str], list[list[int]]]:
         """Each example's prompt, cut where necessary, as text and as ids."""
         parts = [self.parts(example) for example in examples]
@@ -143,6 +152,7 @@ class DataCollatorForUIE:
             sources = self._source_ids([prompts[index] for index in indices])
             for place, index in enumerate(indices):
                 if len(sources[place]) > self.max_source_length:
+                    self.kept.cut.add(hash(prompts[index]))
                     prompts[index] = self._cut(parts[index], examples[index])
                     [sources[place]] = self._source_ids([prompts[index]])
             return sources

@@ -235,6 +235,13 @@ def test_of_many_short_lines_the_first_stay_as_they_are(tokenizers, build, decod
     assert uncut.startswith(left) and len(left) > 250 and batch["input_ids"].shape[1] > 380
 
 
+def test_prompts_that_do_not_fit_are_counted_again_in_a_later_task(tokenizers):
+    rows = [example(MULTIRC), example("short"), example(MULTIRC, subset="test")]
+    for _ in ("first task", "later task, whose collator finds the ids kept"):
+        assert collator(tokenizers[llama], True, max_source_length=300).count_cut(rows) == 2
+    assert collator(tokenizers[llama], True, max_source_length=2000).count_cut(rows) == 0
+
+
 @pytest.mark.parametrize("decoder_only", [False, True])
 def test_of_more_lines_than_tokens_the_first_stay(tokenizers, decoder_only):
     sentence = "\n".join(f"line {number}" for number in range(300))

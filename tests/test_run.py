@@ -172,6 +172,15 @@ def test_summary_says_what_trains_and_is_protected(two_tasks, mini_benchmark, tm
     space = load_file(first / adapter_name / "gradient_space.safetensors")
     directions = sum(basis.shape[1] for basis in space.values())
     assert any(f"{directions} directions of earlier tasks" in line for line in said)
+    assert not any("cuts prompts" in line for line in said)
+
+
+def test_cut_prompts_are_reported_for_the_splits_that_are_used(mini_benchmark, tmp_path, capsys):
+    command = arguments(mini_benchmark, tmp_path, "dbpedia", T5, T5_MODULES, "--max_source_length", "90")
+    command.remove("--do_train")
+    assert run_uie_lora.main(command) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "cuts prompts" in line]
+    assert line == "[gorp] --max_source_length 90 cuts prompts: 8 of 12 in test"  # nothing of train, which is not used
 
 
 def test_the_seed_decides_the_initial_factors(mini_benchmark, tmp_path):
