@@ -16,6 +16,7 @@ print(torch.cuda.device_count())'
 script=$0   # made absolute, as the current folder changes below
 [[ $script == /* ]] || script=$PWD/$script
 for variable in OUTPUT MODEL DATA_DIR DS_CONFIG HOSTFILE; do   # if run elsewhere, make OUTPUT and found paths absolute
+    [[ ${!variable:-} != "~/"* ]] || printf -v $variable %s "$HOME/${!variable#"~/"}"   # quoted, the shell left it
     [[ -z ${!variable:-} || ${!variable} == /* ]] || [[ $variable != OUTPUT && ! -e ${!variable} ]] ||
         [ "$PWD" -ef "$(dirname "${BASH_SOURCE[0]}")/.." ] || printf -v $variable %s "$PWD/${!variable}"
 done

@@ -7,6 +7,7 @@ FOLDER is a task's output folder, the adapter folder in it, or what `export.py` 
 """
 
 import argparse
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from export import DTYPES, load_finished
 from files import read_text
 from prompts import read_prompts
 from uie_collator import DataCollatorForUIE
+
+logger = logging.getLogger("gorp")
 
 BATCH_SIZE = 16
 
@@ -68,6 +71,9 @@ def answers(run: Path, dataset: str, texts: Sequence[str], dtype: torch.dtype = 
     about = {"Task": task, "Dataset": name, "subset": "test", "Samples": []}
     asked = {"label": "", "instruction": prompts["heads"][dataset]}
     examples = [about | {"Instance": asked | {"id": index, "sentence": text}} for index, text in enumerate(texts)]
+    if count := collator.count_cut(examples):
+        logger.warning("%d of %d texts are cut to fit a prompt of %d tokens", count, len(examples),
+                       prompts["max_source_length"])
     found = []
     for start in range(0, len(examples), BATCH_SIZE):
         batch = collator(examples[start : start + BATCH_SIZE])

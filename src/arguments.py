@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from transformers import SchedulerType, Seq2SeqTrainingArguments, get_scheduler
+from transformers import Seq2SeqTrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -103,6 +103,8 @@ IGNORED = (
 ).split()
 TRACKIO = "project trackio_space_id trackio_bucket_id trackio_static_space_id".split()
 
+ON_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules that each evaluation moves
+
 ABOVE_0 = (
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_non_finite_steps "
     "generation_max_length eval_batch_tokens eval_steps logging_steps save_steps ddp_timeout"
@@ -122,7 +124,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
     """Hugging Face's arguments, this project's additions, and early checks for contradictions."""
 
     overwrite_output_dir: bool = HfArg(default=False, help="Start over, and replace the results in output_dir.")
-    denser_evaluation: bool = HfArg(default=False, help="Also log and evaluate at steps 1, 50, 100 and 200.")
+    denser_evaluation: bool = HfArg(default=False, help="Also log (and evaluate, if at all) at steps 1, 50, 100, 200.")
     max_non_finite_steps: int = HfArg(default=3, help="End the run at this many non-finite steps in a row.")
     eval_batch_tokens: int | None = HfArg(default=None, help="Maximum prompt tokens of an evaluation batch, padded.")
     predict_loss: bool = HfArg(default=False, help="Also compute the loss of the test examples' answers.")
@@ -148,27 +150,42 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         for name in self.report_to:
             hint = f" (pip install {name} adds it)" if name in INTEGRATION_TO_CALLBACK else ""
             check(name in known, "report_to", name, ", ".join(["none", *known]) + ", as installed here" + hint)
+        again = self.resume_from_checkpoint in ("True", "true")
+        check(not (self.overwrite_output_dir and again), "resume_from_checkpoint", "true with --overwrite_output_dir",
+              "one of the two, as the folder's checkpoint is of the run that is replaced")
         if not (self.do_train or self.do_eval or self.do_predict):
             raise InputError("--do_train, --do_eval, --do_predict: found none of them; allowed: one or more")
         check(not self.fp16 or self.device.type != "cpu", "fp16", "true", "false on a CPU, where --bf16 works")
         self._check_settings()
 
     def ignored(self) -> list[str]:
-        """The flags of `IGNORED` that are not at their defaults."""
-        return self._changed(IGNORED + TRACKIO * ("trackio" not in self.report_to))
+        """The flags of `IGNORED`, and those that count only beside another flag, that are not at their defaults."""
+        counts = {
+            "save_steps": self.save_strategy == "steps",
+            "eval_steps": self.eval_strategy == "steps",
+            "eval_delay": self.eval_strategy != "no",
+            "gradient_checkpointing_kwargs": self.gradient_checkpointing,
+            "activation_checkpointing_kwargs": self.gradient_checkpointing,
+        }
+        idle = [name for name, counted in counts.items() if not counted]
+        return self.changed(IGNORED + TRACKIO * ("trackio" not in self.report_to) + idle)
 
-    def _changed(self, names: list[str]) -> list[str]:
+    def changed(self, names: Iterable[str]) -> list[str]:
         """Which of these options are not at their defaults; one that Transformers lacks is never among them."""
         defaults = {name: getattr(type(self), name, []) for name in names}  # a list default is no class attribute
         return [name for name in names if getattr(self, name, []) not in (None, defaults[name])]
 
     def _check_environment(self) -> None:
         """Reject what `accelerate launch` sets and no flag says."""
-        for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        found = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if found.lower() not in ("", "no"):
+            raise InputError(f"ACCELERATE_DYNAMO_BACKEND: found {found} in the environment; allowed: no, as the "
+                             "engines' hooks do not run in compiled modules")
+        for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
             found = os.environ.get(name, "false")
             if self.deepspeed is None and found.lower() in ("true", "1", "yes"):
-                raise InputError(f"{name}: found {found} in the environment; DeepSpeed trains with --deepspeed FILE, "
-                                 "FSDP not at all")
+                raise InputError(f"{name}: found {found} in the environment; allowed: false; DeepSpeed trains with "
+                                 "--deepspeed FILE")
         found = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if found.lower() not in ("", "no") and not (self.bf16 or self.fp16):
             raise InputError(f"ACCELERATE_MIXED_PRECISION: found {found} in the environment; allowed: no, or --bf16 or "
@@ -177,7 +194,7 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
     def _check_library_options(self) -> None:
         """Reject what `REJECTED` lists, samplers that need tokenised examples, and settings that are not objects."""
         for reason, names in REJECTED.items():
-            for name in self._changed(names.split()):
+            for name in self.changed(names.split()):
                 found = "a secret" if name == "hub_token" else getattr(self, name)
                 raise InputError(f"--{name}: found {found}; allowed: only the default, as {reason}")
         sampling = self.train_sampling_strategy
@@ -206,18 +223,26 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         check(self.save_strategy != "best" or chosen, "save_strategy", "best",
               "best with --metric_for_best_model and --eval_strategy steps or epoch")
         kind, settings = self.lr_scheduler_type, self.lr_scheduler_kwargs
-        check(kind != SchedulerType.CONSTANT or not self.warmup_steps, "warmup_steps", self.warmup_steps,
-              "0 with --lr_scheduler_type constant; constant_with_warmup has them")
+        check(kind not in ("constant", *ON_EVALUATION) or not self.warmup_steps, "warmup_steps", self.warmup_steps,
+              f"0 with --lr_scheduler_type {kind.value}, which has none; constant_with_warmup has them")
         check(not (kind.startswith("constant") and settings), "lr_scheduler_kwargs", settings,
               f"none with --lr_scheduler_type {kind.value}")
+        check(kind != "greedy" or "min_lr" in (settings or {}), "lr_scheduler_kwargs", settings,
+              "min_lr and more with --lr_scheduler_type greedy, whose own minimum, 1e-3, suits no full-rank weight")
+        if kind in ON_EVALUATION:  # by default a rising accuracy would count as getting worse
+            settings = {"mode": "max" if self.greater_is_better else "min"} | (settings or {})
+            self.lr_scheduler_kwargs = settings
         steps, weight = max(self.max_steps, 1), torch.zeros(1, requires_grad=True)
-        with _tried(f"--lr_scheduler_type {kind.value}, --lr_scheduler_kwargs"):
-            get_scheduler(kind, torch.optim.SGD([weight]), self.get_warmup_steps(steps), steps, settings)
+        with _tried(f"--lr_scheduler_type {kind.value}, --lr_scheduler_kwargs, --learning_rate {self.learning_rate}"):
+            optimizer = torch.optim.SGD([weight], lr=self.learning_rate)
+            get_scheduler(kind, optimizer, self.get_warmup_steps(steps), steps, settings)
         loading = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context", "in_order")
         with _tried(f"--dataloader_num_workers {self.dataloader_num_workers}"):
             DataLoader([0], **{name: getattr(self, f"dataloader_{name}") for name in loading})
         with _tried("--gradient_checkpointing_kwargs, --activation_checkpointing_kwargs"):  # the old name and the new
-            checkpoint(torch.clone, weight, **{"use_reentrant": True} | (self.gradient_checkpointing_kwargs or {}))
+            given = {"use_reentrant": True} | (self.gradient_checkpointing_kwargs or {})
+            own = ("every_n_layers", "offload")  # Transformers' own; the others are PyTorch's
+            checkpoint(torch.clone, weight, **{name: value for name, value in given.items() if name not in own})
 
     @cached_property
     def _setup_devices(self) -> torch.device:
@@ -264,6 +289,9 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         if (found := config.get("train_batch_size", "auto")) != "auto":
             raise InputError(f"{path}, key train_batch_size: found {json.dumps(found)}; allowed: \"auto\", as the "
                              "flags and the number of processes decide it")
+        if "gradient_clipping" not in config and self.max_grad_norm != 1:  # DeepSpeed would clip at 1
+            raise InputError(f"{path}: found no key gradient_clipping, beside --max_grad_norm {self.max_grad_norm}; "
+                             "allowed: \"auto\"")
         for key, option in REPEATED_KEYS.items():
             number = getattr(self, option)
             if config.get(key, "auto") not in ("auto", number):
@@ -299,6 +327,9 @@ def check_data_arguments(data: DataArguments) -> None:
         check_number(data, flag, above=0)
     for flag in ("max_num_instances_per_task", "max_num_instances_per_eval_task"):
         check(getattr(data, flag) != 0, flag, 0, "a number above 0, or -1 for all")
+    limit = data.max_num_instances_per_task
+    check(not data.over_sampling or (limit or -1) > 0, "max_num_instances_per_task", f"{limit} with --over_sampling",
+          "the number of examples to reach")
 
 
 def check(holds: bool, flag: str, found, allowed: str) -> None:

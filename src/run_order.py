@@ -92,6 +92,7 @@ def parse_order(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--task_epochs", nargs="+", type=_epochs, default=[], metavar="DATASET=N",
                         help="epochs of single tasks")  # fmt: skip
     options, flags = parser.parse_known_args(underscored(argv))
+    options.output_dir = options.output_dir.expanduser()  # as Transformers expands each task's
     named = [dataset for dataset, _ in options.task_epochs]
     if twice := [dataset for dataset in named if named.count(dataset) > 1]:
         raise InputError(f"--task_epochs: found {twice[0]} twice; allowed: once")

@@ -77,6 +77,11 @@ def make_record(data: Mapping[str, Path], model_args, data_args, method: Method,
         options["per_device_train_batch_size x gradient_accumulation_steps"] = (  # less memory, the same step
             options.pop("per_device_train_batch_size") * options.pop("gradient_accumulation_steps")
         )
+    if training_args.dataloader_drop_last:  # which examples are left out depends on the micro-batch
+        options["per_device_train_batch_size"] = training_args.per_device_train_batch_size
+    prefixes = NOT_COMPARED_PREFIXES
+    if training_args.load_best_model_at_end:  # one of those saved
+        prefixes = tuple(prefix for prefix in prefixes if prefix != "save_")
     packages = PACKAGES
     if training_args.deepspeed:
         data = {**data, "DeepSpeed config": Path(training_args.deepspeed)}
@@ -84,10 +89,14 @@ def make_record(data: Mapping[str, Path], model_args, data_args, method: Method,
     model = model_files(model_args.model_name_or_path)
     if model or os.path.exists(model_args.model_name_or_path):
         options.pop("model_name_or_path")
+    for flag in ("config_name", "tokenizer_name"):
+        folder = getattr(model_args, flag)
+        files = model_files(folder).values() if folder else ()
+        model |= {f"{flag}/{path.name}": path for path in files if path.suffix != ".safetensors"}
     compared = {
         "configuration": {
             name: value for name, value in sorted(options.items())
-            if name not in NOT_COMPARED and not name.startswith(NOT_COMPARED_PREFIXES)
+            if name not in NOT_COMPARED and not name.startswith(prefixes)
         } | {"ranks": training_args.world_size},
         "data": {name: digest(path) for name, path in data.items()} | ({"place in the order": place} if place else {}),
         "model": {name: digest(path) for name, path in model.items()},

@@ -325,6 +325,7 @@ def describe_run(trainer: UIETrainer, base_name: str, data_args: DataArguments, 
     total, trained = trainer.method.sizes()
     groups, elsewhere = (args, data_args, ModelArguments), {*vars(trainer.method.options), *APART}
     elsewhere |= set() if args.load_best_model_at_end else set(VALIDATION)
+    elsewhere |= {*trainer.method.options.unread()}
     defaults = {option.name: option.default for group in groups for option in dataclasses.fields(group)}
     shared = {name: value for name, value in configuration.items() if name not in elsewhere
               and (name in SHOWN or (value or None) != (defaults.get(name) or None))}  # fmt: skip

@@ -136,7 +136,7 @@ class DataCollatorForUIE:
         return [(len(prompt), len(answer)) for prompt, answer in zip(prompts, self._answers(examples))]
 
     def count_cut(self, examples: Iterable[dict]) -> int:
-        """The number of examples whose prompts are cut. Their ids are kept, so that this takes no time of its own."""
+        """The number of examples whose prompts are cut. The ids are kept for training and evaluation."""
         remaining, count = iter(examples), 0
         while some := list(itertools.islice(remaining, 1000)):
             self._prompts(some)

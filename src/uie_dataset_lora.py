@@ -330,6 +330,7 @@ def _choose(rows: list[dict], source: _Source, options: ExampleOptions) -> list[
         return rows
     draw = options.generator("rows", source)
     if source.strategy == "random" and limit < len(rows):
+        logger.info("%s, %s: %d of %d examples, sampled", source.dataset, source.subset, limit, len(rows))
         return [rows[index] for index in sorted(draw.sample(range(len(rows)), limit))]
     if options.over_sampling and source.subset == "train" and limit > len(rows):
         return rows + draw.choices(rows, k=limit - len(rows))

@@ -4,6 +4,7 @@ The method creates the optimizer and adds its penalty, every answer token of a g
 loss, predictions are scored per task and dataset, and checkpoints hold only what trains.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from methods import Method
 from non_finite import NonFiniteGuard
 from Proj_torch.optimizer_state import start_moments
 from task_examples import sample_places
+
+logger = logging.getLogger("gorp")
 
 
 class UIETrainer(Seq2SeqTrainer):
@@ -184,6 +187,9 @@ class UIETrainer(Seq2SeqTrainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Prepare as the parent does without a checkpoint, give the method the engine, then read our checkpoint."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.args.get_warmup_steps(max_steps) >= max_steps:
+            logger.warning("--warmup_steps %g covers all %d steps of this task, whose learning rate never reaches its "
+                           "value; a number below 1 is a share of the steps", self.args.warmup_steps, max_steps)
         self.method.begin_training(self.model_wrapped if self.is_deepspeed_enabled else None)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.non_finite.watch(self.method.optimizer, trained if self.is_deepspeed_enabled else ())
@@ -304,5 +310,8 @@ class DenserEvaluation(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in (1, 50, 100, 200):
             control.should_log = True
-            control.should_evaluate = args.eval_strategy != "no"
+            waited = state.epoch if args.eval_strategy == "epoch" else state.global_step
+            if args.eval_strategy != "no" and waited >= args.eval_delay:
+                control.should_evaluate = True
+                control.should_save |= args.load_best_model_at_end  # this one may be the best
         return control

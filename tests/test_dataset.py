@@ -142,6 +142,13 @@ def test_full_keeps_every_row_and_random_a_seeded_choice_in_file_order(benchmark
         assert train == chosen(dataset, "train") != chosen(dataset, "train", seed=1)
 
 
+def test_a_sample_is_reported(benchmark, caplog):
+    benchmark.add("QQP", "QQP", ["False", "True"], numbered(50), **{"sampling strategy": "random"})
+    with caplog.at_level(logging.INFO, "gorp"):
+        benchmark.load(max_num_instances_per_task=20, max_num_instances_per_eval_task=-1)
+    assert caplog.messages == ["QQP, train: 20 of 50 examples, sampled"]
+
+
 def test_a_limit_that_the_orders_strategy_ignores_is_reported(benchmark, caplog):
     benchmark.add("QQP", "QQP", ["False", "True"], numbered(300), **{"sampling strategy": "full"})
     with caplog.at_level(logging.WARNING, "gorp"):

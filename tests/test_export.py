@@ -153,6 +153,12 @@ def test_answers_are_those_of_the_run(run, tmp_path, capfd, monkeypatch):
     assert capfd.readouterr().out.splitlines()[-4:] == [row["Prediction"] for row in rows]
 
 
+def test_a_text_that_is_cut_is_said(run, caplog):
+    family, _, folder = run
+    answer.answers(folder / family, "SC/amazon", ["short", "long " * 3000])
+    assert "1 of 2 texts are cut to fit a prompt of" in caplog.text
+
+
 def test_a_file_of_texts_has_line_breaks_and_backslashes(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(answer, "answers", lambda folder, dataset, texts, dtype: asked.extend(texts) or [])

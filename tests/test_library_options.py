@@ -384,6 +384,7 @@ def test_a_training_argument_that_decides_nothing_is_reported_and_changes_no_byt
 
 @pytest.mark.parametrize("name, value", [
     ("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_MIXED_PRECISION", "bf16"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "true"), ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
 ])  # fmt: skip
 def test_what_accelerate_would_do_without_our_checks_is_rejected(name, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -423,10 +424,70 @@ def test_what_only_the_arguments_show(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
 def test_every_schedule_trains_or_is_rejected_before_the_model_is_read(kind, runs):
     needed = {"cosine_with_min_lr": {"min_lr": 1e-4}, "cosine_warmup_with_min_lr": {"min_lr": 1e-4},
-              "warmup_stable_decay": {"num_decay_steps": 1}}  # fmt: skip
+              "warmup_stable_decay": {"num_decay_steps": 1}, "greedy": {"min_lr": 1e-5}}  # fmt: skip
     RUNS[kind] = f"--lr_scheduler_type {kind} --eval_strategy steps --eval_steps 1 --max_steps 3 "
     if kind in needed:
-        with pytest.raises(InputError, match=f"--lr_scheduler_type {kind}, --lr_scheduler_kwargs: "):
-            arguments("--lr_scheduler_type", kind)
+        with pytest.raises(InputError, match=f"--lr_scheduler_type {kind}"):
+            arguments("--lr_scheduler_type", kind, "--eval_strategy", "steps", "--eval_steps", "1")
         RUNS[kind] += "--lr_scheduler_kwargs " + json.dumps(needed[kind], separators=(",", ":"))
     assert runs(kind).state.global_step == 3
+
+
+def test_a_schedule_that_waits_for_a_plateau_knows_what_is_better(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plateau = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps", "--eval_steps", "1"]
+    assert arguments(*plateau).lr_scheduler_kwargs == {"mode": "min"}
+    plateau += ["--metric_for_best_model", "exact_match", "--lr_scheduler_kwargs", '{"patience":3}']
+    of_accuracy = arguments(*plateau)
+    assert of_accuracy.lr_scheduler_kwargs == {"mode": "max", "patience": 3}
+
+
+@pytest.mark.parametrize("kind", ["constant", "reduce_lr_on_plateau", "greedy"])
+def test_warm_up_is_rejected_where_the_schedule_has_none(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--warmup_steps: found 9.0; allowed: 0 with"):
+        arguments("--lr_scheduler_type", kind, "--eval_strategy", "steps", "--eval_steps", "1", "--warmup_steps", "9")
+
+
+@pytest.mark.parametrize("steps, warned", [("2", True), ("1", False), ("0.5", False)])
+def test_a_warm_up_as_long_as_the_task_is_said(steps, warned, runs, caplog):
+    RUNS[f"warm-up {steps}"] = f"--lr_scheduler_type linear --warmup_steps {steps}"
+    runs(f"warm-up {steps}")
+    assert ("covers all 2 steps of this task" in caplog.text) is warned
+
+
+def test_flags_that_count_beside_another_flag_are_reported_without_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    needing = {"save_steps": ("7", ["--save_strategy", "steps"]), "eval_steps": ("7", ["--eval_strategy", "steps"]),
+               "eval_delay": ("7", ["--eval_strategy", "epoch"]),
+               "gradient_checkpointing_kwargs": ('{"use_reentrant":false}', ["--gradient_checkpointing"])}  # fmt: skip
+    for name, (value, other) in needing.items():
+        assert arguments(f"--{name}", value).ignored() == [name]
+        assert arguments(f"--{name}", value, *other).ignored() == []
+
+
+def test_transformers_own_settings_of_recomputation_are_accepted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = '{"every_n_layers":2,"offload":false}'
+    args = arguments("--gradient_checkpointing", "--gradient_checkpointing_kwargs", settings)
+    assert args.gradient_checkpointing_kwargs["every_n_layers"] == 2
+
+
+def test_denser_evaluation_saves_what_may_be_the_best_and_waits_as_told(runs):
+    RUNS["denser"] = ("--max_steps 4 --eval_strategy steps --eval_steps 4 --save_strategy steps --save_steps 4 "
+                      "--load_best_model_at_end --metric_for_best_model eval_loss --denser_evaluation")  # fmt: skip
+    RUNS["denser, later"] = RUNS["denser"] + " --eval_delay 2"
+    assert evaluated(runs("denser")) == [1, 4] and checkpoints(runs("denser")) == {"checkpoint-1", "checkpoint-4"}
+    assert evaluated(runs("denser, later")) == [4]
+    assert checkpoints(runs("denser, later")) == {"checkpoint-4"}
+
+
+@pytest.mark.parametrize("flags, unread", [
+    (["--method", "galore", "--optim_target_modules", "auto", "--galore_lr", "1e-4"], ["learning_rate"]),
+    (["--method", "seqlora", "--lora_optimizer", "muon", "--adam_beta1", "0.8"], ["adam_beta1"]),
+    (["--method", "seqlora", "--adam_beta1", "0.8"], []),
+])  # fmt: skip
+def test_training_arguments_that_the_optimizer_does_not_read_are_reported(flags, unread, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method = parse_arguments(["--output_dir", "out", *SMALL, *flags])[2]
+    assert [name for name in method.ignored if name in FIELDS] == unread

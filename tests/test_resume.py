@@ -450,6 +450,30 @@ def test_what_decides_a_result_is_compared(finished, mini_benchmark, tmp_path):
     assert run_record.differences(*made) == ["DeepSpeed config has changed"]
 
 
+def test_what_decides_a_result_beside_another_flag_is_compared(mini_benchmark, tmp_path):
+    def recorded(*flags: str) -> dict:
+        groups = parse_arguments([*command(mini_benchmark, tmp_path / "out"), *flags])
+        return run_record.make_record({}, *groups[:2], find_method("gorp")(groups[2]), groups[3])
+
+    def change(shared: list[str], first: list[str], second: list[str]) -> list[str]:
+        return run_record.differences(recorded(*shared, *first), recorded(*shared, *second))
+
+    micro = [["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(8 // size)]
+             for size in (2, 4)]  # fmt: skip
+    assert change([], *micro) == []
+    assert change(["--dataloader_drop_last"], *micro) == ["--per_device_train_batch_size was 2, is 4"]
+    saved = [["--save_steps", "4"], ["--save_steps", "8"]]
+    assert change(["--save_strategy", "steps"], *saved) == []
+    best = ["--load_best_model_at_end", "--save_strategy", "steps", "--eval_strategy", "steps", "--eval_steps", "4"]
+    assert change(best, *saved) == ["--save_steps was 4, is 8"]
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(T5, tokenizer)
+    before = recorded("--tokenizer_name", str(tokenizer))
+    (tokenizer / "tokenizer_config.json").write_text("{}")
+    after = recorded("--tokenizer_name", str(tokenizer))
+    assert run_record.differences(before, after) == ["tokenizer_name/tokenizer_config.json has changed"]
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_starting_over_removes_all_that_a_resume_would_take_for_its_own(recorded, tmp_path):
     parts = [f"{part}_results.json" for part in ("zero_shot", "train", "eval", "predict", "unseen", "all")]

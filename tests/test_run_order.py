@@ -44,6 +44,12 @@ def test_flags_spelt_with_dashes_reach_the_order(command):
     assert not {"--output-dir", "--model-name-or-path"} & set(flags)
 
 
+def test_a_tilde_is_the_home_folder_as_in_each_task(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options, _ = run_order.parse_order(["configs/order1_configs", "--model_name_or_path", "m", "--output_dir=~/out"])
+    assert str(options.output_dir) == "/home/me/out"
+
+
 def test_a_checkpoint_of_one_task_is_none_of_an_order(command, capfd):
     assert run_order.main(command("--resume-from-checkpoint", "outputs/checkpoint-2")) == 2
     assert "error: --resume_from_checkpoint: found outputs/checkpoint-2; allowed: true" in capfd.readouterr().err

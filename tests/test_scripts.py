@@ -239,6 +239,12 @@ def test_flags_spelt_with_dashes_are_the_same_flags():
     assert done.returncode == 2 and "EXTRA: found --output_dir" in done.stderr
 
 
+def test_a_quoted_tilde_is_the_home_folder():
+    command = flags(dry_run("scripts/order_1.sh", OUTPUT="~/runs", MODEL="~/models/t5", HOME="/home/me")[0])
+    assert command["output_dir"] == "/home/me/runs/order_1/outputs"
+    assert command["model_name_or_path"] == "/home/me/models/t5"
+
+
 def test_overrides():
     command = flags(dry_run("scripts/order_1.sh", MODEL="some/model", DATA_DIR="configs", METHOD="inclora", SEED="7",
                             OUTPUT="elsewhere", EXTRA="--galore_rank 16 --bf16")[0])

@@ -34,6 +34,10 @@ class MethodArguments:
         """Regular expressions for the base's weights that change, and so cannot be held in 4 bits."""
         return []
 
+    def unread(self) -> tuple[str, ...]:
+        """Training arguments that the method's optimizer does not read."""
+        return ()
+
     def settle(self, training: UIETrainingArguments, zero_stage: int | None) -> None:
         """Check the options against the training arguments, which also decide `auto`; `zero_stage` is None without
         DeepSpeed.
@@ -41,6 +45,7 @@ class MethodArguments:
         Raises:
             InputError: the options contradict the training arguments.
         """
+        self.ignored += training.changed(self.unread())
 
 
 @dataclass
@@ -87,6 +92,9 @@ class OptimizerArguments(MethodArguments):
             "choices": ["adamw", "muon"],
         },
     )
+
+    def unread(self):
+        return ("adam_beta1", "adam_beta2", "adam_epsilon") if self.lora_optimizer == "muon" else ()
 
     def settle(self, training, zero_stage):
         super().settle(training, zero_stage)

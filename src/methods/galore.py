@@ -5,6 +5,8 @@ without a LoRA and without a protected space. The paper trains every other param
 stay frozen, so that the weights are those that GORP changes.
 """
 
+from dataclasses import dataclass
+
 from errors import InputError
 from methods.base import FullRankMethod
 from methods.base_options import ProjectionArguments
@@ -13,8 +15,14 @@ from Proj_torch.adamw import ProjAdamW
 from Proj_torch.engine import report_line
 
 
+@dataclass
+class GaloreArguments(ProjectionArguments):
+    def unread(self):
+        return ("learning_rate",)
+
+
 class Galore(FullRankMethod):
-    Arguments = ProjectionArguments
+    Arguments = GaloreArguments
 
     def prepare(self, model, previous, *, decoder_only, sharded=False):
         if self.options.galore_engine == "cores":
@@ -27,7 +35,8 @@ class Galore(FullRankMethod):
 
     def create_optimizer(self, **adam):
         weights = {"params": [layer.weight for layer in self.targets.values()], "param_names": list(self.targets)}
-        self.optimizer = ProjAdamW([weights | self.options.projection()], **adam)
+        # A schedule takes an absolute minimum as a share of the optimizer's own learning rate.
+        self.optimizer = ProjAdamW([weights | self.options.projection()], **adam | {"lr": self.options.galore_lr})
         return self.optimizer
 
     def closing_summary(self) -> list[str]:
