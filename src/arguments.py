@@ -165,7 +165,6 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
             "eval_steps": self.eval_strategy == "steps",
             "eval_delay": self.eval_strategy != "no",
             "gradient_checkpointing_kwargs": self.gradient_checkpointing,
-            "activation_checkpointing_kwargs": self.gradient_checkpointing,
         }
         idle = [name for name, counted in counts.items() if not counted]
         return self.changed(IGNORED + TRACKIO * ("trackio" not in self.report_to) + idle)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -39,6 +40,12 @@ def of_first_rank(decide: Callable[[], Any]) -> Any:
     if failed:
         sys.exit(2)
     return result
+
+
+def sum_over_ranks(*tensors: torch.Tensor) -> None:
+    """Replace each tensor by its sum over the ranks, the same on all of them; collective."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
 
 
 def disconnect() -> None:

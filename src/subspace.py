@@ -116,7 +116,7 @@ class GradientSpace:
                 detail.info("%s: the moment is zero; its gradient space does not change", name)
                 continue
             try:
-                if not (_equal(M, last[0]) and _equal(S, last[1])):
+                if not (is_equal(M, last[0]) and is_equal(S, last[1])):
                     last = M, S, extend_basis(S, M, self.energy)
                 self.bases[_key(name)] = last[2].clone()
             except torch.linalg.LinAlgError as error:
@@ -163,7 +163,8 @@ def _key(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+def is_equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both are None, or have the same shape, device and values."""
     if one is None or other is None:
         return one is other
     return (one.shape, one.device) == (other.shape, other.device) and torch.equal(one, other)
@@ -179,9 +180,10 @@ def layer_inputs(
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def take(name: str, number: int, vectors: Tensor) -> None:
-        chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(number))[:SAMPLE]
-        seen[name].append(vectors[chosen.to(vectors.device)])
+    def take(name: str, first: int, inputs: list[Tensor]) -> None:
+        for number, vectors in enumerate(inputs, first):
+            chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(number))[:SAMPLE]
+            seen[name].append(vectors[chosen.to(vectors.device)])
 
     see_inputs(model, layers, batches, take)
     return {name: torch.cat(vectors) for name, vectors in seen.items() if vectors}
@@ -192,27 +194,34 @@ def see_inputs(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Iterable[Mapping[str, Tensor]],
-    see: Callable[[str, int, Tensor], None],
+    see: Callable[[str, int, list[Tensor]], None],
 ) -> None:
-    """Run the batches in evaluation mode and call `see` with each layer's inputs for each example, without padding.
+    """Run the batches in evaluation mode and call `see` with each layer's inputs for each batch, without padding.
 
     Args:
         model: the model that takes the batches, under DeepSpeed the engine.
         layers: name -> module of the model; a module may have several names.
         batches: with `attention_mask` for the encoder's positions, and `labels`, -100 for padding, for the decoder's. A
             layer's positions are recognised by their number; where it fits neither, all positions count.
-        see: gets the layer's name, the example's number over all batches, and the vectors (positions, in).
+        see: gets the layer's name, the number of the batch's first example over all batches, and the vectors
+            (positions, in) of each of its examples; for neighbours with the same input, such as q and v, the same list.
     """
     two_stacks = getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False)
     positions: dict[torch.Size, list[Tensor]] = {}  # by the current batch's shape, each example's without padding
     examples_before = 0
+    last: tuple[Tensor | None, int, list[Tensor]] = (None, 0, [])  # an input and its version, which writing changes
 
     def take(name: str, X: Tensor) -> None:
+        nonlocal last
+        if X is not last[0] or X._version != last[1]:
+            last = X, X._version, without_padding(X)
+        see(name, examples_before, last[2])
+
+    def without_padding(X: Tensor) -> list[Tensor]:
         if X.ndim == 2:  # some models flatten the batch to (examples * positions, in)
             X = X.unflatten(0, next((shape for shape in positions if shape.numel() == len(X)), (1, len(X))))
         counted = positions.get(X.shape[:-1], [slice(None)] * len(X))
-        for number, (vectors, which) in enumerate(zip(X, counted), examples_before):
-            see(name, number, vectors[which])
+        return [vectors[which] for vectors, which in zip(X, counted)]
 
     hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: take(name, args[0]))
              for name, layer in layers.items()]  # fmt: skip

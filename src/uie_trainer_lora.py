@@ -123,10 +123,13 @@ class UIETrainer(Seq2SeqTrainer):
         return 6 * inputs["input_ids"].numel() * self._parameters
 
     def shown_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of as many training examples as the method asks for, the same on every rank."""
+        """Batches of as many training examples as the method asks for: of all of them, or of this rank's share."""
         if self.model_wrapped is self.model:
             self.model.to(self.args.device)  # before training, DeepSpeed has not placed it yet
-        shown = self.train_dataset.select(sample_places(len(self.train_dataset), self.method.shown_examples))
+        places = sample_places(len(self.train_dataset), self.method.shown_examples)
+        if self.method.shares_examples:
+            places = places[self.args.process_index :: self.args.world_size]
+        shown = self.train_dataset.select(places)
         starts = range(0, len(shown), self.args.per_device_train_batch_size)
         for start in tqdm(starts, f"{self.name}, the method's pass", disable=self._quiet or not starts):
             yield self._batch([shown[place] for place in range(len(shown))[start : start + starts.step]])

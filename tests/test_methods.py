@@ -502,12 +502,18 @@ def test_a_method_sees_as_many_examples_as_it_asks_for(name, examples, mini_benc
 
 
 def test_the_trainer_shows_the_sample_in_batches():
-    made = SimpleNamespace(
-        model=None, model_wrapped=object(), name="", _quiet=True, method=SimpleNamespace(shown_examples=64),
-        args=SimpleNamespace(per_device_train_batch_size=10), _batch=lambda examples: [one["id"] for one in examples],
-        train_dataset=Dataset.from_list([{"id": number} for number in range(200)]))  # fmt: skip
-    batches = list(UIETrainer.shown_batches(made))
-    assert sum(batches, []) == list(sample_places(200, 64)) and [len(one) for one in batches] == [10] * 6 + [4]
+    def shown(shares: bool, rank: int = 0) -> list[list[int]]:
+        return list(UIETrainer.shown_batches(SimpleNamespace(
+            model=None, model_wrapped=object(), name="", _quiet=True,
+            method=SimpleNamespace(shown_examples=64, shares_examples=shares),
+            args=SimpleNamespace(per_device_train_batch_size=10, process_index=rank, world_size=2),
+            _batch=lambda examples: [one["id"] for one in examples],
+            train_dataset=Dataset.from_list([{"id": number} for number in range(200)]))))  # fmt: skip
+
+    assert sum(shown(False), []) == sum(shown(False, 1), []) == list(sample_places(200, 64))
+    assert [len(one) for one in shown(False)] == [10] * 6 + [4]
+    first, second = (sum(shown(True, rank), []) for rank in (0, 1))
+    assert len(first) == len(second) == 32 and sorted(first + second) == list(sample_places(200, 64))
 
 
 @pytest.mark.parametrize("averages, expected", [(False, 4.0), (True, 3.5)])

@@ -52,6 +52,8 @@ class Method:
         zero_stage: the highest ZeRO stage under which the method trains; None where it does not run under DeepSpeed.
         reads: which other tasks' examples `training_examples` may read: "no", "earlier" or "all".
         step_factor: optimizer steps of the task as a multiple of `--max_steps`; `training_examples` may set it.
+        shares_examples: whether, of several ranks, each gets only its share of these examples and the method adds up
+            what it computes (`ranks.sum_over_ranks`); otherwise each gets all of them.
         shown_examples: how many of the task's examples `begin_task` and `revisit` may see, drawn at random; None for
             all.
         averages_micro_batches: whether a step's loss is the mean of its micro-batches' means, in place of the mean over
@@ -66,6 +68,7 @@ class Method:
     zero_stage: int | None = None
     reads = "no"
     step_factor = 1
+    shares_examples = False
     shown_examples: int | None = 64
     counts_tasks = False
     averages_micro_batches = False

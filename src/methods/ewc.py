@@ -17,6 +17,7 @@ from arguments import check, check_number
 from files import read_tensors
 from methods.base_options import LoraArguments
 from methods.seqlora import Seqlora
+from ranks import sum_over_ranks
 
 FISHER_FILE = "fisher.safetensors"
 
@@ -34,7 +35,7 @@ class EwcArguments(LoraArguments):
 
 class Ewc(Seqlora):
     Arguments = EwcArguments
-    shown_examples = None
+    shown_examples, shares_examples = None, True
 
     def prepare(self, model, previous: Path | None, **kind):
         model = super().prepare(model, previous, **kind)
@@ -66,7 +67,8 @@ class Ewc(Seqlora):
     def revisit(self, model, batches):
         model = self.model  # not DeepSpeed's engine, which would take these gradients for a training step's
         names, factors = zip(*self.factors())
-        sums, rows = [torch.zeros_like(factor, dtype=torch.float32) for factor in factors], 0
+        sums = [torch.zeros_like(factor, dtype=torch.float32) for factor in factors]
+        rows = torch.zeros((), device=factors[0].device)
         training = model.training
         model.eval()
         for batch in batches:
@@ -79,6 +81,7 @@ class Ewc(Seqlora):
                     total += 0 if gradient is None else gradient.float().square()
                 rows += 1
         model.train(training)
+        sum_over_ranks(*sums, rows)
         old = {name: self.options.ewc_decay * F for name, F in self.fisher.items()}
         self.fisher = {name: total / rows + old.get(name, 0) for name, total in zip(names, sums)}
 

@@ -26,7 +26,8 @@ from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import LoraArguments
 from Proj_torch.svd import truncated_svd
-from subspace import GradientSpace, orthonormal_against, see_inputs
+from ranks import sum_over_ranks
+from subspace import GradientSpace, is_equal, orthonormal_against, see_inputs
 
 SPACE_FILE = "input_space.safetensors"
 
@@ -46,7 +47,7 @@ class InfloraArguments(LoraArguments):
 class Inflora(LoraMethod):
     Arguments = InfloraArguments
     zero_stage = 2
-    shown_examples = None
+    shown_examples, shares_examples = None, True
     counts_tasks = True
     finished = 0.0  # share of the order's tasks before this one, t / T
 
@@ -67,12 +68,16 @@ class Inflora(LoraMethod):
         return model
 
     def begin_task(self, model, batches):
-        for name in self.A.keys() - (found := input_covariances(model, self.layers, batches)).keys():
+        for name in self.A.keys() - (found := self.covariances(model, batches)).keys():
             self.A[name].zero_()  # no example reaches the layer
+        last = (None, None, None)  # q and v, which see the same inputs, share one SVD
         for name, C in found.items():
             if not C.isfinite().all():
                 raise InputError(f"--method inflora: the inputs of {name}, which choose A, are not finite")
-            self.A[name].copy_(directions(C, self.space.get(name), len(self.A[name])) / math.sqrt(3))
+            A, M = self.A[name], self.space.get(name)
+            if not (is_equal(C, last[0]) and is_equal(M, last[1])):
+                last = C, M, directions(C, M, len(A)) / math.sqrt(3)
+            A.copy_(last[2])
         if not any(A.any() for A in self.A.values()):
             raise InputError("--method inflora: earlier tasks' inputs leave this task no direction in any layer, and "
                              "nothing would train; allowed: a lower --inflora_energy from the first task on")
@@ -86,7 +91,14 @@ class Inflora(LoraMethod):
             A.copy_(saved[f"frozen.{name}"])
 
     def revisit(self, model, batches):
-        self.space.extend(input_covariances(model, self.layers, batches))
+        self.space.extend(self.covariances(model, batches))
+
+    def covariances(self, model, batches) -> dict[str, Tensor]:
+        """C of each layer that an example reaches, over all ranks' examples; collective."""
+        found = input_covariances(model, self.layers, batches)
+        for name, A in self.A.items():
+            sum_over_ranks(found.setdefault(name, A.new_zeros(A.shape[1], A.shape[1], dtype=torch.float32)))
+        return {name: C for name, C in found.items() if C.any()}
 
     def save(self, folder: Path):
         super().save(folder)
@@ -102,11 +114,15 @@ class Inflora(LoraMethod):
 def input_covariances(model, layers, batches) -> dict[str, Tensor]:
     """C = sum x x^T (in, in) of each layer's inputs, float32 on the layer's device; arguments as in `see_inputs`."""
     total: dict[str, Tensor] = {}
+    last: tuple[list[Tensor], Tensor | None] = ([], None)  # a batch's inputs, and their sum of x x^T
 
-    def add(name: str, number: int, X: Tensor) -> None:
-        with torch.autocast(X.device.type, enabled=False):  # under --bf16 it would multiply in 16 bits
-            X = X.float()
-            total[name] = X.T @ X if name not in total else total[name].addmm_(X.T, X)
+    def add(name: str, first: int, inputs: list[Tensor]) -> None:
+        nonlocal last
+        if inputs is not last[0]:
+            X = torch.cat(inputs).float()
+            with torch.autocast(X.device.type, enabled=False):  # under --bf16 it would multiply in 16 bits
+                last = inputs, X.T @ X
+        total[name] = total[name].add_(last[1]) if name in total else last[1].clone()
 
     see_inputs(model, layers, batches, add)
     return total
