@@ -180,6 +180,8 @@ def load_and_attach(model_args: ModelArguments, data_args: DataArguments, traini
     loaded = load_model(model_args, data_args, **how)
     if how["dtype"] == torch.float16:
         loaded.model.half()  # even what the class keeps in float32, such as T5's wo
+    if method.zero_stage is None and not model_args.load_in_4bit:
+        loaded.model.to(training_args.device)  # before `prepare`, where OSF computes an SVD of each weight
     sharded = bool(training_args.deepspeed) and training_args.do_train
     model = method.prepare(loaded.model, loaded.previous, decoder_only=loaded.decoder_only, sharded=sharded)
     if training_args.deepspeed:
