@@ -91,30 +91,14 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     """
     started = time.monotonic()
     set_up_logging(training_args)
-    if idle := training_args.idle_gpus():
-        logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
-    if training_args.bf16 and training_args.device.type == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            logger.warning("%s emulates bf16, slowly; --bf16 False trains in float32", torch.cuda.get_device_name())
-    ignored = [*training_args.ignored(), *["use_fast_tokenizer"] * (not model_args.use_fast_tokenizer),
-               *["overwrite_cache"] * data_args.overwrite_cache]
-    if ignored:
-        logger.info("ignored: %s", ", ".join(f"--{name}" for name in ignored))
+    report_settings(model_args, data_args, training_args)
     check_data_arguments(data_args)
     if data_args.multilingual:
         of_first_rank(gpt2_folder)  # before training: it may have to be fetched
-    method = find_method(method_args.method)(method_args)
-    output_dir = Path(training_args.output_dir)
-
-    def compare() -> tuple[dict, Progress, Path | None]:
-        files = input_files(data_args, training_args, method)
-        index, order = place_in_order(data_args.task_config_dir)
-        place = f"{index + 1} of {len(order)}" if method.counts_tasks else None
-        found = make_record(files, model_args, data_args, method, training_args, place)
-        progress = find_progress(output_dir, found, start_over=training_args.overwrite_output_dir)
-        return found, progress, find_adapter(output_dir)
-
-    run_record, progress, trained = of_first_rank(compare)
+    method, output_dir = find_method(method_args.method)(method_args), Path(training_args.output_dir)
+    run_record, progress, trained = of_first_rank(
+        functools.partial(compare_with_earlier, model_args, data_args, method, training_args)
+    )
     if progress is Progress.COMPLETED:
         logger.info("%s: finished before with the same settings, data and code; nothing to do", output_dir)
         return
@@ -143,10 +127,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
     else:
         claim()
     if training_args.do_train:
-        first, *others = method.summary()
-        logger.info(first)
-        for line in others:  # the same for every task: on the terminal only once
-            (detail if place_in_order(data_args.task_config_dir)[0] else logger).info(line)
+        report_method(method, data_args.task_config_dir)
         adapter = output_dir / ADAPTERS[loaded.decoder_only]
         if trains:
             train(trainer, checkpoint)
@@ -157,15 +138,54 @@ def run(model_args: ModelArguments, data_args: DataArguments, method_args: Metho
             copy_previous(trainer, loaded.previous, adapter)
     elif progress is Progress.TRAINED:
         trainer.state = TrainerState.load_from_json(str(output_dir / "trainer_state.json"))
-    if training_args.do_eval:
-        write_results(trainer, "eval", trainer.evaluate())
-    if training_args.do_predict:
-        predict(trainer, examples["test"], data_args.task_config_dir, started)
-    if "unseen" in examples:
-        write_results(trainer, "unseen", score(trainer, examples["unseen"], "unseen"))
+    evaluate(trainer, examples, data_args.task_config_dir, started)
     if trainer.is_world_process_zero():
         complete(output_dir)
     trainer.release()
+
+
+def report_settings(model_args: ModelArguments, data_args: DataArguments, training_args: UIETrainingArguments) -> None:
+    """Report GPUs that stay idle, bf16 that is emulated, and flags that are ignored whatever the method."""
+    if idle := training_args.idle_gpus():
+        logger.info("one process uses one GPU: %d more are idle; NPROC=N in front of a script starts N processes", idle)
+    if training_args.bf16 and training_args.device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            logger.warning("%s emulates bf16, slowly; --bf16 False trains in float32", torch.cuda.get_device_name())
+    ignored = [*training_args.ignored(), *["use_fast_tokenizer"] * (not model_args.use_fast_tokenizer),
+               *["overwrite_cache"] * data_args.overwrite_cache]
+    if ignored:
+        logger.info("ignored: %s", ", ".join(f"--{name}" for name in ignored))
+
+
+def compare_with_earlier(model_args: ModelArguments, data_args: DataArguments, method: Method,
+                         training_args: UIETrainingArguments) -> tuple[dict, Progress, Path | None]:
+    """This run's record, how far an earlier run with the same record got, and the adapter folder that it saved."""
+    output_dir = Path(training_args.output_dir)
+    index, order = place_in_order(data_args.task_config_dir)
+    place = f"{index + 1} of {len(order)}" if method.counts_tasks else None
+    files = input_files(data_args, training_args, method)
+    found = make_record(files, model_args, data_args, method, training_args, place)
+    progress = find_progress(output_dir, found, start_over=training_args.overwrite_output_dir)
+    return found, progress, find_adapter(output_dir)
+
+
+def report_method(method: Method, task_config_dir: str) -> None:
+    """Report what trains and is protected; what is the same for every task, on the terminal only in the first."""
+    first, *others = method.summary()
+    logger.info(first)
+    later_task = place_in_order(task_config_dir)[0] > 0
+    for line in others:
+        (detail if later_task else logger).info(line)
+
+
+def evaluate(trainer: UIETrainer, examples: datasets.DatasetDict, task_config_dir: str, started: float) -> None:
+    """Score what the flags ask for: the validation examples, the test examples so far, the unseen datasets."""
+    if trainer.args.do_eval:
+        write_results(trainer, "eval", trainer.evaluate())
+    if trainer.args.do_predict:
+        predict(trainer, examples["test"], task_config_dir, started)
+    if "unseen" in examples:
+        write_results(trainer, "unseen", score(trainer, examples["unseen"], "unseen"))
 
 
 def load_and_attach(model_args: ModelArguments, data_args: DataArguments, training_args: UIETrainingArguments,
