@@ -62,9 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.drop_checkpoints and is_first():
             for checkpoint in checkpoint_folders(folder):
                 shutil.rmtree(checkpoint)
+        if options.drop_weights and number > 1 and is_first():
+            drop_weights(options.output_dir / step_name(number - 1, steps[number - 2].dataset))
         if number < len(steps):
             start = of_first_rank(functools.partial(next_start, folder, start))
     return 0
+
+
+def drop_weights(folder: Path) -> None:
+    """Remove the weights of a task whose next task is finished too: nothing of the order reads them any more."""
+    for weights in (find_adapter(folder) or folder).glob("*.safetensors"):
+        weights.unlink()
 
 
 def next_start(folder: Path, start: Path | str) -> Path | str:
@@ -89,6 +97,8 @@ def parse_order(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output_dir", type=Path, required=True, help="gets a folder for each task")
     parser.add_argument("--fresh", type=Path, metavar="LOG", help="move earlier results, and this log, aside")
     parser.add_argument("--drop_checkpoints", action="store_true", help="remove the checkpoints of finished tasks")
+    parser.add_argument("--drop_weights", action="store_true",
+                        help="remove a finished task's weights once the next task is finished, too")  # fmt: skip
     parser.add_argument("--task_epochs", nargs="+", type=_epochs, default=[], metavar="DATASET=N",
                         help="epochs of single tasks")  # fmt: skip
     options, flags = parser.parse_known_args(underscored(argv))

@@ -121,11 +121,14 @@ def find_progress(output_dir: Path, record: dict, *, start_over: bool) -> Progre
     hint = "use another folder, or start over with --overwrite_output_dir (--fresh of the scripts)"
     if not (output_dir / RECORD).exists():
         raise InputError(f"--output_dir: {output_dir} holds {kept[0].name} but no {RECORD}; {hint}")
-    if changes := differences(read_json(output_dir / RECORD), record):
+    earlier, completed = read_json(output_dir / RECORD), (output_dir / COMPLETED).exists()
+    if completed:  # a start that `--drop_weights` has removed decides nothing any more
+        earlier["model"] = {name: value for name, value in earlier["model"].items() if name in record["model"]}
+    if changes := differences(earlier, record):
         more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
         raise InputError(f"--output_dir: {output_dir} holds a run that differs: {'; '.join(changes[:SHOWN])}{more}; "
                          f"undo these changes, {hint}")
-    if (output_dir / COMPLETED).exists():
+    if completed:
         return Progress.COMPLETED
     return Progress.BEGUN if find_adapter(output_dir) is None else Progress.TRAINED
 

@@ -278,6 +278,19 @@ def test_checkpoints_of_a_finished_task_go_if_asked_and_its_trainer_always(comma
     assert not list(tmp_path.glob("outputs/*/checkpoint-*"))
 
 
+def test_weights_that_no_later_task_needs_go_if_asked_and_the_order_still_resumes(command, tmp_path, capfd):
+    assert run_order.main(command("--drop_weights")) == 0
+    *earlier, last = sorted((tmp_path / "outputs").iterdir())
+    assert earlier and all(list(folder.glob("t5_adapter/*.json")) for folder in earlier)
+    assert not [path for folder in earlier for path in folder.rglob("*.safetensors")]
+    assert list(last.glob("t5_adapter/*.safetensors"))
+    capfd.readouterr()
+    assert run_order.main(command("--drop_weights")) == 0
+    assert capfd.readouterr().out.count("nothing to do") == len(earlier) + 1
+    assert run_order.main(command("--seed", "7")) == 2
+    assert "--seed was" in capfd.readouterr().err
+
+
 ALIVE = """
 import gc, pathlib, sys, torch, ranks, run_order, run_uie_lora
 import deepspeed.comm.torch
