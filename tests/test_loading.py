@@ -13,11 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     BartConfig,
-    BertConfig,
     BartForConditionalGeneration,
     CohereConfig,
     CohereForCausalLM,
-    Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -158,23 +156,12 @@ def configure(folder, **changes):
 
 
 @pytest.mark.parametrize("config, said", [
-    (BertConfig(), "found model_type 'bert'; allowed: decoder-only models"),
-    (Gemma3Config(), "found model_type 'gemma3', a vision-language model; allowed: a model of text alone"),
-    (WhisperConfig(), "found model_type 'whisper'; allowed: decoder-only"),
-    (xLSTMConfig(), "found model_type 'xlstm', whose xLSTMForCausalLM cannot compute the logits of some"),
-], ids=lambda value: getattr(value, "model_type", ""))  # fmt: skip
-def test_other_architectures_are_refused_before_weights_are_read(tmp_path, config, said):
-    assert said in refusal(configure(make_t5(tmp_path / "model"), **config.to_dict()))
-
-
-@pytest.mark.parametrize("changes, said", [
-    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "found weights quantised by bitsandbytes; allowed"),
-    ({"vocab_size": 70}, "its tokenizer has a vocabulary of 73 tokens; config.json says vocab_size 70"),
-    ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "custom"}, "'custom'; allowed: the types of"),
+    (WhisperConfig().to_dict(), "found model_type 'whisper'; allowed: decoder-only"),
+    (xLSTMConfig().to_dict(), "found model_type 'xlstm', whose xLSTMForCausalLM cannot compute the logits of some"),
     ({"model_type": None}, "found model_type None"),
-], ids=["quantised", "another vocabulary", "own code", "no type"])  # fmt: skip
-def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path, changes, said):
-    assert said in refusal(configure(make_llama(tmp_path / "model"), **changes))
+], ids=["whisper", "xlstm", "no type"])  # fmt: skip
+def test_other_architectures_are_refused_before_weights_are_read(tmp_path, config, said):
+    assert said in refusal(configure(make_t5(tmp_path / "model"), **config))
 
 
 @pytest.mark.parametrize("make, family, other", [(make_t5, "decoder-only", "use scripts/"),
@@ -244,12 +231,6 @@ def test_a_hub_id_out_of_reach_is_one_line(tmp_path, monkeypatch, name):
     assert refusal(name, cache_dir=str(tmp_path)).startswith(f"{name}: the config cannot be loaded")
 
 
-@pytest.mark.parametrize("name, wanted", [("t5_adapter", "adapter_config.json"), ("t5", "config.json")])
-def test_an_empty_folder_is_refused(tmp_path, name, wanted):
-    (tmp_path / name).mkdir()
-    assert f"{name} has no {wanted}" in refusal(tmp_path / name)
-
-
 @pytest.mark.parametrize("base", ["initial_model/gone", None, 3, "empty"])
 def test_an_adapter_without_its_base_model_is_refused(tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
@@ -273,47 +254,13 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
     assert "allowed: a folder with model.safetensors" in refusal(folder)
 
 
-def rewrite(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def test_incomplete_weights_are_refused(tmp_path):
-    folder = make_t5(tmp_path / "t5")
-    key = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    rewrite(folder, lambda tensors: tensors.pop(key))
-    assert f"1 weights are missing from the checkpoint, such as {key}" in refusal(folder)
-
-
-def test_weights_of_another_shape_are_refused(tmp_path):
-    folder = make_t5(tmp_path / "t5")
-    key = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    rewrite(folder, lambda tensors: tensors.update({key: torch.zeros(8, 16)}))
-    assert f"{key} is (8, 16); (16, 16) is needed" in refusal(folder)
-
-
 def test_weights_without_a_place_are_said(tmp_path, caplog):
     folder = make_t5(tmp_path / "t5")
-    rewrite(folder, lambda tensors: tensors.update({"classifier.weight": torch.zeros(2, 16)}))
+    tensors = load_file(folder / "model.safetensors") | {"classifier.weight": torch.zeros(2, 16)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with caplog.at_level(logging.WARNING, "gorp"):
         load_model_and_tokenizer(str(folder))
     assert "does not use 1 weights, such as classifier.weight" in caplog.text
-
-
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_damaged_file_is_one_line(tmp_path, file):
-    folder = make_t5(tmp_path / "t5")
-    path = folder / file
-    path.write_bytes(path.read_bytes()[:100])
-    assert str(folder) in refusal(folder)
-
-
-def test_code_that_comes_with_a_model_is_not_run(tmp_path):
-    folder = make_t5(tmp_path / "t5")
-    (folder / "code.py").write_text("raise SystemExit('ran')")
-    configure(folder, model_type="custom", auto_map={"AutoConfig": "code.Config"})
-    assert "the code that comes with the model is not run" in refusal(folder)
 
 
 # Special tokens, rows, positions

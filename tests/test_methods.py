@@ -29,8 +29,6 @@ from task_setup import load_examples
 from uie_trainer_lora import UIETrainer
 
 SHORT = ["--max_steps", "4", "--max_predict_samples", "4", "--max_train_samples", "40"]
-RELEASED = ["--preset=released", "--lamda_1", "0"]
-DEEPSPEED = ["--deepspeed", str(ROOT / "configs" / "ds_configs" / "stage2.config")]
 
 
 def method_of(name: str, *extra: str, modules: list[str] = T5_MODULES, output: Path):
@@ -395,47 +393,6 @@ def test_a_file_of_methods_defines_one(text, found, tmp_path, monkeypatch):
 
 
 # Options
-
-
-REFUSED = {
-    "galore": (["--method", "galore", *DEEPSPEED], "--method galore: found --deepspeed"),
-    "osf": (["--method", "osf", *DEEPSPEED], "--method osf: found --deepspeed"),
-    "multitask": (["--method", "multitask", *DEEPSPEED], "--method multitask: found --deepspeed"),
-    "seqlora": (["--method", "seqlora", *DEEPSPEED[:1], DEEPSPEED[1].replace("stage2", "stage3")],
-                "--method seqlora: found ZeRO stage 3"),
-    "no weights": (["--method", "galore", "--optim_target_modules", "none"], "--optim_target_modules is missing"),
-    "replay of nothing": (["--method", "replay", "--replay_rows", "0"], "--replay_rows: found 0"),
-    "no weight of earlier tasks": (["--method", "ewc", "--ewc_decay", "0"], "--ewc_decay: found 0.0"),
-    "an infinite weight": (["--method", "nlora", "--nlora_lamda", "inf"], "--nlora_lamda: found inf"),
-    "negative weight": (["--method", "nlora", "--nlora_lamda", "-1"], "--nlora_lamda: found -1.0"),
-    "all preserved": (["--method", "osf", "--osf_preserved", "1"], "--osf_preserved: found 1.0"),
-    "nothing preserved": (["--method", "osf", "--osf_preserved", "0.001"], "less than one direction of"),
-    "unknown preset": (["--preset", "best"], "--preset: found best; allowed: released"),
-    "another method's preset": (["--method", "sgorp", "--preset", "released"], "preset: found released; allowed: none"),
-    "released with a penalty": (["--preset", "released", "--lamda_1", "0.5"], "lamda_1: found 0.5; allowed: 0.0 with"),
-    "released with clipping": ([*RELEASED, "--max_grad_norm", "1"], "--max_grad_norm: found 1.0; allowed: 0.0 with"),
-    "released in 16 bits": ([*RELEASED, "--bf16", "True"], "--bf16: found True; allowed: False with --preset"),
-    "released under DeepSpeed": ([*RELEASED, *DEEPSPEED], "--deepspeed: found"),
-    "a penalty on cores with PyTorch's default recomputation": (
-        ["--lamda_3", "1", "--galore_engine", "cores", "--gradient_checkpointing", "--gradient_checkpointing_kwargs",
-         '{"preserve_rng_state": false}'], "--lamda_3: found 1.0 with reentrant"),
-    "a penalty on cores with reentrant recomputation": (
-        ["--lamda_3", "0.1", "--galore_engine", "cores", "--gradient_checkpointing", "True",
-         "--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "--lamda_3: found 0.1 with reentrant"),
-    "gp_second with cores": (["--protect", "gp_second", "--galore_engine", "cores"], "--protect: found gp_second"),
-    "gp_second of a two-sided core": (
-        ["--protect", "gp_second", "--galore_proj_type", "full"], "--protect: found gp_second with --galore_proj_type"),
-    "gp_second under DeepSpeed": (["--protect", "gp_second", *DEEPSPEED], "--protect: found gp_second"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_a_method_cannot_do_is_refused_by_name(case, mini_benchmark, tmp_path, capfd):
-    extra, wanted = REFUSED[case]
-    command = arguments(mini_benchmark, tmp_path / "out", "dbpedia", T5, T5_MODULES, *extra)
-    assert run_uie_lora.main(command) == 2
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and wanted in said[0]
 
 
 def test_the_three_gorps_have_their_own_defaults(tmp_path):

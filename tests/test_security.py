@@ -253,8 +253,9 @@ def test_an_adapter_cannot_have_a_module_imported(tmp_path, mark, monkeypatch):
 
 # --- out of the data folder ---
 
-NAMES = ["..", ".", "", "../x", "/etc", "a/b", "a\\b", "C:\\x", "~", "~root", "-rf", "$(touch mark)", "`touch mark`",
-         "a;b", "a b", "a\nb", "a\0b", "a*", "..\u2215x", "\u202etxt", "\ud800", "x" * 5000]  # fmt: skip
+NAMES = ["..", ".", "", "../x", "/etc", "a/b", "a\\b", "C:\\x", "~", "~root", "-rf", "_x", "$(touch mark)",
+         "`touch mark`", "a;b", "a b", "a\nb", "a\0b", "a*", "..\u2215x", "\u202etxt", "\ud800",
+         "x" * 5000]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
