@@ -253,22 +253,8 @@ GOLDEN = {
         "Text: a warm and clever film \nAnswer:",
     ),
     ("TC", "dbpedia"): (
-        [
-            "Company",
-            "Educational Institution",
-            "Artist",
-            "Athlete",
-            "Office Holder",
-            "Mean of Transportation",
-            "Building",
-            "Natural Place",
-            "Village",
-            "Animal",
-            "Plant",
-            "Album",
-            "Film",
-            "Written Work",
-        ],
+        ("Company, Educational Institution, Artist, Athlete, Office Holder, Mean of Transportation, Building, "
+         "Natural Place, Village, Animal, Plant, Album, Film, Written Work").split(", "),
         "Title: MV Tern\nText: The MV Tern is a ferry that serves two small islands.\n",
         "Mean of Transportation",
         "Task:TC\nDataset:dbpedia\nWhat is the text about? Choose one option.\n"
@@ -285,18 +271,8 @@ GOLDEN = {
         "Title: Comet seen\nText: A new comet was found by two students.\n\nAnswer:",
     ),
     ("TC", "yahoo"): (
-        [
-            "Society & Culture",
-            "Science & Mathematics",
-            "Health",
-            "Education & Reference",
-            "Computers & Internet",
-            "Sports",
-            "Business & Finance",
-            "Entertainment & Music",
-            "Family & Relationships",
-            "Politics & Government",
-        ],
+        ("Society & Culture, Science & Mathematics, Health, Education & Reference, Computers & Internet, Sports, "
+         "Business & Finance, Entertainment & Music, Family & Relationships, Politics & Government").split(", "),
         "Title: Cold\nQuestion: How long does a cold last?\nAnswer: About a week.\n",
         "Health",
         "Task:TC\nDataset:yahoo\nWhat is the text about? Choose one option.\n"
