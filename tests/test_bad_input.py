@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, edit, put
+from helpers import LLAMA, LLAMA_MODULES, ROOT, T5, edit, put
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, Gemma3Config, T5Config, T5ForConditionalGeneration
 
 DOCS = ROOT / "docs" / "BAD_INPUT.md"
-T5 = ROOT / "initial_model" / "tiny-t5"
 MODULES = [
     "--lora_modules", ".*SelfAttention.(q|v)", "--optim_target_modules", ".*EncDecAttention.(q|v)",
     "--proj_lora_modules", ".*SelfAttention.(q|v).loranew_A.*",
@@ -173,8 +172,6 @@ def deepspeed(content: object, *words: str):
 
 
 def padding_ends(place: Place) -> None:
-    from helpers import LLAMA, LLAMA_MODULES
-
     shutil.copytree(LLAMA, place.folder / "llama")
     edit(place.folder / "llama" / "tokenizer_config.json", lambda content: content | {"pad_token": "</s>"})
     place.flags += ["--model_name_or_path", str(place.folder / "llama"), *LLAMA_MODULES, "--repetition_penalty", "1.3"]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from errors import InputError
-from helpers import renew_loranew
+from helpers import edit, put, renew_loranew
 from loranew import (
     LoraNewConfig,
     LoraNewLinear,
@@ -85,8 +85,7 @@ def rewrite(folder, change) -> None:
 
 
 def reconfigure(folder, **options) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    edit(folder / "adapter_config.json", lambda config: config | options)
 
 
 # Where it is
@@ -396,7 +395,7 @@ def test_an_o_lora_adapter_loads(folder):
     config = {key: config[key] for key in published.split()} | {"base_model_name_or_path": "initial_model/t5-large"}
     # O-LoRA names modules by their suffix, and its vendored PEFT had options that are gone.
     config |= {"target_modules": ["SelfAttention.q", "SelfAttention.v"], "enable_lora": None, "merge_weights": True}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    put(folder / "adapter_config.json", config)
     assert torch.equal(logits(load_loranew(new_base(), folder)), expected)
 
 

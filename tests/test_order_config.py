@@ -7,9 +7,9 @@ import pytest
 
 import order_config
 from errors import InputError
+from helpers import ROOT, edit
 from order_config import TASK_FILES, TASKS, read_order, write_order
 
-ROOT = Path(__file__).resolve().parent.parent
 
 PUBLISHED = {
     1: "dbpedia amazon yahoo agnews",
@@ -28,12 +28,6 @@ def pairs(steps) -> list[tuple[str, str]]:
 
 def entry(name: str, **more: str) -> dict[str, str]:
     return {"sampling strategy": "full", "dataset name": name, **more}
-
-
-def edit(path: Path, change) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -98,13 +92,13 @@ def test_hidden_folders_are_no_steps(order):
     ],
 )
 def test_faults_of_a_test_list(order, change, message):
-    edit(order / "agnews/test_tasks.json", change)
+    edit(order / "agnews/test_tasks.json", lambda tasks: change(tasks) or tasks)
     with pytest.raises(InputError, match=message):
         read_order(order)
 
 
 def test_faulty_dev_list(order):
-    edit(order / "amazon/dev_tasks.json", lambda tasks: tasks.update({"..": []}))
+    edit(order / "amazon/dev_tasks.json", lambda tasks: tasks | {"..": []})
     with pytest.raises(InputError, match=r"amazon/dev_tasks\.json, task: found '..'"):
         read_order(order)
 
