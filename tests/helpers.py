@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
+from transformers import AutoModelForSeq2SeqLM, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_BENCHMARK = ROOT.parent / "shared" / "cl_benchmark_small"
@@ -110,6 +110,68 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+# A method's life on the embedded T5, without the entry
+
+ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+
+def method_of(name: str, *extra: str, folder: Path, modules: list[str] = T5_MODULES):
+    """An instance of a method with the options of a command line, without dropout."""
+    from command_line import parse_arguments
+    from methods import find_method
+
+    flags = ["--method", name, "--lora_dropout", "0", *extra]
+    command = arguments(folder, folder / "out", "dbpedia", T5, modules, *flags)
+    return find_method(name)(parse_arguments(command)[2])
+
+
+def tiny_t5():
+    return AutoModelForSeq2SeqLM.from_pretrained(T5, dtype=torch.float32)
+
+
+def batches(task: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Three batches of a made-up task."""
+    generator = torch.Generator().manual_seed(task)
+    tokens = [torch.randint(5, 200, (2, 8), generator=generator) for _ in range(3)]
+    labels = [ids[:, :3].clone() for ids in tokens]
+    for each in labels:
+        each[0, 1:] = -100  # the first answer is one token, the second three
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": each}
+            for ids, each in zip(tokens, labels)]
+
+
+def begin(method, previous: Path | None, task: int = 0):
+    model = method.prepare(tiny_t5(), previous, decoder_only=False)
+    method.begin_task(model, iter(batches(task)))
+    return model.train()
+
+
+def fit(method, model, task: int = 0, steps: int = 3) -> None:
+    optimizer = method.create_optimizer(**ADAM)
+    method.begin_training(None)
+    for step in range(steps):
+        method.begin_micro_batch(True)
+        loss, penalty = model(**batches(task)[step % 3]).loss, method.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def finish(method, model, folder: Path, task: int = 0) -> Path:
+    method.revisit(model, iter(batches(task)))
+    method.end_task()
+    folder.mkdir()
+    method.save(folder)
+    return folder
+
+
+def train(method, previous: Path | None, folder: Path, task: int = 0, steps: int = 3) -> Path:
+    """One task of a method's life without the entry; the folder that it saves."""
+    model = begin(method, previous, task)
+    fit(method, model, task, steps)
+    return finish(method, model, folder, task)
+
+
 # The scripts, in a checkout of their own whose entry is a stand-in
 
 VARIABLES = ("MODEL", "DATA_DIR", "METHOD", "NPROC", "DS_CONFIG", "SEED", "OUTPUT", "EXTRA", "SAVE_STEPS",
@@ -191,22 +253,8 @@ GOLDEN = {
         "Text: a warm and clever film \nAnswer:",
     ),
     ("TC", "dbpedia"): (
-        [
-            "Company",
-            "Educational Institution",
-            "Artist",
-            "Athlete",
-            "Office Holder",
-            "Mean of Transportation",
-            "Building",
-            "Natural Place",
-            "Village",
-            "Animal",
-            "Plant",
-            "Album",
-            "Film",
-            "Written Work",
-        ],
+        ("Company, Educational Institution, Artist, Athlete, Office Holder, Mean of Transportation, Building, "
+         "Natural Place, Village, Animal, Plant, Album, Film, Written Work").split(", "),
         "Title: MV Tern\nText: The MV Tern is a ferry that serves two small islands.\n",
         "Mean of Transportation",
         "Task:TC\nDataset:dbpedia\nWhat is the text about? Choose one option.\n"
@@ -223,18 +271,8 @@ GOLDEN = {
         "Title: Comet seen\nText: A new comet was found by two students.\n\nAnswer:",
     ),
     ("TC", "yahoo"): (
-        [
-            "Society & Culture",
-            "Science & Mathematics",
-            "Health",
-            "Education & Reference",
-            "Computers & Internet",
-            "Sports",
-            "Business & Finance",
-            "Entertainment & Music",
-            "Family & Relationships",
-            "Politics & Government",
-        ],
+        ("Society & Culture, Science & Mathematics, Health, Education & Reference, Computers & Internet, Sports, "
+         "Business & Finance, Entertainment & Music, Family & Relationships, Politics & Government").split(", "),
         "Title: Cold\nQuestion: How long does a cold last?\nAnswer: About a week.\n",
         "Health",
         "Task:TC\nDataset:yahoo\nWhat is the text about? Choose one option.\n"

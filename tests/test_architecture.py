@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md",
                 ROOT / "configs" / "ds_configs" / "README.md", ROOT / "initial_model" / "README.md"])  # fmt: skip
 NAMED = re.compile(r"`([\w/]+\.py): ([\w.]+)`")

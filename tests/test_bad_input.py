@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, edit, put
+from helpers import LLAMA, LLAMA_MODULES, ROOT, T5, edit, put
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, Gemma3Config, T5Config, T5ForConditionalGeneration
 
 DOCS = ROOT / "docs" / "BAD_INPUT.md"
-T5 = ROOT / "initial_model" / "tiny-t5"
 MODULES = [
     "--lora_modules", ".*SelfAttention.(q|v)", "--optim_target_modules", ".*EncDecAttention.(q|v)",
     "--proj_lora_modules", ".*SelfAttention.(q|v).loranew_A.*",
@@ -93,7 +92,7 @@ class Case:
     """One kind of bad input.
 
     Attributes:
-        what: the fault, in words. says: a part of the line that names it.
+        what: the fault, in words. says: a part of the line that names it; " ... " stands for what it leaves out.
         damage: does it to a `Place`.
         by: "check" where one step alone cannot see it, "run" where the check does not come so far, else "both".
         needs_model: whether the run can see it only once the model is there.
@@ -173,8 +172,6 @@ def deepspeed(content: object, *words: str):
 
 
 def padding_ends(place: Place) -> None:
-    from helpers import LLAMA, LLAMA_MODULES
-
     shutil.copytree(LLAMA, place.folder / "llama")
     edit(place.folder / "llama" / "tokenizer_config.json", lambda content: content | {"pad_token": "</s>"})
     place.flags += ["--model_name_or_path", str(place.folder / "llama"), *LLAMA_MODULES, "--repetition_penalty", "1.3"]
@@ -253,30 +250,41 @@ def first(content: dict[str, torch.Tensor]) -> str:
     return sorted(content)[0]
 
 
-ROW = "allowed: an object of exactly 'sentence' and 'label'"
+ROW = "allowed: an object of exactly 'sentence' and 'label', both non-blank strings"
+INSTRUCTION = "allowed: an object of exactly 'instruction_type' and 'instruction', both non-blank strings"
 CASES: dict[str, list[Case]] = {
     "Benchmark files": [
         Case("the dataset's folder is not there", lambda place: shutil.rmtree(place.folder / "benchmark/TC/dbpedia"),
-             "TC/dbpedia is not in"),
-        Case("`train.json` is missing", lost("benchmark/TC/dbpedia/train.json"), "train.json: no such file"),
+             "TC/dbpedia is not in ... ; allowed: SC/amazon"),
+        Case("`train.json` is missing", lost("benchmark/TC/dbpedia/train.json"),
+             "train.json: no such file; data/prepare_benchmark.py fills"),
         Case("`test.json` is missing", lost("benchmark/TC/dbpedia/test.json"), "test.json: no such file"),
-        Case("`labels.json` is missing", lost("benchmark/TC/dbpedia/labels.json"), "labels.json: no such file"),
+        Case("`labels.json` is missing", lost("benchmark/TC/dbpedia/labels.json"),
+             "labels.json: no such file; data/generate_labels.py writes it"),
         Case("a file of a later step is missing", lost("benchmark/SC/amazon/test.json"),
              "amazon/test.json: no such file", by="check"),
         Case("a link leads out of the benchmark", linked, "elsewhere.json; allowed: files inside"),
-        Case("not JSON", train('[{"sentence": "x",\n "label" "Alpha"}]'), "train.json, line 2, column 10: not JSON"),
+        Case("not JSON", train('[{"sentence": "x",\n "label" "Alpha"}]'),
+             "train.json, line 2, column 10: not JSON (Expecting ':' delimiter)"),
         Case("an empty file", train(""), "train.json, line 1, column 1: not JSON"),
         Case("a byte order mark", train("\ufeff[]"), "train.json, line 1, column 1: not JSON (Unexpected UTF-8 BOM"),
         Case("not UTF-8", train(b'[{"sentence": "caf\xe9"}]'), "train.json: not UTF-8 (byte 18)"),
-        Case("an object in place of the examples", train({"a": 1}), "found object; allowed: a non-empty array"),
+        Case("an object in place of the examples", train({"a": 1}),
+             "found object; allowed: a non-empty array of examples"),
+        Case("null in place of the examples", train(None), "found null; allowed: a non-empty array of examples"),
         Case("no examples", train([]), "train.json: found empty array; allowed: a non-empty array of examples"),
         Case("an example that is not an object", train(["x"]), f"train.json, example 0: found string; {ROW}"),
+        Case("an empty object as example", train([{}]), f"train.json, example 0: keys none; {ROW}"),
         Case("an example without label", row(sentence="x"), f"train.json, example 1: keys 'sentence'; {ROW}"),
         Case("an example without sentence", row(label="Beta"), f"train.json, example 1: keys 'label'; {ROW}"),
         Case("an example with another key", row(sentence="x", label="Beta", id=3),
-             "example 1: keys 'sentence', 'label', 'id'"),
-        Case("a sentence that is a number", row(sentence=3, label="Beta"), "example 1: sentence is number"),
-        Case("a label that is null", row(sentence="x", label=None), "example 1: label is null"),
+             "example 1: keys 'sentence', 'label', 'id'; allowed: an object of exactly"),
+        Case("a sentence that is a number", row(sentence=3, label="Beta"),
+             "example 1: sentence is number; allowed: an object of exactly"),
+        Case("a label that is null", row(sentence="x", label=None),
+             "example 1: label is null; allowed: an object of exactly"),
+        Case("an empty string as label", row(sentence="x", label=""),
+             "example 1: label is blank; allowed: an object of exactly"),
         Case("a key twice in an example", train('[{"sentence": "x", "label": "Alpha", "label": "Beta"}]'),
              "key 'label' occurs 2 times in one object; allowed: once"),
         Case("arrays nested 100,000 deep", train("[" * 100_000), "train.json: nested too deeply"),
@@ -285,10 +293,14 @@ CASES: dict[str, list[Case]] = {
     "Labels": [
         Case("a label that is not in `labels.json`", row(sentence="x", label="Delta"),
              "example 1: label 'Delta'; allowed: Alpha, Beta, Gamma"),
+        Case("a training example labelled '-', as those without a label in `dev.json` and `test.json` are",
+             row(sentence="x", label="-"), "train.json, example 1: label '-'; allowed: Alpha, Beta, Gamma"),
         Case("an object in place of the array", lambda place: put(
-            place.folder / "benchmark/TC/dbpedia/labels.json", {"a": 1}), "labels.json: found object; allowed"),
-        Case("no labels", labels(), "labels.json: found empty array"),
-        Case("a label that is not a string", labels(*LETTERS, 4), "labels.json, entry 3: found 4; allowed: distinct"),
+            place.folder / "benchmark/TC/dbpedia/labels.json", {"a": 1}),
+            "labels.json: found object; allowed: a non-empty array of strings"),
+        Case("no labels", labels(), "labels.json: found empty array; allowed: a non-empty array of strings"),
+        Case("a label that is not a string", labels(*LETTERS, 4),
+             "labels.json, entry 3: found 4; allowed: distinct, non-blank strings"),
         Case("an empty label", labels(*LETTERS, ""), "labels.json, entry 3: found ''; allowed: distinct, non-blank"),
         Case("a label of spaces", labels(*LETTERS, " \t"), "labels.json, entry 3: found ' \\t'"),
         Case("a label twice", labels(*LETTERS, "Beta"), "labels.json, entry 3: found 'Beta'; allowed: distinct"),
@@ -319,10 +331,10 @@ CASES: dict[str, list[Case]] = {
              "train.json: found half of a surrogate pair, '\\udfff', after"),
     ],
     "Order": [
-        Case("the order does not exist", lambda place: shutil.rmtree(place.order), "mine_configs: no such order folder",
-             by="check"),
+        Case("the order does not exist", lambda place: place.order.rename(place.order.with_name("other_configs")),
+             "mine_configs: no such order folder; in ... : other_configs", by="check"),
         Case("an order without steps", lambda place: [shutil.rmtree(path) for path in place.order.iterdir()],
-             "mine_configs: no steps; allowed", by="check"),
+             "mine_configs: no steps; allowed: one folder per dataset", by="check"),
         Case("a task file is missing", lost("mine_configs/dbpedia/dev_tasks.json"), "dev_tasks.json: no such file"),
         Case("a task file is not an object", lambda place: put(place.order / "dbpedia/test_tasks.json", []),
              "test_tasks.json: found empty array; allowed: an object"),
@@ -332,7 +344,8 @@ CASES: dict[str, list[Case]] = {
              "train_tasks.json: key 'TC' occurs 2 times"),
         Case("a task's datasets are not an array", tasks("train", lambda content: content.update(TC={})),
              "train_tasks.json, TC: found empty object; allowed: an array"),
-        Case("a dataset name that is not a string", named(7), "train_tasks.json, TC[0]: found"),
+        Case("a dataset name that is not a string", named(7),
+             "train_tasks.json, TC[0]: found ... ; allowed: an object with a string under 'dataset name'"),
         Case("a dataset name that leaves the benchmark", named("../../etc"), "'dataset name': found '../../etc'"),
         Case("a dataset name that is a path from the root", named("/etc"), "'dataset name': found '/etc'; allowed"),
         Case("a dataset name of 5,000 letters", named("x" * 5000), "starting with a letter or digit, at most 100"),
@@ -351,23 +364,28 @@ CASES: dict[str, list[Case]] = {
         Case("a step that trains none", tasks("train", lambda content: content.update(TC=[])),
              "train_tasks.json: found 0 datasets; allowed: exactly one", by="check"),
         Case("a folder of another name than its dataset", lambda place: (place.order / "amazon").rename(
-            place.order / "second"), "trains 'amazon'; allowed: 'second'", by="check"),
+            place.order / "second"),
+            "second/train_tasks.json: trains 'amazon'; allowed: 'second', the name", by="check"),
         Case("a step that does not test what it trains", tasks("test", lambda content: content.update(TC=[])),
              "test_tasks.json: lacks TC/dbpedia, which train_tasks.json trains", by="check"),
         Case("two steps with equally long test lists", tasks("test", lambda content: content.update(TC=[]), "amazon"),
              "both list 1 datasets, so which step comes first is not clear", by="check"),
         Case("a step that tests a dataset not trained yet", tasks("test", lambda content: content["TC"].append(
-            {"dataset name": "agnews"}), "amazon"), "lists TC/agnews, which no step up to this one trains", by="check"),
+            {"dataset name": "agnews"}), "amazon"),
+            "lists TC/agnews, which no step up to this one trains; allowed: SC/amazon, TC/dbpedia", by="check"),
     ],
     "Instructions": [
         Case("the file is missing", lost("instructions.json"), "instructions.json: no such file"),
         Case("the file is not an object", instructions([]), "found empty array; allowed: an object of task"),
         Case("a task's instructions are not an array", instructions({"TC": "x"}),
-             "TC: found string; allowed: an array"),
+             "TC: found string; allowed: an array of instructions"),
+        Case("an instruction that is not an object", instructions({"TC": ["x"]}),
+             f"TC, entry 0: found string; {INSTRUCTION}"),
         Case("no instruction for a task", instructions({"QQP": []}), "no zero-shot instruction for task"),
         Case("an unknown instruction type", instruction(instruction_type="one-shot", instruction="x"),
              "entry 0: instruction_type 'one-shot'; allowed: zero-shot, few-shot"),
-        Case("an entry without text", instruction(instruction_type="zero-shot"), "entry 0: keys 'instruction_type'"),
+        Case("an entry without text", instruction(instruction_type="zero-shot"),
+             f"entry 0: keys 'instruction_type'; {INSTRUCTION}"),
         Case("a blank text", instruction(instruction_type="zero-shot", instruction=" "), "instruction is blank"),
     ],
     "Flags": [
@@ -405,10 +423,43 @@ CASES: dict[str, list[Case]] = {
         Case("structural protection of the output side", flags("--method", "sgorp", "--protect_side", "output",
                                                                "--space_from", "moments"), "--protect_side input"),
         Case("a space from inputs on the output side", flags("--space_from", "inputs"), "--space_from inputs: found"),
+        Case("an unknown preset", flags("--preset", "best"), "--preset: found best; allowed: released"),
         Case("a preset of another method", flags("--method", "olora", "--preset", "released"),
-             "--preset: found released"),
+             "--preset: found released; allowed: none with this method; --method gorp has released"),
+        Case("the preset of `gorp` with its variant", flags("--method", "sgorp", "--preset", "released"),
+             "--preset: found released; allowed: none with this method; --method gorp has released"),
         Case("a flag that contradicts the preset", flags("--preset", "released", "--galore_svd", "lowrank"),
              "--galore_svd: found lowrank; allowed: exact with --preset released"),
+        Case("the preset with a penalty", flags("--preset", "released", "--lamda_1", "0.5"),
+             "--lamda_1: found 0.5; allowed: 0.0 with --preset released"),
+        Case("the preset with clipping", flags("--preset", "released", "--max_grad_norm", "1"),
+             "--max_grad_norm: found 1.0; allowed: 0.0 with --preset released"),
+        Case("the preset in 16 bits", flags("--preset", "released", "--bf16"),
+             "--bf16: found True; allowed: False with --preset released"),
+        Case("a penalty on cores with PyTorch's default recomputation",
+             flags("--lamda_3", "1", "--galore_engine", "cores", "--gradient_checkpointing",
+                   "--gradient_checkpointing_kwargs", '{"preserve_rng_state": false}'),
+             "--lamda_3: found 1.0 with reentrant"),
+        Case("a penalty on cores with reentrant recomputation",
+             flags("--lamda_3", "0.1", "--galore_engine", "cores", "--gradient_checkpointing",
+                   "--gradient_checkpointing_kwargs", '{"use_reentrant": true}'),
+             "--lamda_3: found 0.1 with reentrant"),
+        Case("S removed from the first moment of cores", flags("--protect", "gp_second", "--galore_engine", "cores"),
+             "--protect: found gp_second with --galore_engine cores"),
+        Case("S removed from the first moment of a two-sided core",
+             flags("--protect", "gp_second", "--galore_proj_type", "full"),
+             "--protect: found gp_second with --galore_proj_type full"),
+        Case("full-rank training of no weight", flags("--method", "galore", "--optim_target_modules", "none"),
+             "--optim_target_modules is missing", needs_model=True),
+        Case("replay of nothing", flags("--method", "replay", "--replay_rows", "0"), "--replay_rows: found 0"),
+        Case("EWC without earlier tasks", flags("--method", "ewc", "--ewc_decay", "0"), "--ewc_decay: found 0.0"),
+        Case("an infinite penalty", flags("--method", "nlora", "--nlora_lamda", "inf"), "--nlora_lamda: found inf"),
+        Case("a penalty of a method below 0", flags("--method", "nlora", "--nlora_lamda", "-1"),
+             "--nlora_lamda: found -1.0"),
+        Case("every direction preserved", flags("--method", "osf", "--osf_preserved", "1"),
+             "--osf_preserved: found 1.0"),
+        Case("less than one direction preserved", flags("--method", "osf", "--osf_preserved", "0.001"),
+             "less than one direction of", needs_model=True),
         Case("a sketch without DeepSpeed", flags("--galore_svd", "sketch"), "sketch without --deepspeed",
              needs_model=True),
         Case("the old LoRA merged in 16 bits", flags("--merge_old", "--bf16"),
@@ -537,6 +588,16 @@ CASES: dict[str, list[Case]] = {
              "--lamda_3: found 0.1; allowed: only 0 at ZeRO stage 3"),
         Case("a method that does not run under DeepSpeed",
              deepspeed({"zero_optimization": {"stage": 2}}, "--method", "galore"), "method galore: found --deepspeed"),
+        Case("`osf` under DeepSpeed", deepspeed({"zero_optimization": {"stage": 2}}, "--method", "osf"),
+             "--method osf: found --deepspeed"),
+        Case("`multitask` under DeepSpeed", deepspeed({"zero_optimization": {"stage": 2}}, "--method", "multitask"),
+             "--method multitask: found --deepspeed"),
+        Case("a method that does not run at stage 3",
+             deepspeed({"zero_optimization": {"stage": 3}}, "--method", "seqlora"),
+             "--method seqlora: found ZeRO stage 3"),
+        Case("the released preset under DeepSpeed",
+             deepspeed({"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}, "--preset", "released"),
+             "--deepspeed: found ... ds.json; allowed: None with --preset released"),
         Case("a sketch without DeepSpeed", flags("--galore_svd", "sketch"), "--galore_svd: found sketch without"),
         Case("dense gradients under DeepSpeed",
              deepspeed({"zero_optimization": {"stage": 2}}, "--galore_engine", "dense"),
@@ -556,7 +617,7 @@ CASES: dict[str, list[Case]] = {
         Case("no `config.json`", lambda place: (place.model / "config.json").unlink(), "model has no config.json",
              needs_model=True),
         Case("`config.json` is not JSON", lambda place: put(place.model / "config.json", "{"),
-             "config cannot be loaded",
+             "model: the config cannot be loaded",
              needs_model=True),
         Case("an architecture that is not supported", lambda place: put(
             place.model / "config.json", BertConfig().to_json_string()),
@@ -588,14 +649,15 @@ CASES: dict[str, list[Case]] = {
              needs_model=True),
         Case("an index to a file that is not there", pieces("model-2.safetensors"), "there is no model-2.safetensors",
              needs_model=True),
-        Case("truncated weights", cut("model", "model.safetensors", 10_000), "the model cannot be loaded",
+        Case("truncated weights", cut("model", "model.safetensors", 10_000), "model: the model cannot be loaded",
              needs_model=True),
         Case("a weight is missing", tensors("model", "model", lambda content: content.pop(f"{FULL}.weight")),
              f"1 weights are missing from the checkpoint, such as {FULL}.weight", needs_model=True),
         Case("a weight of another shape", tensors("model", "model", lambda content: content.update(
             {f"{FULL}.weight": torch.zeros(3, 5)})), f"{FULL}.weight is (3, 5); (128, 128) is needed",
             needs_model=True),
-        Case("a damaged tokenizer", cut("model", "tokenizer.json"), "the tokenizer cannot be loaded", needs_model=True),
+        Case("a damaged tokenizer", cut("model", "tokenizer.json"), "model: the tokenizer cannot be loaded",
+             needs_model=True),
     ],
     "Adapter folder": [
         Case("no `adapter_config.json`", lambda place: (place.adapter / "adapter_config.json").unlink(),
@@ -704,7 +766,7 @@ def test_bad_input_is_one_line_and_costs_nothing(case, place, capfd, monkeypatch
     assert contents(place.folder) == before
     assert all(lines == said[0] for lines in said), said
     [line] = said[0]
-    assert case.says in line and line.isprintable() and len(line) < 2100
+    assert all(part in line for part in case.says.split(" ... ")) and line.isprintable() and len(line) < 2100
 
 
 # Text that looks odd and is none the less good

@@ -1,16 +1,15 @@
 """The files of configs/ and CL_Benchmark/ that the repository ships, read by the code that uses them."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
+from helpers import ROOT
 from order_config import TASKS, benchmark_datasets
 from uie_dataset_lora import read_instructions, read_labels
 
-ROOT = Path(__file__).resolve().parent.parent
 DS_CONFIGS = ROOT / "configs/ds_configs"
 
 STAGES = {

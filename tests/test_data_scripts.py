@@ -15,12 +15,10 @@ from datasets import Dataset, load_dataset
 from data import generate_labels, make_order, prepare_benchmark
 from data.prepare_benchmark import SOURCES, TRAIN_ROWS_PER_CLASS, Reservoir, hub_subsets
 from errors import InputError
-from helpers import put
+from helpers import REAL_BENCHMARK, ROOT, put
 from initial_model import unpack_small
 from order_config import BENCHMARK_FILES, benchmark_datasets, is_complete, read_order
 
-ROOT = Path(__file__).resolve().parent.parent
-REAL_BENCHMARK = ROOT.parent / "shared" / "cl_benchmark_small"
 AMAZON = "yassiracharki/Amazon_Reviews_for_Sentiment_Analysis_fine_grained_5_classes"
 
 # Dataset -> the hub's repository, configuration and test split, one row as the hub has it, and what becomes of the row.
@@ -144,11 +142,10 @@ def news(count: int, start: int = 0, classes: int = 4) -> list[dict]:
 def write_dataset(folder: Path, **content) -> None:
     """A dataset folder of one two-class task, each file replaceable by keyword."""
     rows = [{"sentence": "a", "label": "yes"}, {"sentence": "b", "label": "no"}]
-    folder.mkdir(parents=True)
     for name in ("train", "dev", "test", "labels"):
         value = content.get(name, ["no", "yes"] if name == "labels" else rows)
         if value is not None:
-            (folder / f"{name}.json").write_text(json.dumps(value))
+            put(folder / f"{name}.json", value)
 
 
 # prepare_benchmark, from the hub -------------------------------------------------------------------------------------
@@ -489,7 +486,7 @@ def test_labels_of_a_whole_benchmark(tmp_path, capsys):
     write_dataset(tmp_path / "Summary/news", labels=None, test=[{"sentence": "a", "label": "of its own"}])
     instructions = [{"instruction_type": "zero-shot", "instruction": "Sum up."}]
     declared = {"Summary": {"metric": "rougeL", "instructions": instructions}}
-    (tmp_path / "instructions.json").write_text(json.dumps(declared))
+    put(tmp_path / "instructions.json", declared)
     assert generate_labels.main([str(tmp_path), "--instruction_file", str(tmp_path / "instructions.json")]) == 0
     out = capsys.readouterr().out
     assert "SC/kept/labels.json: kept" in out and "TC/mine/labels.json: written" in out and "empty" not in out

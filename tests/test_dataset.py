@@ -1,4 +1,4 @@
-"""The loader: the exact prompt of each dataset, sampling, few-shot, and every kind of bad input."""
+"""The loader: the exact prompt of each dataset, sampling, few-shot, and bad input beside test_bad_input.py."""
 
 import json
 import logging
@@ -7,16 +7,11 @@ import pytest
 from datasets import Dataset
 
 from errors import InputError
-from helpers import GOLDEN, INSTRUCTIONS, REAL_BENCHMARK, STARS, Benchmark, put
+from helpers import GOLDEN, INSTRUCTIONS, REAL_BENCHMARK, Benchmark, put
 from order_config import TASKS
 from task_examples import first_examples_of_each
 from task_setup import warn_of_lost_labels
-from uie_dataset_lora import (
-    FEATURES,
-    prompt_parts,
-    read_instructions,
-    read_labels,
-)
+from uie_dataset_lora import FEATURES, prompt_parts
 
 
 @pytest.fixture
@@ -246,86 +241,6 @@ def test_rows_without_gold_label_are_left_out_with_one_line(benchmark, caplog):
     ]
 
 
-ROW = "allowed: an object of exactly 'sentence' and 'label', both non-blank strings"
-GOOD = {"sentence": "fine", "label": "True"}
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("[{", ", line 1, column 3: not JSON (Expecting property name enclosed in double quotes)"),
-        ([], ": found empty array; allowed: a non-empty array of examples"),
-        ({"sentence": "x"}, ": found object; allowed: a non-empty array of examples"),
-        (None, ": found null; allowed: a non-empty array of examples"),
-        ([GOOD, "text"], f", example 1: found string; {ROW}"),
-        ([GOOD, {"sentence": "x"}], f", example 1: keys 'sentence'; {ROW}"),
-        ([GOOD, {"label": "True"}], f", example 1: keys 'label'; {ROW}"),
-        ([{}], f", example 0: keys none; {ROW}"),
-        ([{**GOOD, "id": "3"}], f", example 0: keys 'sentence', 'label', 'id'; {ROW}"),
-        ([{"sentence": 3, "label": "True"}], f", example 0: sentence is number; {ROW}"),
-        ([{"sentence": "x", "label": None}], f", example 0: label is null; {ROW}"),
-        ([{"sentence": " \n", "label": "True"}], f", example 0: sentence is blank; {ROW}"),
-        ([{"sentence": "x", "label": ""}], f", example 0: label is blank; {ROW}"),
-        ([GOOD, GOOD, {"sentence": "x", "label": "Maybe"}], ", example 2: label 'Maybe'; allowed: False, True"),
-        ([GOOD, {"sentence": "x", "label": "-"}], ", example 1: label '-'; allowed: False, True"),
-    ],
-)
-def test_bad_rows(benchmark, content, message):
-    folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(2))
-    put(folder / "train.json", content)
-    with pytest.raises(InputError) as error:
-        benchmark.load()
-    assert str(error.value) == f"{folder / 'train.json'}{message}"
-
-
-def test_a_test_file_without_any_label(benchmark):
-    folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(2))
-    put(folder / "test.json", [{"sentence": "x", "label": "-"}])
-    with pytest.raises(InputError) as error:
-        benchmark.load()
-    assert str(error.value) == (f"{folder / 'test.json'}: 1 examples, all labelled '-'; at least one needs a label")
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ({"a": 1}, ": found object; allowed: a non-empty array of strings"),
-        ([], ": found empty array; allowed: a non-empty array of strings"),
-        (["True", 1], ", entry 1: found 1; allowed: distinct, non-blank strings"),
-        (["True", " "], ", entry 1: found ' '; allowed: distinct, non-blank strings"),
-        (["True", "True"], ", entry 1: found 'True'; allowed: distinct, non-blank strings"),
-    ],
-)
-def test_bad_labels(tmp_path, content, message):
-    put(tmp_path / "labels.json", content)
-    with pytest.raises(InputError) as error:
-        read_labels(tmp_path / "labels.json")
-    assert str(error.value) == f"{tmp_path / 'labels.json'}{message}"
-
-
-INSTRUCTION = "allowed: an object of exactly 'instruction_type' and 'instruction', both non-blank strings"
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ([], ": found empty array; allowed: an object of task -> array of instructions"),
-        ({"SC": "text"}, ", SC: found string; allowed: an array of instructions"),
-        ({"SC": ["text"]}, f", SC, entry 0: found string; {INSTRUCTION}"),
-        ({"SC": [{"instruction": "x"}]}, f", SC, entry 0: keys 'instruction'; {INSTRUCTION}"),
-        (
-            {"SC": [{"instruction_type": "one-shot", "instruction": "x"}]},
-            ", SC, entry 0: instruction_type 'one-shot'; allowed: zero-shot, few-shot",
-        ),
-    ],
-)
-def test_bad_instructions(tmp_path, content, message):
-    put(tmp_path / "instructions.json", content)
-    with pytest.raises(InputError) as error:
-        read_instructions(tmp_path / "instructions.json")
-    assert str(error.value) == f"{tmp_path / 'instructions.json'}{message}"
-
-
 @pytest.mark.parametrize(
     "task, options, message",
     [
@@ -342,58 +257,9 @@ def test_missing_instructions(benchmark, task, options, message):
     assert str(error.value) == f"{benchmark.instructions}: {message}"
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"instruction_strategy": "both"}, "--instruction_strategy: 'both'; allowed: single, multiple"),
-        ({"num_examples": -1}, "--num_examples: -1; allowed: 0 or more"),
-    ],
-)
-def test_bad_options(golden, options, message):
-    with pytest.raises(InputError) as error:
-        golden.load(**options)
-    assert str(error.value) == message
-
-
-def test_a_dataset_that_the_benchmark_lacks(benchmark):
-    benchmark.add("SC", "yelp", STARS, [{"sentence": "x", "label": "neutral"}])
-    benchmark.listed["test"]["SC"].append({"dataset name": "yelpp"})
-    benchmark.configure()
-    with pytest.raises(InputError) as error:
-        benchmark.load()
-    config = benchmark.configs / "test_tasks.json"
-    assert str(error.value) == f"{config}: SC/yelpp is not in {benchmark.data}; allowed: SC/yelp"
-
-
-@pytest.mark.parametrize("name", ["../other", "..", "/etc", "a/b", "a\\b", ""])
-def test_names_cannot_leave_the_benchmark(benchmark, name):
-    benchmark.add("SC", "yelp", STARS, [{"sentence": "x", "label": "neutral"}])
-    benchmark.listed["train"]["SC"] = [{"dataset name": name}]
-    benchmark.configure()
-    with pytest.raises(InputError, match="train_tasks.json, SC.*dataset name"):
-        benchmark.load()
-
-
-def test_a_task_folder_outside_the_benchmark(benchmark):
-    benchmark.listed["train"]["../data/SC"] = [{"dataset name": "yelp"}]
-    benchmark.configure()
-    with pytest.raises(InputError, match="train_tasks.json, task: found '../data/SC'"):
-        benchmark.load()
-
-
-@pytest.mark.parametrize("missing, script", [("train.json", "prepare_benchmark.py fills"),
-                                             ("labels.json", "generate_labels.py writes it")])  # fmt: skip
-def test_a_missing_data_file(benchmark, missing, script):
-    folder = benchmark.add("QQP", "QQP", ["False", "True"], numbered(2))
-    (folder / missing).unlink()
-    with pytest.raises(InputError, match=f"^{folder / missing}: no such file; data/{script}"):
-        benchmark.load()
-
-
-def test_a_missing_task_file(golden):
-    (golden.configs / "dev_tasks.json").unlink()
-    with pytest.raises(InputError, match="dev_tasks.json: no such file"):
-        golden.load()
+def test_a_negative_number_of_examples_to_show(golden):
+    with pytest.raises(InputError, match="^--num_examples: -1; allowed: 0 or more$"):
+        golden.load(num_examples=-1)
 
 
 # Real data

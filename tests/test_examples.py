@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 import run_uie_lora
-from conftest import ROOT
 from errors import InputError
 from examples import loop, own_trainer
+from helpers import ROOT
 from methods import find_method, make_method
 from methods.base import LoraMethod, Method
 

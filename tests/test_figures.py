@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -11,8 +10,8 @@ import pytest
 from benchmarks.outcomes import Outcome, Trial
 from errors import InputError
 from benchmarks.figures import LABEL, LETTER, Costs, Panel, complete_runs, draw, main, performance, place_names, points
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PICTURES = sorted((ROOT / "docs" / "images").glob("*.svg"))
 PANEL = Panel("small", "Small", ("A", "B"), 2)
 SVG = "{http://www.w3.org/2000/svg}"

@@ -1,7 +1,6 @@
 """Which model `--model_name_or_path` leads to, and what is refused."""
 
 import functools
-import json
 import logging
 import shutil
 from types import SimpleNamespace
@@ -13,11 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     BartConfig,
-    BertConfig,
     BartForConditionalGeneration,
     CohereConfig,
     CohereForCausalLM,
-    Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -34,7 +31,7 @@ from transformers import (
 )
 
 from errors import InputError
-from helpers import ROOT, put
+from helpers import LLAMA, edit, put
 from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew
 from methods.base_modules import choose_modules
 from model.answer_loss import AnswerLoss
@@ -151,30 +148,18 @@ def test_adapter_folder_leads_to_its_base_model(tmp_path, monkeypatch):
 
 def configure(folder, **changes):
     """Change config.json, and leave weights that no one could read."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    (folder / "model.safetensors").write_bytes(b"unread")
+    edit(folder / "config.json", lambda config: config | changes)
+    put(folder / "model.safetensors", b"unread")
     return folder
 
 
 @pytest.mark.parametrize("config, said", [
-    (BertConfig(), "found model_type 'bert'; allowed: decoder-only models"),
-    (Gemma3Config(), "found model_type 'gemma3', a vision-language model; allowed: a model of text alone"),
-    (WhisperConfig(), "found model_type 'whisper'; allowed: decoder-only"),
-    (xLSTMConfig(), "found model_type 'xlstm', whose xLSTMForCausalLM cannot compute the logits of some"),
-], ids=lambda value: getattr(value, "model_type", ""))  # fmt: skip
-def test_other_architectures_are_refused_before_weights_are_read(tmp_path, config, said):
-    assert said in refusal(configure(make_t5(tmp_path / "model"), **config.to_dict()))
-
-
-@pytest.mark.parametrize("changes, said", [
-    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "found weights quantised by bitsandbytes; allowed"),
-    ({"vocab_size": 70}, "its tokenizer has a vocabulary of 73 tokens; config.json says vocab_size 70"),
-    ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "custom"}, "'custom'; allowed: the types of"),
+    (WhisperConfig().to_dict(), "found model_type 'whisper'; allowed: decoder-only"),
+    (xLSTMConfig().to_dict(), "found model_type 'xlstm', whose xLSTMForCausalLM cannot compute the logits of some"),
     ({"model_type": None}, "found model_type None"),
-], ids=["quantised", "another vocabulary", "own code", "no type"])  # fmt: skip
-def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path, changes, said):
-    assert said in refusal(configure(make_llama(tmp_path / "model"), **changes))
+], ids=["whisper", "xlstm", "no type"])  # fmt: skip
+def test_other_architectures_are_refused_before_weights_are_read(tmp_path, config, said):
+    assert said in refusal(configure(make_t5(tmp_path / "model"), **config))
 
 
 @pytest.mark.parametrize("make, family, other", [(make_t5, "decoder-only", "use scripts/"),
@@ -244,18 +229,11 @@ def test_a_hub_id_out_of_reach_is_one_line(tmp_path, monkeypatch, name):
     assert refusal(name, cache_dir=str(tmp_path)).startswith(f"{name}: the config cannot be loaded")
 
 
-@pytest.mark.parametrize("name, wanted", [("t5_adapter", "adapter_config.json"), ("t5", "config.json")])
-def test_an_empty_folder_is_refused(tmp_path, name, wanted):
-    (tmp_path / name).mkdir()
-    assert f"{name} has no {wanted}" in refusal(tmp_path / name)
-
-
 @pytest.mark.parametrize("base", ["initial_model/gone", None, 3, "empty"])
 def test_an_adapter_without_its_base_model_is_refused(tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    put(tmp_path / "adapter/adapter_config.json", {"base_model_name_or_path": base})
     message = refusal("adapter")
     assert message.startswith(f"adapter/adapter_config.json: base_model_name_or_path is {base}")
 
@@ -273,47 +251,13 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
     assert "allowed: a folder with model.safetensors" in refusal(folder)
 
 
-def rewrite(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def test_incomplete_weights_are_refused(tmp_path):
-    folder = make_t5(tmp_path / "t5")
-    key = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    rewrite(folder, lambda tensors: tensors.pop(key))
-    assert f"1 weights are missing from the checkpoint, such as {key}" in refusal(folder)
-
-
-def test_weights_of_another_shape_are_refused(tmp_path):
-    folder = make_t5(tmp_path / "t5")
-    key = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    rewrite(folder, lambda tensors: tensors.update({key: torch.zeros(8, 16)}))
-    assert f"{key} is (8, 16); (16, 16) is needed" in refusal(folder)
-
-
 def test_weights_without_a_place_are_said(tmp_path, caplog):
     folder = make_t5(tmp_path / "t5")
-    rewrite(folder, lambda tensors: tensors.update({"classifier.weight": torch.zeros(2, 16)}))
+    tensors = load_file(folder / "model.safetensors") | {"classifier.weight": torch.zeros(2, 16)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with caplog.at_level(logging.WARNING, "gorp"):
         load_model_and_tokenizer(str(folder))
     assert "does not use 1 weights, such as classifier.weight" in caplog.text
-
-
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_damaged_file_is_one_line(tmp_path, file):
-    folder = make_t5(tmp_path / "t5")
-    path = folder / file
-    path.write_bytes(path.read_bytes()[:100])
-    assert str(folder) in refusal(folder)
-
-
-def test_code_that_comes_with_a_model_is_not_run(tmp_path):
-    folder = make_t5(tmp_path / "t5")
-    (folder / "code.py").write_text("raise SystemExit('ran')")
-    configure(folder, model_type="custom", auto_map={"AutoConfig": "code.Config"})
-    assert "the code that comes with the model is not run" in refusal(folder)
 
 
 # Special tokens, rows, positions
@@ -348,7 +292,7 @@ def test_missing_eos_is_refused(tmp_path):
 
 def test_every_special_eos_of_the_generation_config_ends_an_answer_and_no_other_piece(tmp_path):
     folder = make_llama(tmp_path / "llama", eos_token_id=[0, 2])
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2, 9], "temperature": 0.6}))
+    put(folder / "generation_config.json", {"eos_token_id": [0, 2, 9], "temperature": 0.6})
     loaded = load_model_and_tokenizer(str(folder))
     assert loaded.tokenizer.eos_token_id == 2  # with which answers are trained to end
     assert loaded.model.generation_config.eos_token_id == loaded.model.config.eos_token_id == [2, 0]
@@ -357,11 +301,9 @@ def test_every_special_eos_of_the_generation_config_ends_an_answer_and_no_other_
 
 def test_missing_decoder_start_is_refused(tmp_path):
     folder = make_t5(tmp_path / "t5")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"decoder_start_token_id": None}))
+    edit(folder / "config.json", lambda config: config | {"decoder_start_token_id": None})
     assert "has no decoder_start_token_id" in refusal(folder)
-    del config["decoder_start_token_id"]
-    (folder / "config.json").write_text(json.dumps(config))
+    edit(folder / "config.json", lambda config: config.pop("decoder_start_token_id") or config)
     assert "has no decoder_start_token_id" in refusal(folder)
 
 
@@ -387,8 +329,7 @@ def test_a_head_of_its_own_stays_so_when_embeddings_grow(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     head = tensors["lm_head.weight"] = torch.randn_like(tensors["shared.weight"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit(folder / "config.json", lambda config: config | {"tie_word_embeddings": False})
     planned = sum(parameter.numel() for parameter in build_on_meta(str(folder)).parameters())
     assert planned == sum(tensor.numel() for tensor in tensors.values())
     tokenizer = seq2seq_tokenizer()
@@ -428,10 +369,9 @@ def test_too_few_positions_are_refused_where_they_cannot_grow(tmp_path, allowed)
 
 
 def test_prompt_and_answer_share_the_positions_of_a_decoder_only_model(tmp_path):
-    folder = ROOT / "initial_model" / "tiny-llama"
-    most = LlamaConfig.from_pretrained(folder).max_position_embeddings
-    load_model_and_tokenizer(str(folder), max_source_length=most - 50, max_target_length=50, weights=False)
-    message = refusal(folder, max_source_length=most - 49, max_target_length=50)
+    most = LlamaConfig.from_pretrained(LLAMA).max_position_embeddings
+    load_model_and_tokenizer(str(LLAMA), max_source_length=most - 50, max_target_length=50, weights=False)
+    message = refusal(LLAMA, max_source_length=most - 49, max_target_length=50)
     assert f"--max_source_length: found {most + 1} with --max_target_length; " in message
     bart = make_bart(tmp_path / "bart")
     load_model_and_tokenizer(str(bart), max_source_length=64, max_target_length=50, weights=False)
@@ -440,7 +380,7 @@ def test_prompt_and_answer_share_the_positions_of_a_decoder_only_model(tmp_path)
 def test_a_branch_of_the_hub_is_pinned_to_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     place, commit = tmp_path / "models--someone--llama", "a" * 40
-    shutil.copytree(ROOT / "initial_model" / "tiny-llama", place / "snapshots" / commit)
+    shutil.copytree(LLAMA, place / "snapshots" / commit)
     put(place / "refs" / "main", commit)
     load = functools.partial(load_model_and_tokenizer, "someone/llama", cache_dir=str(tmp_path), weights=False)
     assert load().origin["revision"] == commit

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from errors import InputError
-from helpers import renew_loranew
+from helpers import edit, put, renew_loranew
 from loranew import (
     LoraNewConfig,
     LoraNewLinear,
@@ -85,8 +85,7 @@ def rewrite(folder, change) -> None:
 
 
 def reconfigure(folder, **options) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    edit(folder / "adapter_config.json", lambda config: config | options)
 
 
 # Where it is
@@ -396,7 +395,7 @@ def test_an_o_lora_adapter_loads(folder):
     config = {key: config[key] for key in published.split()} | {"base_model_name_or_path": "initial_model/t5-large"}
     # O-LoRA names modules by their suffix, and its vendored PEFT had options that are gone.
     config |= {"target_modules": ["SelfAttention.q", "SelfAttention.v"], "enable_lora": None, "merge_weights": True}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    put(folder / "adapter_config.json", config)
     assert torch.equal(logits(load_loranew(new_base(), folder)), expected)
 
 
@@ -440,27 +439,14 @@ def test_factors_of_a_bfloat16_model_train_in_float32(folder):
     assert logits(model).dtype == torch.bfloat16
 
 
-# What cannot be loaded: one line that names the file, what was found and what is needed
+# What cannot be loaded, beside the cases of test_bad_input.py: one line that names the file, what was found and needed
 
 
-KEY = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda t: t.pop(KEY), [KEY, "missing", "(8, 16)"]),
-        (lambda t: t.update({KEY: torch.zeros(6, 16)}), [KEY, "(6, 16)", "(8, 16)"]),
-        (lambda t: t.update({"stray.weight": torch.zeros(2)}), ["stray.weight", "which the model does not have"]),
-        (lambda t: t.update({KEY.replace("lora_A", "loranew_A"): torch.zeros(4, 16)}), ["loranew_", "missing"]),
-    ],
-    ids=["missing", "shape", "unexpected", "half a new pair"],
-)
-def test_tensors_that_do_not_fit_are_refused(folder, change, words):
-    rewrite(folder, change)
-    with pytest.raises(InputError) as error:
+def test_half_a_new_pair_is_refused(folder):
+    name = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.loranew_A.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(4, 16)}))
+    with pytest.raises(InputError, match="adapter_model.safetensors.*loranew_.*missing"):
         load_loranew(new_base(), folder)
-    assert all(word in str(error.value) for word in ["adapter_model.safetensors", *words])
 
 
 def test_base_model_of_another_shape_is_refused(folder):
@@ -475,7 +461,7 @@ def test_base_model_of_another_shape_is_refused(folder):
         load_loranew(T5ForConditionalGeneration(deep), folder)
 
 
-@pytest.mark.parametrize("keep", [0, 100, 5000], ids=["empty", "in the header", "in the data"])
+@pytest.mark.parametrize("keep", [0, 5000], ids=["empty", "in the data"])
 def test_a_damaged_safetensors_file_is_refused(folder, keep):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -498,12 +484,8 @@ def test_a_pickle_is_refused_with_a_conversion_that_works(folder):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"peft_type": "IA3"}, "peft_type IA3"),
         ({"r": 0}, "r: found 0"),
-        ({"r_sum": "8"}, "r_sum: found '8'"),
-        ({"r_sum": 6}, r"\(6, 16\) is needed"),
         ({"lora_alpha": None}, "lora_alpha: found None"),
-        ({"use_dora": True}, "use_dora"),
         ({"rank_pattern": {"q": 2}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"target_modules": ".*nowhere"}, "matches no module"),

@@ -11,7 +11,8 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 SCRIPT = ROOT / "data" / "mini_benchmark.py"
 SPLITS = ("train", "dev", "test")
 

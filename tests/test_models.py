@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from helpers import ENVIRONMENT, LLAMA, ROOT, arguments, edit, free_port, gpt2, llama, predictions, t5
+from helpers import ENVIRONMENT, LLAMA, ROOT, arguments, edit, free_port, gpt2, llama, losses, predictions, t5
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -262,11 +262,6 @@ def adapter(folder: Path) -> Path:
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{path.name} {name}": value for path in adapter(folder).glob("*.safetensors")
             for name, value in load_file(path).items()}  # fmt: skip
-
-
-def losses(folder: Path) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 @pytest.mark.parametrize("name", some(MODELS))

@@ -1,4 +1,4 @@
-"""Orders of tasks: the six published ones, reading and writing, and every fault that a hand-edited order can have."""
+"""Orders of tasks: the six published ones, reading and writing, and faults beside those of test_bad_input.py."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 
 import order_config
 from errors import InputError
+from helpers import ROOT, edit
 from order_config import TASK_FILES, TASKS, read_order, write_order
 
-ROOT = Path(__file__).resolve().parent.parent
 
 PUBLISHED = {
     1: "dbpedia amazon yahoo agnews",
@@ -28,12 +28,6 @@ def pairs(steps) -> list[tuple[str, str]]:
 
 def entry(name: str, **more: str) -> dict[str, str]:
     return {"sampling strategy": "full", "dataset name": name, **more}
-
-
-def edit(path: Path, change) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -90,73 +84,21 @@ def test_hidden_folders_are_no_steps(order):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda tasks: tasks.update({"N/R": []}), r"test_tasks\.json, task: found 'N/R'; allowed: letters"),
-        (lambda tasks: tasks.update(SC={}), r"test_tasks\.json, SC: found empty object; allowed: an array"),
         (lambda tasks: tasks["SC"].append("yelp"), r"SC\[1\]: found 'yelp'; allowed: an object with a string under"),
         (lambda tasks: tasks["SC"].append({"sampling strategy": "full"}), r"SC\[1\]: found .* 'dataset name'"),
-        (lambda tasks: tasks["SC"].append({"dataset name": 7}), r"SC\[1\]: found .* 'dataset name'"),
-        (
-            lambda tasks: tasks["SC"][0].update({"sampling strategy": "half"}),
-            r"SC\[0\]: 'sampling strategy' is 'half'; allowed: random, full",
-        ),
         (lambda tasks: tasks["SC"][0].update({"sampling strategy": ["full"]}), r"is \['full'\]; allowed"),
-        (lambda tasks: tasks["TC"].append(entry("agnews")), r"dataset 'agnews' is listed 2 times; allowed: once"),
         (lambda tasks: tasks["SC"].append(entry("agnews")), r"dataset 'agnews' is listed 2 times; allowed: once"),
-        *[
-            (
-                lambda tasks, name=name: tasks["SC"].append(entry(name)),
-                r"SC\[1\], 'dataset name': found .*; allowed: letters",
-            )
-            for name in (
-                "..",
-                ".",
-                "",
-                "../yelp",
-                "a/b",
-                "/etc",
-                "C:\\x",
-                "a\\b",
-                "two words",
-                "-rf",
-                "_x",
-                "line\nbreak",
-            )
-        ],
-        (lambda tasks: tasks["TC"].pop(), r"test_tasks\.json: lacks TC/agnews, which train_tasks\.json trains"),
-        (lambda tasks: tasks["SC"].pop(), r"both list 2 datasets, so which step comes first is not clear"),
-        (
-            lambda tasks: (tasks["SC"].pop(), tasks["SC"].append(entry("yelp"))),
-            r"test_tasks\.json: lacks SC/amazon of an earlier step",
-        ),
-        (
-            lambda tasks: tasks["SC"].append(entry("yelp")),
-            r"test_tasks\.json: lists SC/yelp, which no step up to this one trains; allowed: SC/amazon, TC/agnews",
-        ),
+        (lambda tasks: tasks.update(SC=[entry("yelp")]), r"test_tasks\.json: lacks SC/amazon of an earlier step"),
     ],
 )
 def test_faults_of_a_test_list(order, change, message):
-    edit(order / "agnews/test_tasks.json", change)
+    edit(order / "agnews/test_tasks.json", lambda tasks: change(tasks) or tasks)
     with pytest.raises(InputError, match=message):
         read_order(order)
 
 
-def test_a_step_trains_on_one_dataset(order):
-    edit(order / "amazon/train_tasks.json", lambda tasks: tasks["TC"].append(entry("dbpedia")))
-    with pytest.raises(InputError, match=r"amazon/train_tasks\.json: found 2 datasets; allowed: exactly one"):
-        read_order(order)
-    edit(order / "amazon/train_tasks.json", lambda tasks: tasks.update(TC=[], SC=[]))
-    with pytest.raises(InputError, match=r"amazon/train_tasks\.json: found 0 datasets; allowed: exactly one"):
-        read_order(order)
-
-
-def test_a_folder_has_the_name_of_its_dataset(order):
-    (order / "amazon").rename(order / "second")
-    with pytest.raises(InputError, match="second/train_tasks.json: trains 'amazon'; allowed: 'second', the name"):
-        read_order(order)
-
-
 def test_faulty_dev_list(order):
-    edit(order / "amazon/dev_tasks.json", lambda tasks: tasks.update({"..": []}))
+    edit(order / "amazon/dev_tasks.json", lambda tasks: tasks | {"..": []})
     with pytest.raises(InputError, match=r"amazon/dev_tasks\.json, task: found '..'"):
         read_order(order)
 
@@ -172,14 +114,6 @@ def test_missing_and_broken_files(order, name):
     (order / "amazon" / name).unlink()
     with pytest.raises(InputError, match=f"amazon/{name}: no such file; a step's folder holds train_tasks.json, dev"):
         read_order(order)
-
-
-def test_missing_and_empty_orders(order):
-    with pytest.raises(InputError, match="four_configs: no such order folder; in .*: three_configs"):
-        read_order(order.parent / "four_configs")
-    (order.parent / "five_configs").mkdir()
-    with pytest.raises(InputError, match="five_configs: no steps; allowed: one folder per dataset"):
-        read_order(order.parent / "five_configs")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy
 import pytest
 
 from errors import InputError
-from helpers import edit
+from helpers import edit, put
 from report import figures as draw
 from report import page
 from report.__main__ import main
@@ -31,17 +31,15 @@ def write_run(root: Path, method: str, order: str, seed: int, last: float, optio
     folder = root / f"{method}-{order}-{seed}-{len(list(root.iterdir())) if root.exists() else 0}"
     for i, task in enumerate(TASKS):
         step = folder / "outputs" / f"{i + 1}-{task}"
-        step.mkdir(parents=True)
         about = {"method": method, "order": order, "seed": seed, "base_model": model, "values": 1000,
                  "trained_values": 10, "options": options or {}}
-        (step / "run_record.json").write_text(json.dumps({"report": about, "data": data or {}}))
+        put(step / "run_record.json", {"report": about, "data": data or {}})
         if i < finished:
             value = last if i == len(TASKS) - 1 else 90.0
             scores = {f"predict_exact_match_for_{name}": value for name in TASKS[: i + 1]}
-            (step / "predict_results.json").write_text(json.dumps(scores | {"predict_exact_match": value}))
-            (step / "train_results.json").write_text(json.dumps({"train_runtime": 20.0}))
-            (step / "t5_adapter").mkdir()
-            (step / "t5_adapter" / "adapter_model.safetensors").write_bytes(bytes(2_500_000 * (i + 1) // 3))
+            put(step / "predict_results.json", scores | {"predict_exact_match": value})
+            put(step / "train_results.json", {"train_runtime": 20.0})
+            put(step / "t5_adapter" / "adapter_model.safetensors", bytes(2_500_000 * (i + 1) // 3))
             rows = [{"Task": "TC", "Dataset": name, "Instance": {"label": "x"}, "Prediction": "x" if k < value else "y"}
                     for name in TASKS[: i + 1] for k in range(100)]
             (step / "predict_eval_predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -171,8 +169,7 @@ def test_a_run_counts_once_and_other_data_make_another_method(tmp_path):
 
 def change_record(step: Path, **changes) -> None:
     """Change parts of a step's record, in place."""
-    record = json.loads((step / "run_record.json").read_text())
-    (step / "run_record.json").write_text(json.dumps(record | changes))
+    edit(step / "run_record.json", lambda record: record | changes)
 
 
 def test_a_later_task_and_the_base_model_count_too(tmp_path):
@@ -345,7 +342,7 @@ def test_the_foot_has_revision_versions_and_settings(tmp_path):
     folder = write_run(tmp_path / "runs", "gorp", "A", 1, 70.0, {"max_steps": 150, "learning_rate": 0.003})
     path = folder / "outputs" / "1-dbpedia" / "run_record.json"
     made = {"git_revision": "0123abc", "versions": {"torch": "2.13.0"}, "machine": {"device": "x86_64"}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | made))
+    edit(path, lambda record: record | made)
     page.write_report(find_runs([tmp_path / "runs"]), tmp_path / "report")
     said = (tmp_path / "report" / "report.html").read_text()
     for text in ("git revision 0123abc", "torch 2.13.0", "x86_64", "max_steps=150", "learning_rate=0.003"):
@@ -426,7 +423,7 @@ def test_an_odd_number_is_one_line_with_file_and_key(file, key, tmp_path, capfd)
     for value in ODD + [101] * ("exact_match" in key):
         inner = content["report"] if file == "run_record.json" else content
         inner[key] = value
-        path.write_text(json.dumps(content))
+        put(path, content)
         assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
         [line] = capfd.readouterr().err.splitlines()
         assert line.startswith(f"error: {path}: {key} is {value!r}; allowed: a number ")

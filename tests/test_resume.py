@@ -428,10 +428,6 @@ def test_every_part_of_a_record_is_compared(finished):
 
 def test_what_decides_a_result_is_compared(finished, mini_benchmark, tmp_path):
     record = json.loads((finished / "run_record.json").read_text())
-    for section, name in (("configuration", "seed"), ("data", "TC/dbpedia/test.json"), ("code", "src/subspace.py"),
-                          ("model", "base/model.safetensors"), ("versions", "torch")):
-        changed = record | {section: record[section] | {name: "other"}}
-        assert len(run_record.differences(record, changed)) == 1, section
     decisive = """ranks seed data_seed learning_rate weight_decay max_grad_norm max_steps num_train_epochs warmup_steps
         lr_scheduler_type bf16 dataloader_drop_last max_source_length max_target_length max_train_samples num_beams
         repetition_penalty add_task_name add_dataset_name instruction_strategy num_examples predict_tasks lora_dim

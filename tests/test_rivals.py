@@ -1,79 +1,20 @@
 """Rival methods: each has the property that defines it. tests/test_every_method.py runs them through the entry."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
 
 import export
-from command_line import parse_arguments
 from errors import InputError
-from helpers import ROOT, T5, T5_MODULES, arguments
+from helpers import ADAM, ROOT, batches, begin, finish, fit, method_of, tiny_t5, train
 from loranew import loranew_layers
-from methods import find_method
 from subspace import see_inputs
 from task_examples import OrderExamples
 
 STAGE_2 = str(ROOT / "configs" / "ds_configs" / "stage2.config")
 FULL_RANK = "full_rank_weights.safetensors"
-ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-
-
-def method_of(name: str, *extra: str, folder: Path):
-    """An instance of a method with the options of a command line, without dropout."""
-    flags = ["--method", name, "--lora_dropout", "0", *extra]
-    command = arguments(folder, folder / "out", "dbpedia", T5, T5_MODULES, *flags)
-    return find_method(name)(parse_arguments(command)[2])
-
-
-def tiny_t5():
-    return AutoModelForSeq2SeqLM.from_pretrained(T5, dtype=torch.float32)
-
-
-def batches(task: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Three batches of a made-up task."""
-    generator = torch.Generator().manual_seed(task)
-    tokens = [torch.randint(5, 200, (2, 8), generator=generator) for _ in range(3)]
-    labels = [ids[:, :3].clone() for ids in tokens]
-    for each in labels:
-        each[0, 1:] = -100  # the first answer is one token, the second three
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": each}
-            for ids, each in zip(tokens, labels)]
-
-
-def begin(method, previous: Path | None, task: int = 0):
-    model = method.prepare(tiny_t5(), previous, decoder_only=False)
-    method.begin_task(model, iter(batches(task)))
-    return model.train()
-
-
-def fit(method, model, task: int = 0, steps: int = 3) -> None:
-    optimizer = method.create_optimizer(**ADAM)
-    method.begin_training(None)
-    for step in range(steps):
-        method.begin_micro_batch(True)
-        loss, penalty = model(**batches(task)[step % 3]).loss, method.penalty()
-        (loss if penalty is None else loss + penalty).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def finish(method, model, folder: Path, task: int = 0) -> Path:
-    method.revisit(model, iter(batches(task)))
-    method.end_task()
-    folder.mkdir()
-    method.save(folder)
-    return folder
-
-
-def train(method, previous: Path | None, folder: Path, task: int = 0) -> Path:
-    """One task of a method's life without the entry; the folder that it saves."""
-    model = begin(method, previous, task)
-    fit(method, model, task)
-    return finish(method, model, folder, task)
 
 
 def covariances(model, layers, task: int) -> dict[str, torch.Tensor]:
@@ -518,12 +459,14 @@ def test_nlora_forms_are_the_papers_product_and_the_released_codes(tmp_path):
     for form in ("product", "factors"):
         method = method_of("nlora", "--nlora_lamda", "0.5", "--nlora_form", form, folder=tmp_path)
         begin(method, None)
+        assert method.penalty() == 0
         factors = dict(method.factors())
         for factor in factors.values():
             torch.nn.init.normal_(factor)
         pairs = [(A, factors[name.replace("_A", "_B")]) for name, A in factors.items() if "_A" in name]
         wanted = sum((B @ A if form == "product" else A @ B).abs().sum() for A, B in pairs)
         torch.testing.assert_close(method.penalty(), 0.5 * wanted)
+    assert method_of("nlora", "--nlora_lamda", "0", folder=tmp_path).penalty() is None
 
 
 def test_nlora_weighs_each_form_by_its_own_default(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import run_uie_lora
 import uie_trainer_lora
-from helpers import PREFIX, ROOT, T5, T5_MODULES, arguments, predictions
+from helpers import PREFIX, ROOT, T5, T5_MODULES, arguments, losses, predictions
 from uie_collator import DataCollatorForUIE
 
 
@@ -243,9 +243,7 @@ def test_cores_train_what_dense_gradients_train(adapter_name, micro_batches, min
         if engine == "dense":
             flags += ["--gradient_accumulation_steps", "1"]
         assert run_uie_lora.main(arguments(mini_benchmark, out, "dbpedia", model, modules, *flags)) == 0
-        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-        losses = [entry["loss"] for entry in history if "loss" in entry]
-        found[engine] = losses, load_file(out / adapter_name / "full_rank_weights.safetensors"), predictions(out)
+        found[engine] = losses(out), load_file(out / adapter_name / "full_rank_weights.safetensors"), predictions(out)
     assert found["cores"][0] == pytest.approx(found["dense"][0], rel=1e-4)
     assert found["cores"][2] == found["dense"][2]
     base = load_file(model / "model.safetensors")
@@ -260,14 +258,13 @@ def test_cores_train_a_later_task_as_dense_gradients_do(two_tasks, mini_benchmar
     adapter_name, first, _ = two_tasks
     exact = ["--lora_dropout", "0", "--galore_update_proj_gap", "20", "--adam_epsilon", "1e-4", "--logging_steps", "1",
              "--max_grad_norm", "0", "--learning_rate", "1e-3", "--galore_lr", "1e-3", "--lamda_2", "0.1"]  # fmt: skip
-    losses = {}
+    found = {}
     for engine in ("dense", "cores"):
         out, flags = tmp_path / engine, [*exact, "--galore_engine", engine]
         command = arguments(mini_benchmark, out, "amazon", first / adapter_name, PREFIX[adapter_name][1], *flags)
         assert run_uie_lora.main(command) == 0
-        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-        losses[engine] = [entry["loss"] for entry in history if "loss" in entry]
-    assert losses["cores"] == pytest.approx(losses["dense"], rel=1e-4)
+        found[engine] = losses(out)
+    assert found["cores"] == pytest.approx(found["dense"], rel=1e-4)
 
 
 def test_cores_refresh_from_a_sketch_in_one_process(mini_benchmark, tmp_path, capfd):

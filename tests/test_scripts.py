@@ -135,10 +135,12 @@ def test_what_the_released_code_computes_has_neither_penalties_nor_what_saves_me
     assert flags(command) == EVERYWHERE | where | RELEASED[script][0] | {"preset": "released"}
 
 
+WITH_A_GPU = "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order"  # whose GPU is made up
+
+
 def with_a_gpu(**variables: str) -> dict[str, str]:
-    """Flags of LLaMA's order 1 on a machine whose GPU is made up."""
-    run = "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order llama order1"
-    return flags(dry_run("-c", run, **variables)[0])
+    """Flags of LLaMA's order 1 on a machine with a GPU."""
+    return flags(dry_run("-c", f"{WITH_A_GPU} llama order1", **variables)[0])
 
 
 def test_llama_saves_memory_unless_the_released_code_is_asked_for():
@@ -286,7 +288,7 @@ def test_several_ranks_use_the_launcher():
 
 def launch_with_gpus(**variables: str) -> subprocess.CompletedProcess:
     """A dry run of order 1 on a machine whose GPUs are made up."""
-    run = "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order t5 order1"
+    run = f"{WITH_A_GPU} t5 order1"
     return bash("-c", run if variables.get("CUDA_VISIBLE_DEVICES") else f"unset CUDA_VISIBLE_DEVICES; {run}",
                 DRY_RUN="1", **variables)
 
@@ -478,10 +480,10 @@ def test_the_first_lines_say_what_is_run():
     assert said("scripts/order_1.sh", "--tiny", NPROC="2") == [
         "[gorp] order1: gorp, the published method, with values for a small model (settings.sh); 16 examples a step = "
         "8 x 1 micro-batch on 2 processes"]
-    assert said("-c", "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order llama order1")[1:] == [
+    gpu = f"{WITH_A_GPU} llama order1"
+    assert said("-c", gpu)[1:] == [
         "[gorp] order1: bf16 with recomputation of activations, to save memory; the released runs were float32 without "
         "recomputation (27 GB of weights)"]
-    gpu = "source scripts/lib.sh; has_gpu() { true; }; parse_arguments ''; run_order llama order1"
     cases = [(gpu, "--bf16 False", "float32"), (gpu, "--bf16 --galore_rank 4", "bf16"), ("", "", "float32"),
              (gpu, "--bf16 False --fp16", "fp16"), ("", "--bf16 yes", "bf16")]
     for words, extra, precision in cases:

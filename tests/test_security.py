@@ -18,14 +18,13 @@ from safetensors.torch import load_file
 
 import order_config
 from errors import InputError
-from helpers import ROOT, bash, order_1
+from helpers import ROOT, T5, bash, order_1, put
 from loranew import load_loranew
 from model.loading import load_model_and_tokenizer
 from order_config import check_name, read_order
 from subspace import GradientSpace
 from uie_dataset_lora import ExampleOptions, read_examples
 
-T5 = ROOT / "initial_model" / "tiny-t5"
 SOURCES = sorted(path for folder in ("src", "scripts", "data", "initial_model", "benchmarks", "examples")
                  for path in ROOT.joinpath(folder).rglob("*.py"))  # fmt: skip
 
@@ -191,7 +190,7 @@ def test_no_piece_of_a_model_is_unpickled(model, mark, write):
     (model / "model.safetensors").unlink()
     write(model / "pytorch_model.bin", mark)
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "pytorch_model.bin")}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    put(model / "model.safetensors.index.json", index)
     load(model)
     assert not mark.exists()
 
@@ -199,8 +198,7 @@ def test_no_piece_of_a_model_is_unpickled(model, mark, write):
 @pytest.mark.parametrize("write", WRITERS)
 def test_nothing_of_an_adapter_is_unpickled(tmp_path, mark, write):
     adapter = tmp_path / "t5_adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": "q"}))
+    put(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 8, "target_modules": "q"})
     for name in ("adapter_model.bin", "adapter_model.safetensors"):
         write(adapter / name, mark)
         with pytest.raises(InputError):
@@ -225,12 +223,10 @@ OWN_CODE = {
 def test_code_that_comes_with_a_model_is_not_run(model, mark, what, monkeypatch):
     file, values = OWN_CODE[what]
     path = model / file
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(content | values))
+    put(path, (json.loads(path.read_text()) if path.exists() else {}) | values)
     code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Own: pass\n"
     (model / "code.py").write_text(code)
-    (model / "custom_generate").mkdir()
-    (model / "custom_generate" / "generate.py").write_text(code)
+    put(model / "custom_generate" / "generate.py", code)
     monkeypatch.syspath_prepend(model)
     load(model)
     assert not mark.exists()
@@ -240,12 +236,10 @@ def test_an_adapter_cannot_have_a_module_imported(tmp_path, mark, monkeypatch):
     (tmp_path / "evil_module.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
     monkeypatch.syspath_prepend(tmp_path)
     adapter = tmp_path / "t5_adapter"
-    adapter.mkdir()
     for extra in ({"megatron_config": {"a": 1}, "megatron_core": "evil_module"},
                   {"auto_mapping": {"parent_library": "evil_module", "base_model_class": "Own"}},
                   {"task_type": "evil_module"}, {"runtime_config": {"a": "evil_module"}}):  # fmt: skip
-        config = {"peft_type": "LORA", "r": 8, "target_modules": "q", **extra}
-        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        put(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 8, "target_modules": "q", **extra})
         with pytest.raises(InputError):
             load_loranew(torch.nn.Module(), adapter)
     assert not mark.exists()
@@ -253,8 +247,9 @@ def test_an_adapter_cannot_have_a_module_imported(tmp_path, mark, monkeypatch):
 
 # --- out of the data folder ---
 
-NAMES = ["..", ".", "", "../x", "/etc", "a/b", "a\\b", "C:\\x", "~", "~root", "-rf", "$(touch mark)", "`touch mark`",
-         "a;b", "a b", "a\nb", "a\0b", "a*", "..\u2215x", "\u202etxt", "\ud800", "x" * 5000]  # fmt: skip
+NAMES = ["..", ".", "", "../x", "/etc", "a/b", "a\\b", "C:\\x", "~", "~root", "-rf", "_x", "$(touch mark)",
+         "`touch mark`", "a;b", "a b", "a\nb", "a\0b", "a*", "..\u2215x", "\u202etxt", "\ud800",
+         "x" * 5000]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
@@ -268,10 +263,9 @@ def step(tmp_path) -> Path:
     """A step over TC/mine, whose benchmark folder lies beside a file that is none of its own."""
     rows = [{"sentence": "private", "label": "A"}]
     for place in ("benchmark/TC/mine", "private"):
-        (tmp_path / place).mkdir(parents=True)
         for name in ("train", "dev", "test"):
-            (tmp_path / place / f"{name}.json").write_text(json.dumps(rows))
-        (tmp_path / place / "labels.json").write_text('["A", "B"]')
+            put(tmp_path / place / f"{name}.json", rows)
+        put(tmp_path / place / "labels.json", ["A", "B"])
     order_config.write_order(tmp_path / "mine_configs", [("TC", "mine")])
     return tmp_path / "mine_configs" / "mine"
 
@@ -348,7 +342,7 @@ def test_a_config_is_no_command(tmp_path, mark):
         (root / name).write_text("")
     path = root / "configs" / "order1_configs" / "dbpedia" / "train_tasks.json"
     for text in SHELL:
-        path.write_text(json.dumps({"TC": [{"dataset name": text.format(mark=mark)}]}))
+        put(path, {"TC": [{"dataset name": text.format(mark=mark)}]})
         done = bash("scripts/order_1.sh", cwd=root, DRY_RUN="1")
         assert done.returncode == 0 and text.format(mark=mark) not in done.stdout
         with pytest.raises(InputError, match="order1_configs/dbpedia/train_tasks.json"):

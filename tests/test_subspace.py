@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 from errors import InputError
@@ -135,40 +136,36 @@ def test_useless_moments_are_left_out_with_a_line(caplog):
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["a", "b"]
 
 
+class Model(nn.Module):
+    """A model of one layer, of any kind."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, attention_mask, labels):
+        return self.layer(x)
+
+
 def test_layer_inputs_are_what_the_layers_see_without_padding():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
-
-        def forward(self, x, attention_mask, labels):
-            return self.second(self.first(x))
-
     torch.manual_seed(0)
-    model = Model().train()
+    model = Model(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))).train()
+    first, second = model.layer
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batches = [{"x": torch.randn(2, 3, 4), "attention_mask": mask, "labels": torch.zeros(2, 5)} for _ in range(2)]
-    seen = layer_inputs(model, {"a": model.first, "b": model.second}, batches)
+    seen = layer_inputs(model, {"a": first, "b": second}, batches)
     real = torch.cat([batch["x"][mask.bool()] for batch in batches])
-    for found, expected in ((seen["a"], real), (seen["b"], model.first(real).detach())):
+    for found, expected in ((seen["a"], real), (seen["b"], first(real).detach())):
         assert found.shape == expected.shape
         assert torch.allclose(found.sort(0).values, expected.sort(0).values)
-    assert model.training and not model.first._forward_pre_hooks
+    assert model.training and not first._forward_pre_hooks
     space = GradientSpace("input", energy=1.0)
     space.extend({"b": seen["b"]})
     assert torch.allclose(remove(seen["b"], space.get("b"), "input"), torch.zeros(6, 6), atol=1e-5)
 
 
 def test_a_sample_of_layer_inputs_is_drawn_from_the_whole_example():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(1, 2)
-
-        def forward(self, x, attention_mask, labels):
-            return self.layer(x)
-
-    model, x = Model(), torch.arange(80.0).view(2, 40, 1)  # each position by its number
+    model, x = Model(nn.Linear(1, 2)), torch.arange(80.0).view(2, 40, 1)  # each position by its number
     batch = {"x": x, "attention_mask": torch.ones(2, 40), "labels": torch.zeros(2, 3)}
     seen = layer_inputs(model, {"layer": model.layer}, [batch])["layer"].view(2, SAMPLE) - torch.tensor([[0], [40]])
     first, second = map(set, seen.tolist())
@@ -177,47 +174,24 @@ def test_a_sample_of_layer_inputs_is_drawn_from_the_whole_example():
 
 
 def test_layer_inputs_are_those_of_evaluation():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.dropout, self.layer = torch.nn.Dropout(0.5), torch.nn.Linear(4, 6)
-
-        def forward(self, x, attention_mask, labels):
-            return self.layer(self.dropout(x))
-
-    model, x = Model().train(), torch.randn(2, 3, 4)
+    model, x = Model(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 6))).train(), torch.randn(2, 3, 4)
     batch = {"x": x, "attention_mask": torch.ones(2, 3), "labels": torch.zeros(2, 5)}
-    seen = layer_inputs(model, {"layer": model.layer}, [batch])["layer"]
+    seen = layer_inputs(model, {"linear": model.layer[1]}, [batch])["linear"]
     assert model.training and torch.equal(seen.sort(0).values, x.flatten(0, 1).sort(0).values)
 
 
 @pytest.mark.parametrize("most", [2, 40])  # positions; more than a sample takes
 def test_a_layer_that_sees_examples_end_to_end_is_sampled_like_another(most):
     """Some models (OPT, Qwen2-MoE) give a linear layer (examples * positions, in)."""
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.flat = torch.nn.Linear(4, 6), torch.nn.Linear(4, 6)
-
-        def forward(self, x, attention_mask, labels):
-            return self.layer(x), self.flat(x.flatten(0, 1))
-
-    model, mask = Model(), torch.tensor([[1] * most, [1, 0] * (most // 2)])
+    linear, flat = nn.Linear(4, 4), nn.Linear(4, 6)
+    model, mask = Model(nn.Sequential(linear, nn.Flatten(0, 1), flat)), torch.tensor([[1] * most, [1, 0] * (most // 2)])
     batch = {"x": torch.randn(2, most, 4), "attention_mask": mask, "labels": torch.zeros(2, 1)}
-    seen = layer_inputs(model, {"layer": model.layer, "flat": model.flat}, [batch])
-    assert torch.equal(seen["layer"], seen["flat"]) and seen["flat"].shape[1] == 4
+    seen = layer_inputs(model, {"linear": linear, "flat": flat}, [batch])
+    torch.testing.assert_close(linear(seen["linear"]).detach(), seen["flat"])
 
 
 def test_a_sample_of_layer_inputs_does_not_depend_on_the_batches():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(4, 6)
-
-        def forward(self, x, attention_mask, labels):
-            return self.layer(x)
-
-    model, x = Model(), torch.randn(6, 40, 4)
+    model, x = Model(nn.Linear(4, 6)), torch.randn(6, 40, 4)
     lengths = torch.tensor([40, 7, 33, 20, 40, 1])
     mask = (torch.arange(40) < lengths[:, None]).long()
 
