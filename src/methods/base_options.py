@@ -101,6 +101,11 @@ class OptimizerArguments(MethodArguments):
 
 
 @dataclass
+class LoraOptimizerArguments(OptimizerArguments, LoraArguments):
+    """A LoRA and its optimizer, with nothing else."""
+
+
+@dataclass
 class TargetArguments(MethodArguments):
     """The full-rank weights that train."""
 
