@@ -24,6 +24,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from errors import InputError, nearest
 from files import check_writable, read_object
+from order_config import LIMITS
 
 NOTHING = "none"
 """The value of `--optim_target_modules` and `--proj_lora_modules` that clears what a script passes."""
@@ -59,8 +60,10 @@ class DataArguments:
     max_target_length: int = HfArg(default=50, help="Maximum number of tokens in an answer; a longer one is an error.")
     repetition_penalty: float = HfArg(default=1.0, help="Generation: 1.0 is no penalty.")
     num_beams: int = HfArg(default=1, help="Generation: beams; 1 is greedy.")
-    max_num_instances_per_task: int | None = HfArg(default=10000, help="Training examples, if sampled; -1: all.")
-    max_num_instances_per_eval_task: int | None = HfArg(default=200, help="Validation examples, if sampled.")
+    max_num_instances_per_task: int | None = HfArg(
+        default=LIMITS["train"], help="Training examples, if sampled; -1: all."
+    )
+    max_num_instances_per_eval_task: int | None = HfArg(default=LIMITS["dev"], help="Validation examples, if sampled.")
     over_sampling: bool = HfArg(default=False, help="Repeat training examples up to max_num_instances_per_task.")
     max_train_samples: int | None = HfArg(default=None, help="Train on this many examples at most.")
     max_eval_samples: int | None = HfArg(default=None, help="Validate on this many examples at most.")
