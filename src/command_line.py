@@ -20,8 +20,8 @@ from typing import get_type_hints
 
 from transformers import HfArgumentParser
 
-from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
-from errors import InputError, first_line, nearest
+from arguments import DataArguments, ModelArguments, UIETrainingArguments
+from errors import InputError, check, first_line, nearest
 from files import read_object
 from methods import Method, find_method, method_names
 from methods.base_options import MethodArguments

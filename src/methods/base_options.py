@@ -10,9 +10,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from transformers.hf_argparser import HfArg
 
-from arguments import NOTHING, UIETrainingArguments, check, check_number
-from errors import InputError
+from arguments import UIETrainingArguments
+from errors import InputError, check, check_number
 from Proj_torch.proj_projector import PROJ_TYPES
+
+NOTHING = "none"
+"""The value of `--optim_target_modules` and `--proj_lora_modules` that clears what a script passes."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from arguments import check_number
+from errors import check_number
 from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import LoraArguments

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.hf_argparser import HfArg
 
-from arguments import check, check_number
+from errors import check, check_number
 from files import read_tensors
 from methods.base_options import LoraArguments
 from methods.seqlora import Seqlora

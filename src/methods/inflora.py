@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from arguments import check
-from errors import InputError
+from errors import InputError, check
 from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import LoraArguments

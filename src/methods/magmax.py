@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 import full_rank
-from arguments import check_number
+from errors import check_number
 from files import read_tensors
 from loranew import loranew_layers
 from methods.base_options import LoraArguments

@@ -14,8 +14,7 @@ from typing import Literal
 import torch
 from transformers.hf_argparser import HfArg
 
-from arguments import check_number
-from errors import InputError
+from errors import InputError, check_number
 from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import LoraArguments

@@ -13,8 +13,7 @@ from pathlib import Path
 from peft import OSFConfig, get_peft_model
 from transformers.hf_argparser import HfArg
 
-from arguments import check
-from errors import InputError
+from errors import InputError, check
 from files import read_json, write_json
 from loranew.adapter import CONFIG_FILE
 from methods.base import FullRankMethod

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datasets import concatenate_datasets
 from transformers.hf_argparser import HfArg
 
-from arguments import check
+from errors import check
 from methods.base_options import LoraArguments
 from methods.seqlora import Seqlora
 

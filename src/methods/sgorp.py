@@ -17,8 +17,7 @@ from typing import Literal
 import torch
 from transformers.hf_argparser import HfArg
 
-from arguments import check
-from errors import InputError
+from errors import InputError, check
 from loranew import loranew_layers, set_input_space
 from methods.gorp import Gorp, GorpArguments
 from Proj_torch.proj_projector import remove
