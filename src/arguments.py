@@ -6,7 +6,6 @@ the published ones.
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,11 +21,9 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from errors import InputError, nearest
+from errors import InputError, check, check_number, nearest
 from files import check_writable, read_object
-
-NOTHING = "none"
-"""The value of `--optim_target_modules` and `--proj_lora_modules` that clears what a script passes."""
+from order_config import LIMITS
 
 
 @dataclass
@@ -59,8 +56,10 @@ class DataArguments:
     max_target_length: int = HfArg(default=50, help="Maximum number of tokens in an answer; a longer one is an error.")
     repetition_penalty: float = HfArg(default=1.0, help="Generation: 1.0 is no penalty.")
     num_beams: int = HfArg(default=1, help="Generation: beams; 1 is greedy.")
-    max_num_instances_per_task: int | None = HfArg(default=10000, help="Training examples, if sampled; -1: all.")
-    max_num_instances_per_eval_task: int | None = HfArg(default=200, help="Validation examples, if sampled.")
+    max_num_instances_per_task: int | None = HfArg(
+        default=LIMITS["train"], help="Training examples, if sampled; -1: all."
+    )
+    max_num_instances_per_eval_task: int | None = HfArg(default=LIMITS["dev"], help="Validation examples, if sampled.")
     over_sampling: bool = HfArg(default=False, help="Repeat training examples up to max_num_instances_per_task.")
     max_train_samples: int | None = HfArg(default=None, help="Train on this many examples at most.")
     max_eval_samples: int | None = HfArg(default=None, help="Validate on this many examples at most.")
@@ -329,16 +328,3 @@ def check_data_arguments(data: DataArguments) -> None:
     limit = data.max_num_instances_per_task
     check(not data.over_sampling or (limit or -1) > 0, "max_num_instances_per_task", f"{limit} with --over_sampling",
           "the number of examples to reach")
-
-
-def check(holds: bool, flag: str, found, allowed: str) -> None:
-    """Reject the value of a flag unless `holds`, saying what is allowed."""
-    if not holds:
-        raise InputError(f"--{flag}: found {found}; allowed: {allowed}")
-
-
-def check_number(group, flag: str, *, above: float | None = None, least: float = -math.inf) -> None:
-    """Reject the value of a flag unless it is None, or finite and above `above`, or at least `least`."""
-    found = getattr(group, flag)
-    holds = found is None or math.isfinite(found) and (found > above if above is not None else found >= least)
-    check(holds, flag, found, f"a number above {above}" if above is not None else f"{least} or more")

@@ -16,11 +16,12 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import get_type_hints
 
 from transformers import HfArgumentParser
 
-from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
-from errors import InputError, first_line, nearest
+from arguments import DataArguments, ModelArguments, UIETrainingArguments
+from errors import InputError, check, first_line, nearest
 from files import read_object
 from methods import Method, find_method, method_names
 from methods.base_options import MethodArguments
@@ -122,10 +123,11 @@ def _check_together(
 def _others(method: type[Method]) -> type:
     """A group of all options that only other methods read; None for a flag that is not given."""
     own = {option.name for option in dataclasses.fields(method.Arguments)}
-    options = (option for name in method_names() for option in dataclasses.fields(find_method(name).Arguments))
+    groups = [find_method(name).Arguments for name in method_names()]
     others = {
-        option.name: (option.name, option.type, dataclasses.field(default=None, metadata=option.metadata))
-        for option in options if option.init and option.name not in own
+        option.name: (option.name, types[option.name], dataclasses.field(default=None, metadata=option.metadata))
+        for types, group in zip(map(get_type_hints, groups), groups)  # resolved, should a file postpone its annotations
+        for option in dataclasses.fields(group) if option.init and option.name not in own
     }
     return dataclasses.make_dataclass("IgnoredArguments", others.values())
 

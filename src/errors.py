@@ -1,8 +1,9 @@
-"""The exceptions that end a run with one line: bad input, and failures during the run."""
+"""The exceptions that end a run with one line: bad input, which `check` finds in flags, and failures during the run."""
 
 import difflib
 import errno
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable
 
@@ -23,6 +24,19 @@ class InputError(Exception):
         line = " ".join(str(message).split())
         line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
         super().__init__(line if len(line) <= MOST else f"{line[: MOST // 2]} ... {line[-MOST // 2 :]}")
+
+
+def check(holds: bool, flag: str, found, allowed: str) -> None:
+    """Reject the value of a flag unless `holds`, saying what is allowed."""
+    if not holds:
+        raise InputError(f"--{flag}: found {found}; allowed: {allowed}")
+
+
+def check_number(group, flag: str, *, above: float | None = None, least: float = -math.inf) -> None:
+    """Reject the value of a flag unless it is None, or finite and above `above`, or at least `least`."""
+    found = getattr(group, flag)
+    holds = found is None or math.isfinite(found) and (found > above if above is not None else found >= least)
+    check(holds, flag, found, f"a number above {above}" if above is not None else f"{least} or more")
 
 
 def first_line(error: BaseException) -> str:

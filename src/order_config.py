@@ -18,6 +18,8 @@ SUBSETS = ("train", "dev", "test")
 TASK_FILES = tuple(f"{subset}_tasks.json" for subset in SUBSETS)
 BENCHMARK_FILES = (*(f"{subset}.json" for subset in SUBSETS), "labels.json")
 SAMPLING = ("random", "full")
+LIMITS = {"train": 10000, "dev": 200}
+"""How many examples of a dataset that is sampled at random are read, unless a flag says otherwise; all for test."""
 ENTRY_KEYS = ("sampling strategy", "dataset name")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a folder's name, safe on every system and in every shell

@@ -29,9 +29,8 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, T5Config
 from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from arguments import check, check_number
 from command_line import Parser
-from errors import InputError, entry_point, first_line
+from errors import InputError, check, check_number, entry_point, first_line
 from methods.base_modules import choose_modules
 from methods.gorp import Gorp, GorpArguments
 from model.loading import model_class

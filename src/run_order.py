@@ -27,11 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import run_uie_lora
-from arguments import check
 from check import check_flags, check_order
 from checkpoints import checkpoint_folders
 from command_line import Parser, peek, underscored
-from errors import InputError, entry_point
+from errors import InputError, check, entry_point
 from files import check_writable, read_json
 from methods import find_method
 from order_config import OrderStep, order_name, read_order, step_name

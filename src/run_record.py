@@ -100,12 +100,12 @@ def make_record(data: Mapping[str, Path], model_args, data_args, method: Method,
         } | {"ranks": training_args.world_size},
         "data": {name: digest(path) for name, path in data.items()} | ({"place in the order": place} if place else {}),
         "model": {name: digest(path) for name, path in model.items()},
-        "code": _code_of_this_process(method.options.method),
+        "code": code_digests(method.options.method),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
     }
     device = torch.cuda.get_device_name() if training_args.device.type == "cuda" else platform.machine()
     machine = {"device": device, "threads": torch.get_num_threads()}
-    shown = {"git_revision": _revision_of_this_process(), "machine": machine}
+    shown = {"git_revision": _git_revision(), "machine": machine}
     return json.loads(json.dumps(compared | shown, default=str))
 
 
@@ -182,6 +182,7 @@ def _change(section: str, name: str, before, now) -> str:
     return f"{name} " + ("is new" if before is None else "is gone" if now is None else "has changed")
 
 
+@functools.cache  # once for all tasks of an order, as what a process runs is what it imported
 def code_digests(method: str) -> dict[str, str]:
     """Digests of the files in src/ that a run of this method imports, without comments and docstrings."""
     finder = ModuleFinder(path=[str(SOURCE)])  # reads code and runs none
@@ -201,16 +202,13 @@ class _WithoutDocstrings(ast.NodeTransformer):
         return None if isinstance(node.value, ast.Constant) else node
 
 
+@functools.cache
 def _git_revision() -> str | None:
     """The commit of the code, with `-dirty` if files differ from it; None outside this project's repository, which is
     recognised by its scripts: a copy of src/ in another repository lacks them."""
     if _git("ls-files", "--full-name", "run_record.py", "../scripts/lib.sh") != "scripts/lib.sh\nsrc/run_record.py":
         return None
     return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-# Once for all tasks of an order, as what a process runs is what it imported.
-_code_of_this_process, _revision_of_this_process = functools.cache(code_digests), functools.cache(_git_revision)
 
 
 def _git(*command: str) -> str | None:

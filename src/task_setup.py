@@ -12,9 +12,9 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
-from arguments import DataArguments, ModelArguments, UIETrainingArguments, check
+from arguments import DataArguments, ModelArguments, UIETrainingArguments
 from compute_metrics import MEASURED
-from errors import InputError
+from errors import InputError, check
 from methods import Method
 from model.loading import LoadedModel, load_model_and_tokenizer
 from order_config import read_order

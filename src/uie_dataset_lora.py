@@ -18,7 +18,7 @@ import datasets
 from compute_metrics import normalise
 from errors import InputError, nearest
 from files import json_kind, read_json, read_object
-from order_config import SUBSETS, TASKS, benchmark_datasets, read_task_config
+from order_config import LIMITS, SUBSETS, TASKS, benchmark_datasets, read_task_config
 
 logger = logging.getLogger("gorp")
 
@@ -49,8 +49,8 @@ class ExampleOptions:
     data_dir: str | os.PathLike
     instruction_file: str | os.PathLike
     instruction_strategy: str = "single"  # a task's first instruction; "multiple": a seeded choice for each example
-    max_num_instances_per_task: int | None = 10000  # None or below 0: no limit
-    max_num_instances_per_eval_task: int | None = 200
+    max_num_instances_per_task: int | None = LIMITS["train"]  # None or below 0: no limit
+    max_num_instances_per_eval_task: int | None = LIMITS["dev"]
     # Labelled examples of its dataset's train.json that each prompt shows (`Samples`, a seeded choice without the
     # example itself), after one of the task's "few-shot" instructions.
     num_examples: int = 0
@@ -334,7 +334,7 @@ def _choose(rows: list[dict], source: _Source, options: ExampleOptions) -> list[
         return [rows[index] for index in sorted(draw.sample(range(len(rows)), limit))]
     if options.over_sampling and source.subset == "train" and limit > len(rows):
         return rows + draw.choices(rows, k=limit - len(rows))
-    if limit < len(rows) and limit != ExampleOptions("", "").limit(source.subset):  # was asked for
+    if limit < len(rows) and limit != LIMITS[source.subset]:  # was asked for
         logger.warning("%s, %s: the limit of %d examples is ignored, as the order's sampling strategy is full; "
                        "--max_train_samples and --max_eval_samples limit them", source.dataset, source.subset, limit)
     return rows

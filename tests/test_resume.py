@@ -509,18 +509,19 @@ def source(tmp_path, monkeypatch) -> Path:
 
 
 def test_comments_docstrings_and_other_methods_change_no_record(source):
-    before = run_record.code_digests("gorp")
+    digests = run_record.code_digests.__wrapped__  # not cached
+    before = digests("gorp")
     methods = source / "methods"
     subspace = (source / "subspace.py").read_text()
     (source / "subspace.py").write_text(f'"""Another docstring."""\n# And a comment.\n{subspace}')
     (methods / "olora.py").write_text("from methods import nowhere\n")
     (methods / "new.py").write_text("from methods.seqlora import Seqlora\n\n\nclass New(Seqlora):\n    pass\n")
     (source / "check.py").unlink()
-    assert run_record.code_digests("gorp") == before
+    assert digests("gorp") == before
     (source / "subspace.py").write_text(f"{subspace}CHANGED = 1\n")
-    changes = run_record.differences({"code": before}, {"code": run_record.code_digests("gorp")})
+    changes = run_record.differences({"code": before}, {"code": digests("gorp")})
     assert changes == ["src/subspace.py has changed"]
-    new = run_record.code_digests("new")  # of a method, what it is built on counts
+    new = digests("new")  # of a method, what it is built on counts
     assert {"src/methods/new.py", "src/methods/seqlora.py", "src/methods/base.py"} <= new.keys()
     assert not {"src/methods/olora.py", "src/report/page.py", "src/plan_memory.py", "src/export.py"} & new.keys()
 
@@ -543,26 +544,27 @@ def test_a_revision_is_that_of_the_projects_own_repository(source, tmp_path, mon
         own = ["-c", "user.name=a", "-c", "user.email=a@b", *words]
         subprocess.run(["git", "-C", str(source.parent), *own], check=True, capture_output=True)
 
+    revision = run_record._git_revision.__wrapped__  # not cached
     git("init")
     git("commit", "--allow-empty", "-m", "of another project, into which src/ was unpacked")
-    assert run_record._git_revision() is None
+    assert revision() is None
     git("add", "src/run_record.py")
     git("commit", "-m", "src/ as a part of another project")
-    assert run_record._git_revision() is None
+    assert revision() is None
     shutil.copytree(ROOT / "scripts", source.parent / "scripts")
     git("add", "scripts/lib.sh")
     git("commit", "-m", "ours")
-    own = run_record._git_revision()
+    own = revision()
     assert len(own) == 40
     subprocess.run(["git", "init", tmp_path / "other"], check=True, capture_output=True)
     for variable, value in (("GIT_DIR", tmp_path / "other" / ".git"), ("GIT_WORK_TREE", tmp_path / "other")):
         monkeypatch.setenv(variable, str(value))  # as in a hook of another repository
-        assert run_record._git_revision() == own
+        assert revision() == own
         monkeypatch.delenv(variable)
     git("mv", "src", "vendor")
     git("commit", "-m", "elsewhere in another project")
     run_record.SOURCE = source.with_name("vendor")  # the fixture puts it back
-    assert run_record._git_revision() is None
+    assert revision() is None
 
 
 def test_a_large_file_is_told_by_its_size_and_ends(tmp_path, monkeypatch):

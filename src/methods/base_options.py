@@ -6,29 +6,35 @@ serves every method.
 """
 
 from dataclasses import dataclass, field, fields
+from typing import Literal, get_args, get_origin, get_type_hints
 
-from arguments import NOTHING, UIETrainingArguments, check, check_number
-from errors import InputError
+from transformers.hf_argparser import HfArg
+
+from arguments import UIETrainingArguments
+from errors import InputError, check, check_number
 from Proj_torch.proj_projector import PROJ_TYPES
+
+NOTHING = "none"
+"""The value of `--optim_target_modules` and `--proj_lora_modules` that clears what a script passes."""
 
 
 @dataclass
 class MethodArguments:
     """The options of every method."""
 
-    method: str = field(default="gorp", metadata={"help": "A file name of src/methods, without .py."})
-    preset: str | None = field(
+    method: str = HfArg(default="gorp", help="A file name of src/methods, without .py.")
+    preset: str | None = HfArg(
         default=None,
-        metadata={"help": "released (of gorp): compute what the scripts that GORP's authors released compute, see "
-                          "docs/DEVIATIONS.md. A flag that contradicts it is an error."},
-    )  # fmt: skip
+        help="released (of gorp): compute what the scripts that GORP's authors released compute, see "
+        "docs/DEVIATIONS.md. A flag that contradicts it is an error.",
+    )
     # Known flags on the command line that this method does not read.
     ignored: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self):
-        for option in fields(self):
-            value, choices = getattr(self, option.name), option.metadata.get("choices", [])
-            check(not choices or value in (*choices, option.default), option.name, value, ", ".join(map(str, choices)))
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                check(getattr(self, name) in get_args(kind), name, getattr(self, name), ", ".join(get_args(kind)))
 
     def changed_base(self) -> list[str]:
         """Regular expressions for the base's weights that change, and so cannot be held in 4 bits."""
@@ -52,16 +58,14 @@ class MethodArguments:
 class LoraArguments(MethodArguments):
     """The LoRA that a task adds, and where it goes."""
 
-    lora_modules: str = field(
-        default=None,
-        metadata={"help": "Where LoRA goes: a regular expression for complete module names; auto: by the model type."},
+    lora_modules: str = HfArg(
+        default=None, help="Where LoRA goes: a regular expression for complete module names; auto: by the model type."
     )
-    lora_dim: int = field(default=8, metadata={"help": "Rank of the LoRA that a task adds."})
-    lora_alpha: float = field(default=32, metadata={"help": "LoRA scale times rank: s = lora_alpha / lora_dim."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the trainable LoRA."})
-    merge_old: bool = field(
-        default=False,
-        metadata={"help": "Add earlier tasks' LoRA to the base weights in memory, so that passes do not slow down."},
+    lora_dim: int = HfArg(default=8, help="Rank of the LoRA that a task adds.")
+    lora_alpha: float = HfArg(default=32, help="LoRA scale times rank: s = lora_alpha / lora_dim.")
+    lora_dropout: float = HfArg(default=0.1, help="Dropout before the trainable LoRA.")
+    merge_old: bool = HfArg(
+        default=False, help="Add earlier tasks' LoRA to the base weights in memory, so that passes do not slow down."
     )
 
     def __post_init__(self):
@@ -84,13 +88,10 @@ class LoraArguments(MethodArguments):
 class OptimizerArguments(MethodArguments):
     """The optimizer of the LoRA factors."""
 
-    lora_optimizer: str = field(
+    lora_optimizer: Literal["adamw", "muon"] = HfArg(
         default="adamw",
-        metadata={
-            "help": "adamw, or muon (torch.optim.Muon: momentum 0.95, orthogonalised, steps of AdamW's size; the adam_ "
-            "flags are ignored).",
-            "choices": ["adamw", "muon"],
-        },
+        help="adamw, or muon (torch.optim.Muon: momentum 0.95, orthogonalised, steps of AdamW's size; the adam_ flags "
+        "are ignored).",
     )
 
     def unread(self):
@@ -103,13 +104,18 @@ class OptimizerArguments(MethodArguments):
 
 
 @dataclass
+class LoraOptimizerArguments(OptimizerArguments, LoraArguments):
+    """A LoRA and its optimizer, with nothing else."""
+
+
+@dataclass
 class TargetArguments(MethodArguments):
     """The full-rank weights that train."""
 
-    optim_target_modules: list[str] = field(
+    optim_target_modules: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "Full-rank weights that train by projection: regular expressions for complete module names; "
-                          "auto: by the model's type."},
+        help="Full-rank weights that train by projection: regular expressions for complete module names; auto: by the "
+        "model's type.",
     )
 
     def __post_init__(self):
@@ -127,34 +133,25 @@ class TargetArguments(MethodArguments):
 class ProjectionArguments(TargetArguments):
     """The low-rank projection of the full-rank weights' gradients."""
 
-    galore_rank: int = field(default=8, metadata={"help": "Rank k of the gradient projection."})
-    galore_update_proj_gap: int = field(default=10, metadata={"help": "Optimizer steps between refreshes of bases."})
-    galore_scale: float = field(default=1.0, metadata={"help": "Factor on the update that is projected back."})
-    galore_proj_type: str = field(
+    galore_rank: int = HfArg(default=8, help="Rank k of the gradient projection.")
+    galore_update_proj_gap: int = HfArg(default=10, help="Optimizer steps between refreshes of bases.")
+    galore_scale: float = HfArg(default=1.0, help="Factor on the update that is projected back.")
+    galore_proj_type: Literal[PROJ_TYPES] = HfArg(
         default="std",
-        metadata={
-            "help": "Projected side: std the smaller, reverse_std the larger, left output, right input, full both.",
-            "choices": list(PROJ_TYPES),
-        },
+        help="Projected side: std the smaller, reverse_std the larger, left output, right input, full both.",
     )
-    galore_svd: str = field(
+    galore_svd: Literal["exact", "lowrank", "sketch"] = HfArg(
         default="lowrank",
-        metadata={
-            "help": "How a basis is computed: by SVD, by randomised SVD, or (engine: cores) from a sketch, for which "
-            "no complete gradient is formed or summed over ranks.",
-            "choices": ["exact", "lowrank", "sketch"],
-        },
+        help="How a basis is computed: by SVD, by randomised SVD, or (engine: cores) from a sketch, for which no "
+        "complete gradient is formed or summed over ranks.",
     )
-    galore_engine: str = field(
+    galore_engine: Literal["auto", "dense", "cores"] = HfArg(
         default="auto",
-        metadata={
-            "help": "What trains full-rank weights: dense gradients and ProjAdamW, or small cores beside frozen "
-            "weights, with the same mathematics (clipping sees the cores' gradients) and less memory. auto: cores "
-            "under DeepSpeed and beside 16-bit weights, else dense.",
-            "choices": ["auto", "dense", "cores"],
-        },
+        help="What trains full-rank weights: dense gradients and ProjAdamW, or small cores beside frozen weights, with "
+        "the same mathematics (clipping sees the cores' gradients) and less memory. auto: cores under DeepSpeed and "
+        "beside 16-bit weights, else dense.",
     )
-    galore_lr: float = field(default=1e-5, metadata={"help": "Learning rate of the full-rank weights."})
+    galore_lr: float = HfArg(default=1e-5, help="Learning rate of the full-rank weights.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -194,32 +191,23 @@ class ProjectionArguments(TargetArguments):
 class SpaceArguments(MethodArguments):
     """The shared gradient space, and how it protects."""
 
-    proj_lora_modules: str | None = field(
+    proj_lora_modules: str | None = HfArg(
         default=".*loranew_A.*",
-        metadata={"help": "Protected LoRA factors: a regular expression for factor names; none: no factor."},
+        help="Protected LoRA factors: a regular expression for factor names; none: no factor.",
     )
-    protect: str = field(
+    protect: Literal["gp_first", "gp_second", "none"] = HfArg(
         default="gp_first",
-        metadata={
-            "help": "Where the shared gradient space is removed: from the projected gradient before Adam (gp_first, as "
-            "in the paper), from Adam's first moment before its division (gp_second), or nowhere.",
-            "choices": ["gp_first", "gp_second", "none"],
-        },
+        help="Where the shared gradient space is removed: from the projected gradient before Adam (gp_first, as in the "
+        "paper), from Adam's first moment before its division (gp_second), or nowhere.",
     )
-    protect_side: str = field(
-        default="output",
-        metadata={"help": "The protected side of a weight: output in the paper.", "choices": ["input", "output"]},
+    protect_side: Literal["input", "output"] = HfArg(
+        default="output", help="The protected side of a weight: output in the paper."
     )
-    space_energy: float = field(
-        default=0.9, metadata={"help": "Share of the first moments' or inputs' energy that the space holds."}
-    )
-    space_from: str = field(
+    space_energy: float = HfArg(default=0.9, help="Share of the first moments' or inputs' energy that the space holds.")
+    space_from: Literal["inputs", "moments"] = HfArg(
         default="moments",
-        metadata={
-            "help": "What a finished task adds to the space: directions of Adam's first moment (as in the paper), or "
-            "of the inputs that the layers see on its examples (as in GPM).",
-            "choices": ["inputs", "moments"],
-        },
+        help="What a finished task adds to the space: directions of Adam's first moment (as in the paper), or of the "
+        "inputs that the layers see on its examples (as in GPM).",
     )
 
     @staticmethod
@@ -240,8 +228,8 @@ class SpaceArguments(MethodArguments):
 class PenaltyArguments(MethodArguments):
     """Penalties on the LoRA factors."""
 
-    lamda_1: float = field(default=0.5, metadata={"help": "Weight of sum |A_old A_new^T|; 0: off."})
-    lamda_2: float = field(default=0.0, metadata={"help": "Weight of the L2 norms of the new LoRA; 0: off."})
+    lamda_1: float = HfArg(default=0.5, help="Weight of sum |A_old A_new^T|; 0: off.")
+    lamda_2: float = HfArg(default=0.0, help="Weight of the L2 norms of the new LoRA; 0: off.")
 
     def weights(self) -> dict[str, float]:
         """The weight of each penalty, by option."""
@@ -262,4 +250,4 @@ class PenaltyArguments(MethodArguments):
 class ChangePenaltyArguments(PenaltyArguments):
     """Penalties on the LoRA factors and on the full-rank weights' change."""
 
-    lamda_3: float = field(default=0.0, metadata={"help": "Weight of ||dW dW^T - I||, full-rank weights; 0: off."})
+    lamda_3: float = HfArg(default=0.0, help="Weight of ||dW dW^T - I||, full-rank weights; 0: off.")

@@ -13,12 +13,13 @@ are computed for `BLOCK` rows of W_past at a time, and autograd keeps only df/dA
 project's choice and needs a search: the entries of changes are small, and their products enter squared.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.hf_argparser import HfArg
 
-from arguments import check_number
+from errors import check_number
 from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import LoraArguments
@@ -28,7 +29,7 @@ BLOCK = 256  # rows of W_past at a time
 
 @dataclass
 class EllaArguments(LoraArguments):
-    ella_lamda: float = field(default=100.0, metadata={"help": "Weight of ||dW * W_past||_F^2; 0: off."})
+    ella_lamda: float = HfArg(default=100.0, help="Weight of ||dW * W_past||_F^2; 0: off.")
 
     def __post_init__(self):
         super().__post_init__()

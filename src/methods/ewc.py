@@ -7,13 +7,14 @@ F <- decay F + the mean over the task's examples of the squared gradient of log 
 a time without dropout. EWC (Kirkpatrick et al., PNAS 2017) keeps theta* and F of every task; here one of each suffices.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers.hf_argparser import HfArg
 
-from arguments import check, check_number
+from errors import check, check_number
 from files import read_tensors
 from methods.base_options import LoraArguments
 from methods.seqlora import Seqlora
@@ -24,8 +25,8 @@ FISHER_FILE = "fisher.safetensors"
 
 @dataclass
 class EwcArguments(LoraArguments):
-    ewc_lamda: float = field(default=100.0, metadata={"help": "Weight lambda of the penalty; 0: off."})
-    ewc_decay: float = field(default=1.0, metadata={"help": "Factor on earlier tasks' F."})
+    ewc_lamda: float = HfArg(default=100.0, help="Weight lambda of the penalty; 0: off.")
+    ewc_decay: float = HfArg(default=1.0, help="Factor on earlier tasks' F.")
 
     def __post_init__(self):
         super().__post_init__()

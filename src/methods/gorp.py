@@ -21,8 +21,7 @@ from pathlib import Path
 
 import torch
 
-from arguments import check
-from errors import InputError
+from errors import InputError, check
 from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_modules import choose_modules

@@ -14,14 +14,14 @@ here M is kept.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.hf_argparser import HfArg
 
-from arguments import check
-from errors import InputError
+from errors import InputError, check
 from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import LoraArguments
@@ -34,9 +34,8 @@ SPACE_FILE = "input_space.safetensors"
 
 @dataclass
 class InfloraArguments(LoraArguments):
-    inflora_energy: float = field(
-        default=0.995,
-        metadata={"help": "Share of ||sum x x^T||_F^2 over the first task's inputs that is protected; grows later."},
+    inflora_energy: float = HfArg(
+        default=0.995, help="Share of ||sum x x^T||_F^2 over the first task's inputs that is protected; grows later."
     )
 
     def __post_init__(self):

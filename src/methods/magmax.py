@@ -13,15 +13,17 @@ tau_t, take less space than the tau_t themselves.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
 
 import full_rank
-from arguments import check_number
+from errors import check_number
 from files import read_tensors
 from loranew import loranew_layers
 from methods.base_options import LoraArguments
@@ -34,10 +36,9 @@ TIES_SHARE = 0.2
 
 @dataclass
 class MagmaxArguments(LoraArguments):
-    magmax_scale: float = field(default=0.5, metadata={"help": "Factor lambda on the merged change."})
-    magmax_merge: str = field(
-        default="max",
-        metadata={"help": "Of each entry: its largest value over tasks (max), or TIES.", "choices": ["max", "ties"]},
+    magmax_scale: float = HfArg(default=0.5, help="Factor lambda on the merged change.")
+    magmax_merge: Literal["max", "ties"] = HfArg(
+        default="max", help="Of each entry: its largest value over tasks (max), or TIES."
     )
 
     def __post_init__(self):

@@ -8,12 +8,13 @@ lambda sum |A_new B_new|, an r x r matrix that exists only where a layer has as 
 and, later in long orders, 1.2.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from transformers.hf_argparser import HfArg
 
-from arguments import check_number
-from errors import InputError
+from errors import InputError, check_number
 from loranew import loranew_layers
 from methods.base import LoraMethod
 from methods.base_options import LoraArguments
@@ -23,18 +24,15 @@ LAMDA = {"product": 1e-5, "factors": 0.4}  # by form
 
 @dataclass
 class NloraArguments(LoraArguments):
-    nlora_lamda: float | None = field(
+    nlora_lamda: float | None = HfArg(
         default=None,
-        metadata={"help": "Weight of the penalty; by default 1e-5 with product (a choice of this project, not the "
-                          "paper's) and 0.4 with factors, the released value."},
-    )  # fmt: skip
-    nlora_form: str = field(
+        help="Weight of the penalty; by default 1e-5 with product (a choice of this project, not the paper's) and 0.4 "
+        "with factors, the released value.",
+    )
+    nlora_form: Literal["product", "factors"] = HfArg(
         default="product",
-        metadata={
-            "help": "product: |B_new A_new|, (out, in), as in the paper; factors: |A_new B_new|, (r, r), as in the "
-            "released code, for layers with as many outputs as inputs.",
-            "choices": ["product", "factors"],
-        },
+        help="product: |B_new A_new|, (out, in), as in the paper; factors: |A_new B_new|, (r, r), as in the released "
+        "code, for layers with as many outputs as inputs.",
     )
 
     def __post_init__(self):

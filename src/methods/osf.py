@@ -7,13 +7,13 @@ The weights are those that `--optim_target_modules` names, and `--learning_rate`
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import OSFConfig, get_peft_model
+from transformers.hf_argparser import HfArg
 
-from arguments import check
-from errors import InputError
+from errors import InputError, check
 from files import read_json, write_json
 from loranew.adapter import CONFIG_FILE
 from methods.base import FullRankMethod
@@ -24,11 +24,11 @@ MOST_PRESERVED = 0.95
 
 @dataclass
 class OsfArguments(TargetArguments):
-    osf_preserved: float = field(
-        default=0.5, metadata={"help": "Share of a weight's singular directions that the first task preserves."}
+    osf_preserved: float = HfArg(
+        default=0.5, help="Share of a weight's singular directions that the first task preserves."
     )
-    osf_growth: float = field(
-        default=0.1, metadata={"help": "Share that each later task preserves beyond those; at most 0.95 in total."}
+    osf_growth: float = HfArg(
+        default=0.1, help="Share that each later task preserves beyond those; at most 0.95 in total."
     )
 
     def __post_init__(self):

@@ -7,18 +7,19 @@ step on an old example is one step less on a new one.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets import concatenate_datasets
+from transformers.hf_argparser import HfArg
 
-from arguments import check
+from errors import check
 from methods.base_options import LoraArguments
 from methods.seqlora import Seqlora
 
 
 @dataclass
 class ReplayArguments(LoraArguments):
-    replay_rows: int = field(default=16, metadata={"help": "Examples of each earlier task in the buffer."})
+    replay_rows: int = HfArg(default=16, help="Examples of each earlier task in the buffer.")
 
     def __post_init__(self):
         super().__post_init__()

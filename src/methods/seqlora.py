@@ -1,20 +1,13 @@
 """SeqLoRA: one LoRA that every task of the order trains further, the plainest way to learn in sequence."""
 
-from dataclasses import dataclass
-
 from methods.base import LoraMethod
-from methods.base_options import LoraArguments, OptimizerArguments
-
-
-@dataclass
-class SeqloraArguments(OptimizerArguments, LoraArguments):
-    pass
+from methods.base_options import LoraOptimizerArguments
 
 
 class Seqlora(LoraMethod):
     """The new LoRA never joins a memory; the next task continues to train it."""
 
-    Arguments = SeqloraArguments
+    Arguments = LoraOptimizerArguments
     zero_stage = 2  # at stage 3 `end_task` gathers only a folded memory
 
     def __init__(self, options):

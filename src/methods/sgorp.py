@@ -11,12 +11,13 @@ training and after each optimizer step. The change is then orthogonal to S too, 
 still contain the component in S.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from transformers.hf_argparser import HfArg
 
-from arguments import check
-from errors import InputError
+from errors import InputError, check
 from loranew import loranew_layers, set_input_space
 from methods.gorp import Gorp, GorpArguments
 from Proj_torch.proj_projector import remove
@@ -24,22 +25,14 @@ from Proj_torch.proj_projector import remove
 
 @dataclass
 class SgorpArguments(GorpArguments):
-    protect: str = field(
+    protect: Literal["structural", "step", "gp_first", "gp_second", "none"] = HfArg(
         default="structural",
-        metadata={
-            "help": "structural: the change is exactly orthogonal to the shared space, by the forward pass; step: the "
-            "same, by removing the space from loranew_A after each step; the others: as in --method gorp.",
-            "choices": ["structural", "step", "gp_first", "gp_second", "none"],
-        },
+        help="structural: the change is exactly orthogonal to the shared space, by the forward pass; step: the same, "
+        "by removing the space from loranew_A after each step; the others: as in --method gorp.",
     )
-    protect_side: str = field(
-        default="input", metadata={"help": "The protected side of a weight.", "choices": ["input", "output"]}
-    )
-    space_from: str = field(
-        default="inputs",
-        metadata={"help": "What a finished task adds to the space.", "choices": ["inputs", "moments"]},
-    )
-    lamda_1: float = field(default=0.0, metadata={"help": "Weight of sum |A_old A_new^T|; 0: off."})
+    protect_side: Literal["input", "output"] = HfArg(default="input", help="The protected side of a weight.")
+    space_from: Literal["inputs", "moments"] = HfArg(default="inputs", help="What a finished task adds to the space.")
+    lamda_1: float = HfArg(default=0.0, help="Weight of sum |A_old A_new^T|; 0: off.")
 
     def __post_init__(self):
         super().__post_init__()
