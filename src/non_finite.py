@@ -53,6 +53,7 @@ class NonFiniteGuard:
         self._micro_batches.append((loss.detach(), examples))
 
     def note_gradient_norm(self, norm: Tensor | float) -> None:
+        """Note the norm of the step's gradients, a scalar: the step is skipped if it is watched and not finite."""
         if self.watch_gradients:
             self._gradients_bad.append(~torch.as_tensor(norm).isfinite())
 

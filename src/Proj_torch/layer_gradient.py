@@ -37,6 +37,7 @@ class LayerGradient:
         self._factors = []
 
     def clear(self) -> None:
+        """Drop the sum and what it holds: factors, or the matrix (out, in)."""
         self._factors, self._matrix = [], None
 
     def matrix(self) -> Tensor:

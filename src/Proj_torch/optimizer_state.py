@@ -18,10 +18,10 @@ from errors import InputError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def optimizer_state_of(optimizer: Optimizer, engine: Any) -> "LocalState | ZeroState":
+def optimizer_state_of(optimizer: Optimizer, deepspeed: Any) -> "LocalState | ZeroState":
     """Access to the state of the `torch.optim.AdamW` that steps, with or without DeepSpeed's engine."""
-    sharded = engine is not None and engine.zero_optimization_stage() > 0
-    return ZeroState(optimizer, engine) if sharded else LocalState(optimizer, engine)
+    sharded = deepspeed is not None and deepspeed.zero_optimization_stage() > 0
+    return ZeroState(optimizer, deepspeed) if sharded else LocalState(optimizer, deepspeed)
 
 
 def read_parameters(state: "LocalState | ZeroState", params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -65,15 +65,15 @@ class LocalState:
     At stage 0 DeepSpeed keeps float32 copies of 16-bit parameters, without public access where it fuses them.
     """
 
-    def __init__(self, optimizer: Optimizer, engine: Any):
+    def __init__(self, optimizer: Optimizer, deepspeed: Any):
         self.optimizer = optimizer
         self._masters = {}
-        if engine is not None and engine.optimizer is not optimizer:
-            if not hasattr(engine.optimizer, "fp32_groups"):
+        if deepspeed is not None and deepspeed.optimizer is not optimizer:
+            if not hasattr(deepspeed.optimizer, "fp32_groups"):
                 raise InputError("DeepSpeed stage 0: 16-bit training with a fused optimizer; allowed: stages 1 to 3")
-            for copies, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            for copies, masters in zip(deepspeed.optimizer.fp16_groups, deepspeed.optimizer.fp32_groups, strict=True):
                 self._masters.update(zip(copies, masters, strict=True))
-            if engine.global_steps == 0:  # DeepSpeed makes this state in an empty step, which must not count
+            if deepspeed.global_steps == 0:  # DeepSpeed makes this state in an empty step, which must not count
                 for state in optimizer.state.values():
                     state["step"].zero_()
 
@@ -108,12 +108,11 @@ class LocalState:
 class ZeroState:
     """Each rank has a slice of the optimizer state: ZeRO stages 1, 2 and 3. Its methods are those of `LocalState`."""
 
-    def __init__(self, optimizer: Optimizer, engine: Any):
-        import deepspeed  # slow to import, so only when there is an engine
-        from deepspeed import utils
+    def __init__(self, optimizer: Optimizer, deepspeed: Any):
+        from deepspeed import utils, zero  # slow to import, so only when it trains
 
-        self.optimizer, self._zero, self._utils = optimizer, deepspeed.zero, utils
-        self._partitioned = engine.zero_optimization_stage() == 3
+        self.optimizer, self._zero, self._utils = optimizer, zero, utils
+        self._partitioned = deepspeed.zero_optimization_stage() == 3
         if not self._partitioned:
             self._create_moments()
 
@@ -170,18 +169,18 @@ def _own_slice(value: Tensor, like: Tensor) -> Tensor:
     return nn.functional.pad(flat, (0, padding))[start : start + like.numel()]
 
 
-def start_moments(engine: Any, optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
+def start_moments(deepspeed: Any, optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
     """Make DeepSpeed create its optimizer state, all zero, without changing a weight.
 
     ZeRO creates the moments in its first step, and only then can they be set; this is that step, with zero gradients
-    and a learning rate of zero. It counts in the engine's own step and schedule, which the caller sets afterwards.
-    `loss` computes the loss of a micro-batch through the engine.
+    and a learning rate of zero. It counts in DeepSpeed's own step and schedule, which the caller sets afterwards.
+    `loss` computes the loss of a micro-batch through `deepspeed`, its engine.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(loss() * 0.0)
-        engine.step()
+    for _ in range(deepspeed.gradient_accumulation_steps()):
+        deepspeed.backward(loss() * 0.0)
+        deepspeed.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -178,6 +178,7 @@ class ProjProjector:
         return mode_ranks(shape, self.rank, self.proj_type) if self.rank is not None else (None,) * len(shape)
 
     def compute(self, G: Tensor) -> Bases:
+        """The left (out, k) and right (in, l) basis of G (out, in), None where a side is not projected."""
         return matrix_bases(G, self.ranks(G.shape), self.svd)
 
     def refresh(self, G: Tensor) -> bool:
@@ -194,12 +195,15 @@ class ProjProjector:
             return False
 
     def project(self, G: Tensor, S: Basis = None, side: str = "output") -> Tensor:
+        """G (out, in) to R (out or k, in or l), with S removed on its side."""
         return project(G, *self.bases, S, side)
 
     def project_back(self, R: Tensor, S: Basis = None, side: str = "output") -> Tensor:
+        """R (out or k, in or l) to left R right^T (out, in), with S removed on its side."""
         return product(self.back_factors(R, S, side))
 
     def back_factors(self, R: Tensor, S: Basis = None, side: str = "output") -> tuple[Tensor, ...]:
+        """R (out or k, in or l) to `project_back`'s matrix: itself (out, in), or two factors (out, n) and (n, in)."""
         return back_factors(R, *self.bases, S, side)
 
     def add_back_(self, W: Tensor, R: Tensor, S: Basis = None, side: str = "output") -> None:

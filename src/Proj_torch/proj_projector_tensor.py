@@ -47,6 +47,7 @@ class ProjProjectorTensor(ProjProjector):
         return tucker_ranks(shape, self.rank)
 
     def compute(self, G: Tensor) -> Bases:
+        """A basis (d, k) for each mode of G, of size d and rank k; None where the mode is not projected."""
         return tuple(
             None if rank is None else truncated_svd(unfold(G, mode), rank, self.svd)[0]
             for mode, rank in enumerate(self.ranks(G.shape))
@@ -57,4 +58,5 @@ class ProjProjectorTensor(ProjProjector):
         return mode_products(at_least_float32(G), (None if basis is None else basis.mT for basis in self.bases))
 
     def back_factors(self, R: Tensor, S: None = None, side: str = "output") -> tuple[Tensor, ...]:
+        """The one tensor (d in each mode) that the Tucker core R (d, or k if projected, in each mode) stands for."""
         return (mode_products(R, self.bases),)

@@ -111,6 +111,7 @@ class CoreEngine:
     # ---------------------------------------------------------------------------------- training
 
     def begin_micro_batch(self, is_last: bool = True) -> None:
+        """Settle the last step before a new one; where bases are due, fold the core (out or k, in or l) into W."""
         if self._is_last:
             self._settle()
             self._open = True
@@ -184,6 +185,7 @@ class CoreEngine:
             yield name, EffectiveWeight.apply(layer.core, layer)
 
     def report(self) -> dict[str, dict[str, float]]:
+        """By name: optimizer steps, refreshes, and the share of the gradient's energy that the last bases held."""
         return {name: {"steps": self.step, "refreshes": layer.refreshes, "energy": float(layer.share)}
                 for name, layer in self.layers.items()}  # fmt: skip
 

@@ -227,6 +227,7 @@ class InputProjected(nn.Linear):
             return A - (A @ self.space) @ self.space.T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) to (A - A S S^T) x (..., r), multiplied in x's dtype."""
         return linear(x, self.effective().to(x.dtype))
 
 

@@ -129,7 +129,7 @@ class Method:
         self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         return self.optimizer
 
-    def begin_training(self, engine=None) -> None:
+    def begin_training(self, deepspeed=None) -> None:
         """Called once before the first step, with the DeepSpeed engine that trains the model, if one does."""
 
     def begin_micro_batch(self, is_last: bool) -> None:
@@ -323,11 +323,11 @@ class LoraMethod(Method):
         self.optimizer = torch.optim.Muon(factors, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         return self.optimizer
 
-    def begin_training(self, engine=None) -> None:
-        self.under_deepspeed = engine is not None
+    def begin_training(self, deepspeed=None) -> None:
+        self.under_deepspeed = deepspeed is not None
         self.own_state |= self.under_deepspeed
-        self.partitioned = engine is not None and engine.zero_optimization_stage() == 3
-        self.optimizer_state = optimizer_state_of(self.optimizer, engine)
+        self.partitioned = deepspeed is not None and deepspeed.zero_optimization_stage() == 3
+        self.optimizer_state = optimizer_state_of(self.optimizer, deepspeed)
 
     def training_state(self) -> dict[str, torch.Tensor]:
         """The same for any number of ranks."""

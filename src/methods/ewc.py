@@ -50,8 +50,8 @@ class Ewc(Seqlora):
         self.start = {name: factor.detach().to(torch.float32, copy=True) for name, factor in self.factors()
                       if name in self.fisher}  # fmt: skip
 
-    def begin_training(self, engine=None):
-        super().begin_training(engine)
+    def begin_training(self, deepspeed=None):
+        super().begin_training(deepspeed)
         for name, factor in self.factors() if self.fisher else ():  # DeepSpeed has moved them to their device by now
             self.fisher[name] = self.fisher[name].to(factor.device)
             self.start[name] = self.start[name].to(factor.device)

@@ -145,9 +145,9 @@ class Gorp(LoraMethod):
         self.optimizer = self.engine.create_optimizer(dict(self.factors()), **adam)
         return self.optimizer
 
-    def begin_training(self, engine=None) -> None:
-        super().begin_training(engine)
-        self.engine.begin_training(self.optimizer, engine)
+    def begin_training(self, deepspeed=None) -> None:
+        super().begin_training(deepspeed)
+        self.engine.begin_training(self.optimizer, deepspeed)
         weights = self.engine.effective_weights() if self.options.lamda_3 else ()
         self.start = {name: weight.detach().clone() for name, weight in weights}
 
