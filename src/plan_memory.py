@@ -117,7 +117,7 @@ class PlanArguments(GorpArguments):
             self.stage = 2
         check(self.stage or not self.offload_optimizer, "offload_optimizer", "without --stage 1, 2 or 3", "with one")
         off = dict.fromkeys(("fp16", "bf16_full_eval", "fp16_full_eval", "gradient_checkpointing"), False)
-        self.settle(SimpleNamespace(do_train=True, bf16=self.bf16, **off), self.stage)
+        self.settle(SimpleNamespace(do_train=True, bf16=self.bf16, changed=lambda names: [], **off), self.stage)
         self.cores = self.galore_engine == "cores" or self.galore_engine == "auto" and self.stage is not None
         self.weight_bytes = 2 if self.bf16 and self.cores else 4  # of a frozen weight
         self.trainable_bytes = 4 if self.stage is None else self.weight_bytes  # of a trainable parameter in the model
