@@ -161,6 +161,8 @@ class UIETrainingArguments(Seq2SeqTrainingArguments):
         """The flags of `IGNORED`, and those that count only beside another flag, that are not at their defaults."""
         counts = {
             "save_steps": self.save_strategy == "steps",
+            "save_total_limit": self.save_strategy != "no",
+            "logging_steps": self.logging_strategy == "steps",
             "eval_steps": self.eval_strategy == "steps",
             "eval_delay": self.eval_strategy != "no",
             "gradient_checkpointing_kwargs": self.gradient_checkpointing,

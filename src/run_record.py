@@ -123,7 +123,8 @@ def find_progress(output_dir: Path, record: dict, *, start_over: bool) -> Progre
         raise InputError(f"--output_dir: {output_dir} holds {kept[0].name} but no {RECORD}; {hint}")
     earlier, completed = read_json(output_dir / RECORD), (output_dir / COMPLETED).exists()
     if completed:  # a start that `--drop_weights` has removed decides nothing any more
-        earlier["model"] = {name: value for name, value in earlier["model"].items() if name in record["model"]}
+        model = earlier.get("model", {})
+        earlier["model"] = {name: value for name, value in model.items() if name in record["model"]}
     if changes := differences(earlier, record):
         more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
         raise InputError(f"--output_dir: {output_dir} holds a run that differs: {'; '.join(changes[:SHOWN])}{more}; "

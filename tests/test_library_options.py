@@ -458,8 +458,10 @@ def test_a_warm_up_as_long_as_the_task_is_said(steps, warned, runs, capfd):
 
 def test_flags_that_count_beside_another_flag_are_reported_without_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    needing = {"save_steps": ("7", ["--save_strategy", "steps"]), "eval_steps": ("7", ["--eval_strategy", "steps"]),
-               "eval_delay": ("7", ["--eval_strategy", "epoch"]),
+    assert arguments("--logging_strategy", "epoch").ignored() == ["logging_steps"]  # of `SMALL`
+    needing = {"save_steps": ("7", ["--save_strategy", "steps"]),
+               "save_total_limit": ("7", ["--save_strategy", "epoch"]),
+               "eval_steps": ("7", ["--eval_strategy", "steps"]), "eval_delay": ("7", ["--eval_strategy", "epoch"]),
                "gradient_checkpointing_kwargs": ('{"use_reentrant":false}', ["--gradient_checkpointing"])}  # fmt: skip
     for name, (value, other) in needing.items():
         assert arguments(f"--{name}", value).ignored() == [name]
