@@ -1,4 +1,4 @@
-"""The shell scripts: settings, overrides, what they refuse, how an order runs, set-up, and what reaches the terminal.
+"""The shell scripts: settings, overrides, what they refuse, and how an order runs and ends.
 
 Whole orders run in a small checkout of their own whose entry is a stand-in that only leaves files; the real entry runs
 behind the real scripts in the recipe tests.
@@ -6,25 +6,19 @@ behind the real scripts in the recipe tests.
 
 import importlib
 import inspect
-import io
 import os
-import pty
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import command_line
 from helpers import ROOT, VARIABLES, bash, order_1, put
-from scripts.terminal import Terminal
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("scripts*/*.sh"))
 
@@ -737,6 +731,46 @@ def test_dry_run_leaves_nothing(checkout):
     assert found() == before
 
 
+def test_ctrl_c_in_an_order_is_one_line(checkout):
+    entry = checkout / "src" / "run_order.py"
+    entry.write_text("import sys, time\nprint('[gorp] begun', flush=True)\n"
+                     "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n")
+    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    # Tests in the background of a shell inherit that SIGINT is ignored, which no shell's trap can undo.
+    run = subprocess.Popen(["bash", "scripts/order_1.sh", "--tiny"], cwd=checkout, env=environment, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while run.stdout.readline() != "[gorp] begun\n":
+        assert run.poll() is None
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=50)
+    assert (run.returncode, err) == (130, "[gorp] order1: interrupted; the same command resumes\n")
+
+
+def test_a_process_that_was_killed_is_said_with_its_signal(checkout):
+    (checkout / "src" / "run_order.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    done = order_1(checkout)
+    assert done.returncode == 137
+    assert "stopped with exit code 137 (a process was ended by SIGKILL) in task 1 of 4; its log:" in done.stderr
+
+
+@pytest.mark.parametrize("codes, said", [
+    ([-15, -9, -15], "stopped with exit code 137 (a process was ended by SIGKILL)"),
+    ([1, -15], "stopped with exit code 1 in task 1"),
+    ([-15, 2], ""),  # bad input, which the entry has explained
+])
+def test_what_ended_a_process_of_torchrun_is_said(codes, said, checkout, tmp_path):
+    lines = "".join(f"  exitcode   : {code} (pid: 7)\\n" for code in codes)
+    put(tmp_path / "torchrun", f"#!/bin/sh\nprintf '{lines}'\nexit 1\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    run = f"""source scripts/lib.sh; set_up() {{ PYTHON={sys.executable} PATH={tmp_path}:$PATH; }}
+              parse_arguments '' --tiny; run_order t5 order1"""
+    done = bash("-c", run, cwd=checkout, NNODES="2", NODE_RANK="0", MASTER_ADDR="here")
+    assert done.returncode == (137 if "137" in said else 1 if said else 2), done.stderr
+    assert said in done.stderr and (said or not done.stderr)
+
+
 # --- epochs of one task ---
 
 def epochs_of(words: list[str], monkeypatch) -> dict[str, list[str]]:
@@ -807,279 +841,3 @@ def test_the_last_lines_of_a_tiny_run_are_commands_that_work_next(checkout):
         assert done.returncode == 0, done.stderr
     assert done.stdout == "table of logs_and_outputs\n"
     assert "tests the code" not in bash("scripts/order_1.sh", cwd=checkout, MODEL="x").stdout
-
-
-# --- set-up ---
-
-SET_UP = "source scripts/lib.sh; set_up requirements.txt; echo $PYTHON"
-OLD = "gorp-test-package 1.0 (at least 1.1)"
-
-
-@pytest.fixture
-def needs_a_package(checkout):
-    """The checkout, requiring a package that no environment holds, and pip options that find it in a local folder."""
-    require(checkout, "1.0  # and a comment here")
-    wheels = checkout.parent / "wheels"
-    wheels.mkdir()
-    info = "gorp_test_package-1.0.dist-info"
-    with zipfile.ZipFile(wheels / "gorp_test_package-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("gorp_test_package.py", "")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: gorp-test-package\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-    return checkout, {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
-
-
-def require(checkout: Path, locked: str, least: str = "1.0") -> None:
-    (checkout / "requirements.txt").write_text(f"# a comment\ngorp-test-package>={least}\n")
-    (checkout / "requirements.lock").write_text(f"gorp-test-package=={locked}\n")
-
-
-def test_set_up_installs_once_mends_what_was_interrupted_and_says_what_failed(needs_a_package):
-    checkout, pip = needs_a_package
-    first = bash("-c", SET_UP, cwd=checkout, **pip)
-    assert first.returncode == 0, first.stderr
-    python = str(checkout / ".venv" / "bin" / "python")
-    assert first.stdout.splitlines() == [  # pip is quiet
-        "[gorp] setting up .venv from requirements.txt (once; some minutes)", python]
-    nothing_to_install = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
-    assert bash("-c", SET_UP, cwd=checkout, **nothing_to_install).stdout == f"{python}\n"
-    active = {"VIRTUAL_ENV": str(checkout / ".venv"), **nothing_to_install}
-    assert bash("-c", SET_UP, cwd=checkout, **active).stdout == f"{python}\n"
-
-    path = f"{checkout}/.venv/bin{os.pathsep}{os.environ['PATH']}"
-    inside = bash("-c", f"PATH={shlex.quote(path)}; {SET_UP}", cwd=checkout, GORP_ENV="active", **active)
-    assert inside.stdout == f"{python}\n", inside.stderr  # nothing differs, nothing is said
-
-    next((checkout / ".venv").rglob("gorp_test_package-1.0.dist-info/INSTALLER")).unlink()
-    again = bash("-c", SET_UP, cwd=checkout, **pip)
-    assert again.returncode == 0, again.stderr
-    assert "[gorp] setting up .venv" in again.stdout and again.stdout.endswith(f"{python}\n")
-
-    require(checkout, "2.0")
-    inside = bash("-c", f"PATH={shlex.quote(path)}; {SET_UP}", cwd=checkout, GORP_ENV="active", **active)
-    assert inside.returncode == 0, inside.stderr
-    assert inside.stdout.splitlines() == [
-        f"[gorp] GORP_ENV=active: {python} is used as it is, with gorp-test-package 1.0 (requirements.lock: 2.0)",
-        python]
-    require(checkout, "2.0", least="1.1")
-    inside = bash("-c", f"PATH={shlex.quote(path)}; {SET_UP}", cwd=checkout, GORP_ENV="active", **active)
-    assert (inside.returncode, inside.stderr) == (
-        2, f"error: GORP_ENV=active: {python} has {OLD}\n")
-
-    active["PATH"] = path
-    assert f"the active environment has {OLD}, so .venv is used" in bash("-c", SET_UP, cwd=checkout, **active).stdout
-    done = bash("-c", SET_UP, cwd=checkout, **pip)
-    assert done.returncode == 2 and "\nERROR: " in done.stderr
-    assert done.stderr.endswith("error: .venv: pip could not install requirements.txt; the reason is above\n")
-
-
-@pytest.mark.parametrize("made", ["venv", "venv without pip", "link", "file", "link to nothing"])
-def test_an_environment_that_others_made_is_left_alone(made, needs_a_package):
-    checkout, pip = needs_a_package
-    place = checkout.parent / "elsewhere" if made == "link" else checkout / ".venv"
-    if made.startswith("venv") or made == "link":
-        clear = ["--clear"] * (made == "link")
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", *clear, place], check=True)
-        (place / "mine").touch()
-    if made == "venv":
-        (place / "bin" / "pip").touch()
-    if made == "file":
-        place.touch()
-    if made.startswith("link"):
-        (checkout / ".venv").symlink_to(place if made == "link" else "nowhere")
-    done = bash("-c", SET_UP, cwd=checkout, **pip)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: .venv: lacks packages of the requirements files and was not made by these")
-    assert not (made == "link" or made.startswith("venv")) or (place / "mine").exists()
-
-
-@pytest.mark.parametrize("version", ["python3.12", "python3.13"])
-def test_a_newer_python_is_found(version, needs_a_package, tmp_path):
-    checkout, pip = needs_a_package
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for tool in ("bash", "dirname", "grep", "sed", "xargs"):
-        (tools / tool).symlink_to(shutil.which(tool))
-    (tools / version).symlink_to(sys.executable)
-    done = bash("-c", f"PATH={tools}; source scripts/lib.sh; find_python; echo $PYTHON", cwd=checkout, **pip)
-    assert (done.returncode, done.stdout) == (0, f"{version}\n"), done.stderr
-
-
-def test_deepspeed_is_asked_for_only_where_it_runs(checkout):
-    (checkout / "requirements-deepspeed.txt").write_text("no-such-package>=1.0\n")
-    (checkout / "requirements.lock").write_text("no-such-package==1.0\n")
-    no_index = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
-    assert order_1(checkout, **no_index).returncode == 0
-    (checkout / "stage.config").write_text("{}")
-    for variables in ({"NPROC": "2"}, {"DS_CONFIG": "stage.config"}):
-        done = order_1(checkout, **variables, **no_index)
-        assert done.returncode == 2
-        assert "pip could not install requirements.txt requirements-deepspeed.txt" in done.stderr
-        shutil.rmtree(checkout / ".venv")
-
-
-def test_without_a_python_that_is_new_enough(checkout, tmp_path):
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for tool in ("bash", "dirname", "printf", "xargs"):
-        (tools / tool).symlink_to(shutil.which(tool))
-    for name in ("python", "python3"):
-        (tools / name).write_text("#!/bin/bash\nexit 1\n")
-        (tools / name).chmod(0o755)
-    done = order_1(checkout, PATH=str(tools))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: Python: found no version 3.11 or newer") and done.stderr.count("\n") == 1
-
-
-# --- the terminal ---
-
-
-def test_an_error_that_several_ranks_report_is_shown_once():
-    log, _, errors = filtered(["error: a\n", "error: b\nerror: a\n"], show_bars=False)
-    assert (log, errors) == ("error: a\nerror: b\nerror: a\n", "error: a\nerror: b\n")
-
-
-def test_a_terminal_without_a_character_shows_its_code(tmp_path):
-    done = subprocess.run([sys.executable, "scripts/terminal.py", str(tmp_path / "log")], cwd=ROOT, capture_output=True,
-                          input="[gorp] 中\n".encode(), env=os.environ | {"PYTHONIOENCODING": "latin-1"})  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, b"[gorp] \\u4e2d\n")
-    assert (tmp_path / "log").read_text(encoding="utf-8") == "[gorp] 中\n"
-
-
-BARS = [f"\rtrain: {done * 25:3}%|{'█' * done:4}| {done}/4 [00:0{done}<00:01,  1.00it/s]" for done in range(5)]
-OUTPUT = "".join([
-    "a library's line\n", "[gorp] task begins\n", *BARS[:2], "[gorp] right behind a bar\n", BARS[2],
-    "\r", " " * 40, "\r", "{'loss': 1.0}\n", *BARS[3:], "\n", "\n", "error: --flag: bad\n", "no end",
-])
-LOG = """a library's line
-[gorp] task begins
-[gorp] right behind a bar
-{'loss': 1.0}
-train: 100%|████| 4/4 [00:04<00:01,  1.00it/s]
-
-error: --flag: bad
-no end
-"""
-
-
-def filtered(pieces: list[str], *, show_bars: bool) -> tuple[str, str, str]:
-    """What reaches the log, standard output and standard error."""
-    log, out, errors = io.StringIO(), io.StringIO(), io.StringIO()
-    terminal = Terminal(log, out, errors, show_bars=show_bars)
-    for piece in pieces:
-        terminal.feed(piece)
-    terminal.close()
-    return log.getvalue(), out.getvalue(), errors.getvalue()
-
-
-@given(st.lists(st.integers(0, len(OUTPUT)), max_size=12))
-def test_log_and_terminal_do_not_depend_on_where_output_is_cut(cuts):
-    ends = [0, *sorted(cuts), len(OUTPUT)]
-    pieces = [OUTPUT[start:end] for start, end in zip(ends, ends[1:])]
-    log, out, errors = filtered(pieces, show_bars=False)
-    assert log == LOG
-    assert out == "[gorp] task begins\n[gorp] right behind a bar\n"
-    assert errors == "error: --flag: bad\n"
-
-
-def test_a_terminal_that_cannot_be_written_does_not_stop_the_run(tmp_path):
-    said = b"[gorp] one\n" * 3 + b"error: two\n"
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, ROOT / "scripts" / "terminal.py", tmp_path / "log"], input=said,
-                              stdout=full, stderr=subprocess.PIPE)  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, b"error: two\n") and (tmp_path / "log").read_bytes() == said
-
-
-def test_a_terminal_sees_the_bars(tmp_path):
-    leader, follower = pty.openpty()
-    subprocess.run([sys.executable, ROOT / "scripts" / "terminal.py", tmp_path / "log"], stdout=follower, check=True,
-                   input=("".join(BARS) + "\n").encode(), env=os.environ | {"COLUMNS": "30"})
-    os.close(follower)
-    seen = os.read(leader, 65536).decode()
-    os.close(leader)
-    assert "train: 100%|████|" in seen and "it/s" not in seen  # cut at the width, so that it can be overwritten
-    assert "\n" not in seen
-    assert (tmp_path / "log").read_text() == "train: 100%|████| 4/4 [00:04<00:01,  1.00it/s]\n"
-
-
-def test_a_bar_without_a_total_and_one_that_was_stopped():
-    log, out, _ = filtered(["\rrows: 4 examples [00:01, 3.10 examples/s]", "\r9it [00:02,  4.1it/s]"], show_bars=True)
-    assert log == "9it [00:02,  4.1it/s]\n"
-    assert "4 examples" in out
-
-
-def test_a_long_line_of_digits_takes_no_time():
-    log, _, _ = filtered(["7" * 100_000 + "\n"], show_bars=True)
-    assert len(log) == 100_001
-
-
-def through_terminal(log: Path, *pieces: str, between=lambda: None) -> tuple[int, str]:
-    """Exit code and output of terminal.py for pieces of input, the second of which follows what `between` does."""
-    command = [sys.executable, ROOT / "scripts" / "terminal.py", log]
-    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-    run.stdin.write(pieces[0])
-    run.stdin.flush()
-    assert run.stdout.readline() == pieces[0]
-    between()
-    out, _ = run.communicate("".join(pieces[1:]))
-    return run.returncode, out
-
-
-def test_a_log_folder_that_is_deleted_is_made_again(tmp_path):
-    log = tmp_path / "logs" / "order.log"
-    status, out = through_terminal(log, "[gorp] one\n", "[gorp] two\n", between=lambda: shutil.rmtree(log.parent))
-    assert (status, out, log.read_text()) == (0, "[gorp] two\n", "[gorp] two\n")
-
-
-def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path):
-    log = tmp_path / "logs" / "order.log"
-
-    def replace():
-        shutil.rmtree(log.parent)
-        log.parent.touch()
-
-    status, out = through_terminal(log, "[gorp] one\n", "[gorp] two\n", "[gorp] three\n", between=replace)
-    assert status == 0 and "two" in out and "three" in out
-    assert out.count("cannot be written (") == 1 and "; the run continues" in out
-
-
-def test_ctrl_c_in_an_order_is_one_line(checkout):
-    entry = checkout / "src" / "run_order.py"
-    entry.write_text("import sys, time\nprint('[gorp] begun', flush=True)\n"
-                     "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n")
-    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    # Tests in the background of a shell inherit that SIGINT is ignored, which no shell's trap can undo.
-    run = subprocess.Popen(["bash", "scripts/order_1.sh", "--tiny"], cwd=checkout, env=environment, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while run.stdout.readline() != "[gorp] begun\n":
-        assert run.poll() is None
-    os.killpg(run.pid, signal.SIGINT)
-    _, err = run.communicate(timeout=50)
-    assert (run.returncode, err) == (130, "[gorp] order1: interrupted; the same command resumes\n")
-
-
-def test_a_process_that_was_killed_is_said_with_its_signal(checkout):
-    (checkout / "src" / "run_order.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    done = order_1(checkout)
-    assert done.returncode == 137
-    assert "stopped with exit code 137 (a process was ended by SIGKILL) in task 1 of 4; its log:" in done.stderr
-
-
-@pytest.mark.parametrize("codes, said", [
-    ([-15, -9, -15], "stopped with exit code 137 (a process was ended by SIGKILL)"),
-    ([1, -15], "stopped with exit code 1 in task 1"),
-    ([-15, 2], ""),  # bad input, which the entry has explained
-])
-def test_what_ended_a_process_of_torchrun_is_said(codes, said, checkout, tmp_path):
-    lines = "".join(f"  exitcode   : {code} (pid: 7)\\n" for code in codes)
-    put(tmp_path / "torchrun", f"#!/bin/sh\nprintf '{lines}'\nexit 1\n")
-    (tmp_path / "torchrun").chmod(0o755)
-    require(checkout, "1.0")
-    run = f"""source scripts/lib.sh; set_up() {{ PYTHON={sys.executable} PATH={tmp_path}:$PATH; }}
-              parse_arguments '' --tiny; run_order t5 order1"""
-    done = bash("-c", run, cwd=checkout, NNODES="2", NODE_RANK="0", MASTER_ADDR="here")
-    assert done.returncode == (137 if "137" in said else 1 if said else 2), done.stderr
-    assert said in done.stderr and (said or not done.stderr)
