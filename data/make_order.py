@@ -6,6 +6,7 @@
 """
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -44,6 +45,9 @@ def make_order(
     check_name(name, "--name")
     if name == "ds":
         raise InputError("--name: 'ds'; allowed: another name, ds_configs holds the DeepSpeed files")
+    if re.fullmatch("order_[0-9]+", name):
+        raise InputError(f"--name: {name!r}; allowed: another name, as the results of {name.replace('_', '')} would be "
+                         "in the same folder")
     known, where = benchmark_datasets(data_dir), data_dir
     if base is not None:
         where = Path(configs_dir) / f"{base}_configs"
@@ -76,7 +80,8 @@ def command(name: str, data_dir: str | Path, configs_dir: str | Path = "configs"
     if Path(data_dir).resolve() == MINI_BENCHMARK:
         return f"bash scripts/order.sh --tiny {name}"
     own = "" if Path(data_dir) == Path("CL_Benchmark") else f"DATA_DIR={shlex.quote(str(data_dir))} "
-    return f"{own}bash scripts/order.sh {name}   (with --tiny before {name} on a tiny model)"
+    tiny = f"DATA_DIR={shlex.quote(str(data_dir))} bash scripts/order.sh --tiny {name}"
+    return f"{own}bash scripts/order.sh {name}   (on a tiny model: {tiny})"
 
 
 @entry_point

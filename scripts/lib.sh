@@ -7,14 +7,17 @@
 # everything (see terminal.py).
 
 set -euo pipefail
+[[ ${BASH_VERSINFO[0]}${BASH_VERSINFO[1]} -ge 44 ]] ||
+    { echo "error: bash $BASH_VERSION; allowed: 4.4 or newer (macOS: brew install bash)" >&2; exit 2; }
 gpu='' gpus=''   # what has_gpu found, and the number of GPUs; not the user's variables of these names
 use_gpu='import sys, torch
-if not torch.cuda.is_available(): sys.exit(1)
+if not torch.cuda.is_available(): sys.exit(1 if torch.version.cuda or torch.version.hip else "it is a build for CPUs")
 try: torch.ones(1, device="cuda") + 1   # fails where this PyTorch has no code for the GPU
 except RuntimeError as error: sys.exit(str(error).splitlines()[0])
 print(torch.cuda.device_count())'
 script=$0   # made absolute, as the current folder changes below
 [[ $script == /* ]] || script=$PWD/$script
+[ -n "${HOME:-}" ] || HOME=~
 for variable in OUTPUT MODEL DATA_DIR DS_CONFIG HOSTFILE; do   # if run elsewhere, make OUTPUT and found paths absolute
     [[ ${!variable:-} != "~/"* ]] || printf -v $variable %s "$HOME/${!variable#"~/"}"   # quoted, the shell left it
     [[ -z ${!variable:-} || ${!variable} == /* ]] || [[ $variable != OUTPUT && ! -e ${!variable} ]] ||
@@ -23,7 +26,7 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/settings.sh
 
-say() { echo "[gorp] $*"; }
+say() { (trap '' PIPE; echo "[gorp] $*") 2>/dev/null || true; }   # a lost terminal or a full disk stops no run
 fail() { echo "error: $*" >&2; exit 2; }
 # As terminal.py masks what a run prints.
 masked() { sed -E -e 's/(--hub[_-]token[= ])[^ )]+/\1***/g' -e 's/\bhf_[A-Za-z0-9]{20,}/hf_***/g'; }
@@ -55,9 +58,11 @@ set_up() {  # REQUIREMENTS_FILE ...
     .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && is_ours || make_venv
     install "$@"
     find_environment "$@" && return
+    [ -z "${PYTHONPATH:-}" ] || ! (unset PYTHONPATH; compare .venv/bin/python "$@") ||
+        fail "PYTHONPATH=$PYTHONPATH: hides packages of .venv; unset it"
     make_venv   # pip considers a package installed even if its installation was interrupted near its end
     install "$@"
-    find_environment "$@" || fail ".venv: does not have the packages of $*"
+    find_environment "$@" || { compare .venv/bin/python "$@" || fail ".venv: after pip installed $*: $differences"; }
 }
 
 # Compare an interpreter with the requirements files; set PYTHON to its path and `differences` to what it lacks.
@@ -102,7 +107,8 @@ find_python() {
     for PYTHON in python3.11 python3.12 python3.13 python3 python; do
         ! "$PYTHON" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || return 0
     done
-    fail "Python: found no version 3.11 or newer on PATH; install one, with its venv and pip modules"
+    fail "Python: found no version 3.11 or newer with the modules venv and ensurepip on PATH (on Debian and Ubuntu" \
+        "they are the package python3-venv)"
 }
 
 # Whether PyTorch finds a GPU. Asking it takes seconds, so it is asked once, and only if the system has a GPU device.
@@ -112,7 +118,7 @@ has_gpu() {
     if [ -z "${gpu:-}" ]; then
         gpu=no
         compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd || -e /dev/dxg ]] || return 1
-        [[ -n ${CUDA_VISIBLE_DEVICES-unset} ]] || return 1
+        [[ ! ${CUDA_VISIBLE_DEVICES-unset} =~ ^(-1|NoDevFiles|)$ ]] || return 1
         if [ -n "${DRY_RUN:-}" ] && ! "$PYTHON" -c 'import torch' 2>/dev/null; then
             gpu=yes   # nothing is installed yet that could be asked
         elif reason=$("$PYTHON" -W always -c "$use_gpu" 2>&1); then
@@ -158,7 +164,7 @@ variables=(MODEL DATA_DIR METHOD NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT 
 check_variables() {
     local found known i
     for found in $(compgen -e); do
-        [[ " ${variables[*]} " != *" $found "* ]] || continue
+        [[ " MODE ${variables[*]} " != *" $found "* ]] || continue   # containers often set MODE
         for known in "${variables[@]}"; do
             [[ ${found^^} != "$known" ]] || fail "$found: unknown variable; did you mean $known? Otherwise unset $found"
             for ((i = 1; i <= ${#known}; i++)); do
@@ -192,9 +198,11 @@ uses_deepspeed() { [[ $ranks -gt 1 || -n ${DS_CONFIG:-} ]]; }
 # Check what needs no Python, before anything is installed.
 check_settings() {
     [[ ${GORP_ENV:-active} == active ]] || fail "GORP_ENV=$GORP_ENV; allowed: active, or unset"
+    local variable hint='data/make_order.py makes one'
+    [[ ! $name =~ ^order_[0-9]+$ ]] || hint="did you mean ${name/_/}?"
     [[ $name =~ ^[A-Za-z0-9_.-]+$ && $name != ds && -d configs/${name}_configs ]] ||
-        fail "order '$name': no folder configs/${name}_configs; data/make_order.py makes one"
-    local variable
+        fail "order '$name': no folder configs/${name}_configs; $hint"
+    [[ ${DRY_RUN:-1} == 1 ]] || fail "DRY_RUN=$DRY_RUN; allowed: 1, or unset"
     for variable in NPROC NNODES MASTER_PORT SAVE_STEPS; do
         [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] || fail "$variable=${!variable}; allowed: a whole number, 1 or more"
     done
@@ -240,6 +248,7 @@ check_model() {
 one_at_a_time() {  # COMMAND ...
     if [ ! -w requirements.txt ] || ! command -v flock >/dev/null; then "$@"; return; fi
     {
+        flock -n 9 2>/dev/null || say "another start may be preparing this folder; waiting for it" >&2
         flock 9 2>/dev/null || say "file locks fail here: start one job before the others" >&2
         "$@"
     } 9>>requirements.txt
@@ -301,7 +310,7 @@ run_order() {  # FAMILY NAME
         one_at_a_time make_small_parts
         trap 'say "$name: interrupted; the same command${fresh:+ without --fresh} resumes" >&2; exit 130' INT
         run_tasks
-        [ "$node" -gt 0 ] || "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
+        [ "$node" -gt 0 ] || ! is_on --do_predict || "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
         trap - INT
         say "$name took $((SECONDS - started)) s; results in $order_dir, log in $log"
         [[ $mode != tiny || -n ${OUTPUT:-} ]] || what_next
@@ -496,16 +505,19 @@ counted() { if [ "$1" -eq 1 ]; then echo "1 $2"; else echo "$1 $2$3"; fi; }  # N
 
 # Run the command, log its output, and check that all tasks are finished.
 run_tasks() {
-    local status=0 codes tasks finished
+    local status=0 codes tasks finished bound=()
     export TOKENIZERS_PARALLELISM=false
     [[ $mode == full || (-n ${MODEL:-} && ! -d $MODEL) ]] || export HF_HUB_OFFLINE=1
     # On a busy machine, threads that wait for one another made a tiny task of one minute take five.
     [ "$mode" != tiny ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # If this script is killed, its processes end too; otherwise they would train on, unseen.
+    ! setpriv --pdeathsig TERM true 2>/dev/null || bound=(setpriv --pdeathsig TERM)
     {
         printf '%q ' "${command[@]}" | masked && echo
         describe
+        [ "$mode" != full ] || has_gpu || say "$name: no GPU is visible; training uses the CPU"
         say "checking $name: data, flags and model"
-        exec "${command[@]}"
+        exec "${bound[@]}" "${command[@]}"
     } 2>&1 | "$PYTHON" scripts/terminal.py "$log" || status=$?
     # On a CPU, DeepSpeed does not free 67 MB of shared memory for each rank, even when it ends normally.
     [ -z "$port" ] || rm -f "/dev/shm/deepspeed_allreduce_buffer_${UID}_"*"_${port}_"*
@@ -524,7 +536,9 @@ run_tasks() {
     [[ $status -ne 0 || $node -gt 0 || ${#finished[@]} -ge ${#tasks[@]} ]] || status=1
     case $status in
         0) ;;
-        2) exit 2 ;;   # bad input, which one line has explained
+        2) [ ! -f "$log" ] || tail -n 50 "$log" | grep -q '^error: ' ||
+               echo "error: $name could not start; its log: $log" >&2
+           exit 2 ;;   # bad input, which one line has explained
         *) echo "error: $name stopped with exit code $status$(signal_of $status) in task $((${#finished[@]} + 1)) of" \
                "${#tasks[@]}; its log: $log${fresh:+. The same command without --fresh resumes}" >&2
            exit $status ;;

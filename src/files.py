@@ -171,6 +171,9 @@ def sync(path: str | os.PathLike) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # some network file systems sync no folder
+            raise
     finally:
         os.close(handle)
 

@@ -6,7 +6,8 @@
 The folder of the order comes first, then the flags of `run_uie_lora.py`, which runs each task. The first task starts
 from `--model_name_or_path`, `--output_dir` gets a folder `<number>-<dataset>` for each task, and `--task_epochs MNLI=2`
 trains that dataset for two epochs, whatever `--num_train_epochs` says. Everything that `check.py` checks is checked
-before the first task. The same command resumes an unfinished order.
+before the first task, and before each later one, that no file of the order was written since. The same command
+resumes an unfinished order.
 
 In one process, later tasks import nothing anew and read no unchanged file twice. Under DeepSpeed's launcher or torchrun
 each rank runs the complete order; the first one checks, writes and prints, and decides for all where a task starts.
@@ -23,7 +24,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import run_uie_lora
@@ -36,18 +38,22 @@ from methods import find_method
 from order_config import OrderStep, order_name, read_order, step_name
 from ranks import disconnect, is_first, of_first_rank
 from run_record import RECORD, find_adapter
+from uie_dataset_lora import data_files
+
+Stamp = tuple[int, int] | None
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Run an order; returns 0, or the exit code of the check or of the task that ended it."""
     options, flags = parse_order(sys.argv[1:] if argv is None else argv)
-    steps = begin(options, flags)
+    steps, files = begin(options, flags)
     gc.freeze()  # keeps garbage collections from scanning what the imports have created
     start, group = options.model_name_or_path, run_group(options, flags)
     for name in ("WANDB_RUN_GROUP", "MLFLOW_EXPERIMENT_NAME"):
         os.environ.setdefault(name, group)
     for number, step in enumerate(steps, start=1):
+        of_first_rank(lambda: check_untouched(files))
         command = [*task_flags(options, number, step, start, group), *flags]
         if step.dataset in options.task_epochs:
             command += ["--num_train_epochs", options.task_epochs[step.dataset]]  # the later flag wins
@@ -118,8 +124,9 @@ def _epochs(word: str) -> tuple[str, str]:
     raise InputError(f"--task_epochs: found {word!r}; allowed: DATASET=N, with N epochs, above 0")
 
 
-def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
-    """Return the order's steps after the first rank has checked them and claimed the folder; collective."""
+def begin(options: argparse.Namespace, flags: list[str]) -> tuple[list[OrderStep], dict[Path, Stamp]]:
+    """Return the order's steps and the files that they read, after the first rank has checked them and claimed the
+    folder; collective."""
     steps = read_order(options.order)
     trained = [step.dataset for step in steps]
     if unknown := [dataset for dataset in options.task_epochs if dataset not in trained]:
@@ -144,7 +151,24 @@ def begin(options: argparse.Namespace, flags: list[str]) -> list[OrderStep]:
         claim(options, steps)
 
     of_first_rank(check_and_claim)
-    return steps
+    example_options, _ = checked
+    read = chain.from_iterable(data_files(step.folder, example_options).values() for step in steps)
+    return steps, {path: stamp(path) for path in read}
+
+
+def stamp(path: Path) -> Stamp:
+    """A file's size in bytes and the time of its last change in ns; None if it is gone."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
+
+
+def check_untouched(files: Mapping[Path, Stamp]) -> None:
+    """Reject files that were written since the order began: its later tasks would read others than its earlier ones."""
+    for path, read in files.items():
+        if stamp(path) != read:
+            raise InputError(f"{path}: was written while the order ran; with its earlier content, the same command "
+                             "resumes")
 
 
 def claim(options: argparse.Namespace, steps: list[OrderStep]) -> None:

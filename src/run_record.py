@@ -215,7 +215,8 @@ def _git_revision() -> str | None:
 def _git(*command: str) -> str | None:
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # they may name another
     try:
-        done = subprocess.run(["git", "-C", str(SOURCE), *command], capture_output=True, text=True, timeout=20, env=own)
+        done = subprocess.run(["git", "-c", "safe.directory=*", "-C", str(SOURCE), *command],  # also another user's
+                              capture_output=True, text=True, timeout=20, env=own)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -387,9 +387,10 @@ def test_what_is_no_run_is_refused_in_one_line(prepare, fault, tmp_path):
 def test_a_folder_with_other_things_is_not_replaced(runs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
+    (tmp_path / "mine" / "report.html").write_text("another program's")
     done = subprocess.run([sys.executable, str(REPORT), str(runs), "--out", str(tmp_path / "mine")],
                           capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 2 and "holds something other than a report" in done.stderr
+    assert done.returncode == 2 and "mine is or holds notes.txt; allowed:" in done.stderr
     assert (tmp_path / "mine" / "notes.txt").exists()
 
 

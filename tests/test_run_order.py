@@ -1,6 +1,7 @@
 """An order in one process: the same bits as one process a task, and the same ends."""
 
 import gc
+import shutil
 import socket
 import subprocess
 import sys
@@ -83,6 +84,23 @@ def test_the_next_task_starts_from_an_adapter_and_not_silently_from_an_older_one
         run_order.next_start(folder, start)
     (folder / "t5_adapter").mkdir()
     assert run_order.next_start(folder, start) == folder / "t5_adapter"
+
+
+def test_a_file_that_is_written_while_the_order_runs_ends_it(command, mini_benchmark, monkeypatch, tmp_path, capfd):
+    own = shutil.copytree(mini_benchmark, tmp_path / "own")
+    words = [str(own) if word == str(mini_benchmark) else word for word in command()]
+    begun = []
+
+    def task(flags: list[str]) -> int:
+        begun.append(flags)
+        with (own / "SC" / "amazon" / "labels.json").open("a") as labels:
+            labels.write("\n")
+        return 0
+
+    monkeypatch.setattr(run_uie_lora, "main", task)
+    monkeypatch.setattr(run_order, "next_start", lambda folder, start: start)
+    assert run_order.main(words) == 2 and len(begun) == 1
+    assert "amazon/labels.json: was written while the order ran; with its earlier content" in capfd.readouterr().err
 
 
 def test_an_order_without_training_tests_the_base_after_every_task(command, tmp_path):

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -550,6 +551,8 @@ def test_another_model_gets_what_suits_its_type(script, family):
     ("scripts/order_1.sh --tiny", {"EXTRA": "--run_name 'mine"}, "EXTRA=--run_name 'mine: a quotation is not closed"),
     ("scripts/order_1.sh --tiny", {"EXTRA": '--run_name "a\\"b"'}, "or holds an escaped quotation mark"),
     ("scripts/order_1.sh --tiny", {"EXTRA": "--output_dir mine"}, "EXTRA: found --output_dir; OUTPUT=FOLDER says"),
+    ("scripts/order.sh order_1", {}, "no folder configs/order_1_configs; did you mean order1?"),
+    ("scripts/order_1.sh --tiny", {"DRY_RUN": "0"}, "DRY_RUN=0; allowed: 1"),
     ("scripts/order_1.sh --tiny", {"GORP_ENV": "mine"}, "GORP_ENV=mine; allowed: active"),
     *(("scripts/order_1.sh --tiny", {wrong: "x"}, f"{wrong}: unknown variable; did you mean {meant}?")
       for wrong, meant in (("METOD", "METHOD"), ("METHODS", "METHOD"), ("MEHTOD", "METHOD"), ("METHID", "METHOD"),
@@ -670,6 +673,52 @@ def test_bad_input_is_said_once(checkout):
     done = order_1(checkout, FAIL_AT="dbpedia", FAIL_WITH="2")
     assert (done.returncode, done.stderr) == (2, "error: --flag: bad\n")
     assert "table of" not in done.stdout
+
+
+def test_published_values_without_a_gpu_are_said(checkout):
+    put(checkout / "initial_model" / "t5-large" / "config.json", {})
+    assert "[gorp] order1: no GPU is visible; training uses the CPU" in bash(
+        "scripts/order_1.sh", cwd=checkout).stdout.splitlines()
+    assert "no GPU" not in order_1(checkout).stdout
+
+
+def test_what_cannot_start_is_said(checkout):
+    (checkout / "src" / "run_order.py").unlink()  # Python's own exit code is 2, too
+    done = order_1(checkout)
+    assert (done.returncode, done.stderr) == (
+        2, "error: order1 could not start; its log: logs/order_1-tiny.log\n")
+
+
+def test_a_lost_terminal_does_not_end_the_orders(checkout):
+    shutil.copytree(checkout / "configs" / "order1_configs", checkout / "configs" / "order2_configs")
+    done = bash("-c", "bash scripts/run.sh --tiny 1 2 | head -n 1; echo ${PIPESTATUS[0]}", cwd=checkout)
+    assert done.stdout.endswith("\n0\n"), done.stderr
+    assert (checkout / "logs_and_outputs" / "order_2-tiny" / "outputs" / "4-agnews" / "completed.json").exists()
+
+
+def test_without_predictions_there_is_no_table(checkout):
+    done = order_1(checkout, EXTRA="--do_predict False")
+    assert (done.returncode, done.stderr) == (0, "") and "table of" not in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv on this machine")
+def test_a_script_that_is_killed_takes_its_processes_along(checkout):
+    (checkout / "src" / "run_order.py").write_text(
+        "import os, time\nprint('[gorp] pid', os.getpid(), flush=True)\ntime.sleep(600)\n")
+    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    run = subprocess.Popen(["bash", "scripts/order_1.sh", "--tiny"], cwd=checkout, env=environment, text=True,
+                           stdout=subprocess.PIPE)  # fmt: skip
+    process = int(next(line for line in run.stdout if line.startswith("[gorp] pid ")).split()[-1])
+    run.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{process}").exists():
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(process, signal.SIGKILL)
+        raise AssertionError("the process outlived the script")
+    run.wait()
 
 
 @pytest.mark.parametrize("flag", ["--hub_token hf_secret", "--hub_token=hf_secret", "--hub-token 'hf_secret'",

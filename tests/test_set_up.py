@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import bash, order_1
+from helpers import bash, order_1, put
 
 SET_UP = "source scripts/lib.sh; set_up requirements.txt; echo $PYTHON"
 OLD = "gorp-test-package 1.0 (at least 1.1)"
@@ -73,6 +73,16 @@ def test_set_up_installs_once_mends_what_was_interrupted_and_says_what_failed(ne
     done = bash("-c", SET_UP, cwd=checkout, **pip)
     assert done.returncode == 2 and "\nERROR: " in done.stderr
     assert done.stderr.endswith("error: .venv: pip could not install requirements.txt; the reason is above\n")
+
+
+def test_packages_that_pythonpath_puts_first_are_named(needs_a_package, tmp_path):
+    checkout, pip = needs_a_package
+    info = tmp_path / "modules" / "gorp_test_package-0.9.dist-info"
+    put(info / "METADATA", "Metadata-Version: 2.1\nName: gorp-test-package\nVersion: 0.9\n")
+    put(info / "INSTALLER", "pip\n")
+    done = bash("-c", SET_UP, cwd=checkout, PYTHONPATH=str(info.parent), **pip)
+    assert (done.returncode, done.stderr) == (
+        2, f"error: PYTHONPATH={info.parent}: hides packages of .venv; unset it\n")
 
 
 @pytest.mark.parametrize("made", ["venv", "venv without pip", "link", "file", "link to nothing"])

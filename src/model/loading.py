@@ -181,7 +181,8 @@ def _base_of_adapter(path: Path) -> str:
     if (Path(base) / ADAPTER_CONFIG).is_file():
         raise InputError(f"{where}, itself an adapter; allowed: a base model")
     if _is_missing_folder(base) or (Path(base).is_dir() and not (Path(base) / "config.json").is_file()):
-        raise InputError(f"{where}, where there is no model (seen from {Path.cwd()}); correct the path in the file")
+        raise InputError(f"{where}, where there is no model (seen from {Path.cwd()}); put the model or a link to it "
+                         "there, or, if no order is to be resumed, correct the path in the file")
     return base
 
 

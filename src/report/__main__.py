@@ -19,6 +19,8 @@ from files import write_json
 from report.matrix import accuracy_matrix, format_table, measure, unfinished_steps
 from report.runs import distinct, find_runs, is_order, select
 
+CONTENT = {"report.html", "report.md", "figures", "measures.csv", "accuracy.csv"}  # of a report's folder
+
 
 @entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,8 +53,10 @@ def report_order(order_dir: Path) -> None:
 
 def report_runs(folders: Sequence[Path], out: Path, pdf_folder: Path | None) -> None:
     """Write the report over every order below the folders, and print its summaries."""
-    if out.exists() and not (out.is_dir() and ((out / "report.html").exists() or not any(out.iterdir()))):
-        raise InputError(f"--out: {out} holds something other than a report; allowed: a new folder, or a report's")
+    if out.exists():
+        others = sorted({path.name for path in out.iterdir()} - CONTENT) if out.is_dir() else ["a file"]
+        if others:  # replacing the folder would delete them
+            raise InputError(f"--out: {out} is or holds {others[0]}; allowed: a new folder, or one with a report alone")
     from report.page import conclusion, write_report  # imports matplotlib, which one order's table does without
 
     runs = find_runs(folders)
