@@ -159,13 +159,19 @@ class Bench:
                 return family
         raise InputError(f"--model: {self.model} is a {kind}; allowed: {', '.join(FAMILIES)} and types like them")
 
-    def prepare(self) -> None:
+    def prepare(self, *, dev: bool = False) -> None:
         """Write the orders' files, and a copy of the benchmark in which the dev examples replace the test examples.
 
         Raises:
-            InputError: model or examples are missing, or `out` holds results of another model or other examples.
+            InputError: model or examples are missing, `out` holds results of another model or other examples, or
+                trials on dev examples would see the test examples, as in the published benchmark's files.
         """
         self.family()
+        for task in self.tasks() if dev else []:
+            dev_file, test_file = (self.data_dir / task / f"{split}.json" for split in ("dev", "test"))
+            if dev_file.exists() and test_file.exists() and digest(dev_file) == digest(test_file):
+                raise InputError(f"--data_dir: {dev_file} is a copy of test.json, so settings would be chosen on test "
+                                 "examples")
         self._reject_others()
         for order, tasks in self.orders.items():
             make_order(order, tasks, configs_dir=self.out / "configs", data_dir=self.data_dir, overwrite=True)
@@ -296,7 +302,7 @@ def run_all(bench: Bench, trials: Sequence[Trial], workers: int) -> dict[Trial, 
     waiting = [trial for trial in dict.fromkeys(trials) if trial not in finished]
     failures: dict[Trial, str] = {}
     if waiting:
-        bench.prepare()
+        bench.prepare(dev=any(trial.split == "dev" for trial in waiting))
         bench.finished()  # rejects results of other examples in `also`, now that the digests of `out` are known
         if kept := [finished[trial].revision for trial in dict.fromkeys(trials) if trial in finished]:
             print(f"{len(waiting)} trials to run; {len(kept)} are stored, of revision "
@@ -400,7 +406,8 @@ def main() -> int:
                         help="results folders of other machines, whose trials count as finished")
     parser.add_argument("--search", action="store_true", help="find each method's settings, on dev examples")
     args = parser.parse_args()
-    orders = [SEARCHED] if args.search else args.orders or SHORT
+    orders = [SEARCHED] if args.search else list(dict.fromkeys(args.orders or SHORT))
+    args.seeds = list(dict.fromkeys(args.seeds))
     bench = Bench(args.data_dir.resolve(), args.model.resolve(), args.out.resolve(),
                   {order: ORDERS[order] for order in orders}, also=tuple(args.also))
     try:

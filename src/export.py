@@ -24,7 +24,7 @@ from errors import InputError, entry_point
 from files import atomic_folder, check_writable, read_json, write_json
 from loranew import load_loranew
 from loranew.adapter import CONFIG_FILE, WEIGHTS_FILE, read_config, read_factors
-from model.loading import LoadedModel, load_model_and_tokenizer
+from model.loading import LoadedModel, cast_parameters, load_model_and_tokenizer
 from prompts import PROMPTS, read_prompts
 
 
@@ -82,7 +82,8 @@ def load_finished(run: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, 
     if (folder / WEIGHTS_FILE).exists():
         merged = load_loranew(loaded.model, folder, trainable=False).merge_and_unload()
         loaded = dataclasses.replace(loaded, model=merged)
-    loaded.model.to(dtype).eval()
+    cast_parameters(loaded.model, dtype)
+    loaded.model.eval()
     return folder, loaded
 
 

@@ -240,12 +240,17 @@ def forward_pass(method: Gorp, options: PlanArguments) -> tuple[dict[str, int], 
     length = source if config.is_encoder_decoder else source + answer
     ids = torch.ones(size, length, dtype=torch.long, device="meta")
     mask = torch.zeros(size, 1, length, length, dtype=model.dtype, device="meta")  # as padding makes it
-    with GpuKernels(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stack = model.get_encoder() if config.is_encoder_decoder else model.get_decoder()
-        encoded = stack(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        if config.is_encoder_decoder:
-            model.get_decoder()(input_ids=ids[:, :1].expand(-1, answer), encoder_hidden_states=encoded,
-                                encoder_attention_mask=mask[:, :, :1].expand(-1, -1, answer, -1), use_cache=False)
+    try:
+        with GpuKernels(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            stack = model.get_encoder() if config.is_encoder_decoder else model.get_decoder()
+            encoded = stack(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            if config.is_encoder_decoder:
+                model.get_decoder()(input_ids=ids[:, :1].expand(-1, answer), encoder_hidden_states=encoded,
+                                    attention_mask=mask.new_zeros(size, 1, answer, answer),
+                                    encoder_attention_mask=mask[:, :, :1].expand(-1, -1, answer, -1), use_cache=False)
+    except (RuntimeError, TypeError, ValueError) as error:  # OPT's and BLOOM's take no mask of four dimensions
+        raise InputError(f"--model_name_or_path: a step of model_type {config.model_type!r} cannot be planned "
+                         f"({first_line(error)})") from None
     f = max(layer.out_features for layer in model.modules()
             if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings())  # fmt: skip
     logits = size * answer * text.vocab_size * (3 * options.weight_bytes if config.is_encoder_decoder else 12)

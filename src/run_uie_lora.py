@@ -33,7 +33,7 @@ from loranew.adapter import CONFIG_FILE
 from methods import Method, find_method
 from methods.base_modules import choose_modules
 from methods.base_options import MethodArguments
-from model.loading import LoadedModel
+from model.loading import LoadedModel, cast_parameters
 from order_config import order_name
 from prompts import save_card, save_prompts
 from ranks import check_shared, disconnect, of_first_rank
@@ -199,7 +199,7 @@ def load_and_attach(model_args: ModelArguments, data_args: DataArguments, traini
         how["not_in_4bit"] = method.options.changed_base()
     loaded = load_model(model_args, data_args, **how)
     if how["dtype"] == torch.float16:
-        loaded.model.half()  # even what the class keeps in float32, such as T5's wo
+        cast_parameters(loaded.model, torch.float16)  # even what the class keeps in float32, such as T5's wo
     if method.zero_stage is None and not model_args.load_in_4bit:
         loaded.model.to(training_args.device)  # before `prepare`, where OSF computes an SVD of each weight
     sharded = bool(training_args.deepspeed) and training_args.do_train

@@ -181,6 +181,12 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
         if split != "validation" or training_args.do_eval:
             collator.check(of_split)
     report_cut(examples, collator, training_args)
+    dropped = [name for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+               if getattr(model.config, name, 0)]
+    # Ranks that skip different layers would pair the collectives of different weights.
+    check(not dropped or training_args.world_size == 1 or not training_args.do_train, "model_name_or_path",
+          f"a model with {' and '.join(dropped)} on {training_args.world_size} processes",
+          "0 in its config.json, or one process")
     index, order = place_in_order(data_args.task_config_dir)
     return UIETrainer(
         model=model,

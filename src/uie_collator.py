@@ -71,8 +71,9 @@ class DataCollatorForUIE:
         end = around.index(self._eos[0]) if self._eos[0] in around else len(around)
         self._before, self._after, self._added = end, max(1, len(around) - end), self._eos[len(around) - end :]
         self._special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-        bos = self.tokenizer.bos_token_id
-        self._bos = [bos] if bos is not None and self.tokenizer(ANSWER_CUE).input_ids[0] == bos else []
+        bare, [whole] = self._encode([ANSWER_CUE], add_special_tokens=False)[0], self._encode([ANSWER_CUE])
+        starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+        self._bos = whole[: next(starts, 0)]  # or a longer prefix, such as GLM's [gMASK]<sop>
         self.kept = self._kept_ids()
         self._record([], [])
 

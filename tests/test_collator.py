@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from tokenizers import processors
 
 from compute_metrics import exact_match
 from errors import InputError
@@ -135,6 +136,16 @@ def test_bos_stands_once_if_the_tokenizer_adds_it(tokenizers, build, count, subs
         assert source.count(tokenizer.bos_token_id) == count
         assert (source[0] == tokenizer.bos_token_id) == bool(count)
         assert source.count(tokenizer.eos_token_id) == 0
+
+
+def test_all_that_the_tokenizer_puts_in_front_of_a_text_is_kept():
+    """As GLM's [gMASK]<sop>; an EOS behind the text is not."""
+    tokenizer = llama_of_the_hub()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> <s> $A </s>", special_tokens=[("<unk>", 0), ("<s>", 1), ("</s>", 2)])
+    [ids] = collator(tokenizer, True)([example("a", subset="test")])["input_ids"].tolist()
+    whole = tokenizer(prompt_of(example("a"))).input_ids
+    assert ids[:2] == [0, 1] and ids == whole[:-1]
 
 
 @pytest.mark.parametrize("subset", ["train", "test"])

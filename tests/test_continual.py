@@ -420,6 +420,15 @@ def test_results_of_any_other_file_are_not_mixed(part, bench, mini_benchmark, tm
         dataclasses.replace(bench, data_dir=tmp_path / "data").prepare()
 
 
+def test_dev_examples_that_are_the_test_examples_choose_nothing(bench, mini_benchmark, tmp_path):
+    shutil.copytree(mini_benchmark / "TC", tmp_path / "data" / "TC")
+    shutil.copy(tmp_path / "data" / "TC" / "agnews" / "test.json", tmp_path / "data" / "TC" / "agnews" / "dev.json")
+    other = dataclasses.replace(bench, data_dir=tmp_path / "data", out=tmp_path / "other")
+    other.prepare()
+    with pytest.raises(InputError, match="--data_dir: .*agnews/dev.json is a copy of test.json"):
+        other.prepare(dev=True)
+
+
 def test_a_trial_that_fails_says_where_and_is_no_outcome(bench):
     trial = Trial("inclora --lora_dim 9999", "A", 1)
     text = compare(bench, "gorp", [trial], 1)

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, MixtralConfig
+from transformers import LlamaConfig, MixtralConfig, MptConfig
 
 from evaluation.generate import Prediction, plan_batches
 from helpers import ROOT
@@ -119,6 +119,11 @@ def test_shorter_prompts_of_a_batch_attend_to_the_common_prefix():
     assert found["input_ids"].tolist() == [[5, 6, 7, 8], [5, 0, 0, 9]]
     assert found["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 1]]
     assert found["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("config, expected", [(LlamaConfig(), True), (MptConfig(), False)])
+def test_distances_that_count_padding_allow_no_cached_prefix(config, expected):
+    assert Prediction._sees_all(SimpleNamespace(model=SimpleNamespace(config=config)), 9) is expected
 
 
 def test_the_common_prefix_is_computed_once_a_batch(taught):

@@ -34,8 +34,8 @@ from errors import InputError
 from helpers import LLAMA, edit, put
 from loranew import LoraNewConfig, add_loranew, fold_loranew, load_loranew
 from methods.base_modules import choose_modules
-from model.answer_loss import AnswerLoss
-from model.loading import load_model_and_tokenizer
+from model.answer_loss import AnswerLoss, check_loss
+from model.loading import _set_special_tokens, cast_parameters, load_model_and_tokenizer
 from module_matching import match_linear, match_names
 from plan_memory import build_on_meta
 
@@ -174,16 +174,17 @@ TINY = {"vocab_size": ROWS, "hidden_size": 16, "num_attention_heads": 2, "num_hi
 
 
 def test_a_type_that_no_test_compares_is_compared_when_it_is_loaded(tmp_path):
-    """Cohere scales its logits, which the stock head does; GPT-2 has learned positions, which left padding shifts."""
+    """Cohere scales its logits, which the stock head does; GPT-2 counts padding, unless it is given positions."""
     folder = tmp_path / "cohere"
     save(folder, CohereForCausalLM(CohereConfig(intermediate_size=24, logit_scale=0.5, **TINY)), llama_tokenizer())
     loaded = load_model_and_tokenizer(str(folder))
     assert isinstance(loaded.model, CohereForCausalLM) and type(loaded.model) is not CohereForCausalLM
     model = GPT2LMHeadModel(GPT2Config(**TINY))
     model.transformer.wpe.weight.data.mul_(100)
-    folder = save(tmp_path / "gpt2", model, llama_tokenizer())
-    assert "a left-padded batch has a loss of" in refusal(folder)
-    assert load_model_and_tokenizer(str(folder), weights=False).decoder_only
+    loaded = load_model_and_tokenizer(str(save(tmp_path / "gpt2", model, llama_tokenizer())))
+    type(loaded.model).takes_positions = False
+    with pytest.raises(InputError, match="a left-padded batch has a loss of"):
+        check_loss(loaded.model, "gpt2")
 
 
 def chosen(folder, **given) -> tuple:
@@ -283,6 +284,42 @@ def test_llama_special_tokens_agree_everywhere(tmp_path, tokenizer, ids):
     for holder in (loaded.tokenizer, loaded.model.config, loaded.model.generation_config):
         assert special_ids(holder) == ids
     assert loaded.tokenizer.padding_side == "left"
+
+
+def test_a_default_bos_that_is_an_ordinary_piece_is_none(tmp_path):
+    tokenizer = llama_tokenizer(bos_token=None)
+    piece = tokenizer.convert_tokens_to_ids("Good")
+    loaded = load_model_and_tokenizer(str(make_llama(tmp_path / "llama", tokenizer, bos_token_id=piece)))
+    assert loaded.tokenizer.bos_token is None and loaded.model.config.bos_token_id is None
+
+
+def test_a_language_whose_code_is_not_its_token():
+    """M2M100's: answers begin with `__en__`, and `en` is unknown."""
+    class Tokenizer(SimpleNamespace):
+        def __call__(self, text_target):
+            return SimpleNamespace(input_ids=[9, 5, 2])
+
+    tokenizer = Tokenizer(tgt_lang="en", lang_code_to_token={"en": "__en__"}, added_tokens_decoder={}, eos_token_id=2,
+                          pad_token_id=1, convert_tokens_to_ids={"__en__": 9, "en": 3}.get)
+    config = SimpleNamespace(is_encoder_decoder=True, decoder_start_token_id=2)
+    model = SimpleNamespace(config=config, generation_config=SimpleNamespace(eos_token_id=2))
+    _set_special_tokens(model, tokenizer)
+    assert model.generation_config.forced_bos_token_id == 9
+
+
+def test_buffers_keep_their_precision():
+    """Rotary frequencies in 16 bits would move tokens."""
+    model = load_model_and_tokenizer(str(LLAMA)).model
+    cast_parameters(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+
+
+def test_a_special_token_that_no_text_contains_needs_no_row(tmp_path):
+    tokenizer = llama_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    folder = make_llama(tmp_path / "llama", tokenizer, vocab_size=len(tokenizer) - 1)
+    assert load_model_and_tokenizer(str(folder)).model.get_input_embeddings().num_embeddings == len(tokenizer) - 1
 
 
 def test_missing_eos_is_refused(tmp_path):

@@ -374,7 +374,8 @@ decoder-only model with `scripts_llama/`. `config.json` decides which it is. Eve
 encoders, quantised weights, code that comes with the model) is rejected in one line before any weights are read.
 
 A decoder-only model trains in Transformers' own class, with `src/model/answer_loss.py` in front: logits are computed,
-by the class's own head with its scaling or soft-capping, only where an answer token is to be predicted.
+by the class's own head with its scaling or soft-capping, only where an answer token is to be predicted. Prompts are
+plain text for base and instruct models alike; no chat template is applied.
 
 ## What is tested
 
@@ -393,9 +394,9 @@ Tiny models with random weights and large logits are compared with Transformers'
 """
 OUTRO = """
 A decoder-only type that is not listed is checked when it is loaded: its loss on a short left-padded batch must equal
-the stock class's on each example. If it does not (GPT-2: padding shifts its learned positions), this is an error.
+the stock class's on each example. If it does not, this is an error.
 
-## Where LoRA and full-rank training go
+## Which layers train
 
 The scripts pass the published expressions with the published models. With `MODEL=` they pass `auto` for
 `--lora_modules`, `--optim_target_modules` and `--proj_lora_modules`; flags in `EXTRA` win. The run logs the choice. In
@@ -404,7 +405,7 @@ it multiplies. In a mixture of experts the experts are not linear layers; the fu
 output. A type without an entry is an error that lists the endings of its linear layers' names, for your own flags.
 
 All other values stay those of T5-large (`scripts/`) or LLaMA-2-7B (`scripts_llama/`): learning rates, rank, epochs, a
-micro-batch of 4 or 1, recomputation of activations. They need a search for each model. A small decoder-only model runs
+micro-batch of 4 or 1, recomputation of activations. Each model needs its own search. A small decoder-only model runs
 faster with `EXTRA="--per_device_train_batch_size 8 --per_device_eval_batch_size 32 --gradient_checkpointing False"`.
 
 | type | `--lora_modules` | `--optim_target_modules` |
@@ -425,6 +426,7 @@ otherwise): the language's code begins the answer and is not part of its text.
 `bash scripts_llama/run_llama.sh --small 1` uses the first; with `MODEL=initial_model/gemma3-270m` in front, the second.
 
 `--load_in_4bit` holds the frozen linear layers of any of them in 4 bits (NF4), where `bitsandbytes` is installed.
+Experts that are one tensor (Mixtral's, Qwen3-MoE's) and Falcon's layers are not `nn.Linear` and keep 16 bits.
 """
 COLUMNS = {"loss": test_loss, "generation": test_generation, "two tasks": test_two_tasks, "resume": test_resume,
            "export": test_export, "ZeRO-2": test_two_ranks}  # fmt: skip

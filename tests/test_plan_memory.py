@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import MixtralConfig
+from transformers import BartConfig, MixtralConfig, OPTConfig
 
 import plan_memory
 from helpers import ROOT, renew_loranew
@@ -398,6 +398,19 @@ def test_experts_in_float32_take_twice_what_they_take_in_16_bits(tmp_path):
              "--proj_lora_modules", ".*loranew_A.*")  # fmt: skip
     full, half = (plan_of(*words, *more)[0].moments[STEP]["activations"] for more in ((), ("--bf16",)))
     assert 1.8 * half < full <= 2.1 * half
+
+
+def test_bart_has_a_plan_and_what_takes_other_masks_is_one_line(tmp_path, capsys):
+    BartConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+               decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48).save_pretrained(tmp_path / "bart")
+    plan, _ = plan_of("--model_name_or_path", str(tmp_path / "bart"), "--lora_modules", "auto",
+                      "--optim_target_modules", "auto", "--proj_lora_modules", "auto")
+    assert plan.moments[STEP]["activations"] > 0
+    OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2,
+              word_embed_proj_dim=32).save_pretrained(tmp_path / "opt")  # fmt: skip
+    code = plan_memory.main(["--model_name_or_path", str(tmp_path / "opt"), "--lora_modules", ".*q_proj",
+                             "--optim_target_modules", ".*fc1"])
+    assert code == 2 and "a step of model_type 'opt' cannot be planned (" in capsys.readouterr().err
 
 
 def test_a_config_of_another_kind_is_rejected(tmp_path, capsys):

@@ -124,9 +124,28 @@ def test_a_difference_weighs_orders_alike(tmp_path):
     assert (round(gap.mean, 9), gap.runs, gap.seeds) == ((10 - 20) / 2, 3, 1)
 
 
+def test_runs_over_other_examples_are_not_paired(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path, "gorp", "A", seed, 70.0)
+        step = write_run(tmp_path, "olora", "A", seed, 60.0) / "outputs" / "3-agnews"
+    lines = (step / "predict_eval_predictions.jsonl").read_text().splitlines(keepends=True)
+    (step / "predict_eval_predictions.jsonl").write_text("".join(lines[:-1]))
+    runs = find_runs([tmp_path])
+    assert paired_difference(select(runs, method="gorp"), select(runs, method="olora")).runs == 1
+
+
+def test_a_mean_over_fewer_orders_is_not_the_best(tmp_path):
+    write_run(tmp_path, "gorp", "A", 1, 90.0)
+    for order, value in (("A", 85.0), ("B", 40.0)):
+        write_run(tmp_path, "olora", order, 1, value)
+    runs = find_runs([tmp_path])
+    assert ranked_methods(runs) == ["olora", "gorp"]
+    assert "| gorp (1 of 2 orders) | " in page._method_table(runs, ranked_methods(runs))
+
+
 @pytest.mark.parametrize("pairs, caution", [
     ([(70.0, 60.0), (60.0, 69.0)], ", not significant: the interval contains 0."),
-    ([(70.0, 60.0)], "; one seed only, so others may differ."),
+    ([(70.0, 60.0)], "; an order has one seed only, so others may differ."),
     ([(70.0, 60.0), (70.0, 60.0)], "2 paired runs)."),
 ])  # fmt: skip
 def test_the_answer_says_why_a_gap_is_not_significant(pairs, caution, tmp_path):

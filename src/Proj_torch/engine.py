@@ -43,7 +43,8 @@ def make_engine(
     both = sorted(name for name in plan.targets if type(model.get_submodule(name)) is not nn.Linear)
     if both:  # a core takes the layer's place
         raise InputError(f"--optim_target_modules: matches {both[0]}, a {type(model.get_submodule(both[0])).__name__}; "
-                         "under DeepSpeed, or with --galore_engine cores, only an nn.Linear without a LoRA is allowed")
+                         "with cores, which --bf16 and DeepSpeed choose, only an nn.Linear without a LoRA is allowed; "
+                         "in one process --bf16 False --galore_engine dense trains it")
     return CoreEngine(model, plan)
 
 

@@ -18,8 +18,8 @@ class Plan:
         factors: parameter name -> LoRA factor whose first moment `first_moments` returns.
         spaces: name of a target or factor -> S, (out, c) or (in, c) as `side` says; without an entry it is unprotected.
         side: "output" or "input".
-        way: how S acts, one of `ProjAdamW`'s `gp_first`, `gp_second` and `orthogonal`. With cores S is always removed
-            from a factor's gradient.
+        way: how S acts, one of `ProjAdamW`'s `gp_first`, `gp_second` and `orthogonal`; "none" without spaces. With
+            cores S is always removed from a factor's gradient.
     """
 
     targets: Mapping[str, nn.Linear]

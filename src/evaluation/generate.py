@@ -105,8 +105,9 @@ class Prediction:
         return generated[:, prompts["input_ids"].shape[1] if self.collator.decoder_only else 1 :]
 
     def _sees_all(self, length: int) -> bool:
-        """Whether padding may follow a cached prefix: a sliding window counts it, and a recurrent state absorbs it."""
-        return all(
+        """Whether padding may follow a cached prefix: a sliding window and MPT's distances count it, and a recurrent
+        state absorbs it."""
+        return self.model.config.model_type != "mpt" and all(
             type(layer) is DynamicLayer or type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window
             for layer in DynamicCache(config=self.model.config).layers
         )

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from errors import InputError
 
@@ -39,6 +40,8 @@ def choose_modules(options, model: nn.Module) -> None:
         names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         counts = Counter(".".join(part for part in name.split(".")[-3:] if not part.isdigit()) for name in names)
         layers = ", ".join(f"{count} x {ending}" for ending, count in counts.items()) or "none"
+        if any(isinstance(module, Conv1D) for module in model.modules()):
+            layers += " (its other layers are Conv1D, which no method trains)"
         raise InputError("--lora_modules, --optim_target_modules: found auto, which does not know model_type "
                          f"{kind!r}; allowed: regular expressions for complete names of its linear layers, such as "
                          f"'.*ENDING'; their endings: {layers}")

@@ -30,7 +30,7 @@ from module_matching import check_float32, check_rank, holds_small_changes, matc
 from Proj_torch.engine import Plan, make_engine, report_line
 from subspace import GradientSpace, layer_inputs
 
-detail = logging.getLogger("gorp.detail")
+logger, detail = logging.getLogger("gorp"), logging.getLogger("gorp.detail")
 SPACE_FILE = "gradient_space.safetensors"
 
 # What a clean run of the released scripts computes, whatever flags it passes: options of the method and Hugging Face's.
@@ -104,8 +104,11 @@ class Gorp(LoraMethod):
                              "given, so nothing would be projected or protected; give one, or use --method inclora")
         weights = {**self.protected, **{name: layer.weight for name, layer in self.targets.items()}}
         self.space = GradientSpace(options.protect_side, options.space_energy)
-        if self.protects and previous is not None and (previous / SPACE_FILE).exists():
-            self.space.load(previous / SPACE_FILE, weights)
+        if self.protects and previous is not None:
+            if (previous / SPACE_FILE).exists():
+                self.space.load(previous / SPACE_FILE, weights)
+            else:
+                logger.warning("%s: has no %s, so nothing of earlier tasks is protected", previous, SPACE_FILE)
         plan = Plan(self.targets, options.projection(), self.protected, self.spaces(weights), options.protect_side,
                     self.way())  # fmt: skip
         self.engine = make_engine(model.get_base_model(), plan, cores=sharded or self.needs_cores(),
@@ -203,7 +206,10 @@ class Gorp(LoraMethod):
                f"{options.galore_update_proj_gap} steps, learning rate {options.galore_lr}, engine {self.engine.name}; "
                f"shared space of {len(self.protected)} LoRA factors and {len(self.targets)} full-rank weights: "
                f"{options.protect} on the {options.protect_side} side, from {options.space_from}")
-        return [*super().summary(), how, *([NOT_REPRODUCED] if self.released else [])]
+        spaces = filter(None.__ne__, map(self.space.get, self.protected))
+        full = sum(S.shape[0] == S.shape[1] for S in spaces)  # S is the whole space: no change is left
+        stopped = f"{full} of {len(self.protected)} protected factors do not train: S holds all their directions"
+        return [*super().summary(), how, *[stopped] * bool(full), *[NOT_REPRODUCED] * self.released]
 
     def sizes(self):
         total, trained = super().sizes()

@@ -24,8 +24,11 @@ class AnswerLoss:
 
     An answer has a few tokens after a prompt of hundreds, and each position's logits span the vocabulary. Here the
     stock forward, with whatever scaling or soft-capping it has, computes logits only from the position before the
-    batch's first label onwards (`logits_to_keep`). Without labels (in generation) this is the stock class.
+    batch's first label onwards (`logits_to_keep`). Padding is not counted as positions, as in generation, although
+    some stock classes (GPT-2's, XGLM's) count it in training. Without labels (in generation) this is the stock class.
     """
+
+    takes_positions: bool  # whether the stock forward has `position_ids`
 
     @can_return_tuple
     def forward(
@@ -60,6 +63,8 @@ class AnswerLoss:
         """
         if labels is None and getattr(self.config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", False)  # its loss fails where the mask also covers a cache
+        if labels is not None and attention_mask is not None and self.takes_positions:
+            kwargs.setdefault("position_ids", (attention_mask.cumsum(1) - 1).clamp(min=0))
         stock = functools.partial(super().forward, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if labels is None:
             return stock(logits_to_keep=logits_to_keep)
@@ -79,7 +84,8 @@ class AnswerLoss:
         # Without a target this is an empty sum over one token: 0 with a graph, not 0 / 0.
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if (balance := getattr(outputs, "aux_loss", None)) is not None:
-            loss = loss + self.router_aux_loss_coef * balance
+            weight = "router_aux_loss_coef" if hasattr(self, "router_aux_loss_coef") else "aux_loss_coef"  # JetMoE's
+            loss = loss + getattr(self, weight) * balance
         return type(outputs)(**{**outputs, "loss": loss, "logits": logits})
 
 
@@ -94,10 +100,12 @@ def causal_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
         raise InputError(f"{found}; allowed: decoder-only models (llama, qwen3, mistral, ...) and encoder-decoder "
                          "models (t5, mt5, bart, ...)")  # fmt: skip
     stock = kinds[type(config)]
-    if "logits_to_keep" not in inspect.signature(stock.forward).parameters:
+    parameters = inspect.signature(stock.forward).parameters
+    if "logits_to_keep" not in parameters:
         raise InputError(f"{found}, whose {stock.__name__} cannot compute the logits of some positions alone; "
                          "docs/MODELS.md lists models that can")  # fmt: skip
-    return type(stock.__name__, (AnswerLoss, stock), {"__module__": stock.__module__, "__doc__": stock.__doc__})
+    own = {"__module__": stock.__module__, "__doc__": stock.__doc__, "takes_positions": "position_ids" in parameters}
+    return type(stock.__name__, (AnswerLoss, stock), own)
 
 
 @torch.no_grad()

@@ -298,6 +298,12 @@ def _load_weights(model_class: type, name: str, **options) -> PreTrainedModel:
     return model
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters of a model, in place. Its buffers stay: rotary frequencies in 16 bits would move tokens."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 # Making model, tokenizer and settings agree
 
 
@@ -326,7 +332,9 @@ def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
     if not config.is_encoder_decoder:
         for kind in ("bos", "eos"):
             ids = _as_list(getattr(config, f"{kind}_token_id", None))
-            if getattr(tokenizer, f"{kind}_token") is None and ids:
+            special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+            # A config class's default for bos may be an ordinary piece of another tokenizer.
+            if getattr(tokenizer, f"{kind}_token") is None and ids and (kind == "eos" or ids[0] in special):
                 setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(ids[0]))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
         tokenizer.padding_side = "left"
@@ -349,7 +357,8 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """
     settings = model.generation_config
     if getattr(tokenizer, "tgt_lang", None):  # an answer begins with its language, as the decoder's start or after it
-        language = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
+        code = getattr(tokenizer, "lang_code_to_token", {}).get(tokenizer.tgt_lang, tokenizer.tgt_lang)  # M2M100's
+        language = tokenizer.convert_tokens_to_ids(code)
         if tokenizer(text_target="a").input_ids[-1] == language:
             model.config.decoder_start_token_id = settings.decoder_start_token_id = language
         else:
@@ -376,9 +385,14 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
 
 
 def _grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add embedding rows until every token id has one; remove none, as a checkpoint may round their number up."""
+    """Add embedding rows until every token id that a text can contain has one; remove none, as a checkpoint may round
+    their number up."""
     rows = model.get_input_embeddings().num_embeddings
-    needed = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    unused = set()
+    if not model.config.is_encoder_decoder:  # special tokens only frame a text: Gemma 3's stands for images
+        unused = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        unused -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    needed = max(set(tokenizer.get_vocab().values()) - unused) + 1
     if needed <= rows:
         return
     logger.warning("embeddings grow from %d to %d rows for the tokenizer; new rows start near the mean", rows, needed)

@@ -68,11 +68,15 @@ def paired_interval(
     gaps = {run: _gaps(ours[run], theirs[run], run) for run in runs}
     random = np.random.default_rng(seed)
     drawn_from = sorted({(dataset, len(gap)) for by_dataset in gaps.values() for dataset, gap in by_dataset.items()})
-    shares = {(dataset, n): random.multinomial(n, [1 / n] * n, resamples) / n for dataset, n in drawn_from}
     seeds = Counter(order for order, _ in runs)
     weights = {run: 1 / seeds[run[0]] / len(seeds) for run in runs}
-    means = {run: _mean_over_datasets(gaps[run]) for run in runs}
-    drawn = sum(weights[run] * _mean_over_datasets(gaps[run], shares) for run in runs)
+    means = {run: np.mean([gap.mean() for gap in gaps[run].values()]) for run in runs}
+
+    def pooled(dataset: str, n: int) -> np.ndarray:  # (n,), what each example adds to the mean over all runs
+        having = [run for run, gap in gaps.items() if len(gap.get(dataset, ())) == n]
+        return sum(weights[run] / len(gaps[run]) * gaps[run][dataset] for run in having)
+
+    drawn = sum(random.multinomial(n, [1 / n] * n, resamples) / n @ pooled(dataset, n) for dataset, n in drawn_from)
     fewest = min(seeds.values())
     if fewest > 1:
         errors = _seed_error(means, weights, fewest) * random.standard_t(fewest - 1, (T_DRAWS, resamples))
@@ -101,9 +105,3 @@ def _gaps(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], run:
     if {name: len(hits) for name, hits in ours.items()} != {name: len(hits) for name, hits in theirs.items()}:
         raise InputError(f"order {run[0]}, seed {run[1]}: the two methods were not tested on the same examples")
     return {name: np.asarray(ours[name], float) - np.asarray(theirs[name], float) for name in ours}
-
-
-def _mean_over_datasets(gaps: Mapping[str, np.ndarray], shares: Mapping[tuple[str, int], np.ndarray] | None = None):
-    """Mean over datasets of the mean over examples; with `shares` (resamples, n), by dataset and n, one for each."""
-    return np.mean([gap.mean() if shares is None else shares[name, len(gap)] @ gap for name, gap in gaps.items()],
-                   axis=0)  # fmt: skip

@@ -29,14 +29,15 @@ STYLE = (HERE / "page.css").read_text(encoding="utf-8")
 PUBLISHED = read_object(HERE / "published.json")
 """Results by model, taken from secondary summaries, not from the papers' own tables; means over the orders."""
 NOTE = (
-    "AP: average performance, the mean exact match over tasks after the last one, in per cent; BWT: backward transfer; "
-    "F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the best' pairs runs of the "
-    "same order and seed with those of the best method, the ceiling aside; in brackets the 95 % interval "
-    "over test examples and seeds (over examples alone with one seed). A difference whose interval contains 0 is not "
-    "significant; the best is chosen from the same answers, so even between equal methods an interval may exclude 0. "
-    "Trained: most trainable parameters of a task; stored: what the last task saves. Definitions: "
-    "docs/METRICS.md."
+    "AP: average performance, the mean exact match (free text: ROUGE-L) over tasks after the last one, in per cent; "
+    "BWT: backward transfer; F: forgetting. ± is the standard deviation over runs (orders and seeds). 'Against the "
+    "best' pairs runs of the same order and seed with those of the best method, the ceiling aside; in brackets the "
+    "95 % interval over test examples and seeds. A difference whose interval contains 0 is not significant, nor is one "
+    "with '(one seed)', whose interval is over test examples alone; the best is chosen from the same answers, so even "
+    "between equal methods an interval may exclude 0. Methods that lack an order follow the others. Trained: most "
+    "trainable parameters of a task; stored: what the last task saves. Definitions: docs/METRICS.md."
 )
+BY_CONTENT = ("input_files", "base_model")  # digests, which say nothing to a reader
 OPTIONAL = {"average_over_rows": "over examples", "forward_transfer": "FWT", "unseen_accuracy": "unseen"}
 
 
@@ -93,7 +94,8 @@ def conclusion(runs: Sequence[Run]) -> str:
     rivals = dict.fromkeys([*sequential[1:2], *others[:1]])  # the next may be a variant of the best
     said += [_lead(own, select(runs, method=rival), rival) for rival in rivals]
     seconds, trained, stored = _costs(own)
-    share = f" ({100 * own[0].trained_values / own[0].values:.2g} % of the model)" if own[0].values else ""
+    of_model = own[0].values and own[0].trained_values and 100 * own[0].trained_values / own[0].values
+    share = f" ({of_model:.2g} % of the model)" if of_model else ""
     said.append(f"Cost: {seconds} of training per order, {trained} trainable parameters{share}, {stored} saved between "
                 "tasks.")
     for ceiling in [method for method in methods if method not in sequential][:1]:
@@ -118,7 +120,7 @@ def _caution(gap: Interval) -> str:
     """Say why a difference is not significant; empty if it is."""
     if gap.contains_zero:
         return ", not significant: the interval contains 0"
-    return "" if gap.is_significant else "; one seed only, so others may differ"
+    return "" if gap.is_significant else "; an order has one seed only, so others may differ"
 
 
 def _mean_cost(runs: Sequence[Run], name: str) -> float | None:
@@ -169,15 +171,18 @@ def _model_lines(runs: Sequence[Run], figures: dict[str, Figure], look: draw.Sty
 def _method_table(runs: Sequence[Run], methods: Sequence[str]) -> str:
     best = next((method for method in methods if not is_ceiling(method)), methods[0])
     optional = [name for name in OPTIONAL if any(run.measures.get(name) is not None for run in runs)]
-    against = ["against the best"] * (len(methods) > 1)
+    against, most = ["against the best"] * (len(methods) > 1), len({run.order for run in finished(runs)})
     rows = []
     for method in methods:
         own = select(runs, method=method)
         gap = None if method == best else paired_difference(own, select(runs, method=best))
         average, *shown = [str(summarise(own, name) or "-") for name in (
             "average_performance", "backward_transfer", "forgetting", *optional)]
+        marked = f"{gap or '-'}{' (one seed)' if gap and gap.seeds == 1 else ''}"
+        tested = len({run.order for run in finished(own)})
         name = f"{method} (ceiling)" if is_ceiling(method) else method
-        rows.append([name, average, *[str(gap or "-")] * len(against), *shown, *_costs(own),
+        name += f" ({tested} of {most} orders)" if 0 < tested < most else ""
+        rows.append([name, average, *[marked] * len(against), *shown, *_costs(own),
                      str(sum(not run.unfinished for run in own))])
     names = [OPTIONAL[name] for name in optional]
     return _table(["method", "AP", *against, "BWT", "F", *names, "training", "trained", "stored", "runs"], rows)
@@ -211,6 +216,11 @@ def _foot(runs: Sequence[Run]) -> list[str]:
         shared = {key: value for key, value in found[0].items()
                   if all(one.get(key) == value for one in found) and value not in (None, [])}
         lines.append(_plain(f"{model}, settings of all runs: {_settings(shared) or '-'}."))
+        for method in distinct(own, "method"):  # whatever differs between methods should meet the eye
+            mine = [one for run, one in zip(own, found) if run.method == method]
+            rest = {key: value for key, value in mine[0].items() if key not in shared and value not in (None, [])
+                    and key not in BY_CONTENT and all(one.get(key) == value for one in mine)}
+            lines += [_plain(f"{model}, {method}: {_settings(rest)}.")] * bool(rest)
     return lines
 
 
