@@ -248,7 +248,7 @@ check_model() {
 one_at_a_time() {  # COMMAND ...
     if [ ! -w requirements.txt ] || ! command -v flock >/dev/null; then "$@"; return; fi
     {
-        flock -n 9 2>/dev/null || say "another start may be preparing this folder; waiting for it" >&2
+        flock -n -E 75 9 2>/dev/null || [ $? -ne 75 ] || say "another start may be preparing this folder; waiting for it" >&2
         flock 9 2>/dev/null || say "file locks fail here: start one job before the others" >&2
         "$@"
     } 9>>requirements.txt

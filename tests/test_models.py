@@ -163,7 +163,8 @@ def test_loss(name, make):
         mask[row, :padding] = 0
         labels[row, -answer:] = ids[row, -answer:]
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    ours, stock = pair.ours(**batch), pair.stock(**batch)
+    positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}  # as generation counts them
+    ours, stock = pair.ours(**batch), pair.stock(**batch, **positions)
     assert stock.logits.std() > 2 and stock.loss > 3
     assert ours.logits.shape == (3, 5, pair.stock.config.vocab_size)
     torch.testing.assert_close(ours.loss, stock.loss, atol=0, rtol=1e-6)
@@ -383,8 +384,8 @@ Tiny models with random weights and large logits are compared with Transformers'
 `python tests/test_models.py > page.md` runs all of it and prints this page only if all passes;
 `pytest -m recipe tests/test_models.py` runs what the default tests leave out.
 
-* **loss**: loss and gradients equal the stock class's on a left-padded batch, and (except for the experts' balance
-  loss) its loss on each example alone. Encoder-decoders use the stock class.
+* **loss**: loss and gradients equal the stock class's on a left-padded batch, whose padding counts as no position, and
+  (except for the experts' balance loss) its loss on each example alone. Encoder-decoders use the stock class.
 * **generation**: answers in padded batches equal stock `generate` on one prompt. Where *cached*, the common prefix
   of a batch's prompts is computed once, unless a sliding window is shorter than prompt and answer.
 * **two tasks**: `gorp` trains the second from the first's folder. **resume**: from a checkpoint, bit for bit.
