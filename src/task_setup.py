@@ -11,6 +11,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
+from transformers import PreTrainedConfig
 
 from arguments import DataArguments, ModelArguments, UIETrainingArguments
 from compute_metrics import MEASURED
@@ -173,6 +174,15 @@ def report_cut(examples: DatasetDict, collator: DataCollatorForUIE, training_arg
         logger.info("--max_source_length %d cuts prompts: %s", collator.max_source_length, ", ".join(found))
 
 
+def check_layer_drop(config: PreTrainedConfig, training_args: UIETrainingArguments) -> None:
+    """Reject LayerDrop on several ranks: those that skip different layers would pair the collectives of different
+    weights, which are matched by order alone."""
+    dropped = [name for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop") if getattr(config, name, 0)]
+    alike = training_args.world_size == 1 or not training_args.do_train
+    check(not dropped or alike, "model_name_or_path", f"a model with {' and '.join(dropped)} above 0 on several "
+          "processes", "0 in its config.json, or one process")
+
+
 def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetDict, data_args: DataArguments,
                   training_args: UIETrainingArguments) -> UIETrainer:
     """The trainer of this task, with its collator, generation settings and callbacks."""
@@ -181,12 +191,7 @@ def build_trainer(model, method: Method, loaded: LoadedModel, examples: DatasetD
         if split != "validation" or training_args.do_eval:
             collator.check(of_split)
     report_cut(examples, collator, training_args)
-    dropped = [name for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-               if getattr(model.config, name, 0)]
-    # Ranks that skip different layers would pair the collectives of different weights.
-    check(not dropped or training_args.world_size == 1 or not training_args.do_train, "model_name_or_path",
-          f"a model with {' and '.join(dropped)} on {training_args.world_size} processes",
-          "0 in its config.json, or one process")
+    check_layer_drop(model.config, training_args)
     index, order = place_in_order(data_args.task_config_dir)
     return UIETrainer(
         model=model,

@@ -3,6 +3,7 @@
 import functools
 import logging
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,7 @@ from model.answer_loss import AnswerLoss, check_loss
 from model.loading import _set_special_tokens, cast_parameters, load_model_and_tokenizer
 from module_matching import match_linear, match_names
 from plan_memory import build_on_meta
+from task_setup import check_layer_drop
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "Option: Good, Bad", "Answer: Good"]
 ROWS = 128  # more than the tokenizers need, as in published checkpoints
@@ -211,6 +213,13 @@ def test_an_unknown_type_lists_its_linear_layers(tmp_path):
         chosen(folder)
     given = {"lora_modules": ".*q_proj", "optim_target_modules": [".*up_proj"]}
     assert chosen(folder, **given) == (".*q_proj", [".*up_proj"], ".*loranew_A.*")
+
+
+@pytest.mark.parametrize("world_size, refused", [(1, False), (2, True)])
+def test_ranks_must_train_the_same_layers(world_size, refused):
+    given = SimpleNamespace(encoder_layerdrop=0.05), SimpleNamespace(world_size=world_size, do_train=True)
+    with pytest.raises(InputError, match="a model with encoder_layerdrop above") if refused else nullcontext():
+        check_layer_drop(*given)
 
 
 # Places

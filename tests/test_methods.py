@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import re
 import shutil
 import sys
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import methods
@@ -479,6 +481,30 @@ def test_ablations_of_gorp_by_flags(tmp_path):
     space = method_of("gorp", "--optim_target_modules", "none", folder=tmp_path)
     space.prepare(tiny_t5(), None, decoder_only=False)
     assert space.protected and not space.targets
+
+
+def test_what_the_space_stops_and_a_space_that_is_missing_are_said(tmp_path, caplog):
+    train(method_of("gorp", folder=tmp_path), None, tmp_path / "first")
+    file = tmp_path / "first" / "gradient_space.safetensors"
+    assert "do not train" not in " ".join(prepared(tmp_path).summary())
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    spaces = {name: torch.eye(len(S)) if name.endswith("loranew_A") else S for name, S in load_file(file).items()}
+    save_file(spaces, file, metadata)
+    method = prepared(tmp_path)
+    assert any(f"{len(method.protected)} of {len(method.protected)} protected factors do not train" in line
+               for line in method.summary()), method.summary()
+    file.unlink()
+    with caplog.at_level(logging.WARNING, "gorp"):
+        prepared(tmp_path)
+    assert "has no gradient_space.safetensors, so nothing of earlier tasks is protected" in caplog.text
+
+
+def prepared(folder):
+    """The paper's method for the second task."""
+    method = method_of("gorp", folder=folder)
+    method.prepare(tiny_t5(), folder / "first", decoder_only=False)
+    return method
 
 
 def test_cores_protect_the_lora_alone_where_no_full_rank_weight_trains(mini_benchmark, tmp_path, capfd):
