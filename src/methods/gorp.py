@@ -206,10 +206,7 @@ class Gorp(LoraMethod):
                f"{options.galore_update_proj_gap} steps, learning rate {options.galore_lr}, engine {self.engine.name}; "
                f"shared space of {len(self.protected)} LoRA factors and {len(self.targets)} full-rank weights: "
                f"{options.protect} on the {options.protect_side} side, from {options.space_from}")
-        spaces = filter(None.__ne__, map(self.space.get, self.protected))
-        full = sum(S.shape[0] == S.shape[1] for S in spaces)  # S is the whole space: no change is left
-        stopped = f"{full} of {len(self.protected)} protected factors do not train: S holds all their directions"
-        return [*super().summary(), how, *[stopped] * bool(full), *[NOT_REPRODUCED] * self.released]
+        return [*super().summary(), how, *([NOT_REPRODUCED] if self.released else [])]
 
     def sizes(self):
         total, trained = super().sizes()
@@ -224,6 +221,8 @@ class Gorp(LoraMethod):
 
     def describe(self) -> str:
         space = f"{self.space.total()} directions of earlier tasks protected" if self.protects else "nothing protected"
+        if full := sum(S is not None and S.shape[0] == S.shape[1] for S in map(self.space.get, self.protected)):
+            space += f"; {full} of {len(self.protected)} protected factors do not train: S holds all their directions"
         return (f"{super().describe()}, {self.projected_values():,} in {len(self.targets)} full-rank weights "
                 f"(gradients projected to rank {self.options.galore_rank}); {space}")
 
