@@ -25,6 +25,7 @@ below the 95 % (Wilson) interval of its accuracy. Two methods differ if the inte
 import argparse
 import contextlib
 import filecmp
+import hashlib
 import json
 import multiprocessing
 import os
@@ -201,6 +202,10 @@ class Bench:
                     for task in self.tasks() for part in ("labels", "train", "dev", "test")}
         found: dict[str, str | float] = {name: digest(path) for name, path in (weights | examples).items()}
         found |= {f"{task}/majority": majority(self.data_dir / task) for task in self.tasks()}
+        flags = json.dumps([COMMON, FAMILIES[self.family()]])
+        found |= {"instruction_config.json": digest(ROOT / "configs" / "instruction_config.json"),
+                  "set of flags": hashlib.sha256(flags.encode()).hexdigest()}
+        found |= {f"order {name}": " > ".join(tasks) for name, tasks in self.orders.items()}
         before = made_of(self.out)
         if not before and read_outcomes(self.out):
             raise InputError(f"--out: {self.out} has outcomes.jsonl but no made_of.json, which says of which model and "
@@ -234,8 +239,8 @@ def made_of(out: Path) -> dict[str, str | float]:
 
 
 def differing_file(one: Mapping[str, str | float], other: Mapping[str, str | float]) -> str | None:
-    """A file that two `made_of.json` do not agree on, None without one. They may know different datasets, but one
-    model, whose weights lie in the same files."""
+    """A file, or the set of flags, that two `made_of.json` do not agree on, None without one. They may know different
+    datasets, but one model, whose weights lie in the same files."""
     differing = {name for name in one.keys() & other.keys() if one[name] != other[name]}
     weights, others = ({name for name in made if name.endswith(".safetensors")} for made in (one, other))
     return min(differing | (weights ^ others if weights and others else set()), default=None)

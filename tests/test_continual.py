@@ -162,6 +162,12 @@ def test_results_of_other_weights_are_not_mixed(bench, tmp_path):
         bench.prepare()
 
 
+def test_results_of_other_flags_are_not_mixed(bench, monkeypatch):
+    monkeypatch.setattr(continual, "COMMON", [*continual.COMMON, "--weight_decay", "0.1"])
+    with pytest.raises(InputError, match="--out: .* holds results of another set of flags"):
+        bench.prepare()
+
+
 def test_missing_rows_are_named_before_anything_runs(bench, mini_benchmark, tmp_path):
     shutil.copytree(mini_benchmark / "TC", tmp_path / "data" / "TC")
     (tmp_path / "data" / "TC" / "agnews" / "test.json").unlink()
