@@ -248,7 +248,8 @@ check_model() {
 one_at_a_time() {  # COMMAND ...
     if [ ! -w requirements.txt ] || ! command -v flock >/dev/null; then "$@"; return; fi
     {
-        flock -n -E 75 9 2>/dev/null || [ $? -ne 75 ] || say "another start may be preparing this folder; waiting for it" >&2
+        flock -n -E 75 9 2>/dev/null || [ $? -ne 75 ] ||
+            say "another start may be preparing this folder; waiting for it" >&2
         flock 9 2>/dev/null || say "file locks fail here: start one job before the others" >&2
         "$@"
     } 9>>requirements.txt
@@ -310,7 +311,8 @@ run_order() {  # FAMILY NAME
         one_at_a_time make_small_parts
         trap 'say "$name: interrupted; the same command${fresh:+ without --fresh} resumes" >&2; exit 130' INT
         run_tasks
-        [ "$node" -gt 0 ] || ! is_on --do_predict || "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
+        [ "$node" -gt 0 ] || ! is_on --do_predict ||
+            "$PYTHON" src/report "$order_dir" 2>&1 | "$PYTHON" scripts/terminal.py --all "$log"
         trap - INT
         say "$name took $((SECONDS - started)) s; results in $order_dir, log in $log"
         [[ $mode != tiny || -n ${OUTPUT:-} ]] || what_next
