@@ -711,8 +711,9 @@ def test_a_script_that_is_killed_takes_its_processes_along(checkout):
                            stdout=subprocess.PIPE)  # fmt: skip
     process = int(next(line for line in run.stdout if line.startswith("[gorp] pid ")).split()[-1])
     run.kill()
+    state = Path(f"/proc/{process}/stat")
     for _ in range(100):
-        if not Path(f"/proc/{process}").exists():
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":  # ended, if not yet reaped
             break
         time.sleep(0.1)
     else:
