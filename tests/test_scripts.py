@@ -4,6 +4,7 @@ Whole orders run in a small checkout of their own whose entry is a stand-in that
 behind the real scripts in the recipe tests.
 """
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -711,9 +712,11 @@ def test_a_script_that_is_killed_takes_its_processes_along(checkout):
                            stdout=subprocess.PIPE)  # fmt: skip
     process = int(next(line for line in run.stdout if line.startswith("[gorp] pid ")).split()[-1])
     run.kill()
-    state = Path(f"/proc/{process}/stat")
     for _ in range(100):
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":  # ended, if not yet reaped
+        state = "Z"  # ended, if perhaps not reaped yet
+        with contextlib.suppress(OSError):
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":
             break
         time.sleep(0.1)
     else:
